@@ -1,0 +1,219 @@
+"""Typed events: what a run says while it runs. The display, the report and the audits read nothing else.
+
+One JSON object a line, appended and flushed; `event` names the type in snake case, `at` is seconds since the epoch.
+A line that was cut off by a crash is dropped when the log is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+Scores = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened."""
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """`settings` is the resolved experiment; `model` the title of the base model."""
+
+    name: str
+    experiment_hash: str
+    engine: str
+    model: str
+    rounds: int
+    clients: int
+    trainable: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The run goes on with `round`; what the log holds of it or later was lost."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class DataReported(Event):
+    """`train`, `heldout`: records per client; `labels`: per client, records per label; `divergence`: mean
+    Jensen-Shannon divergence (base 2) of the clients' label histograms from the pooled one; `left_out`: records
+    that no client holds; `cut`: examples shortened to `max_length`; `dropped`: examples left without a label."""
+
+    train: Mapping[str, int]
+    heldout: Mapping[str, int]
+    labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    divergence: float | None = None
+    left_out: int = 0
+    cut: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class RoundStarted(Event):
+    """The cohort is drawn."""
+
+    round: int
+    cohort: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wire(Event):
+    """Serialised bytes of one message. `direction` is "down" or "up"; `parts` are the values' bytes per part, the
+    rest is the header."""
+
+    round: int
+    call: str
+    client: str
+    direction: str
+    bytes: int
+    parts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ClientFinished(Event):
+    """A client's reply has arrived. The figures are None where the aggregator sees none of them."""
+
+    round: int
+    client: str
+    loss: float | None
+    tokens: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ClientFailed(Event):
+    """A client was lost in this round."""
+
+    round: int
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundFinished(Event):
+    """A round is complete: its checkpoint, where one was due, is on disk."""
+
+    round: int
+    clients: int
+    loss: float | None
+    bytes_up: int
+    bytes_down: int
+    tokens: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """`which` is base, federated, local_only or centralised; `round` counts completed rounds."""
+
+    which: str
+    round: int
+    metrics: Scores
+    clients: Mapping[str, Scores] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """`round` rounds are complete and on disk."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """Work outside of rounds (comparisons, evaluations): step `done` of `total`."""
+
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something that a user should know; the run goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """The run's end, and why if it is not the last round."""
+
+    rounds: int
+    seconds: float
+    note: str = ""
+
+
+Emit = Callable[[Event], None]
+
+
+def kind(event: type[Event] | Event) -> str:
+    """The type's name as written in the log: RoundFinished is "round_finished"."""
+    cls = event if isinstance(event, type) else type(event)
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+KINDS: dict[str, type[Event]] = {kind(cls): cls for cls in Event.__subclasses__()}
+
+
+class Log:
+    """An append-only file of events with listeners (the display, the ledger)."""
+
+    def __init__(self, path: Path | None, listeners: tuple[Emit, ...] = ()) -> None:
+        self._listeners = listeners
+        if path is not None:
+            _drop_torn_line(path)
+        self._file = path.open("a", encoding="utf-8") if path is not None else None
+
+    def __call__(self, event: Event) -> None:
+        if self._file is not None:
+            line = json.dumps({"event": kind(event), "at": round(time.time(), 3), **asdict(event)})
+            self._file.write(line + "\n")
+            self._file.flush()
+        for listener in self._listeners:
+            listener(event)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read(path: Path) -> Iterator[tuple[float, Event]]:
+    """The events of a log with their times. Unknown types and fields (of a newer version) are passed over."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if not line.endswith("\n"):
+                return
+            record = json.loads(line)
+            cls = KINDS.get(record.pop("event"))
+            at = record.pop("at")
+            if cls is not None:
+                known = {item.name for item in fields(cls)}
+                yield at, cls(**{name: value for name, value in record.items() if name in known})
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+            file.flush()
+            os.fsync(file.fileno())

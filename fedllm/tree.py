@@ -1,0 +1,121 @@
+"""Algebra on trees: flat mappings from a leaf's name to its tensor.
+
+A leaf's name is the path of the weight it belongs to, such as
+`model.layers.0.self_attn.q_proj.lora_A`. Several trees travel as one by a prefix
+(`join`, `branch`). Every function returns a new mapping; `add_` alone works in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], tree: Mapping[str, Tensor]) -> Tree:
+    """Apply `function` to each leaf."""
+    return {name: function(leaf) for name, leaf in tree.items()}
+
+
+def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
+    """Zeros in the shapes and dtypes of `tree`."""
+    return map_leaves(torch.zeros_like, tree)
+
+
+def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
+    """left + scale * right. Leaves that `right` lacks stay as they are; it may hold no others."""
+    return {
+        name: torch.add(leaf, right[name], alpha=scale) if name in right else leaf
+        for name, leaf in _same_names(left, right).items()
+    }
+
+
+def sub(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tree:
+    """left - right, over the leaves of `left`."""
+    return {name: leaf - right[name] for name, leaf in left.items()}
+
+
+def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
+    """factor * tree. A factor of exactly 1 returns the leaves themselves."""
+    return dict(tree) if factor == 1.0 else map_leaves(lambda leaf: leaf * factor, tree)
+
+
+def add_(total: Tree, other: Mapping[str, Tensor]) -> None:
+    """total += other, in place. Both hold the same leaves."""
+    assert total.keys() == other.keys(), (sorted(total), sorted(other))
+    for name, leaf in total.items():
+        leaf.add_(other[name])
+
+
+def norm(tree: Mapping[str, Tensor]) -> float:
+    """The 2-norm over all leaves together, accumulated in float64."""
+    return float(sum(float(torch.linalg.vector_norm(leaf, dtype=torch.float64)) ** 2 for leaf in tree.values()) ** 0.5)
+
+
+def finite(tree: Mapping[str, Tensor]) -> bool:
+    """True if no leaf holds a NaN or an infinity."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in tree.values())
+
+
+def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Same names, dtypes, shapes and values."""
+    return left.keys() == right.keys() and all(
+        leaf.dtype == right[name].dtype and torch.equal(leaf, right[name]) for name, leaf in left.items()
+    )
+
+
+def num_bytes(tree: Mapping[str, Tensor]) -> int:
+    """Bytes of the leaves' values, without names or headers."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree.values())
+
+
+def num_values(tree: Mapping[str, Tensor]) -> int:
+    """How many numbers the leaves hold."""
+    return sum(leaf.numel() for leaf in tree.values())
+
+
+def stack(trees: Iterable[Mapping[str, Tensor]]) -> Tree:
+    """K trees of one shape to one tree whose leaves are (K, ...)."""
+    listed = list(trees)
+    return {name: torch.stack([tree[name] for tree in listed]) for name in listed[0]}
+
+
+def unstack(stacked: Mapping[str, Tensor], index: int) -> Tree:
+    """Client `index`'s view of a stacked tree."""
+    return {name: leaf[index] for name, leaf in stacked.items()}
+
+
+def join(**branches: Mapping[str, Tensor]) -> Tree:
+    """Several trees as one: leaf `n` of branch `b` becomes `b/n`."""
+    return {f"{branch}/{name}": leaf for branch, tree in branches.items() for name, leaf in tree.items()}
+
+
+def branch(joined: Mapping[str, Tensor], name: str) -> Tree:
+    """One branch of a joined tree; empty if there is none."""
+    prefix = f"{name}/"
+    return {key.removeprefix(prefix): leaf for key, leaf in joined.items() if key.startswith(prefix)}
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """True if a shell-style pattern fits the leaf's name (`*lora_B`, `*.layers.0.*`)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def digest(tree: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    state = hashlib.sha256()
+    for name in sorted(tree):
+        leaf = tree[name].detach().cpu().contiguous()
+        state.update(f"{name}:{leaf.dtype}:{tuple(leaf.shape)}:".encode())
+        state.update(leaf.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    assert right.keys() <= left.keys(), sorted(right.keys() - left.keys())
+    return left

@@ -1,0 +1,98 @@
+"""The values that move: what a client is told, what it answers, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fedllm.packing import DENSE, Packing
+from fedllm.rng import Key
+from fedllm.tree import Tree
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a client's device can do. `rank` None: the adapter's own rank."""
+
+    rank: int | None = None
+    device: str = "default"
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """Public facts of one step of one round: no arrays, no handles.
+
+    Args:
+        round: index of the round, from 0; `rounds`: how many the run has.
+        key: the run's public key. cohort: clients drawn; population: clients there are.
+        client: None on the server. slot: the client's place in the cohort.
+    """
+
+    round: int
+    key: Key
+    cohort: int
+    population: int
+    rounds: int = 1
+    client: str | None = None
+    slot: int = 0
+    profile: Profile = Profile()
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """The generator of (run, round, client, purpose): the only source of reproducible draws."""
+        return self.key.fold(self.round, self.client or "", purpose).generator()
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a stage's client half may know. Never leaves the client; no facts in `receive`."""
+
+    ctx: Ctx
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Server to client: parameters, one extra tree per stage, and the facts of the step."""
+
+    params: Tree
+    extras: tuple[Tree, ...]
+    ctx: Ctx
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named tree of an update.
+
+    weight None: the WEIGH stage decides. w > 0: its own weight. 0: a plain sum, never divided.
+    From the WEIGH stage on the tree is weight * values, until its `decode` divides by the sum.
+    """
+
+    tree: Tree
+    weight: float | None = None
+    packing: Packing = DENSE
+
+
+@dataclass(frozen=True)
+class Update:
+    """The only thing that a client sends: "delta" (local - global: ascent), "metrics", and what stages add."""
+
+    parts: Mapping[str, Part]
+
+    def having(self, name: str, part: Part) -> Update:
+        """This update with one part set."""
+        return replace(self, parts={**self.parts, name: part})
+
+    def without(self, name: str) -> Update:
+        """This update with one part taken out."""
+        return replace(self, parts={key: part for key, part in self.parts.items() if key != name})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not answer, and why, in one sentence."""
+
+    client: str
+    round: int
+    reason: str
