@@ -31,9 +31,11 @@ Handler = Callable[[Request, Session], Update]
 
 @dataclass(frozen=True)
 class Aggregator:
-    """`sees` says what the server learns: the "sum", or "each" update."""
+    """`sees` says what the method is given: the "sum", or "each" update."""
 
     sees: ClassVar[Sees] = "sum"
+    secret: ClassVar[bool] = False  # hides each update from the server
+    needs_integers: ClassVar[bool] = False
 
     def handlers(self) -> Mapping[str, Handler]:
         """Further calls that a client answers, by name."""

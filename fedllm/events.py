@@ -170,6 +170,20 @@ def kind(event: type[Event] | Event) -> str:
 KINDS: dict[str, type[Event]] = {kind(cls): cls for cls in Event.__subclasses__()}
 
 
+def to_json(event: Event) -> dict[str, Any]:
+    """An event as the log writes it, without its time."""
+    return {"event": kind(event), **asdict(event)}
+
+
+def from_json(record: Mapping[str, Any]) -> Event | None:
+    """The event of a line. None for a type of a newer version; unknown fields are passed over."""
+    cls = KINDS.get(record["event"])
+    if cls is None:
+        return None
+    known = {item.name for item in fields(cls)}
+    return cls(**{name: value for name, value in record.items() if name in known})
+
+
 class Log:
     """An append-only file of events with listeners (the display, the ledger)."""
 
@@ -181,7 +195,7 @@ class Log:
 
     def __call__(self, event: Event) -> None:
         if self._file is not None:
-            line = json.dumps({"event": kind(event), "at": round(time.time(), 3), **asdict(event)})
+            line = json.dumps({"at": round(time.time(), 3), **to_json(event)})
             self._file.write(line + "\n")
             self._file.flush()
         for listener in self._listeners:
@@ -200,11 +214,9 @@ def read(path: Path) -> Iterator[tuple[float, Event]]:
             if not line.endswith("\n"):
                 return
             record = json.loads(line)
-            cls = KINDS.get(record.pop("event"))
-            at = record.pop("at")
-            if cls is not None:
-                known = {item.name for item in fields(cls)}
-                yield at, cls(**{name: value for name, value in record.items() if name in known})
+            event = from_json(record)
+            if event is not None:
+                yield record["at"], event
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -31,7 +31,7 @@ SPARSE = Packing(sparse=True)
 
 def levels(bits: int) -> int:
     """The largest code of a grid: 1, 7 or 127 for 1, 4 or 8 bits."""
-    return max(1, 2 ** (bits - 1) - 1)
+    return max(1, (1 << (bits - 1)) - 1)
 
 
 def blocks(leaf: Tensor, block: int) -> Tensor:

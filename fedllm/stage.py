@@ -30,11 +30,15 @@ class Bracket(IntEnum):
 
 
 class Norm(Enum):
-    """What a stage's encode does to the norm of what it is given."""
+    """What a stage's encode does to the norm of the parts that it is given.
+
+    FREE promises nothing; GROWS grows by a declared rounding and no more.
+    """
 
     BOUNDS = "bounds"
     KEEPS = "keeps"
     GROWS = "grows"
+    FREE = "free"
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,19 @@ class Stage:
     bracket: ClassVar[Bracket] = Bracket.MEANING
     takes: ClassVar[frozenset[str]] = frozenset()  # parts that encode reads
     makes: ClassVar[frozenset[str]] = frozenset()  # parts that encode adds and decode removes
-    norm: ClassVar[Norm] = Norm.KEEPS
+    norm: ClassVar[Norm] = Norm.FREE
     elementwise: ClassVar[bool] = False  # may run on a whole stack at once
     integers: ClassVar[bool] = False  # encode yields integers
     reshapes: ClassVar[bool] = False  # the delta no longer has the shape of the parameters
-    equal_weights: ClassVar[bool] = False  # right only if every client weighs the same
+    shows_each: ClassVar[bool] = False  # a sum of its parts still shows every client's own
+    needs_equal: ClassVar[bool] = False  # right only if every client weighs the same
+    equal: ClassVar[bool] = False  # of a weigher: every client weighs the same
+    first: ClassVar[bool] = False  # must stand before every other stage
+
+    @property
+    def fixed_denominator(self) -> bool:
+        """Of a weigher: it divides by a number that does not depend on who answered."""
+        return False
 
     @property
     def optimizers(self) -> frozenset[str] | None:
@@ -84,9 +96,7 @@ class Arrival:
     names: tuple[frozenset[str], ...]
 
 
-def down(
-    stages: Sequence[Stage], params: Tree, states: Sequence[Tree], ctx: Ctx
-) -> tuple[Tree, tuple[Tree, ...]]:
+def down(stages: Sequence[Stage], params: Tree, states: Sequence[Tree], ctx: Ctx) -> tuple[Tree, tuple[Tree, ...]]:
     """Fold of `broadcast`, in order: what a client is sent."""
     extras = []
     for stage, state in zip(stages, states, strict=True):
@@ -137,5 +147,3 @@ def merge(
         total, state = stage.decode(total, params, state, ctx)
         kept.append(state)
     return total, tuple(reversed(kept))
-
-

@@ -102,8 +102,14 @@ def branch(joined: Mapping[str, Tensor], name: str) -> Tree:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """True if a shell-style pattern fits the leaf's name (`*lora_B`, `*.layers.0.*`)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """True if a shell-style pattern fits the leaf's name (`*lora_B`, `*.layers.0.*`) and no `!pattern` does.
+
+    Patterns that all begin with `!` stand for every name but those.
+    """
+    listed = list(patterns)
+    refused = [pattern[1:] for pattern in listed if pattern.startswith("!")]
+    wanted = [pattern for pattern in listed if not pattern.startswith("!")] or (["*"] if refused else [])
+    return any(fnmatchcase(name, p) for p in wanted) and not any(fnmatchcase(name, p) for p in refused)
 
 
 def digest(tree: Mapping[str, Tensor]) -> str:

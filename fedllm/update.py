@@ -46,10 +46,14 @@ class Ctx:
 
 @dataclass(frozen=True)
 class Local:
-    """What a stage's client half may know. Never leaves the client; no facts in `receive`."""
+    """What a stage's client half may know. Never leaves the client; no facts in `receive`.
+
+    `fresh` holds the initial value of every leaf that the client trains, the same on all clients.
+    """
 
     ctx: Ctx
     facts: Mapping[str, float] = field(default_factory=dict)
+    fresh: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Encoded examples, and batches of them for a stack of K clients: one row of all tokens, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One encoded record. `targets[t]` is the token that position t is to predict, or IGNORE; both (L,) int64.
+
+    `cut` counts the tokens that were cut off to fit the largest length.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    cut: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The sequences of K clients side by side, client by client.
+
+    Shapes: `tokens`, `positions` (T,); `rows` (N,) indices into T of the labelled positions, `targets` (N,),
+    `row_sequences` (N,) the sequence of each; `lengths` one per sequence; `counts` sequences per client (K).
+    `dropout` holds one generator per client while it trains and is empty in evaluation.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+    rows: Tensor
+    targets: Tensor
+    row_sequences: Tensor
+    dropout: tuple[torch.Generator, ...] = field(default=())
+
+    @property
+    def sequence_clients(self) -> Tensor:
+        """(S,): the client of each sequence."""
+        return torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+
+    @property
+    def client_tokens(self) -> tuple[int, ...]:
+        """Tokens of each client (K)."""
+        ends = [0, *accumulate(self.lengths)]
+        edges = [0, *accumulate(self.counts)]
+        return tuple(ends[stop] - ends[start] for start, stop in pairwise(edges))
+
+
+def collate(clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator, ...] = ()) -> Batch:
+    """Examples of K clients to one batch. A client without examples is idle in this step."""
+    examples = [example for client in clients for example in client]
+    lengths = tuple(len(example.tokens) for example in examples)
+    targets = torch.cat([example.targets for example in examples])
+    rows = (targets != IGNORE).nonzero().reshape(-1)
+    sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    return Batch(
+        tokens=torch.cat([example.tokens for example in examples]),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        lengths=lengths,
+        counts=tuple(len(client) for client in clients),
+        rows=rows,
+        targets=targets[rows],
+        row_sequences=sequences[rows],
+        dropout=dropout,
+    )
+
+
+def client_means(row_losses: Tensor, batch: Batch) -> Tensor:
+    """(N,) losses of labelled rows to (K,): the mean over a client's examples of the mean over an example's rows.
+
+    Each example counts the same whatever its length, so examples do not couple. An idle client has 0.
+    """
+    owners = batch.sequence_clients
+    per_sequence = torch.bincount(batch.row_sequences, minlength=len(batch.lengths)).clamp(min=1)
+    per_client = torch.tensor(batch.counts).clamp(min=1)
+    weights = 1.0 / (per_sequence[batch.row_sequences] * per_client[owners[batch.row_sequences]])
+    weights = weights.to(device=row_losses.device, dtype=row_losses.dtype)
+    means = torch.zeros(len(batch.counts), dtype=row_losses.dtype, device=row_losses.device)
+    return means.index_add(0, owners[batch.row_sequences].to(row_losses.device), row_losses * weights)

@@ -1,0 +1,124 @@
+"""Every name that an experiment may use: one table per noun, and the presets.
+
+A class from elsewhere is named by its dotted path, `my_package.my_module:MyStage`, in Python only: an experiment file
+names what is in these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedllm.aggregate import Aggregator, Sum
+from fedllm.experiment import Schedule, Synchronous
+from fedllm.federation import Federation
+from fedllm.federations.sampling import All, PoissonSampling, Sampling, UniformSampling
+from fedllm.federations.shards import Shards
+from fedllm.federations.split import Split
+from fedllm.federations.splits.by import By
+from fedllm.federations.splits.dirichlet import Dirichlet
+from fedllm.federations.splits.iid import Iid
+from fedllm.federations.splits.pathological import Pathological
+from fedllm.federations.splits.shard import Shard
+from fedllm.federations.splits.size_skew import SizeSkew
+from fedllm.stage import Stage
+from fedllm.stages.adagrad import Adagrad
+from fedllm.stages.adam import Adam
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.dyn import Dyn
+from fedllm.stages.keep import Keep
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.nesterov import Nesterov
+from fedllm.stages.prox import Prox
+from fedllm.stages.quantize import Quantize
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.top_k import TopK
+from fedllm.stages.uniform import Uniform
+from fedllm.stages.yogi import Yogi
+from fedllm.tasks.adapter import Adapter
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.peft import Peft
+from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.tasks.adapters.weights import BitFit, Full, Norms
+from fedllm.tasks.objectives import Lm, Objective, Sft
+from fedllm.work import Work
+from fedllm.works.sgd import Sgd
+
+Table = Mapping[str, type]
+
+STAGES: Table = {
+    "keep": Keep,
+    "prox": Prox,
+    "scaffold": Scaffold,
+    "dyn": Dyn,
+    "momentum": Momentum,
+    "adagrad": Adagrad,
+    "adam": Adam,
+    "yogi": Yogi,
+    "nesterov": Nesterov,
+    "top_k": TopK,
+    "by_examples": ByExamples,
+    "uniform": Uniform,
+    "quantize": Quantize,
+}
+NOUNS: Mapping[type, Table] = {
+    Stage: STAGES,
+    Aggregator: {"sum": Sum},
+    Work: {"sgd": Sgd},
+    Federation: {"shards": Shards},
+    Split: {
+        "iid": Iid,
+        "dirichlet": Dirichlet,
+        "by": By,
+        "size_skew": SizeSkew,
+        "pathological": Pathological,
+        "shard": Shard,
+    },
+    Sampling: {"all": All, "uniform": UniformSampling, "poisson": PoissonSampling},
+    Adapter: {
+        "lora": Lora,
+        "soft_prompt": SoftPrompt,
+        "full": Full,
+        "norms": Norms,
+        "bitfit": BitFit,
+        "peft": Peft,
+    },
+    Objective: {"sft": Sft, "lm": Lm},
+    Schedule: {"synchronous": Synchronous},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset: what a method's name sets, and where it comes from. `adapter` is the kind that it needs, if any."""
+
+    stages: tuple[Mapping[str, Mapping[str, Any]] | str, ...]
+    paper: str
+    adapter: str | None = None
+    aggregator: str = "sum"
+    summary: str = field(default="")
+
+
+_REDDI = "Reddi et al. 2021, arXiv:2003.00295"
+METHODS: Mapping[str, Method] = {
+    "fedavg": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629"),
+    "fedprox": Method(("prox", "by_examples"), "Li et al. 2020, arXiv:1812.06127"),
+    "scaffold": Method(("scaffold", "uniform"), "Karimireddy et al. 2020, arXiv:1910.06378"),
+    "fedavgm": Method(("momentum", "by_examples"), "Hsu et al. 2019, arXiv:1909.06335"),
+    "fedadagrad": Method(("adagrad", "by_examples"), _REDDI),
+    "fedadam": Method(("adam", "by_examples"), _REDDI),
+    "fedyogi": Method(("yogi", "by_examples"), _REDDI),
+    "feddyn": Method(("dyn", "uniform"), "Acar et al. 2021, arXiv:2111.04263"),
+    "fedit": Method(("by_examples",), "Zhang et al. 2024, arXiv:2305.05644", adapter="lora"),
+    "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
+}
+
+
+def name_of(component: object) -> str:
+    """The catalog name of a component."""
+    for table in NOUNS.values():
+        for name, cls in table.items():
+            if type(component) is cls:
+                return name
+    return f"{type(component).__module__}:{type(component).__qualname__}"

@@ -1,0 +1,56 @@
+"""`fedllm chat`: a run's model at the prompt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from fedllm.finished import Opened, open_run
+
+Turns = list[dict[str, str]]
+
+
+def chat_with(
+    folder: Path, *, prompt: str | None, client: str | None, compare: bool, system: str | None, max_new_tokens: int
+) -> None:
+    """Answer one prompt, or each line until the end of the input."""
+    opened, console = open_run(folder, client=client), Console()
+    opening = _opening(opened) if system is None else system
+    start: Turns = [{"role": "system", "content": opening}] if opening else []
+    if prompt is not None:
+        _answer(opened, console, [*start, {"role": "user", "content": prompt}], compare, max_new_tokens)
+        return
+    if sys.stdin.isatty():
+        console.print(f"{opened.model.base.title}, tuned in {folder}. An empty line ends.", highlight=False)
+    turns = list(start)
+    while line := _line(console):
+        turns.append({"role": "user", "content": line})
+        answer = _answer(opened, console, turns, compare, max_new_tokens)
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _answer(opened: Opened, console: Console, turns: Turns, compare: bool, max_new_tokens: int) -> str:
+    record = {"messages": [*turns, {"role": "assistant", "content": "..."}]}
+    prompt = opened.model.prompt(record)
+    if compare:
+        (base,) = opened.model.generate({}, [prompt], max_new_tokens)
+        console.print(f"base   {base.strip()}", highlight=False, markup=False)
+    (tuned,) = opened.model.generate(opened.params, [prompt], max_new_tokens)
+    console.print(f"{'tuned  ' if compare else ''}{tuned.strip()}", highlight=False, markup=False)
+    return tuned.strip()
+
+
+def _opening(opened: Opened) -> str | None:
+    """The system prompt that the run's own records begin with."""
+    population = opened.experiment.federation.load(opened.experiment.key)
+    first = next(iter(next(iter(population.train.values()))))
+    return str(first["system"]) if first.get("system") else None
+
+
+def _line(console: Console) -> str:
+    try:
+        return console.input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""

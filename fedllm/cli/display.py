@@ -1,0 +1,166 @@
+"""What a run shows while it runs, and its summary when it is over.
+
+On a terminal a block that is redrawn in place: rounds, the cohort's losses, bytes, time left, newest metrics. Elsewhere
+plain lines, each flushed. Names and reasons come from clients: they are shown without control characters and never read
+as markup.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedllm.cli.scene import Scene, line, moment, scores_line
+from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
+from fedllm.report.quantity import NOTHING, duration, figure, printable, remaining, size
+from fedllm.report.story import COMPARED
+
+Clock = Callable[[], float]
+_SHOWN = 12  # clients of a cohort that are listed one by one
+_QUIET = 10.0  # seconds between two plain lines about the same progress
+
+
+class Display:
+    """A listener of a run's events; on a terminal it draws between `with` and the block's end.
+
+    `clock` counts seconds; the time left is the mean time per round, evaluations included, times the rounds to come.
+    """
+
+    def __init__(self, console: Console | None = None, *, clock: Clock = time.monotonic) -> None:
+        self._console = console or Console()
+        self._clock = clock
+        self._scene = Scene()
+        self._told = float("-inf")  # when the last plain line about progress was printed
+        self._live = (
+            Live(console=self._console, get_renderable=self.render, refresh_per_second=4)
+            if self._console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        now = self._clock()
+        self._scene.see(event, now)
+        if self._live and not isinstance(event, ClientFailed | Warned | RunFinished):
+            return
+        if isinstance(event, Progress) and event.done < event.total:
+            if now - self._told < _QUIET:
+                return
+            self._told = now
+        text = line(event, self._scene, now)
+        if text is not None:
+            style = "yellow" if isinstance(event, ClientFailed | Warned) else ""
+            self._console.print(Text(printable(text), style=style), soft_wrap=True)
+            self._console.file.flush()
+
+    def render(self) -> RenderableType:
+        """The block that a terminal shows."""
+        return _picture(self._scene, self._clock())
+
+
+def _picture(scene: Scene, now: float) -> RenderableType:
+    bars = Table.grid(padding=(0, 2))
+    if scene.rounds:
+        left = scene.pace.left(scene.rounds, now) if scene.pace else None
+        bars.add_row(*_bar("rounds", scene.done, scene.rounds, left))
+    if scene.aside:
+        left = scene.aside_pace.left(scene.aside.total, now) if scene.aside_pace else None
+        bars.add_row(*_bar(COMPARED.get(scene.aside.what, scene.aside.what), scene.aside.done, scene.aside.total, left))
+    up, down = (total + scene.sent.get(way, 0) for way, total in (("up", scene.bytes_up), ("down", scene.bytes_down)))
+    sums = Text(f"loss {figure(scene.loss)}   up {size(up)}   down {size(down)}")
+    told = [
+        Text.assemble((moment(event), "cyan"), "  ", printable(scores_line(event.metrics)))
+        for event in scene.scores.values()
+    ]
+    return Group(Text(printable(scene.title), style="bold"), bars, sums, *_cohort(scene), *told)
+
+
+def _bar(name: str, done: int, total: int, left: float | None) -> list[RenderableType]:
+    bar = ProgressBar(total=max(total, 1), completed=done, width=32)
+    tail = "" if left is None or done >= total else f"left {remaining(left)}"
+    return [Text(printable(name)), bar, Text(f"{done}/{total}"), Text(tail, style="dim")]
+
+
+def _cohort(scene: Scene) -> list[RenderableType]:
+    """The round under way: every client of a small cohort, the newest replies of a large one."""
+    if not scene.cohort:
+        return []
+    finished = scene.finished
+    shown = scene.cohort if len(scene.cohort) <= _SHOWN else tuple(finished)[-_SHOWN:]
+    cells = [
+        Text.assemble(
+            printable(client), " ", (finished.get(client, "\N{HORIZONTAL ELLIPSIS}"), _tint(finished.get(client)))
+        )
+        for client in shown
+    ]
+    number = min(scene.done + 1, scene.rounds)
+    head = Text(f"round {number}, {len(finished)} of {len(scene.cohort)} clients", style="dim")
+    return [head, Padding(Columns(cells, equal=True, padding=(0, 3)), (0, 0, 0, 2))]
+
+
+def _tint(outcome: str | None) -> str:
+    return "dim" if outcome is None else "yellow" if outcome == "lost" else "green"
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The evaluation of a run folder's summary.json: a row per metric, a column per model that was evaluated."""
+    evaluated = {which: scores for which in COMPARED if (scores := (summary.get("eval") or {}).get(which))}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    for which in evaluated:
+        table.add_column(COMPARED[which], justify="right", style="bold" if which == "federated" else "")
+    for metric in dict.fromkeys(name for scores in evaluated.values() for name in scores):
+        table.add_row(Text(printable(metric)), *(figure(scores.get(metric)) for scores in evaluated.values()))
+    return table
+
+
+def print_summary(summary: Mapping[str, Any], console: Console) -> None:
+    """The table, then what the run took: bytes, seconds, tokens, memory, and epsilon where there is one."""
+    title = [str(summary[key]) for key in ("model", "engine") if summary.get(key)]
+    if summary.get("rounds") is not None:
+        title.append(f"{summary['rounds']} rounds")
+    console.print(Text(printable(" \N{MIDDLE DOT} ".join(title)), style="bold"))
+    table = summary_table(summary)
+    console.print(table if table.row_count else Text("nothing was evaluated"))
+    taken = Table.grid(padding=(0, 2))
+    for name, text in _taken(summary):
+        taken.add_row(Text(name, style="dim"), Text(text))
+    console.print(taken)
+    console.file.flush()
+
+
+def _taken(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    per_round, speed = summary.get("seconds_per_round"), summary.get("tokens_per_second")
+    each = "" if per_round is None else f", {duration(per_round)} per round"
+    fast = "" if speed is None else f", {figure(round(speed, 1))} per second"
+    spelled = {
+        "sent": f"{size(summary.get('bytes_up'))} up, {size(summary.get('bytes_down'))} down",
+        "time": duration(summary.get("seconds")) + each,
+        "tokens": figure(summary.get("tokens_trained")) + fast,
+        "peak memory": size(summary.get("peak_rss_bytes")),
+        "epsilon": figure(summary.get("epsilon")),
+        "best round": figure(summary.get("best_round")),
+        "experiment": printable(str(summary.get("experiment_hash") or NOTHING)[:8]),
+    }
+    return [(name, text) for name, text in spelled.items() if not text.startswith(NOTHING)]

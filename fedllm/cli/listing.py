@@ -1,0 +1,80 @@
+"""`fedllm ls`: names, what they mean, and where they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fedllm.aggregate import Aggregator
+from fedllm.catalog import METHODS, NOUNS
+from fedllm.config import schema
+from fedllm.errors import ConfigError, nearest
+from fedllm.federations.records import PACKAGED
+from fedllm.stage import Stage
+from fedllm.tasks.base import ALIASES
+from fedllm.work import Work
+
+Rows = Iterable[tuple[str, ...]]
+
+
+def listing(what: str) -> None:
+    """Print one list.
+
+    Raises:
+        ConfigError: there is no such list.
+    """
+    if what == "schema":
+        print(json.dumps(schema(), indent=2))
+        return
+    if what not in LISTS:
+        raise ConfigError(f"there is no list '{what}'{nearest(what, [*LISTS, 'schema'])}")
+    heads, rows = LISTS[what]
+    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+    for row in rows():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _methods() -> Rows:
+    for name, method in METHODS.items():
+        adapter = f"task.adapter: {method.adapter}; " if method.adapter else ""
+        stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
+        yield name, f"{adapter}stages: [{stages}]; aggregator: {method.aggregator}", method.paper
+
+
+def _classes(noun: type) -> Callable[[], Rows]:
+    def rows() -> Rows:
+        for name, cls in NOUNS[noun].items():
+            yield name, _settings(cls), _first_line(cls)
+
+    return rows
+
+
+def _settings(cls: type) -> str:
+    items: Mapping[str, object] = vars(cls).get("__dataclass_fields__", {})
+    return ", ".join(items)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+def _recipes() -> Rows:
+    for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")):
+        yield path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+SETTINGS = ("name", "settings", "what")
+LISTS: Mapping[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
+    "methods": (("name", "sets", "paper"), _methods),
+    "stages": (SETTINGS, _classes(Stage)),
+    "aggregators": (SETTINGS, _classes(Aggregator)),
+    "works": (SETTINGS, _classes(Work)),
+    "models": (("name", "title"), lambda: ((name, alias.title) for name, alias in ALIASES.items())),
+    "data": (("name", "what"), lambda: ((name, data.title) for name, data in PACKAGED.items())),
+    "recipes": (("name", "what"), _recipes),
+}

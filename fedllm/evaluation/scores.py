@@ -1,0 +1,152 @@
+"""Held-out scores as sums and counts, so that clients' figures add up like any other part.
+
+    nll           mean negative log-likelihood of a labelled token, in nats      perplexity   exp(nll)
+    exact_match   greedy answer equals the response                              rouge_l      its ROUGE-L
+    accuracy      multiple choice by log-likelihood a token; ties share the point
+
+With `by` each metric is also given over the records of each value of that field: `exact_match/private`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import ConfigError, DataError, nearest
+from fedllm.evaluation.text import choice_score, exact_match, rouge_l
+from fedllm.experiment import Evaluation, Experiment
+from fedllm.federation import Population, Record
+from fedllm.tasks.model import LoadedModel
+from fedllm.tasks.template import response_text
+from fedllm.tree import Tree
+
+Pair = tuple[float, float]  # a record's share of a metric's sum and count
+LOWER_IS_BETTER = frozenset({"nll", "perplexity"})
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What is measured. `groups`: the values of the field `evaluation.by`, of all clients."""
+
+    evaluation: Evaluation
+    max_length: int
+    groups: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(experiment: Experiment, population: Population) -> Scorer:
+        """The scorer of an experiment.
+
+        Raises:
+            DataError: a held-out record lacks the field `by`.
+        """
+        by, groups = experiment.evaluation.by, set()
+        if by is not None:
+            for client, records in population.heldout.items():
+                for record in records:
+                    if by not in record:
+                        where = f"a held-out record of {client}"
+                        raise DataError(f"evaluation.by: {where} has no '{by}'{nearest(by, record)}")
+                    groups.add(str(record[by]))
+        return Scorer(experiment.evaluation, experiment.work.max_length, tuple(sorted(groups)))
+
+    def sums(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> Tree:
+        """Leaves `sum/METRIC` and `count/METRIC`, float64, the same names whatever the records."""
+        chosen = list(records)[: self.evaluation.limit]
+        totals = {name: [0.0, 0.0] for name in self._names()}
+        for metric in self._measured():
+            for record, (value, count) in zip(chosen, METRICS[metric](self, model, params, chosen), strict=True):
+                group = [f"{metric}/{record[self.evaluation.by]}"] if self.evaluation.by is not None else []
+                for name in (metric, *group):
+                    totals[name][0] += value
+                    totals[name][1] += count
+        leaves = {f"sum/{name}": total[0] for name, total in totals.items()}
+        leaves |= {f"count/{name}": total[1] for name, total in totals.items()}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in leaves.items()}
+
+    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sums to the metrics that were asked for. A metric that nothing was measured for is left out."""
+        found: dict[str, float] = {}
+        for name in self._names():
+            count = float(sums.get(f"count/{name}", torch.zeros(())))
+            if count > 0:
+                found[name] = float(sums[f"sum/{name}"]) / count
+        metrics = self.evaluation.metrics
+        if "perplexity" in metrics:
+            found |= {f"perplexity{n[3:]}": math.exp(min(v, 700.0)) for n, v in found.items() if n.startswith("nll")}
+        return {name: value for name, value in found.items() if name.partition("/")[0] in metrics}
+
+    def _measured(self) -> list[str]:
+        names = ["nll" if name == "perplexity" else name for name in self.evaluation.metrics]
+        return list(dict.fromkeys(names))
+
+    def _names(self) -> Iterable[str]:
+        for metric in self._measured():
+            yield metric
+            yield from (f"{metric}/{group}" for group in self.groups)
+
+
+def nll(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
+    """Sum and number of labelled tokens."""
+    examples = [model.encode(record, scorer.max_length) for record in records]
+    kept = [example for example in examples if example is not None]
+    losses = iter(model.sequence_nll(params, kept, scorer.evaluation.batch_size))
+    rows = [next(losses) if example is not None else torch.zeros(0) for example in examples]
+    return [(float(row.double().sum()), float(len(row))) for row in rows]
+
+
+def generated(
+    measure: Callable[[str, str], float],
+) -> Callable[[Scorer, LoadedModel, Tree, Sequence[Record]], list[Pair]]:
+    """A metric on greedy answers."""
+
+    def metric(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
+        settings = scorer.evaluation
+        prompts = [model.prompt(record) for record in records]
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))  # little padding
+        answers: dict[int, str] = {}
+        for at in range(0, len(order), settings.batch_size):
+            chosen = order[at : at + settings.batch_size]
+            texts = model.generate(params, [prompts[place] for place in chosen], settings.max_new_tokens)
+            answers |= dict(zip(chosen, texts, strict=True))
+        return [(measure(answers[place], response_text(record)), 1.0) for place, record in enumerate(records)]
+
+    return metric
+
+
+def accuracy(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
+    """Multiple choice: `choices` (texts) and `answer` (index of the right one) beside the prompt."""
+    pairs: list[Pair] = []
+    for record in records:
+        if "choices" not in record or "answer" not in record:
+            raise DataError("the metric accuracy needs records with 'choices' and 'answer'; map them with fields")
+        options = [model.encode({**record, "response": text}, scorer.max_length) for text in record["choices"]]
+        if any(option is None for option in options):
+            pairs.append((0.0, 1.0))
+            continue
+        losses = model.sequence_nll(params, [o for o in options if o is not None], scorer.evaluation.batch_size)
+        pairs.append((choice_score([-float(row.mean()) for row in losses], int(record["answer"])), 1.0))
+    return pairs
+
+
+METRICS: Mapping[str, Callable[[Scorer, LoadedModel, Tree, Sequence[Record]], list[Pair]]] = {
+    "nll": nll,
+    "exact_match": generated(exact_match),
+    "rouge_l": generated(rouge_l),
+    "accuracy": accuracy,
+}
+
+
+def check_metrics(evaluation: Evaluation) -> None:
+    """Refuse unknown metrics.
+
+    Raises:
+        ConfigError: names the nearest known one.
+    """
+    known = [*METRICS, "perplexity"]
+    for name in evaluation.metrics:
+        if name not in known:
+            raise ConfigError(f"evaluation.metrics: unknown metric '{name}'{nearest(name, known)}")

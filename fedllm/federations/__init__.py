@@ -1,0 +1,1 @@
+"""Federations: where the clients' records come from and how they are spread."""

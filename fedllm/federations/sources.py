@@ -1,0 +1,174 @@
+"""Sources: rows of files and of the hub, each with the place where it stands.
+
+Files end in .jsonl or .json (one object a line, or one array of objects), .csv, all three also with .gz, or .parquet.
+JSON and CSV are read with the standard library alone; pyarrow and `datasets` are imported only where they are needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedllm.errors import DataError, MissingExtra, nearest
+from fedllm.federations import tables
+
+Row = tuple[str, dict[str, Any]]  # the place ("notes/train.jsonl:3"), and what stands there
+
+HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w\[\]%+:-]+))?")
+
+
+def is_file(source: str) -> bool:
+    """True if a source is meant as a file: it ends like one, or it is there."""
+    return _suffix(source) in READERS or Path(source).expanduser().exists()
+
+
+def file_rows(source: str) -> Iterator[Row]:
+    """The rows of a file, one at a time.
+
+    Raises:
+        DataError: the file is not there, of no known kind, damaged, or holds something else than rows.
+        MissingExtra: pyarrow is not installed.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(f"there is no file {path}{_nearest_file(path)}")
+    if _suffix(source) not in READERS or path.is_dir():
+        raise DataError(f"{path} is not a file that ends in {', '.join(sorted(READERS))} (all but .parquet also .gz)")
+    try:
+        yield from READERS[_suffix(source)](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def is_hub(source: str) -> bool:
+    """True if a source is written like a data set of the hub: org/name, org/name/config, either with :split."""
+    return HUB.fullmatch(source) is not None
+
+
+def hub_rows(source: str) -> Iterator[Row]:
+    """The rows of a data set of the hub; split "train" if none is named.
+
+    Raises:
+        DataError: it cannot be had.
+        MissingExtra: `datasets` is not installed.
+    """
+    found = HUB.fullmatch(source)
+    assert found is not None, source
+    split = found["split"] or "train"
+    try:
+        table = tables.hub(found["name"], found["config"], split)
+    except ImportError as error:
+        raise MissingExtra("datasets", "data") from error
+    except Exception as error:  # the hub's client raises what it pleases
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"'{source}' is no file here, and split '{split}' of it could not be had from the hub; "
+            f"check the name and the connection ({reason})"
+        ) from error
+    for number, row in enumerate(table, 1):
+        yield f"{source}, row {number}", dict(row)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    with _open(path) as file:
+        array = file.read(4096).lstrip().startswith("[")
+    return _json_array(path) if array else _json_lines(path)
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _object(line, f"{path}:{number}", "each line must hold one JSON object")
+
+
+def _json_array(path: Path) -> Iterator[Row]:
+    with _open(path) as file:
+        text = file.read()
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno} is not JSON ({error.msg}, column {error.colno})") from error
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise DataError(f"{path}, item {number} is {_kind(item)}; each item must be one JSON object")
+        yield f"{path}, item {number}", item
+
+
+def _object(line: str, place: str, rule: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON ({error.msg}, column {error.colno}); {rule}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is {_kind(row)}; {rule}")
+    return place, row
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    with _open(path, newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        last = 0  # where the row before ends: an open quote swallows lines, what matters is where it was opened
+        try:
+            for row in reader:
+                last = reader.line_num
+                if None in row or None in row.values():
+                    wanted = len(reader.fieldnames or ())
+                    raise DataError(f"{path}:{last} has not the {wanted} cells that the header names")
+                yield f"{path}:{last}", row
+        except csv.Error as error:
+            raise DataError(f"{path}:{max(last, 1) + 1} is not CSV ({error})") from error
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "data") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _suffix(source: str) -> str:
+    return Path(source.lower().removesuffix(".gz")).suffix
+
+
+def _open(path: Path, newline: str | None = None) -> TextIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder} either"
+    return nearest(path.name, [entry.name for entry in folder.iterdir() if entry.is_file()])
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "null", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

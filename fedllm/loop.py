@@ -1,0 +1,137 @@
+"""The server's loop: one round, and the evaluation of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+from fedllm import tree
+from fedllm.aggregate import Call, Replies
+from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
+from fedllm.experiment import Experiment
+from fedllm.stage import Stage, down, merge
+from fedllm.state import Run
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Failure, Part, Request, Update
+
+
+@dataclass(eq=False)
+class Watch:
+    """A call that is watched: who answered and who failed, and the figures that each update carries in the clear."""
+
+    call: Call
+    emit: Emit
+    round: int
+    shown: bool  # False where the server must learn nothing but sums
+    answered: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Tree] = field(default_factory=dict)
+
+    def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
+        """The replies, unchanged."""
+        started = perf_counter()
+        for client, reply in self.call(name, requests):
+            if isinstance(reply, Failure):
+                self.failed[client] = reply.reason
+                self.emit(ClientFailed(self.round, client, reply.reason))
+            elif name in ("work", "evaluate"):
+                self._note(name, client, reply, perf_counter() - started)
+            yield client, reply
+            started = perf_counter()
+
+    def _note(self, name: str, client: str, reply: Update, seconds: float) -> None:
+        self.answered.append(client)
+        figures = _mean(reply, "metrics") if self.shown else {}
+        counts = _mean(reply, "counts") if self.shown else {}
+        if name == "evaluate":
+            self.scores[client] = figures
+        else:
+            loss = float(figures["loss"]) if "loss" in figures else None
+            tokens = int(counts["tokens"]) if "tokens" in counts else None
+            self.emit(ClientFinished(self.round, client, loss, tokens, round(seconds, 4)))
+
+
+@dataclass(frozen=True, eq=False)
+class RoundResult:
+    """What a round reports besides the new state."""
+
+    clients: int
+    loss: float | None
+    tokens: int
+    note: str
+
+
+def one_round(
+    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit
+) -> tuple[Run, RoundResult]:
+    """Sample, ask, add up, decode, step."""
+    stages = experiment.trip
+    cohort = experiment.federation.sample(clients, run.round, run.key.fold("cohort", run.round))
+    emit(RoundStarted(run.round, tuple(cohort)))
+    everyone = Ctx(run.round, run.key, len(cohort), len(clients), experiment.rounds)
+    watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
+    requests = requests_for(experiment, run, cohort, everyone)
+    total = experiment.aggregator.reduce(watch, requests)
+    note = ""
+    if len(watch.answered) < experiment.limits.quorum or "delta" not in total.parts:
+        note = "nobody was drawn" if not cohort else f"{len(watch.answered)} of {len(cohort)} answered: an empty round"
+        total = empty_total(stages, run, everyone)
+    total, states = merge(stages, total, run.params, run.states, everyone)
+    params = tree.add(run.params, total.parts["delta"].tree)
+    after = replace(run, params=params, states=states, round=run.round + 1, pending=())
+    loss, tokens = _tree(total, "metrics").get("loss"), _tree(total, "counts").get("tokens")
+    result = RoundResult(
+        clients=len(watch.answered),
+        loss=None if loss is None or note else float(loss),
+        tokens=0 if tokens is None else int(tokens),
+        note=note,
+    )
+    return after, result
+
+
+def requests_for(experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx) -> dict[str, Request]:
+    """What each client of the cohort is sent."""
+    requests = {}
+    for slot, client in enumerate(cohort):
+        ctx = replace(everyone, client=client, slot=slot, profile=experiment.federation.profile(client))
+        requests[client] = Request(*down(experiment.trip, run.params, run.states, ctx), ctx)
+    return requests
+
+
+def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
+    """A zero delta of weight 0 in the shape of the broadcast."""
+    params, _ = down(stages, run.params, run.states, everyone)
+    return Update({"delta": Part(tree.zeros_like(params), 0.0)})
+
+
+def evaluate(
+    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit
+) -> tuple[Tree, dict[str, Tree]]:
+    """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown."""
+    key = run.key.fold("evaluate")
+    everyone = Ctx(run.round, key, len(clients), len(clients), experiment.rounds)
+    watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
+    requests = requests_for(experiment, run, clients, everyone)
+    total = experiment.aggregator.reduce(watch, requests, name="evaluate")
+    total, _ = merge(experiment.trip, total, run.params, run.states, everyone)
+    return _tree(total, "metrics"), watch.scores
+
+
+def start(experiment: Experiment, initial: Tree) -> Run:
+    """The state before the first round."""
+    shared = {name: leaf for name, leaf in initial.items() if experiment.task.scope.shares(name)}
+    return Run(params=shared, states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
+
+
+def _tree(update: Update, part: str) -> Tree:
+    found = update.parts.get(part)
+    return {} if found is None else found.tree
+
+
+def _mean(update: Update, part: str) -> Tree:
+    """A part of a sealed update, divided by the weight that it was multiplied with."""
+    found = update.parts.get(part)
+    if found is None:
+        return {}
+    return found.tree if not found.weight else tree.scale(found.tree, 1 / found.weight)

@@ -1,0 +1,122 @@
+"""What a run leaves behind: the adapter, the clients' own adapters, the summary and the report."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.config import experiment_hash
+from fedllm.events import ClientFinished, DataReported, Evaluated, Event, read
+from fedllm.experiment import Experiment
+from fedllm.folder import Folder
+from fedllm.stages.keep import Keep
+from fedllm.state import ClientStore, Run, atomic_folder, write_durably
+from fedllm.tasks.base import load_base, materialise
+from fedllm.tasks.model import LoadedModel
+from fedllm.tree import Tree
+
+
+def write_outputs(
+    experiment: Experiment, folder: Folder, model: LoadedModel, state: Run, engine: str, seconds: float
+) -> None:
+    """Write them all; the summary last, for it marks the run as finished."""
+    bound = model.bound(experiment.key)
+    complete = {**bound.constants, **model.fresh(experiment.key)}
+    save_adapter(model, {**complete, **state.params}, folder.path / "adapter")
+    for client, own in personal_leaves(experiment, folder, state).items():
+        save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
+    events = [event for _, event in read(folder.events)]
+    figures = summary(experiment, state, engine, seconds, events, model.base.title)
+    part = folder.summary.with_suffix(".part")
+    write_durably(part, (json.dumps(figures, indent=2) + "\n").encode())
+    part.replace(folder.summary)
+
+
+def save_adapter(model: LoadedModel, params: Tree, folder: Path) -> None:
+    """One adapter folder, whole or not at all."""
+    with atomic_folder(folder) as part:
+        model.adapter.save(params, part, base_name(model))
+
+
+def base_name(model: LoadedModel) -> str:
+    """What an adapter's configuration calls its base: the folder that was loaded, or the hub id."""
+    base = model.base
+    if base.folder is None and "/" in base.name:
+        return base.name
+    # a model that is built in code is written out once, without the adapter's layers
+    return str(base.folder or materialise(load_base(base.name, dtype=model.task.dtype, device="cpu")))
+
+
+def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mapping[str, Tree]:
+    """What each client has kept to itself."""
+    stages = experiment.trip
+    places = [place for place, stage in enumerate(stages) if isinstance(stage, Keep)]
+    if not places or not folder.memories.is_dir():
+        return {}
+    store = ClientStore(folder.memories)
+    found: dict[str, Tree] = {}
+    for path in sorted(folder.memories.iterdir()):
+        memories = store.load(path.name, state.round, len(stages))
+        found[path.name] = {name: leaf for place in places for name, leaf in memories[place].items()}
+    return found
+
+
+def summary(
+    experiment: Experiment, state: Run, engine: str, seconds: float, events: list[Event], title: str
+) -> dict[str, Any]:
+    """The figures of `summary.json`."""
+    totals = state.totals
+    evaluated = {event.which: event for event in events if isinstance(event, Evaluated)}
+    tables = {
+        which: dict(evaluated[which].metrics) if which in evaluated else None
+        for which in ("base", "federated", "local_only", "centralised")
+    }
+    federated = evaluated.get("federated")
+    return {
+        "experiment_hash": experiment_hash(experiment),
+        "engine": engine,
+        "model": title,
+        "rounds": state.round,
+        "seconds": round(seconds, 3),
+        "seconds_per_round": round(totals.seconds / max(1, state.round), 4),
+        "tokens_trained": totals.tokens,
+        "tokens_per_second": round(totals.tokens / totals.seconds, 2) if totals.seconds else 0.0,
+        "bytes_up": totals.bytes_up,
+        "bytes_down": totals.bytes_down,
+        "evaluation_bytes": totals.evaluation_bytes,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "best_round": state.best[0] if state.best else None,
+        "eval": tables,
+        "notes": {which: event.note for which, event in evaluated.items() if event.note},
+        "clients": _clients(events, federated),
+        "worst": _worst(federated),
+        "epsilon": None,
+    }
+
+
+def _clients(events: list[Event], federated: Evaluated | None) -> dict[str, dict[str, Any]]:
+    clients: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if isinstance(event, DataReported):
+            clients = {c: {"train": n, "heldout": event.heldout.get(c, 0)} for c, n in event.train.items()}
+        elif isinstance(event, ClientFinished) and event.client in clients:
+            clients[event.client]["loss"] = event.loss
+    for client, scores in (federated.clients if federated else {}).items():
+        clients.setdefault(client, {})["eval"] = dict(scores)
+    return clients
+
+
+def _worst(federated: Evaluated | None) -> dict[str, float]:
+    """The worst client's figure of each metric."""
+    if federated is None:
+        return {}
+    from fedllm.evaluation.scores import LOWER_IS_BETTER
+
+    found: dict[str, float] = {}
+    for name in {name for scores in federated.clients.values() for name in scores}:
+        values = [scores[name] for scores in federated.clients.values() if name in scores]
+        found[name] = max(values) if name.partition("/")[0] in LOWER_IS_BETTER else min(values)
+    return dict(sorted(found.items()))

@@ -1,0 +1,8 @@
+"""A run as one page: a self-contained HTML file made from the run folder's event log."""
+
+from __future__ import annotations
+
+from fedllm.report.page import write_report
+from fedllm.report.story import Story, effective, load
+
+__all__ = ["Story", "effective", "load", "write_report"]

@@ -1,0 +1,211 @@
+"""The pictures of a report. Each function takes the runs, one line or bar group a run, and returns the figures that
+their events can fill: none where nothing was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+
+from fedllm.events import ClientFinished, DataReported, Evaluated, RoundFinished, Wire
+from fedllm.report.plot import (
+    DASHES,
+    SHADE,
+    Figure,
+    Trace,
+    bars,
+    by_rows,
+    colour,
+    columns,
+    level,
+    line,
+    over_rounds,
+)
+from fedllm.report.quantity import finite, lower_is_better
+from fedllm.report.story import COMPARED, Story, client_scores
+
+_MIB = 2**20
+_FEW = 12  # lines or labels that an eye can still tell apart
+
+
+def loss(stories: Sequence[Story]) -> list[Figure]:
+    """Training loss of each round; for one run with few clients also each client's own."""
+    traces: list[Trace] = []
+    if len(stories) == 1:
+        traces += _client_losses(stories[0])
+    for place, story in enumerate(stories):
+        name = "all clients" if traces and len(stories) == 1 else story.label
+        shade = SHADE["federated"] if len(stories) == 1 else colour(place)
+        traces.append(line(name, {e.round + 1: e.loss for e in story.of(RoundFinished)}, shade=shade))
+    if not any(trace["x"] for trace in traces):
+        return []
+    note = "Mean over each round's clients of the loss during local training; what an aggregator hides is missing."
+    return [over_rounds("Training loss", note, traces)]
+
+
+def _client_losses(story: Story) -> list[Trace]:
+    seen: dict[str, dict[int, float | None]] = {}
+    for event in story.of(ClientFinished):
+        if finite(event.loss):
+            seen.setdefault(event.client, {})[event.round + 1] = event.loss
+    if len(seen) > _FEW:
+        return []
+    return [
+        line(client, points, shade=colour(place + 1), thin=True) for place, (client, points) in enumerate(seen.items())
+    ]
+
+
+def metrics(stories: Sequence[Story]) -> list[Figure]:
+    """One run: a figure per metric, its fields (`exact_match/private`) as further lines, with the levels of the base
+    model and of the comparisons. Several runs: a figure per metric and field."""
+    names = dict.fromkeys(name for story in stories for event in story.of(Evaluated) for name in event.metrics)
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(name.split("/")[0] if len(stories) == 1 else name, []).append(name)
+    return [figure for family, names in families.items() for figure in _family(stories, family, names)]
+
+
+def _family(stories: Sequence[Story], family: str, names: Sequence[str]) -> list[Figure]:
+    if len(stories) == 1:
+        shades = [SHADE["federated"], *(colour(place + 3) for place in range(len(names)))]
+        curves = [(name, stories[0].curve(name), shade) for name, shade in zip(names, shades, strict=False)]
+        curves = [("federated", *curves[0][1:])] if names == [family] else curves
+    else:
+        curves = [(story.label, story.curve(family), colour(place)) for place, story in enumerate(stories)]
+    traces = [line(title, dict(points), shade=shade) for title, points, shade in curves if points]
+    if not traces:
+        return []
+    if len(stories) == 1 and family in names:
+        traces += _levels(stories[0], family)
+    better = "Lower" if lower_is_better(family) else "Higher"
+    return [over_rounds(family, f"{better} is better. The shared model on held-out records.", traces)]
+
+
+def _levels(story: Story, name: str) -> list[Trace]:
+    until = max(story.curve(name), default=0)
+    return [
+        level(COMPARED[which], event.metrics[name], until=until, shade=SHADE[which])
+        for which, event in story.evaluations.items()
+        if which != "federated" and finite(event.metrics.get(name))
+    ]
+
+
+def clients(stories: Sequence[Story]) -> list[Figure]:
+    """The final evaluation of every client, worst first: one run beside its comparisons, or several runs."""
+    names = dict.fromkeys(name for story in stories for name in _client_metrics(story))
+    return [figure for name in names for figure in _client_bars(stories, name)]
+
+
+def _client_metrics(story: Story) -> list[str]:
+    return [name for event in story.evaluations.values() for scores in event.clients.values() for name in scores]
+
+
+def _client_bars(stories: Sequence[Story], metric: str) -> list[Figure]:
+    if len(stories) == 1:
+        groups = [(COMPARED[which], SHADE[which], event) for which, event in stories[0].evaluations.items()]
+    else:
+        found = [(story.label, colour(place), story.evaluations) for place, story in enumerate(stories)]
+        groups = [(name, shade, event["federated"]) for name, shade, event in found if "federated" in event]
+    scores = [(name, shade, client_scores(event, metric)) for name, shade, event in groups]
+    scores = [group for group in scores if group[2]]
+    if not scores:
+        return []
+    order = max(scores, key=lambda group: group[0] == "federated")[2]
+    sign = -1 if lower_is_better(metric) else 1
+    everyone = dict.fromkeys(client for _, _, found in scores for client in found)
+    rows = sorted(everyone, key=lambda client: sign * order.get(client, float("inf")))
+    traces = [bars(name, rows, found, shade=shade) for name, shade, found in scores]
+    better = "lower" if lower_is_better(metric) else "higher"
+    note = f"Each client's own held-out records, worst client first ({better} is better)."
+    return [by_rows(f"{metric} by client", note, traces, rows=rows)]
+
+
+def traffic(stories: Sequence[Story]) -> list[Figure]:
+    """Bytes of each round, and of all rounds so far."""
+    each = "Serialised messages of the round's clients, headers included."
+    return [
+        *_directions(stories, "Bytes per round", each, iter),
+        *_directions(stories, "Bytes so far", "The same, added up.", accumulate),
+    ]
+
+
+def _directions(
+    stories: Sequence[Story], title: str, note: str, turn: Callable[[list[int]], Iterable[int]]
+) -> list[Figure]:
+    traces: list[Trace] = []
+    for place, story in enumerate(stories):
+        finished = story.of(RoundFinished)
+        sides = {"up": [e.bytes_up for e in finished], "down": [e.bytes_down for e in finished]}
+        for side, (direction, values) in enumerate(sides.items()):
+            points = {e.round + 1: value / _MIB for e, value in zip(finished, turn(values), strict=True)}
+            name = direction if len(stories) == 1 else f"{story.label} {direction}"
+            shade = colour(side if len(stories) == 1 else place)
+            if points:
+                traces.append(line(name, dict(points), shade=shade, dash=DASHES[side]))
+    return [over_rounds(title, note, traces, unit="MiB", from_zero=True)] if traces else []
+
+
+def parts(stories: Sequence[Story]) -> list[Figure]:
+    """What the bytes were spent on: one bar per run and direction, cut into parts and headers."""
+    rows: list[str] = []
+    spent: dict[str, dict[str, float]] = {}
+    for story in stories:
+        for (direction, part), amount in bytes_by_part(story).items():
+            row = direction if len(stories) == 1 else f"{story.label} {direction}"
+            rows = rows if row in rows else [*rows, row]
+            spent.setdefault(part, {})[row] = amount / _MIB
+    if not rows:
+        return []
+    traces = [bars(part, rows, amounts, shade=colour(place)) for place, (part, amounts) in enumerate(spent.items())]
+    note = "All messages of the run by what they carry; headers are names, shapes and framing."
+    return [by_rows("Bytes by part", note, traces, rows=rows, unit="MiB", stacked=True)]
+
+
+def bytes_by_part(story: Story) -> dict[tuple[str, str], int]:
+    """Bytes by (direction, part); what is no part's is the headers'. Up comes first, then the largest."""
+    spent: dict[tuple[str, str], int] = {}
+    for event in story.of(Wire):
+        rest = event.bytes - sum(event.parts.values())
+        for part, amount in {**event.parts, "headers": rest}.items():
+            spent[event.direction, part] = spent.get((event.direction, part), 0) + amount
+    return dict(sorted(spent.items(), key=lambda item: (item[0][0] != "up", -item[1])))
+
+
+def partition(data: DataReported) -> list[Figure]:
+    """Records of every client: training records stacked by label where there are labels, else beside held-out ones."""
+    rows = list(data.train)
+    if not rows:
+        return []
+    totals: dict[str, int] = {}
+    for counts in data.labels.values():
+        for label, count in counts.items():
+            totals[label] = totals.get(label, 0) + count
+    if not totals:
+        groups = {"training": dict(data.train), "held out": dict(data.heldout)}
+        note = "Records that each client trains on, and those that it keeps back to be judged by."
+    else:
+        kept = sorted(totals, key=lambda label: -totals[label])[: _FEW - 1 if len(totals) > _FEW else _FEW]
+        groups = {label: {client: data.labels.get(client, {}).get(label, 0) for client in rows} for label in kept}
+        if len(totals) > len(kept):
+            groups["all other labels"] = {
+                client: sum(count for label, count in data.labels.get(client, {}).items() if label not in groups)
+                for client in rows
+            }
+        note = "Records of each client by label."
+    traces = [
+        bars(name, rows, {client: float(count) for client, count in counts.items()}, shade=colour(place))
+        for place, (name, counts) in enumerate(groups.items())
+    ]
+    return [by_rows("Records by client", note, traces, rows=rows, unit="records", stacked=True)]
+
+
+def seconds(stories: Sequence[Story]) -> list[Figure]:
+    """Wall-clock time of each round."""
+    timed = [(story.label, {e.round + 1: e.seconds for e in story.of(RoundFinished)}) for story in stories]
+    if not any(values for _, values in timed):
+        return []
+    if len(timed) == 1:
+        traces = [columns("seconds", timed[0][1], shade=SHADE["federated"])]
+    else:
+        traces = [line(name, dict(values), shade=colour(place)) for place, (name, values) in enumerate(timed)]
+    note = "From drawing the cohort to the merged model."
+    return [over_rounds("Time per round", note, traces, unit="seconds", from_zero=True)]

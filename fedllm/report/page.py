@@ -1,0 +1,112 @@
+"""One self-contained HTML page about one run or several.
+
+No request leaves the page: the drawing library and the style stand in it, and a content security policy names the two
+scripts that may run by their hashes, so that nothing from a run's data could ever become code.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedllm.events import RunStarted
+from fedllm.report import tables
+from fedllm.report.markup import Html, el, pairs
+from fedllm.report.quantity import figure
+from fedllm.report.sections import sections
+from fedllm.report.story import Story, load_all
+from fedllm.report.style import SCRIPT, STYLE
+
+
+def write_report(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page about `runs` (run folders) to the file `out` and return it.
+
+    Raises RunError where a folder is no run folder.
+    """
+    page = render(load_all(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def render(stories: Sequence[Story]) -> str:
+    """The whole page."""
+    chosen = [(title, body) for title, body in sections(stories) if body]
+    library = _plotly()
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"script-src '{_hash(library)}' '{_hash(SCRIPT)}'; base-uri 'none'; form-action 'none'"
+    )
+    links = [el("a", title, attrs={"href": f"#{_anchor(title)}"}) for title, _ in chosen]
+    chapters = [el("section", el("h2", title), body, attrs={"id": _anchor(title)}) for title, body in chosen]
+    head = [
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        el("title", _title(stories)),
+        el("style", Html(STYLE)),
+    ]
+    body = [
+        el("header", *_opening(stories), el("nav", *links, attrs={"aria-label": "Sections"})),
+        el("noscript", el("p.kind", "The figures need JavaScript; every number is in the tables.")),
+        el("main", *chapters),
+        el("footer", "Made by fedllm from the run's own event log. Rounds are counted from 1."),
+        el("script", Html(library)),
+        el("script", Html(SCRIPT)),
+    ]
+    return "<!doctype html>\n" + el("html", el("head", *head), el("body", *body), attrs={"lang": "en"}) + "\n"
+
+
+def _plotly() -> str:
+    """The drawing library's source. Imported here, because it is needed for nothing else."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _title(stories: Sequence[Story]) -> str:
+    names = [_name(story) for story in stories]
+    models = list(dict.fromkeys(story.model for story in stories))
+    return f"{', '.join(dict.fromkeys(names))} \N{EM DASH} {', '.join(models)}"
+
+
+def _name(story: Story) -> str:
+    started = story.last(RunStarted)
+    return started.name if started else story.label
+
+
+def _opening(stories: Sequence[Story]) -> list[Html]:
+    models = ", ".join(dict.fromkeys(story.model for story in stories))
+    if len(stories) > 1:
+        names = " and ".join([", ".join(story.label for story in stories[:-1]), stories[-1].label])
+        return [el("p.kind", f"fedllm report, {len(stories)} runs"), el("h1", models), el("p.lede", names)]
+    story = stories[0]
+    started = story.last(RunStarted)
+    facts = [models, tables.ending(story)]
+    if started:
+        facts += [f"{figure(started.clients)} clients", f"{figure(started.trainable)} trainable parameters"]
+        facts += [f"{started.engine} engine", f"experiment {started.experiment_hash[:8]}"]
+    lede = el("p.lede", " \N{MIDDLE DOT} ".join(facts))
+    return [el("p.kind", "fedllm report"), el("h1", _name(story)), lede, _key_figures(story)]
+
+
+def _key_figures(story: Story) -> Html:
+    found = story.evaluations
+    items: list[tuple[str, str, str]] = []
+    if "federated" in found:
+        for name, value in list(found["federated"].metrics.items())[:2]:
+            before = found["base"].metrics.get(name) if "base" in found else None
+            items.append((name, figure(value), "" if before is None else f"base {figure(before)}"))
+    costs = tables.costs(story)
+    wanted = ("sent up", "sent down", "time", "tokens per second", "epsilon")
+    return pairs(items + [(name, costs[name], "") for name in wanted if name in costs])

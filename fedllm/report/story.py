@@ -1,0 +1,160 @@
+"""What happened in a run, told from its event log alone.
+
+A log that was resumed holds rounds twice: what was written of a lost round before the `Resumed` marker is
+superseded by what comes after it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fedllm.errors import RunError
+from fedllm.events import (
+    CheckpointSaved,
+    ClientFailed,
+    ClientFinished,
+    Evaluated,
+    Event,
+    Resumed,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    Scores,
+    Wire,
+    read,
+)
+from fedllm.report.quantity import finite
+
+COMPARED = {"base": "base", "local_only": "local-only", "federated": "federated", "centralised": "centralised"}
+E = TypeVar("E", bound=Event)
+
+
+def effective(events: Iterable[Event]) -> list[Event]:
+    """The events that count. `Resumed(r)` drops what came before it of the rounds r, r + 1, ..., the evaluations and
+    checkpoints of more than r completed rounds, and the end of the run. Comparisons do not hang on rounds."""
+    kept: list[Event] = []
+    for event in events:
+        if isinstance(event, Resumed):
+            kept = [earlier for earlier in kept if not _superseded(earlier, event.round)]
+        kept.append(event)
+    return kept
+
+
+def _superseded(event: Event, start: int) -> bool:
+    match event:
+        case RoundStarted() | Wire() | ClientFinished() | ClientFailed() | RoundFinished():
+            return event.round >= start
+        case Evaluated(which="federated") | CheckpointSaved():
+            return event.round > start
+        case RunFinished():
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run: its effective events, and what stands beside the log (`summary`, `settings` as YAML text)."""
+
+    label: str
+    events: tuple[Event, ...]
+    summary: Mapping[str, Any]
+    settings: str
+
+    def of(self, cls: type[E]) -> list[E]:
+        """All events of one type, in order."""
+        return [event for event in self.events if isinstance(event, cls)]
+
+    def last(self, cls: type[E]) -> E | None:
+        """The newest event of one type."""
+        return next((event for event in reversed(self.events) if isinstance(event, cls)), None)
+
+    @property
+    def model(self) -> str:
+        """The base model's title."""
+        started = self.last(RunStarted)
+        return started.model if started else str(self.summary.get("model") or "unknown model")
+
+    @property
+    def evaluations(self) -> dict[str, Evaluated]:
+        """The newest evaluation of each kind, in the order base, local-only, federated, centralised."""
+        newest = {event.which: event for event in self.of(Evaluated)}
+        return {which: newest[which] for which in COMPARED if which in newest}
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric of the newest evaluations, in order of appearance."""
+        return list(dict.fromkeys(name for event in self.evaluations.values() for name in event.metrics))
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """The federated model's `metric` by completed rounds; values that are not finite are left out."""
+        return {
+            event.round: event.metrics[metric]
+            for event in self.of(Evaluated)
+            if event.which == "federated" and finite(event.metrics.get(metric))
+        }
+
+    def total(self, key: str) -> float | None:
+        """`seconds`, `bytes_up`, `bytes_down` or `tokens` of the whole run: the summary's, else the rounds' sum."""
+        known = self.summary.get("tokens_trained" if key == "tokens" else key)
+        if known is not None:
+            return float(known)
+        rounds = self.of(RoundFinished)
+        sums = {
+            "seconds": sum(event.seconds for event in rounds),
+            "bytes_up": sum(event.bytes_up for event in rounds),
+            "bytes_down": sum(event.bytes_down for event in rounds),
+            "tokens": sum(event.tokens for event in rounds),
+        }
+        return sums[key] if rounds else None
+
+
+def client_scores(event: Evaluated, metric: str) -> dict[str, float]:
+    """One metric of every client that has it."""
+    scores: Mapping[str, Scores] = event.clients
+    return {client: found[metric] for client, found in scores.items() if finite(found.get(metric))}
+
+
+def load(folder: Path, *, label: str | None = None) -> Story:
+    """Read a run folder. Raises RunError where the log is missing or holds something that is no event."""
+    log = folder / "events.jsonl"
+    if not log.is_file():
+        raise RunError(f"{folder} holds no events.jsonl; name the folder that `fedllm run` wrote")
+    try:
+        events = effective(event for _, event in read(log))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{log} holds a line that is no event ({error}); remove that line") from error
+    started = next((event for event in reversed(events) if isinstance(event, RunStarted)), None)
+    experiment = folder / "experiment.yaml"
+    if experiment.is_file():
+        settings = experiment.read_text(encoding="utf-8")
+    else:
+        settings = yaml.safe_dump(dict(started.settings), sort_keys=False) if started else ""
+    return Story(label or folder.resolve().name, tuple(events), _summary(folder / "summary.json"), settings)
+
+
+def load_all(folders: Sequence[Path]) -> list[Story]:
+    """Several run folders, each under a name of its own: the folder's, or its path where names repeat."""
+    if not folders:
+        raise RunError("no run folder was named; name at least one")
+    names = [folder.resolve().name for folder in folders]
+    return [
+        load(folder, label=name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _summary(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); remove it, the report does without") from error
+    return summary if isinstance(summary, dict) else {}

@@ -1,0 +1,263 @@
+"""The figures of one or several runs as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from fedllm.events import (
+    ClientFailed,
+    DataReported,
+    Evaluated,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
+from fedllm.report.figures import bytes_by_part
+from fedllm.report.markup import Html, el, folded, joined, table
+from fedllm.report.quantity import NOTHING, duration, figure, lower_is_better, share, size
+from fedllm.report.story import COMPARED, Story, client_scores
+
+
+def headline(stories: Sequence[Story]) -> Html:
+    """Every metric of the base model, of local training, of the federation and of pooled data."""
+    metrics = list(dict.fromkeys(name for story in stories for name in story.metrics))
+    if not metrics:
+        return el("p", "Nothing was evaluated in this run." if len(stories) == 1 else "Nothing was evaluated.")
+    if len(stories) == 1:
+        found = stories[0].evaluations
+        head = ["metric", *(COMPARED[which] for which in found)]
+        rows = [[name, *(figure(event.metrics.get(name)) for event in found.values())] for name in metrics]
+    else:
+        head = ["metric", "model", *(story.label for story in stories)]
+        rows = [
+            [name, title, *(_final(story, which, name) for story in stories)]
+            for name in metrics
+            for which, title in COMPARED.items()
+            if any(name in story.evaluations[which].metrics for story in stories if which in story.evaluations)
+        ]
+    return joined([table("Final figures", head, rows), _notes(stories)])
+
+
+def _final(story: Story, which: str, metric: str) -> str:
+    event = story.evaluations.get(which)
+    return figure(event.metrics.get(metric)) if event else NOTHING
+
+
+def _notes(stories: Sequence[Story]) -> Html:
+    """What each evaluation says of itself; runs that say the same share a line."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for story in stories:
+        for which, event in story.evaluations.items():
+            after = f" after round {event.round}" if which == "federated" else ""
+            if event.note or after:
+                said.setdefault((which, after + (f": {event.note}" if event.note else "")), []).append(story.label)
+    lines = [
+        el("li", el("b", COMPARED[which]), text, f" ({', '.join(names)})" if len(names) < len(stories) else "")
+        for (which, text), names in sorted(said.items(), key=lambda item: list(COMPARED).index(item[0][0]))
+    ]
+    return el("ul.notes", *lines) if lines else Html("")
+
+
+def overview(stories: Sequence[Story]) -> Html:
+    """One column per run: what it is, what it cost."""
+    described = [_described(story) for story in stories]
+    names = list(dict.fromkeys(name for items in described for name in items))
+    rows = [[name, *(items.get(name, NOTHING) for items in described)] for name in names]
+    return table("The runs side by side", ["", *(story.label for story in stories)], rows, figures=False)
+
+
+def _described(story: Story) -> dict[str, str]:
+    started = story.last(RunStarted)
+    known = {
+        "base model": story.model,
+        "engine": started.engine if started else NOTHING,
+        "clients": figure(started.clients) if started else NOTHING,
+        "trainable parameters": figure(started.trainable) if started else NOTHING,
+        "experiment hash": started.experiment_hash[:8] if started else NOTHING,
+        "end": ending(story),
+    }
+    return {**known, **costs(story)}
+
+
+def ending(story: Story) -> str:
+    """How the run ended, in a few words."""
+    started, finished = story.last(RunStarted), story.last(RunFinished)
+    planned = f" of {started.rounds}" if started else ""
+    if finished is None:
+        return f"not finished: {len(story.of(RoundFinished))}{planned} rounds"
+    return f"{finished.rounds}{planned} rounds" + (f": {finished.note}" if finished.note else "")
+
+
+def costs(story: Story) -> dict[str, str]:
+    """Bytes, time, speed, memory and privacy of a run; what nobody measured is left out."""
+    rounds, summary = story.of(RoundFinished), story.summary
+    time, tokens = story.total("seconds"), story.total("tokens")
+    pace = summary.get("seconds_per_round") or (fmean(event.seconds for event in rounds) if rounds else None)
+    speed = summary.get("tokens_per_second") or (tokens / time if tokens and time else None)
+    items: dict[str, Any] = {
+        "sent up": (size, story.total("bytes_up")),
+        "sent down": (size, story.total("bytes_down")),
+        "time": (duration, time),
+        "time per round": (duration, pace),
+        "tokens trained": (figure, tokens),
+        "tokens per second": (figure, round(speed, 1) if speed else None),
+        "peak memory": (size, summary.get("peak_rss_bytes")),
+        "epsilon": (figure, summary.get("epsilon")),
+        "best round": (figure, summary.get("best_round")),
+    }
+    return {name: spell(value) for name, (spell, value) in items.items() if value is not None}
+
+
+def cost(story: Story) -> Html:
+    """`costs` as a table."""
+    items = costs(story)
+    return table("What it took", ["", "whole run"], [list(item) for item in items.items()]) if items else Html("")
+
+
+def worst(stories: Sequence[Story]) -> Html:
+    """How the clients fare: the worst one, the mean, the best; of several runs under the federated model alone."""
+    rows = []
+    for story in stories:
+        for which, event in story.evaluations.items():
+            if len(stories) > 1 and which != "federated":
+                continue
+            name = COMPARED[which] if len(stories) == 1 else story.label
+            for metric in dict.fromkeys(key for scores in event.clients.values() for key in scores):
+                found = client_scores(event, metric)
+                if found:
+                    rows.append([metric, name, *_spread(metric, found)])
+    order = list(dict.fromkeys(row[0] for row in rows))
+    rows.sort(key=lambda row: order.index(row[0]))
+    head = [
+        "metric",
+        "model" if len(stories) == 1 else "run",
+        "worst client",
+        "worst",
+        "mean of clients",
+        "best",
+        "best client",
+    ]
+    return table("Best and worst served clients", head, rows) if rows else Html("")
+
+
+def _spread(metric: str, found: Mapping[str, float]) -> list[str]:
+    order = sorted(found, key=lambda client: found[client], reverse=lower_is_better(metric))
+    first, last = order[0], order[-1]
+    return [first, figure(found[first]), figure(fmean(found.values())), figure(found[last]), last]
+
+
+def gains(story: Story) -> Html:
+    """For how many clients the federation beats training alone."""
+    alone, together = story.evaluations.get("local_only"), story.evaluations.get("federated")
+    if alone is None or together is None:
+        return Html("")
+    counts = [(name, _gains(name, alone, together)) for name in together.metrics]
+    said = [f"{sum(gain > 0 for gain in found)} of {len(found)} in {name}" for name, found in counts if found]
+    if not said:
+        return Html("")
+    return el("p", f"Clients that the federation serves better than training alone: {', '.join(said)}.")
+
+
+def _gains(metric: str, alone: Evaluated, together: Evaluated) -> list[float]:
+    before, after = client_scores(alone, metric), client_scores(together, metric)
+    sign = -1 if lower_is_better(metric) else 1
+    return [sign * (after[client] - before[client]) for client in before if client in after]
+
+
+def spending(stories: Sequence[Story]) -> Html:
+    """Bytes by direction and part."""
+    rows = []
+    for story in stories:
+        spent = bytes_by_part(story)
+        sums = {side: sum(n for (direction, _), n in spent.items() if direction == side) for side, _ in spent}
+        for (side, part), amount in spent.items():
+            name = side if len(stories) == 1 else f"{story.label} {side}"
+            rows.append([name, part, size(amount), share(amount, sums[side])])
+    return table("Share of each part", ["direction", "part", "bytes", "share"], rows) if rows else Html("")
+
+
+def records(data: DataReported) -> Html:
+    """What became of the records."""
+    spread = "" if data.divergence is None else figure(data.divergence)
+    rows = [
+        ["clients", figure(len(data.train))],
+        ["training records", figure(sum(data.train.values()))],
+        ["held-out records", figure(sum(data.heldout.values()))],
+        ["label divergence (Jensen-Shannon, 0 alike to 1 disjoint)", spread or NOTHING],
+        ["records that no client holds", figure(data.left_out)],
+        ["examples cut to the longest length", figure(data.cut)],
+        ["examples dropped, no label left", figure(data.dropped)],
+    ]
+    return table("What became of the records", ["", "count"], rows)
+
+
+def troubles(story: Story) -> Html:
+    """Lost clients and warnings."""
+    failed = [[f"{event.round + 1}", event.client, event.reason] for event in story.of(ClientFailed)]
+    warned = list(dict.fromkeys(event.text for event in story.of(Warned)))
+    notes = [f"Round {event.round + 1}: {event.note}" for event in story.of(RoundFinished) if event.note]
+    shown: list[Html] = []
+    if failed:
+        lost = table(f"Lost clients ({len(failed)})", ["round", "client", "reason"], failed)
+        shown.append(lost if len(failed) <= 20 else folded(f"{len(failed)} clients were lost", lost))
+    if warned or notes:
+        shown.append(el("ul.notes", *(el("li", text) for text in [*warned, *notes])))
+    return joined(shown) if shown else el("p", "No client was lost and nothing was warned of.")
+
+
+def rounds(story: Story) -> Html:
+    """Every round in numbers."""
+    finished = story.of(RoundFinished)
+    curves = {name: story.curve(name) for name in story.metrics}
+    curves = {name: points for name, points in curves.items() if points}
+    rows = [
+        [
+            str(event.round + 1),
+            figure(event.clients),
+            figure(event.loss),
+            *(figure(points.get(event.round + 1)) for points in curves.values()),
+            size(event.bytes_up),
+            size(event.bytes_down),
+            figure(event.tokens),
+            duration(event.seconds),
+        ]
+        for event in finished
+    ]
+    head = ["round", "clients", "loss", *curves, "up", "down", "tokens", "time"]
+    return table(f"{story.label}, round by round", head, rows) if rows else Html("")
+
+
+def versions(stories: Sequence[Story]) -> Html:
+    """The software that ran."""
+    found = [started.versions if (started := story.last(RunStarted)) else {} for story in stories]
+    names = list(dict.fromkeys(name for versions in found for name in versions))
+    rows = [[name, *(str(versions.get(name, NOTHING)) for versions in found)] for name in names]
+    head = ["", *(["version"] if len(stories) == 1 else [story.label for story in stories])]
+    return table("Versions", head, rows, figures=False) if rows else Html("")
+
+
+def differences(stories: Sequence[Story]) -> Html:
+    """The settings in which the runs differ, one column per run."""
+    flat = [_flat(started.settings) if (started := story.last(RunStarted)) else {} for story in stories]
+    keys = list(dict.fromkeys(key for settings in flat for key in settings))
+    rows = [
+        [key, *(settings.get(key, NOTHING) for settings in flat)]
+        for key in keys
+        if len({settings.get(key) for settings in flat}) > 1
+    ]
+    if not rows:
+        return el("p", "All settings are equal.")
+    return table("Settings that differ", ["setting", *(story.label for story in stories)], rows, figures=False)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, Mapping) and value:
+        children = [(f"{prefix}.{key}" if prefix else str(key), child) for key, child in value.items()]
+    elif isinstance(value, list) and value:
+        children = [(f"{prefix}[{place}]", child) for place, child in enumerate(value)]
+    else:
+        return {prefix: "null" if value is None else str(value)}
+    return {key: text for name, child in children for key, text in _flat(child, name).items()}

@@ -1,0 +1,80 @@
+"""Send each value in 8, 4 or 1 bits, rounded at random so that the mean stays right.
+
+    8, 4 bits   scale = max|x| of a block / L        code = floor(x / scale) or the next, up with probability the rest
+    1 bit       scale = max|x| of a block            code = +1 with probability (1 + x / scale) / 2, else -1
+
+E[code * scale] = x. Alistarh et al. 2017 (QSGD), arXiv 1610.02132; Reisizadeh et al. 2020 (FedPAQ), arXiv 1909.13014.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedllm.packing import SPARSE, Packing, blocks, levels, values
+from fedllm.ranges import require
+from fedllm.stage import Bracket, Norm, Stage
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Local, Part, Update
+
+EXACT = frozenset({"metrics", "counts"})  # figures about the work: a few values, sent in full
+
+
+@dataclass(frozen=True)
+class Quantize(Stage):
+    """Rounds every floating leaf of every part but the figures; leaves of fewer than 32 bits become float32.
+
+    Declared rounding: an entry moves by at most one grid step, which is scale for 8 and 4 bits and 2 scale for 1 bit.
+    A sparse part stays sparse at any width: its zeros stay zeros, its entries go to the grid, and the wire writes
+    them in full, so that nothing is saved beyond the sparsity. No setting is neutral: leave the stage out.
+
+    Args:
+        bits: 8, 4 or 1 for each value; and one scale for each block.
+        block: values of a leaf that share a scale.
+    """
+
+    bits: int
+    block: int = 128
+
+    bracket: ClassVar[Bracket] = Bracket.WIRE
+    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
+    norm: ClassVar[Norm] = Norm.GROWS
+
+    def __post_init__(self) -> None:
+        require(self.bits in (8, 4, 1), self, field="bits", value=self.bits, allowed="8, 4 or 1")
+        require(self.block >= 1, self, field="block", value=self.block, allowed="at least 1")
+
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+        """Put the values on the grid that their packing names."""
+        parts = {
+            name: part if name in EXACT else self._rounded(name, part, local.ctx) for name, part in update.parts.items()
+        }
+        return Update(parts), memory
+
+    def _rounded(self, part_name: str, part: Part, ctx: Ctx) -> Part:
+        leaves, scales = dict(part.tree), {}
+        for name, leaf in part.tree.items():
+            if leaf.is_floating_point():
+                # One generator a leaf: the draws do not depend on the order of a tree.
+                generator = ctx.rng(f"quantize/{part_name}/{name}")
+                rows = blocks(leaf if leaf.dtype == torch.float64 else leaf.float(), self.block)
+                codes, scales[name] = self._codes(rows, generator)
+                codes = codes * (rows != 0) if part.packing.sparse else codes
+                leaves[name] = values(codes, scales[name], leaf.shape)
+        form = SPARSE if part.packing.sparse else Packing(bits=self.bits, block=self.block, scales=scales)
+        return replace(part, tree=leaves, packing=form)
+
+    def _codes(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Codes (rows, block) in -L..L and scales (rows,) of values (rows, block)."""
+        top = levels(self.bits)
+        scales = rows.abs().amax(1) / top
+        ratio = rows / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
+        draws = torch.rand(rows.shape, generator=generator, dtype=rows.dtype).to(rows.device)
+        if self.bits == 1:
+            signs = torch.where(draws < (1 + ratio) / 2, 1.0, -1.0)
+            return signs * (scales != 0)[:, None], scales
+        below = ratio.floor()
+        return (below + (draws < ratio - below)).clamp(-top, top), scales

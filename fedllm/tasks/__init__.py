@@ -1,0 +1,1 @@
+"""What is trained: base models, adapters, scopes, objectives, data and templates."""

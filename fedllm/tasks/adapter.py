@@ -1,0 +1,116 @@
+"""Adapters: which tensors train, where they enter the forward pass, and how they are saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedllm.batch import Batch
+from fedllm.rng import Key
+from fedllm.tasks.base import Base
+from fedllm.tasks.current import Forward, computing
+from fedllm.tree import Tree
+
+
+class Attached(Protocol):
+    """An adapter on a loaded base model. Leaves of a stack are (K, ...)."""
+
+    def fresh(self, key: Key) -> Tree:
+        """Initial values of one client's leaves."""
+        ...
+
+    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
+        """(T, d): the decoder's last hidden state of each token of the batch, without the output head."""
+        ...
+
+    def head(self, stack: Tree) -> Tensor:
+        """(V, d): the output head."""
+        ...
+
+    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
+        """Left-padded (B, L) tokens of one client to (B, V) logits of the next token, and the cache to go on with.
+
+        With a cache, `tokens` are the new ones only while `mask` covers all. An adapter without a cache returns None
+        and is given all tokens each time.
+        """
+        ...
+
+    def save(self, params: Tree, folder: Path, base_name: str) -> None:
+        """Write the adapter in PEFT's own layout where it has one."""
+        ...
+
+    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+        """The base model's weights that the adapter changes, with the change folded in, float32."""
+        ...
+
+
+class Adapter:
+    """A frozen dataclass of settings that can be attached to a base model."""
+
+    stackable: ClassVar[bool] = False
+
+    def attach(self, base: Base) -> Attached:
+        """Prepare the base model (once per process) and return the adapter on it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """The base model's forward passes that the adapters share. `weights` stand in for its own of these names."""
+
+    base: Base
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def row(self, stack: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """(T, d): the last hidden state of a packed row."""
+        forward = Forward(stack, batch.lengths, batch.client_tokens, batch.dropout)
+        return self._decoded(forward, {"input_ids": batch.tokens}, batch.positions)
+
+    def embedded(self, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
+        """(T, d): the same from the (T, d) input embeddings of a row of sequences, without adapters in the layers."""
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return self._decoded(Forward({}, tuple(lengths)), {"inputs_embeds": embeddings}, positions)
+
+    def head(self) -> Tensor:
+        """(V, d): the frozen output head."""
+        weight: Tensor = self.base.model.get_output_embeddings().weight
+        return weight
+
+    def padded(
+        self, stack: Mapping[str, Tensor], inputs: Mapping[str, Tensor], mask: Tensor, cache: Any | None
+    ) -> tuple[Tensor, Any]:
+        """A left-padded batch, with a cache: (B, V) logits of the next token, and the cache.
+
+        `inputs`: input_ids (B, L) or inputs_embeds (B, L, d) of what the cache does not hold; `mask` covers all.
+        """
+        width = next(iter(inputs.values())).shape[1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        passed = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
+        with computing(Forward(stack)):
+            output = self._call(self.base.model, "", {**inputs, **passed, "use_cache": True})
+        return output.logits[:, -1], output.past_key_values
+
+    def _decoded(self, forward: Forward, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        model, device = self.base.model, self.base.model.device
+        passed = {name: value[None].to(device) for name, value in {**inputs, "position_ids": positions}.items()}
+        with computing(forward):
+            output = self._call(model.base_model, f"{model.base_model_prefix}.", {**passed, "use_cache": False})
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _call(self, module: nn.Module, prefix: str, inputs: Mapping[str, Any]) -> Any:
+        if not self.weights:
+            return module(**inputs)
+        own = {name.removeprefix(prefix): leaf for name, leaf in self.weights.items() if name.startswith(prefix)}
+        return functional_call(module, own, (), dict(inputs))
+
+
+def trained_dtype(base: Base) -> torch.dtype:
+    """Adapters train in float32, or in float64 on a float64 base."""
+    return torch.promote_types(base.model.dtype, torch.float32)

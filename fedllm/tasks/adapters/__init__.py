@@ -1,0 +1,1 @@
+"""What trains: LoRA, soft prompts, full weights, norms, biases, and any adapter of peft."""

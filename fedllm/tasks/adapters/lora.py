@@ -1,0 +1,188 @@
+"""LoRA for a stack of K clients over one frozen linear layer.
+
+    y = W x + s B_k A_k dropout(x)     A_k (rank, in), B_k (out, rank); stacked (K, rank, in), (K, out, rank)
+    s = alpha / rank, or alpha / sqrt(rank) with `rslora`
+
+Hu et al. 2021, arXiv:2106.09685; rslora: Kalajdzievski 2023, arXiv:2312.03732. The scale is one constant of the task.
+A starts as uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming_uniform with a = sqrt(5), as in PEFT), B as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as matmul
+
+from fedllm.batch import Batch
+from fedllm.errors import ConfigError, nearest
+from fedllm.rng import Key
+from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
+from fedllm.tasks.base import Base
+from fedllm.tasks.current import Forward, current
+from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
+from fedllm.tree import Tree, matches
+
+
+@dataclass(frozen=True)
+class Lora(Adapter):
+    """Low-rank adapters.
+
+    Args:
+        targets: `all_linear` (every linear layer but the output head), or patterns over module paths; a pattern
+            without a star fits the end of a path (`q_proj`).
+        dropout: on the adapter's input; drawn per client from its own key.
+        init_from: a run folder or a folder in PEFT's layout to start from.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all_linear",)
+    dropout: float = 0.0
+    rslora: bool = False
+    init_from: str | None = None
+    stackable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"task.adapter.lora.rank is {self.rank}; it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"task.adapter.lora.dropout is {self.dropout}; it must be in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """s of the formula."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def attach(self, base: Base) -> Attached:
+        """Wrap the targeted layers of the base model in place.
+
+        Raises:
+            ConfigError: a target selects no layer, or the rank is above a layer's size.
+        """
+        layers = dict(self._layers(base.model))
+        for name, layer in layers.items():
+            if self.rank > min(layer.weight.shape):
+                size = "x".join(map(str, layer.weight.shape))
+                raise ConfigError(f"task.adapter.lora.rank is {self.rank}, above the size {size} of layer {name}")
+            parent, _, child = name.rpartition(".")
+            setattr(base.model.get_submodule(parent), child, LoraLinear(layer, name, self))
+        return AttachedLora(self, Decoder(base), layers)
+
+    def _layers(self, model: nn.Module) -> Mapping[str, nn.Linear]:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        chosen: dict[str, nn.Linear] = {}
+        for target in self.targets:
+            pattern = "*" if target == "all_linear" else target if "*" in target else f"*.{target}"
+            found = {name: layer for name, layer in linears.items() if matches(name, [pattern])}
+            if not found:
+                known = {name.rpartition(".")[2] for name in linears}
+                raise ConfigError(f"task.adapter.lora.targets: '{target}' fits no layer{nearest(target, known)}")
+            chosen |= found
+        return {name: linears[name] for name in linears if name in chosen}
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with the adapters of the current pass."""
+
+    def __init__(self, layer: nn.Linear, name: str, settings: Lora) -> None:
+        super().__init__()
+        self.layer = layer
+        self.path_a, self.path_b = f"{name}.lora_A", f"{name}.lora_B"
+        self.scale, self.dropout = settings.scale, settings.dropout
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight (out, in)."""
+        return self.layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, in) of a packed row, or (B, L, in) of one client."""
+        y: Tensor = self.layer(x)
+        now = current()
+        if self.path_a not in now.stack:
+            return y
+        a, b = now.stack[self.path_a].to(x.dtype), now.stack[self.path_b].to(x.dtype)
+        if len(a) == 1:
+            return y + self.scale * matmul(matmul(self._dropped(x, now, 0), a[0]), b[0])
+        pieces = x.split(now.client_tokens, 1)
+        low = [matmul(matmul(self._dropped(piece, now, k), a[k]), b[k]) for k, piece in enumerate(pieces)]
+        return y + self.scale * torch.cat(low, 1)
+
+    def _dropped(self, x: Tensor, now: Forward, k: int) -> Tensor:
+        if not self.dropout or not now.dropout:
+            return x
+        keep = torch.rand(x.shape, generator=now.dropout[k]) >= self.dropout
+        return x * keep.to(x) / (1 - self.dropout)
+
+
+@dataclass(frozen=True, eq=False)
+class AttachedLora:
+    """LoRA on a loaded base model."""
+
+    settings: Lora
+    decoder: Decoder
+    layers: Mapping[str, nn.Linear]
+
+    def fresh(self, key: Key) -> Tree:
+        """A uniform, B zero; or what `init_from` holds."""
+        if self.settings.init_from is not None:
+            return read_peft_lora(Path(self.settings.init_from), self._shapes(), trained_dtype(self.decoder.base))
+        params: Tree = {}
+        dtype, rank = trained_dtype(self.decoder.base), self.settings.rank
+        for name, layer in self.layers.items():
+            out_size, in_size = layer.weight.shape
+            generator = key.fold("lora", name).generator()
+            uniform = torch.rand(rank, in_size, generator=generator, dtype=torch.float64) * 2 - 1
+            params[f"{name}.lora_A"] = (uniform / math.sqrt(in_size)).to(dtype)
+            params[f"{name}.lora_B"] = torch.zeros(out_size, rank, dtype=dtype)
+        return params
+
+    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
+        """(T, d)."""
+        return self.decoder.row(stack, batch)
+
+    def head(self, stack: Tree) -> Tensor:
+        """The frozen head."""
+        return self.decoder.head()
+
+    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
+        """(B, V) of the next token."""
+        stack = {name: leaf[None] for name, leaf in params.items()}
+        return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
+
+    def save(self, params: Tree, folder: Path, base_name: str) -> None:
+        """PEFT's layout."""
+        settings = self.settings
+        write_peft_lora(
+            params,
+            folder,
+            base_name=base_name,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            rslora=settings.rslora,
+        )
+
+    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+        """W + s B A, float32 or wider."""
+        wide = trained_dtype(self.decoder.base)
+        return {
+            f"{name}.weight": layer.weight.detach().to(wide)
+            + self.settings.scale * (params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]).to(layer.weight.device)
+            for name, layer in self.layers.items()
+        }
+
+    def _shapes(self) -> Mapping[str, tuple[int, ...]]:
+        rank = self.settings.rank
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, layer in self.layers.items():
+            shapes[f"{name}.lora_A"] = (rank, layer.weight.shape[1])
+            shapes[f"{name}.lora_B"] = (layer.weight.shape[0], rank)
+        return shapes

@@ -1,0 +1,203 @@
+"""The base model: frozen weights and their tokenizer, by a name that the experiment gives.
+
+A name is a packaged alias (`fedllm ls models`), a local folder with safetensors, a `.gguf` file, or a model of the
+Hugging Face hub (`owner/name`). Nothing that is loaded is code: no pickle weights, no remote code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedllm.errors import ConfigError, ModelError, nearest
+from fedllm.tasks.cache import build_once
+from fedllm.tasks.gguf import convert
+from fedllm.tasks.packaged import fetch
+from fedllm.tasks.pretrained import from_folder, from_hub, hub_folder
+from fedllm.tasks.tiny import tiny_model, tiny_tokenizer
+from fedllm.tree import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fedllm.tasks.pretrained import Loaded
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "float32": torch.float32,
+        "float64": torch.float64,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A loaded base model in eval mode, nothing in it trainable, its key-value cache off.
+
+    `folder`: what was loaded; None for a model of the hub and for one that is built in code (`materialise` writes it).
+    `name`: what the experiment asked for. `title`: for people.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path | None
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model that needs no hub. `auto`: the dtype that "auto" stands for, "auto" for the processor's choice."""
+
+    title: str
+    about: str
+    load: Callable[[torch.dtype], Loaded]
+    auto: str = "auto"
+
+
+def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> Base:
+    """Load a base model in a dtype (`resolve_dtype`) onto a device (`resolve_device`).
+
+    Raises ModelError: unknown name, files that are missing or of another kind, a download that fails.
+    """
+    quiet_dependencies()
+    place = resolve_device(device)
+    alias = ALIASES.get(name)
+    if alias is not None:
+        wanted = alias.auto if dtype == "auto" else dtype
+        title = alias.title
+        model, tokenizer, folder = alias.load(resolve_dtype(wanted, device=place))
+    else:
+        number = resolve_dtype(dtype, device=place)
+        source, title = _locate(name)
+        model, tokenizer, folder = from_folder(source, number) if source else from_hub(name, number)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {name} has neither a pad nor an eos token; add one to its files")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    try:
+        model.to(place).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # out of memory, or a device that torch was built without
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{name} cannot be moved to device '{place}': {reason}") from error
+    return Base(model=model, tokenizer=tokenizer, folder=folder, name=name, title=title)
+
+
+def materialise(base: Base) -> Path:
+    """A folder that holds the base model: the one it came from, the hub's local copy, or, for a model that is built in
+    code, one written to the cache at first use (float32, whatever dtype is loaded)."""
+    if base.folder is not None:
+        return base.folder
+    alias = ALIASES.get(base.name)
+    if alias is None:
+        return hub_folder(base.name)
+    model, tokenizer, _ = alias.load(torch.float32)  # built again: an adapter may have changed the layers of base.model
+
+    def build(out: Path, work: Path) -> None:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+    return build_once(f"{base.name}-{digest(model.state_dict())[:16]}", build)
+
+
+def resolve_device(device: str = "auto") -> str:
+    """A torch device: "auto" is cuda if there is one, else cpu. Raises ConfigError or ModelError."""
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if cuda else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{device}'{nearest(device, ('auto', 'cpu', 'cuda'))}") from error
+    if kind == "cuda" and not cuda:
+        raise ModelError(f"device '{device}' was asked for, but torch finds no CUDA device; use 'auto' or 'cpu'")
+    return device
+
+
+def resolve_dtype(dtype: str = "auto", *, device: str = "cpu") -> torch.dtype:
+    """A torch dtype by name: "auto" is bfloat16 where the device multiplies matrices in it fast, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype '{dtype}'{nearest(dtype, ('auto', *DTYPES))}")
+    return DTYPES[dtype]
+
+
+def quiet_dependencies() -> None:
+    """Switch off telemetry, progress bars and chatter of the libraries below, unless the user has set them.
+
+    It must run before they are imported, since they read these variables once.
+    """
+    for variable, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a web service to convert pickle weights
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(variable, value)
+
+
+def _fast_bfloat16(device: str, cpu_file: Path = Path("/proc/cpuinfo")) -> bool:
+    if device.startswith("cuda"):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device != "cpu" or not cpu_file.exists():
+        return False
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpu_file.read_text(), flags=re.MULTILINE)
+    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+
+
+def _locate(name: str) -> tuple[Path | None, str]:
+    """The local folder of a name and its title; no folder if the name can only be one of the hub."""
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path.resolve(), path.resolve().name
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {path}; check the path of the model")
+        return convert(path), f"{path.stem}, dequantised"
+    if path.exists():
+        raise ModelError(f"{path} is neither a model folder nor a .gguf file")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return None, name
+    raise ModelError(
+        f"unknown model '{name}': no packaged name, folder, .gguf file or 'owner/name' of the hub"
+        f"{nearest(name, ALIASES)}"
+    )
+
+
+def _load_smollm2(dtype: torch.dtype) -> Loaded:
+    return from_folder(fetch(), dtype)
+
+
+def _load_tiny(dtype: torch.dtype) -> Loaded:
+    return tiny_model(dtype), tiny_tokenizer(), None
+
+
+ALIASES: Mapping[str, Alias] = MappingProxyType(
+    {
+        "smollm2-135m-instruct": Alias(
+            title="SmolLM2-135M-Instruct, Q4_1 dequantised",
+            about="135 M parameters, English, chat; 93 MB from the Python index at first use",
+            load=_load_smollm2,
+        ),
+        "tiny-llama": Alias(
+            title="tiny random Llama",
+            about="0.1 M random parameters over bytes, for tests and dry runs; nothing to download",
+            load=_load_tiny,
+            auto="float32",
+        ),
+    }
+)

@@ -1,0 +1,65 @@
+"""Cross entropy of labelled rows through the output head, chunk by chunk: the logits of all rows never exist at once.
+
+    nll_i = logsumexp(W h_i) - (W h_i)[y_i]          d nll_i / d h_i = W^T (softmax(W h_i) - onehot(y_i))
+
+With a frozen head the gradient of the hidden state is made in the same pass as the loss; with a trained head the
+chunks are computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+def row_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """(N, d) hidden states, (V, d) head, (N,) targets to (N,) negative log-likelihoods in nats, float32 or wider."""
+    losses: Tensor = _RowLosses.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
+        ctx.one_pass = hidden.requires_grad and not head.requires_grad
+        slope = torch.empty_like(hidden) if ctx.one_pass else None
+        for rows in _chunks(len(targets)):
+            logits = (hidden[rows] @ head.T).to(wide)
+            logsum = logits.logsumexp(1)
+            losses[rows] = logsum - logits.gather(1, targets[rows, None])[:, 0]
+            if slope is not None:
+                slope[rows] = _dlogits(logits, logsum, targets[rows]).to(head.dtype) @ head
+        ctx.save_for_backward(*((slope,) if slope is not None else (hidden, head, targets)))
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        if ctx.one_pass:
+            (slope,) = ctx.saved_tensors
+            return slope * grad[:, None].to(slope.dtype), None, None
+        hidden, head, targets = ctx.saved_tensors
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for rows in _chunks(len(targets)):
+            logits = (hidden[rows] @ head.T).to(grad.dtype)
+            slope = _dlogits(logits, logits.logsumexp(1), targets[rows]) * grad[rows, None]
+            d_hidden[rows] = slope.to(head.dtype) @ head
+            d_head += slope.to(head.dtype).T @ hidden[rows]
+        return d_hidden, d_head, None
+
+
+def _dlogits(logits: Tensor, logsum: Tensor, targets: Tensor) -> Tensor:
+    """softmax - onehot, in the memory of the logits."""
+    probabilities = logits.sub_(logsum[:, None]).exp_()
+    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return probabilities
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]

@@ -1,0 +1,117 @@
+"""A loaded task: the base model with its adapter, one per process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.batch import Batch, Example, collate
+from fedllm.errors import CheckError
+from fedllm.rng import Key
+from fedllm.tasks import attention
+from fedllm.tasks.adapter import Attached
+from fedllm.tasks.base import Base, load_base
+from fedllm.tasks.cross_entropy import row_losses
+from fedllm.tasks.task import Task
+from fedllm.tasks.template import prompt_text
+from fedllm.tree import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """What works and evaluations call. Parameters come in with every call; the model keeps none but `constants`: the
+    adapter's leaves that the scope freezes, the same on every client."""
+
+    task: Task
+    base: Base
+    adapter: Attached
+    constants: Tree = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        return str(self.base.model.device)
+
+    def bound(self, key: Key) -> LoadedModel:
+        """This model with the frozen leaves of the run's key."""
+        leaves = self.adapter.fresh(key.fold("adapter"))
+        return replace(self, constants={n: leaf for n, leaf in leaves.items() if not self.task.scope.trains(n)})
+
+    def fresh(self, key: Key) -> Tree:
+        """The initial value of every leaf that trains.
+
+        Raises:
+            CheckError: the scope selects no tensor.
+        """
+        leaves = self.adapter.fresh(key.fold("adapter"))
+        trained = {name: leaf for name, leaf in leaves.items() if self.task.scope.trains(name)}
+        if not trained:
+            some = ", ".join(list(leaves)[:2]) or "none"
+            raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its leaves: {some})")
+        return trained
+
+    def losses(self, stack: Tree, batch: Batch) -> Tensor:
+        """(K,): one mean loss per client."""
+        return self.task.objective(self, stack, batch)
+
+    def row_losses(self, stack: Tree, batch: Batch) -> Tensor:
+        """(N,): negative log-likelihood of each labelled row, in nats."""
+        constants = {name: leaf.expand(len(batch.counts), *leaf.shape) for name, leaf in self.constants.items()}
+        stack = {**constants, **stack}
+        hidden = self.adapter.hidden(stack, batch)
+        return row_losses(hidden[batch.rows.to(hidden.device)], self.adapter.head(stack), batch.targets.to(hidden.device))
+
+    def encode(self, record: Mapping[str, Any], max_length: int) -> Example | None:
+        """A record to an example of the task's objective."""
+        return self.task.objective.encode(record, self.base.tokenizer, self.task.template, max_length)
+
+    def prompt(self, record: Mapping[str, Any]) -> list[int]:
+        """The tokens before a record's last response."""
+        text = prompt_text(record, self.base.tokenizer, self.task.template)
+        ids: list[int] = self.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def sequence_nll(self, params: Tree, examples: Sequence[Example], batch_size: int = 16) -> list[Tensor]:
+        """For each example, the negative log-likelihoods of its labelled tokens."""
+        stack = {name: leaf[None] for name, leaf in params.items()}
+        found: list[Tensor] = []
+        for at in range(0, len(examples), batch_size):
+            batch = collate([examples[at : at + batch_size]])
+            losses = self.row_losses(stack, batch).cpu()
+            found += [losses[batch.row_sequences == place] for place in range(len(batch.lengths))]
+        return found
+
+    @torch.no_grad()
+    def generate(self, params: Tree, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Greedy continuations, without special tokens; batched, with a cache, until the end token."""
+        eos, device = int(self.base.tokenizer.eos_token_id), self.base.model.device
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[eos] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+        cache, given, params = None, tokens, {**self.constants, **params}
+        alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            logits, cache = self.adapter.logits(params, given, mask, cache)
+            chosen = torch.where(alive, logits.argmax(1), eos)
+            alive &= chosen != eos
+            tokens = torch.cat([tokens, chosen[:, None]], 1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if not bool(alive.any()):
+                break
+            given = tokens if cache is None else chosen[:, None]
+        return [str(text) for text in self.base.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
+
+
+@lru_cache(maxsize=1)
+def load(task: Task) -> LoadedModel:
+    """Load the base model and attach the adapter: once per process and task."""
+    attention.register()
+    base = load_base(task.model, dtype=task.dtype, device=task.device)
+    base.model.set_attn_implementation(attention.NAME)
+    return LoadedModel(task, base, task.adapter.attach(base))

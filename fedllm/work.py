@@ -1,0 +1,115 @@
+"""Work: what a client does between receiving and sending. Written once, for a stack of K clients.
+
+    carry = init(starts)    carry = step(carry, batch, adjusts, model)  x n    finish(carry)
+
+The serial engine is K = 1. `run_work` is the whole local loop; it is the only caller of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fedllm.batch import Batch, Example, collate
+from fedllm.rng import Key
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Update
+
+Facts = Mapping[str, float]
+Adjust = Callable[[Tree, Tree], Tree]  # (grads, params) -> grads: a client's stage hooks
+Outcome = tuple[Update, Facts] | str  # what a client made, or why it failed
+
+
+class Model(Protocol):
+    """A loaded task, one per process."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        ...
+
+    def losses(self, stack: Tree, batch: Batch) -> Tensor:
+        """(K,): one mean loss per client. The only caller of the objective."""
+        ...
+
+    def fresh(self, key: Key) -> Tree:
+        """The initial value of every leaf that a client trains."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One client's share of a stack. `start` may have leaves in any float type; examples are encoded."""
+
+    ctx: Ctx
+    start: Tree
+    examples: Sequence[Example]
+    adjust: Adjust
+
+
+class Work:
+    """A frozen dataclass of settings. `rule` names the local optimiser for stages that assume one.
+
+    `max_length`: longest sequence in tokens. `lr`: learning rate.
+    """
+
+    batchable: ClassVar[bool] = True
+    makes: ClassVar[frozenset[str]] = frozenset({"delta", "metrics", "counts"})
+    max_length: int
+    lr: float
+
+    @property
+    def rule(self) -> str:
+        """The local update rule: "sgd", "momentum", "adamw", ..."""
+        raise NotImplementedError
+
+    def tuned(self, *, lr: float, times: int) -> Work:
+        """The same work at another learning rate, with `times` as many examples a step."""
+        raise NotImplementedError
+
+    def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
+        """For each local step, the examples of each of its micro-batches, drawn with ctx.rng("batches")."""
+        raise NotImplementedError
+
+    def init(self, starts: Sequence[Tree]) -> Any:
+        """A carry for K clients."""
+        raise NotImplementedError
+
+    def step(self, carry: Any, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Any:
+        """One local step of all clients that have examples in `micro`; the others stand still."""
+        raise NotImplementedError
+
+    def finish(self, carry: Any) -> Sequence[Outcome]:
+        """What each client made."""
+        raise NotImplementedError
+
+
+def run_work(work: Work, jobs: Sequence[Job], model: Model) -> Sequence[Outcome]:
+    """The local loop of a stack of clients, to the end of the longest plan."""
+    return work.finish(run_steps(work, jobs, model, work.init([job.start for job in jobs])))
+
+
+def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any) -> Any:
+    """The steps of one round, from a carry to the next."""
+    generators = tuple(job.ctx.rng("dropout") for job in jobs)
+    plans = [work.plan(len(job.examples), job.ctx) for job in jobs]
+    while True:
+        steps = [next(plan, ()) for plan in plans]
+        if not any(steps):
+            return carry
+        micro = [_collate(jobs, steps, place, generators) for place in range(max(map(len, steps)))]
+        carry = work.step(carry, micro, jobs, model)
+
+
+def _collate(
+    jobs: Sequence[Job], steps: Sequence[Sequence[Sequence[int]]], place: int, generators: tuple[torch.Generator, ...]
+) -> Batch:
+    chosen = [
+        [job.examples[index] for index in (step[place] if place < len(step) else ())]
+        for job, step in zip(jobs, steps, strict=True)
+    ]
+    return collate(chosen, generators)

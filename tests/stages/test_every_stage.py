@@ -1,0 +1,134 @@
+"""What holds for every stage, whatever its method."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedllm.stages
+from fedllm import tree
+from fedllm.rng import Key
+from fedllm.stage import Stage, arrive, down, merge, up
+from fedllm.stages.adagrad import Adagrad
+from fedllm.stages.adam import Adam
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.dyn import Dyn
+from fedllm.stages.keep import Keep
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.nesterov import Nesterov
+from fedllm.stages.prox import Prox
+from fedllm.stages.quantize import Quantize
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.top_k import TopK
+from fedllm.stages.uniform import Uniform
+from fedllm.stages.yogi import Yogi
+from fedllm.update import Ctx, Local, Part, Update
+from tests.papers.quadratics import federate, leaves
+
+STAGES = [
+    Adagrad(), Adam(), ByExamples(), Dyn(alpha=1.0), Keep(("*lora_B",)), Momentum(), Nesterov(), Prox(),
+    Quantize(bits=8), Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
+]  # fmt: skip
+CTX = Ctx(round=0, key=Key(1), cohort=2, population=2, client="0")
+LOCAL = Local(CTX, {"examples": 3.0, "steps": 2, "lr_sum": 0.2, "tokens": 8}, leaves(0.5))
+
+every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
+
+
+def trained(stage):
+    """States and memories after a few rounds; and the list of stages."""
+    stages = sorted([stage, *([] if isinstance(stage, ByExamples | Uniform) else [Uniform()])], key=lambda s: s.bracket)
+    return stages, federate(stages, 2)
+
+
+@every_stage
+def test_it_is_a_value(stage):
+    twin = replace(stage)
+    assert twin is not stage
+    assert (twin, hash(twin), repr(twin)) == (stage, hash(stage), repr(stage))
+    with pytest.raises(AttributeError):
+        stage.rounds = 1
+
+
+@every_stage
+def test_evaluation_passes_and_changes_neither_memory_nor_state(stage):
+    stages, course = trained(stage)
+    params, extras = down(stages, course.params, course.states, CTX)
+    _, arrival = arrive(stages, params, extras, course.memories[0], LOCAL)
+    update = Update({"metrics": Part({"loss": torch.tensor(2.0)})})
+    sent, memories = up(stages, update, arrival, course.memories[0], LOCAL)
+    total, states = merge(stages, sent, course.params, course.states, CTX)
+    assert total.parts.keys() == {"metrics"}
+    assert float(total.parts["metrics"].tree["loss"]) == 2
+    for before, after in zip([*course.memories[0], *course.states], [*memories, *states], strict=True):
+        assert tree.equal(before, after)
+
+
+@every_stage
+def test_an_empty_cohort_leaves_everything_finite(stage):
+    stages, course = trained(stage)
+    for states in ([{}] * len(stages), course.states):
+        zero = Update({"delta": Part(tree.zeros_like(course.params), 0.0)})
+        total, after = merge(stages, zero, course.params, states, CTX)
+        assert total.parts.keys() == {"delta"}
+        assert all(tree.finite(leaf) for leaf in [total.parts["delta"].tree, *after])
+    without_state, _ = merge(stages, zero, course.params, [{}] * len(stages), CTX)
+    assert tree.equal(without_state.parts["delta"].tree, tree.zeros_like(course.params))
+
+
+@every_stage
+def test_a_total_without_parts_passes(stage):
+    assert stage.decode(Update({}), leaves(1.0), {}, CTX) == (Update({}), {})
+
+
+@every_stage
+def test_what_is_sent_may_be_summed_in_place(stage):
+    """The first update is the accumulator of the sum: it may share no storage with memory or parameters."""
+    stages, course = trained(stage)
+    params, extras = down(stages, course.params, course.states, CTX)
+    start, arrival = arrive(stages, params, extras, course.memories[0], LOCAL)
+    delta = {name: torch.full_like(leaf, 0.25) for name, leaf in leaves(0.0).items()}
+    sent, memories = up(stages, Update({"delta": Part(delta)}), arrival, course.memories[0], LOCAL)
+    kept = [*memories, *course.memories[0], *course.states, *extras, course.params, start, LOCAL.fresh]
+    before = [tree.digest(leaf) for leaf in kept]
+    for part in sent.parts.values():
+        tree.add_(part.tree, {name: torch.ones_like(leaf) for name, leaf in part.tree.items()})
+    assert [tree.digest(leaf) for leaf in kept] == before
+
+
+@every_stage
+def test_states_and_memories_keep_to_the_shapes_of_the_parameters(stage):
+    _, course = trained(stage)
+    for held in [*course.states, *(memory for memories in course.memories for memory in memories)]:
+        for name, leaf in held.items():
+            assert leaf.shape == leaves(0.0)[name.removeprefix("m/").removeprefix("v/")].shape
+
+
+@every_stage
+def test_what_it_makes_it_takes_out_again(stage):
+    stages, course = trained(stage)
+    made = {name for update in course.sent for name in update.parts} - {"delta", "metrics"}
+    assert made == stage.makes
+    zeros = Update({name: Part(tree.zeros_like(leaves(0.0)), 0.0) for name in ("delta", *stage.makes)})
+    total, _ = merge(stages, zeros, course.params, course.states, CTX)
+    assert total.parts.keys() == {"delta"}
+
+
+def test_stages_do_not_import_each_other():
+    folder = Path(fedllm.stages.__file__).parent
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            assert not (module or "").startswith("fedllm.stages"), f"{path.name} imports {module}"
+
+
+def test_every_stage_of_the_folder_is_in_the_list():
+    folder = Path(fedllm.stages.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == {
+        type(stage).__module__.rpartition(".")[2] for stage in STAGES
+    }
+    assert all(isinstance(stage, Stage) for stage in STAGES)
