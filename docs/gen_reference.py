@@ -39,7 +39,7 @@ def public_names(package: Path = PACKAGE) -> dict[str, str]:
 
 def definition(package: Path, path: Path, name: str) -> str:
     """Where the name of one file is defined: follows `from ... import ...` through the files of the package."""
-    for node in ast.parse(path.read_text("utf-8")).body:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):  # names for type checkers only count too
         if isinstance(node, ast.ImportFrom) and not node.level and node.module:
             for alias in node.names:
                 if name == (alias.asname or alias.name):

@@ -11,9 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
+
+import torch
 
 import fedllm
 from fedllm.batch import Example
@@ -23,7 +28,7 @@ from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, Evaluated, Progress
 from fedllm.experiment import Experiment
-from fedllm.federation import Population, Record
+from fedllm.federation import Population
 from fedllm.state import write_durably
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree, add
@@ -31,6 +36,8 @@ from fedllm.update import Ctx
 from fedllm.work import Job, Work, run_steps
 
 Scores = dict[str, float]
+POOLED = "pooled"
+CHOICE = "held-out loss"  # kept beside the scores in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,86 +49,102 @@ class Comparison:
     population: Population
     emit: Emit
 
-    @property
-    def scorer(self) -> Scorer:
-        """The run's own."""
-        return Scorer.of(self.experiment, self.population)
-
-    @property
-    def heldout(self) -> list[Record]:
-        """All clients' held-out records."""
-        return [record for records in self.population.heldout.values() for record in records]
-
     def base(self) -> Evaluated:
         """The base model without an adapter."""
-        clients = {c: self._scores(self.model, {}, records) for c, records in self.population.heldout.items()}
-        return Evaluated("base", 0, self._scores(self.model, {}, self.heldout), clients)
+        return Evaluated("base", 0, *self._scored(self.model, {}))
 
     def local_only(self) -> Evaluated:
-        """The mean over clients, on all held-out records; `own/...` on the client's own."""
-        clients: dict[str, Scores] = {}
-        notes: dict[str, float] = {}
-        for done, client in enumerate(self.population.clients):
-            self.emit(Progress("local_only", done, len(self.population.clients)))
-            clients[client], notes[client] = self._best(f"local_only:{client}", [client], 1)
-        rates = sorted(set(notes.values()))
-        mean = {name: sum(s.get(name, 0.0) for s in clients.values()) / len(clients) for name in _common(clients)}
-        return Evaluated("local_only", self.experiment.rounds, mean, clients, f"lr {', '.join(map(str, rates))}")
+        """Each client alone, on all held-out records (the mean over clients), and on its own (`own/...`)."""
+        made = self._made({client: [client] for client in self.population.clients}, "local_only", times=1)
+        clients = {client: scores for client, (scores, _) in made.items()}
+        names = next(iter(clients.values()), {})
+        mean = {name: sum(scores[name] for scores in clients.values()) / len(clients) for name in names}
+        rates = ", ".join(f"{lr:g}" for lr in sorted({lr for _, lr in made.values()}))
+        return Evaluated("local_only", self.experiment.rounds, mean, clients, f"lr {rates}")
 
     def centralised(self) -> Evaluated:
         """One model on the pooled data."""
-        self.emit(Progress("centralised", 0, 1))
-        scores, lr = self._best("centralised", self.population.clients, self._cohort())
-        return Evaluated("centralised", self.experiment.rounds, scores, {}, f"lr {lr}")
+        made = self._made({POOLED: self.population.clients}, "centralised", times=self._cohort())
+        scores, lr = made[POOLED]
+        return Evaluated("centralised", self.experiment.rounds, scores, {}, f"lr {lr:g}")
 
-    def _best(self, what: str, clients: Sequence[str], cohort: int) -> tuple[Scores, float]:
-        """The scores at the best learning rate by held-out loss of the clients themselves."""
-        own = [record for client in clients for record in self.population.heldout[client]]
+    def _made(self, groups: Mapping[str, Sequence[str]], what: str, *, times: int) -> dict[str, tuple[Scores, float]]:
+        """For each group of clients the scores at the best learning rate, and that rate.
+
+        Independent trainings run side by side, one core each, where the adapter lets threads share the model.
+        """
         rates = self.experiment.evaluation.compare_lr or (self.experiment.work.lr,)
-        found: list[tuple[float, Scores, float]] = []
-        for lr in rates:
-            work = self.experiment.work.tuned(lr=lr, times=cohort)
-            scores = self._cached(f"{what}:{lr}", work, partial(self._train, work, clients, own))
-            found.append((scores.pop("held-out loss"), scores, lr))
-        _, scores, lr = min(found, key=lambda entry: entry[0])
-        return scores, lr
+        workers = (os.cpu_count() or 1) if self.experiment.task.adapter.stackable else 1
+        found: dict[str, list[tuple[float, Scores, float]]] = {name: [] for name in groups}
+        with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
+            jobs = {
+                pool.submit(self._cached, f"{what}:{name}", self.experiment.work.tuned(lr=lr, times=times), clients): (
+                    name,
+                    lr,
+                )
+                for name, clients in groups.items()
+                for lr in rates
+            }
+            self.emit(Progress(what, 0, len(jobs)))
+            for done, job in enumerate(as_completed(jobs), start=1):
+                name, lr = jobs[job]
+                scores = job.result()
+                found[name].append((scores.pop(CHOICE), scores, lr))
+                self.emit(Progress(what, done, len(jobs)))
+        best = {name: min(entries, key=lambda entry: (entry[0], entry[2])) for name, entries in found.items()}
+        return {name: (scores, lr) for name, (_, scores, lr) in best.items()}
 
-    def _train(self, work: Work, clients: Sequence[str], own: Sequence[Record]) -> Scores:
+    def _train(self, work: Work, clients: Sequence[str]) -> Scores:
         """Train on the clients' records; score on all held-out records, and on the clients' own."""
         key, rounds = self.experiment.key, self.experiment.rounds
         model = self.model.bound(key)
-        examples = self._examples(clients)
-        ctx = Ctx(0, key, 1, len(self.population.clients), rounds, client=clients[0] if len(clients) == 1 else "pooled")
-        job = Job(ctx, model.fresh(key), examples, lambda grads, params: grads)
+        name = clients[0] if len(clients) == 1 else POOLED
+        ctx = Ctx(0, key, 1, len(self.population.clients), rounds, client=name)
+        start = {name: leaf.to(model.device) for name, leaf in model.fresh(key).items()}
+        job = Job(ctx, start, self._examples(clients), lambda grads, params: grads)
         carry = work.init([job.start])
         for round in range(rounds):
             carry = run_steps(work, [replace(job, ctx=replace(ctx, round=round))], model, carry)
         (outcome,) = work.finish(carry)
         if isinstance(outcome, str):
-            raise RunError(f"the comparison with {', '.join(clients)} alone failed: {outcome}")
+            raise RunError(f"the comparison with {name} alone failed: {outcome}")
         params = add(job.start, outcome[0].parts["delta"].tree)
-        scores = self._scores(model, params, self.heldout)
-        if len(clients) == 1:
-            scores |= {f"own/{name}": value for name, value in self._scores(model, params, own).items()}
-        return {**scores, "held-out loss": self._loss(model, params, own)}
+        scores, by_client = self._scored(model, params)
+        own = {f"own/{metric}": value for metric, value in by_client[name].items()} if name in by_client else {}
+        return {**scores, **own, CHOICE: self._loss(model, params, clients)}
 
     def _examples(self, clients: Sequence[str]) -> list[Example]:
         records = [record for client in clients for record in self.population.train[client]]
         encoded = (self.model.encode(record, self.experiment.work.max_length) for record in records)
         return [example for example in encoded if example is not None]
 
-    def _scores(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> Scores:
-        return self.scorer.figures(self.scorer.sums(model, params, records))
+    def _scored(self, model: LoadedModel, params: Tree) -> tuple[Scores, dict[str, Scores]]:
+        """One set of parameters on all held-out records: in all, and by client."""
+        scorer = Scorer.of(self.experiment, self.population)
+        owned = [(c, record) for c, rows in self.population.heldout.items() for record in scorer.chosen(rows)]
+        records = [record for _, record in owned]
+        pairs = scorer.pairs(model, params, records)
+        by_client: dict[str, Scores] = {}
+        for client in self.population.clients:
+            mine = [place for place, (owner, _) in enumerate(owned) if owner == client]
+            measured = {metric: [found[place] for place in mine] for metric, found in pairs.items()}
+            by_client[client] = scorer.figures(scorer.add_up([records[place] for place in mine], measured))
+        return scorer.figures(scorer.add_up(records, pairs)), by_client
 
-    def _loss(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> float:
-        scorer = replace(self.scorer, evaluation=replace(self.scorer.evaluation, metrics=("nll",), by=None), groups=())
-        return scorer.figures(scorer.sums(model, params, records)).get("nll", 0.0)
+    def _loss(self, model: LoadedModel, params: Tree, clients: Sequence[str]) -> float:
+        """The loss on the clients' own held-out records, which chooses among `compare_lr`."""
+        if len(self.experiment.evaluation.compare_lr) < 2:
+            return 0.0
+        evaluation = replace(self.experiment.evaluation, metrics=("nll",), by=None, best=None)
+        scorer = Scorer(evaluation, self.experiment.work.max_length)
+        own = [record for client in clients for record in scorer.chosen(self.population.heldout[client])]
+        return scorer.figures(scorer.sums(model, params, own)).get("nll", math.inf)
 
     def _cohort(self) -> int:
         key = self.experiment.key.fold("cohort", 0)
         return max(1, len(self.experiment.federation.sample(self.population.clients, 0, key)))
 
-    def _cached(self, what: str, work: Work, make: Callable[[], Scores]) -> Scores:
+    def _cached(self, what: str, work: Work, clients: Sequence[str]) -> Scores:
         whole = dump(replace(self.experiment, work=work))
         left_out = ("compare", "compare_lr", "every", "best")
         evaluation = {name: value for name, value in whole["evaluation"].items() if name not in left_out}
@@ -131,16 +154,12 @@ class Comparison:
         if path.is_file():
             scores: Scores = json.loads(path.read_text(encoding="utf-8"))
             return scores
-        scores = make()
+        scores = self._train(work, clients)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         write_durably(part, json.dumps(scores).encode())
         part.replace(path)
         return scores
-
-
-def _common(clients: Mapping[str, Scores]) -> list[str]:
-    return list(next(iter(clients.values()), {}))
 
 
 def _fingerprint(population: Population) -> str:

@@ -14,7 +14,7 @@ from fedllm.experiment import Experiment
 from fedllm.folder import Folder
 from fedllm.stages.keep import Keep
 from fedllm.state import ClientStore, Run, atomic_folder, write_durably
-from fedllm.tasks.base import load_base, materialise
+from fedllm.tasks.base import materialise
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
 
@@ -46,8 +46,7 @@ def base_name(model: LoadedModel) -> str:
     base = model.base
     if base.folder is None and "/" in base.name:
         return base.name
-    # a model that is built in code is written out once, without the adapter's layers
-    return str(base.folder or materialise(load_base(base.name, dtype=model.task.dtype, device="cpu")))
+    return str(materialise(base))
 
 
 def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mapping[str, Tree]:

@@ -15,12 +15,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer
+from typer.main import get_command
+
+from fedllm.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "fedllm" / "recipes"
-
-# Verbs that a page may name before fedllm.cli.main exists; from then on the command line itself is asked.
-PLANNED = {"run", "check", "ls", "eval", "audit", "report", "export", "chat"}
 
 
 def load(path: Path) -> ModuleType:
@@ -99,21 +100,14 @@ def commands(block: str) -> Iterator[list[str]]:
 
 def parse(arguments: list[str]) -> str:
     """Why fedllm's command line would refuse these arguments; "" where it would not. Nothing is run."""
-    if not (ROOT / "fedllm" / "cli" / "main.py").exists():
-        return "" if arguments and arguments[0] in PLANNED else f"unknown verb {arguments[:1]}"
-    from typer.main import get_command
-
-    from fedllm.cli.main import app
-
-    command, name = get_command(app), "fedllm"
-    context = command.make_context(name, list(arguments), resilient_parsing=True)
+    command = get_command(app)
     try:
-        while hasattr(command, "resolve_command"):
-            name, command, arguments = command.resolve_command(context, arguments)
-            context = command.make_context(name, list(arguments), parent=context)
-    except SystemExit:
-        return ""  # --help and --version
-    except Exception as error:  # of click, which typer brings along
+        context = command.make_context("fedllm", list(arguments) or ["--help"])
+        name, verb, rest = command.resolve_command(context, list(arguments))
+        verb.make_context(name, rest, parent=context)
+    except typer.Exit:
+        return ""  # --help
+    except Exception as error:  # the command line's own, of several types
         return str(error) or type(error).__name__
     return ""
 
@@ -134,7 +128,7 @@ def command_faults(text: Text) -> Iterator[str]:
             if words[1:2] in (["run"], ["check"]) and not experiment_exists(words[2:], written):
                 yield f"{text.path}: `{' '.join(words)}` names no packaged recipe, file, or block with that title"
     for verb in re.findall(r"`fedllm ([a-z][\w-]*)", text.prose):
-        if (fault := parse([verb, "--help"])) and "--help" not in fault:
+        if fault := parse([verb, "--help"]):
             yield f"{text.path} names `fedllm {verb}`: {fault}"
 
 
@@ -169,14 +163,17 @@ BAD_PAGE = """\
 [gone](docs/nowhere.md) [gone](docs/index.md#nowhere) [gone](#nowhere) [host](https://example.com/nowhere)
 [generated](docs/reference/tree.md)
 
-`fedllm frobnicate`, scripts/nothing and (scripts/check).
+`fedllm frobnicate` but `fedllm run`, scripts/nothing and (scripts/check).
 
 ```bash
 pip install x && A=1 fedllm run no-such-recipe rounds=3   # comment
 fedllm run --out \\
-    here also.yaml | cat
+    here also.yaml rounds=3 | cat
+fedllm check also.yaml; fedllm run --help
 echo fedllm nonsense
 fedllm frobnicate
+fedllm run --frob also.yaml
+fedllm
 ```
 
 ```yaml title="also.yaml"
@@ -184,7 +181,7 @@ rounds: 1
 ```
 
 ```console
-$ fedllm run quickstart
+$ fedllm run also.yaml
 ```
 """
 
@@ -197,12 +194,16 @@ def test_faults_of_a_bad_page_are_found() -> None:
         "BAD.md links to #nowhere, but has no such heading",
     ]
     assert list(script_faults(text)) == ["BAD.md names scripts/nothing, which does not exist"]
+    expected = (
+        "`fedllm run no-such-recipe rounds=3` names no packaged recipe",
+        "`fedllm frobnicate`: No such command",
+        "`fedllm run --frob also.yaml`: No such option",
+        "in a block that is not marked as bash",
+        "names `fedllm frobnicate`: No such command",
+    )
     found = list(command_faults(text))
-    assert len(found) == 4, found
-    assert "no-such-recipe rounds=3` names no packaged recipe" in found[0]
-    assert "`fedllm frobnicate`" in found[1]
-    assert "not marked as bash" in found[2]
-    assert "names `fedllm frobnicate`" in found[3]
+    assert len(found) == len(expected), found
+    assert [part for part, fault in zip(expected, found, strict=True) if part not in fault] == [], found
 
 
 def test_commands_are_taken_apart() -> None:
@@ -233,6 +234,68 @@ def documented(source: str, name: str) -> bool:
     kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     nodes = [node for node in ast.parse(source).body if isinstance(node, kinds) and node.name == name]
     return all(ast.get_docstring(node) for node in nodes)
+
+
+def argument_faults(source: str, path: str) -> Iterator[str]:
+    """Names under `Args:` that the function or class below does not take."""
+    for node in ast.walk(ast.parse(source, path)):
+        if isinstance(node, ast.ClassDef):
+            taken = {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
+            taken |= {name for item in node.body if is_function(item, "__init__") for name in parameters(item)}
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            taken = parameters(node)
+        else:
+            continue
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", ast.get_docstring(node) or "", re.MULTILINE)
+        for names in re.findall(r"^    ([\w*][\w*, ]*?)(?: \(.*?\))?:", section[1] if section else "", re.MULTILINE):
+            for name in names.split(","):
+                if name.strip(" *") not in taken:
+                    yield f"{path}:{node.lineno} {node.name} documents '{name.strip()}', which it does not take"
+
+
+def is_function(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.FunctionDef) and node.name == name
+
+
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    return {arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)}
+
+
+def test_documented_arguments_exist() -> None:
+    paths = sorted((ROOT / "fedllm").rglob("*.py"))
+    found = [fault for path in paths for fault in argument_faults(path.read_text("utf-8"), path.name)]
+    assert found == []
+
+
+def test_documented_arguments_that_do_not_exist_are_found() -> None:
+    source = """\
+class Thing:
+    '''A thing.
+
+    Args:
+        size, colour: fields. shape: of it.
+        weight: none.
+    '''
+
+    size: int
+    colour: str
+
+    def f(self, a, *, b, **more):
+        '''Do.
+
+        Args:
+            a (int): one,
+                with: a second line.
+            c, b: two.
+
+        Returns:
+            d: nothing.
+        '''
+"""
+    assert list(argument_faults(source, "a.py")) == [
+        "a.py:1 Thing documents 'weight', which it does not take",
+        "a.py:12 f documents 'c', which it does not take",
+    ]
 
 
 def test_reference_follows_names_to_their_definition(tmp_path: Path) -> None:

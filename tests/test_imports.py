@@ -27,7 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loop", "check", "client", "state", "wire", "engine"),
     ("engines",),
     ("config", "catalog", "presets", "schema"),
-    ("launch", "report", "audits", "explain"),
+    ("folder", "outputs", "compare", "finished", "launch", "export"),
+    ("report", "audits", "explain"),
     ("__init__",),
     ("console",),
     ("cli",),
@@ -89,15 +90,24 @@ def read_package() -> dict[str, Module]:
 
 
 def imports_of(module: Module, modules: Mapping[str, Module]) -> Iterator[str]:
-    """Dotted names that a module imports; of fedllm always a module, never a name inside of one."""
-    for node in ast.walk(module.source):
+    """Dotted names that a module imports; of fedllm always a module, never a name inside of one.
+
+    The version is not counted: every module may read `fedllm.__version__`.
+    """
+    nodes = list(ast.walk(module.source))
+    roots = [node for node in nodes if isinstance(node, ast.Attribute) and dotted(node.value, {}) == "fedllm"]
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names if alias.name != "fedllm" or alias.asname)
         elif isinstance(node, ast.ImportFrom):
             base = absolute(module, node)
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                yield inner if inner in modules else base
+                if inner != "fedllm.__version__":
+                    yield inner if inner in modules else base
+    for root in roots:
+        if root.attr != "__version__":
+            yield f"fedllm.{root.attr}" if f"fedllm.{root.attr}" in modules else "fedllm"
 
 
 def absolute(module: Module, node: ast.ImportFrom) -> str:
@@ -258,6 +268,7 @@ BAD = {
     ),
     "upwards by dots": ({"fedllm/stages/prox.py": "from ..loop import run"}, "fedllm.loop, which is above"),
     "upwards from a package": ({"fedllm/stages/__init__.py": "from ..engines import run"}, "engines, which is above"),
+    "the root by attribute": ({"fedllm/loop.py": "import fedllm\nfedllm.run(1)"}, "imports fedllm, which is above"),
     "the root": ({"fedllm/loop.py": "from fedllm import run", "fedllm/__init__.py": ""}, "fedllm, which is above"),
     "stage to stage": (
         {"fedllm/stages/prox.py": "from fedllm.stages.dyn import Dyn", "fedllm/stages/dyn.py": ""},
@@ -325,7 +336,7 @@ def test_good_modules_pass() -> None:
         "fedllm/cli/main.py": "from fedllm import run\nimport fedllm.console.page",
         "fedllm/__main__.py": "from fedllm.cli.main import main",
         "fedllm/__init__.py": "from fedllm.launch import run",
-        "fedllm/launch.py": "from fedllm.loop import run",
+        "fedllm/launch.py": "import fedllm\nfrom fedllm.loop import run\nfedllm.__version__",
         "fedllm/config.py": "import yaml as y\nclass L(y.SafeLoader): ...\ny.load(1, L)\ny.load(1, y.SafeLoader)",
     }
     assert faults(modules_of(sources)) == []

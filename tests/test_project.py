@@ -111,6 +111,11 @@ def test_version_has_a_section_in_the_changelog() -> None:
     assert len(headings) == len(set(headings))
 
 
+def test_package_says_the_same_version() -> None:
+    found = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fedllm" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+    assert found == [PROJECT["version"]]
+
+
 def test_licence_is_whole_and_named() -> None:
     text = (ROOT / "LICENSE").read_text("utf-8")
     assert PROJECT["license"] == "Apache-2.0"
@@ -186,7 +191,7 @@ def test_install_runs_once_for_each_extra_and_again_when_files_change(clone: Pat
     # A stand-in for .venv/bin/python: `-m pip install` is recorded, all else goes to the real interpreter.
     program(
         clone / ".venv" / "bin" / "python",
-        f'if [ "${{3:-}}" = install ]; then echo "${{@: -1}}" >> {calls}; else exec {sys.executable} "$@"; fi',
+        f'if [ "${{3:-}}" = install ]; then echo "${{@: -1}}" >> {calls}; else exec {sys.executable} -I -S "$@"; fi',
     )
     for extras in (["data"], ["data"], [], ["data", "dev"], ["data", "dev"]):
         assert install(clone, *extras).returncode == 0
@@ -200,7 +205,7 @@ def test_install_runs_once_for_each_extra_and_again_when_files_change(clone: Pat
 def test_install_is_not_done_after_a_failure(clone: Path) -> None:
     program(
         clone / ".venv" / "bin" / "python",
-        f'if [ "${{3:-}}" = install ]; then exit 3; else exec {sys.executable} "$@"; fi',
+        f'if [ "${{3:-}}" = install ]; then exit 3; else exec {sys.executable} -I -S "$@"; fi',
     )
     assert install(clone).returncode == 3
     assert install(clone).returncode == 3

@@ -8,7 +8,7 @@ as markup.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -58,6 +58,11 @@ class Display:
     ) -> None:
         if self._live:
             self._live.stop()
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Take in, without a word, what the log of a run that is resumed already holds."""
+        for event in events:
+            self._scene.see(event, self._clock())
 
     def __call__(self, event: Event) -> None:
         now = self._clock()
@@ -114,8 +119,8 @@ def _cohort(scene: Scene) -> list[RenderableType]:
         )
         for client in shown
     ]
-    number = min(scene.done + 1, scene.rounds)
-    head = Text(f"round {number}, {len(finished)} of {len(scene.cohort)} clients", style="dim")
+    number = "" if scene.begun is None else f"round {scene.begun + 1}, "
+    head = Text(f"{number}{len(finished)} of {len(scene.cohort)} clients", style="dim")
     return [head, Padding(Columns(cells, equal=True, padding=(0, 3)), (0, 0, 0, 2))]
 
 
@@ -156,6 +161,7 @@ def _taken(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     fast = "" if speed is None else f", {figure(round(speed, 1))} per second"
     spelled = {
         "sent": f"{size(summary.get('bytes_up'))} up, {size(summary.get('bytes_down'))} down",
+        "evaluation": f"{size(summary.get('evaluation_bytes'))} sent",
         "time": duration(summary.get("seconds")) + each,
         "tokens": figure(summary.get("tokens_trained")) + fast,
         "peak memory": size(summary.get("peak_rss_bytes")),

@@ -20,7 +20,7 @@ from fedllm.events import (
     Wire,
 )
 from fedllm.report.quantity import duration, figure, remaining, size
-from fedllm.report.story import COMPARED
+from fedllm.report.story import COMPARED, moment_of_loss
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Scene:
     title: str = ""
     rounds: int = 0
     done: int = 0
+    begun: int | None = None
     loss: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0
@@ -71,9 +72,10 @@ class Scene:
             case Resumed():
                 self.done, self.pace = event.round, None
             case RoundStarted():
-                self.cohort, self.finished, self.sent, self.aside = event.cohort, {}, {}, None
+                self.begun, self.cohort = event.round, event.cohort
+                self.finished, self.sent, self.aside = {}, {}, None
                 self.pace = self.pace or Pace(now, event.round, event.round, now)
-            case Wire():
+            case Wire() if event.call != "evaluate":
                 self.sent = {**self.sent, event.direction: self.sent.get(event.direction, 0) + event.bytes}
             case ClientFinished():
                 self.finished = {**self.finished, event.client: "done" if event.loss is None else figure(event.loss)}
@@ -108,14 +110,14 @@ def line(event: Event, scene: Scene, now: float) -> str | None:
         case RunStarted():
             return f"{scene.title}: {event.rounds} rounds, {event.clients} clients"
         case Resumed():
-            return f"resumed with round {event.round + 1}/{scene.rounds}"
+            return f"resumed with round {_counted(event.round + 1, scene.rounds)}"
         case RoundFinished():
             left = scene.pace.left(scene.rounds, now) if scene.pace else None
             told = f"clients {event.clients}  up {size(event.bytes_up)}  down {size(event.bytes_down)}"
             tail = f"  left {remaining(left)}" if left is not None and scene.done < scene.rounds else ""
             note = f"  ({event.note})" if event.note else ""
             loss = f"loss {figure(event.loss)}"
-            return f"round {scene.done}/{scene.rounds}  {loss}  {told}  {duration(event.seconds)}{tail}{note}"
+            return f"round {_counted(scene.done, scene.rounds)}  {loss}  {told}  {duration(event.seconds)}{tail}{note}"
         case Evaluated():
             return f"{moment(event)}: {scores_line(event.metrics)}" + (f"  ({event.note})" if event.note else "")
         case Progress():
@@ -123,14 +125,18 @@ def line(event: Event, scene: Scene, now: float) -> str | None:
             tail = f"  left {remaining(left)}" if left is not None and event.done < event.total else ""
             return f"{COMPARED.get(event.what, event.what)} {event.done}/{event.total}{tail}"
         case ClientFailed():
-            return f"round {event.round + 1}: lost {event.client}: {event.reason}"
+            return f"{moment_of_loss(event, scene.begun)}: lost {event.client}: {event.reason}"
         case Warned():
             return f"warning: {event.text}"
         case RunFinished():
-            return f"finished {event.rounds} rounds in {duration(event.seconds)}" + (
-                f": {event.note}" * bool(event.note)
-            )
+            count = f"{event.rounds} round{'s' * (event.rounds != 1)}"
+            return f"finished {count} in {duration(event.seconds)}" + (f": {event.note}" if event.note else "")
     return None
+
+
+def _counted(done: int, total: int) -> str:
+    """Without the total where nobody has said it."""
+    return f"{done}/{total}" if total else str(done)
 
 
 def moment(event: Evaluated) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedllm.batch import Example
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.evaluation.text import choice_score, exact_match, rouge_l
 from fedllm.experiment import Evaluation, Experiment
@@ -55,10 +56,22 @@ class Scorer:
 
     def sums(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> Tree:
         """Leaves `sum/METRIC` and `count/METRIC`, float64, the same names whatever the records."""
-        chosen = list(records)[: self.evaluation.limit]
+        chosen = self.chosen(records)
+        return self.add_up(chosen, self.pairs(model, params, chosen))
+
+    def chosen(self, records: Sequence[Record]) -> list[Record]:
+        """The first `limit` of a client's records."""
+        return list(records)[: self.evaluation.limit]
+
+    def pairs(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> dict[str, list[Pair]]:
+        """Each metric's value and count of each record."""
+        return {metric: METRICS[metric](self, model, params, records) for metric in self._measured()}
+
+    def add_up(self, records: Sequence[Record], measured: Mapping[str, Sequence[Pair]]) -> Tree:
+        """Sums and counts over records, in all and by group."""
         totals = {name: [0.0, 0.0] for name in self._names()}
-        for metric in self._measured():
-            for record, (value, count) in zip(chosen, METRICS[metric](self, model, params, chosen), strict=True):
+        for metric, pairs in measured.items():
+            for record, (value, count) in zip(records, pairs, strict=True):
                 group = [f"{metric}/{record[self.evaluation.by]}"] if self.evaluation.by is not None else []
                 for name in (metric, *group):
                     totals[name][0] += value
@@ -92,10 +105,19 @@ class Scorer:
 def nll(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
     """Sum and number of labelled tokens."""
     examples = [model.encode(record, scorer.max_length) for record in records]
-    kept = [example for example in examples if example is not None]
-    losses = iter(model.sequence_nll(params, kept, scorer.evaluation.batch_size))
-    rows = [next(losses) if example is not None else torch.zeros(0) for example in examples]
-    return [(float(row.double().sum()), float(len(row))) for row in rows]
+    names = [
+        None if example is None else (tuple(example.tokens.tolist()), tuple(example.targets.tolist()))
+        for example in examples
+    ]
+    distinct = {name: example for name, example in zip(names, examples, strict=True) if example is not None}
+    losses = model.sequence_nll(params, list(distinct.values()), scorer.evaluation.batch_size)
+    found = {name: (float(row.double().sum()), float(len(row))) for name, row in zip(distinct, losses, strict=True)}
+    return [found.get(name, (0.0, 0.0)) for name in names]
+
+
+def _content(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What makes two examples the same, so that a record that many clients hold is scored once."""
+    return tuple(example.tokens.tolist()), tuple(example.targets.tolist())
 
 
 def generated(
@@ -105,14 +127,14 @@ def generated(
 
     def metric(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
         settings = scorer.evaluation
-        prompts = [model.prompt(record) for record in records]
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))  # little padding
-        answers: dict[int, str] = {}
-        for at in range(0, len(order), settings.batch_size):
-            chosen = order[at : at + settings.batch_size]
-            texts = model.generate(params, [prompts[place] for place in chosen], settings.max_new_tokens)
-            answers |= dict(zip(chosen, texts, strict=True))
-        return [(measure(answers[place], response_text(record)), 1.0) for place, record in enumerate(records)]
+        prompts = [tuple(model.prompt(record)) for record in records]
+        distinct = sorted(set(prompts), key=lambda prompt: (len(prompt), prompt))  # little padding
+        answers: dict[tuple[int, ...], str] = {}
+        for at in range(0, len(distinct), settings.batch_size):
+            chosen = distinct[at : at + settings.batch_size]
+            answers |= dict(zip(chosen, model.generate(params, chosen, settings.max_new_tokens), strict=True))
+        asked = zip(prompts, records, strict=True)
+        return [(measure(answers[prompt], response_text(record)), 1.0) for prompt, record in asked]
 
     return metric
 

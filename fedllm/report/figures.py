@@ -21,7 +21,7 @@ from fedllm.report.plot import (
     over_rounds,
 )
 from fedllm.report.quantity import finite, lower_is_better
-from fedllm.report.story import COMPARED, Story, client_scores
+from fedllm.report.story import COMPARED, Story, client_metrics, client_scores
 
 _MIB = 2**20
 _FEW = 12  # lines or labels that an eye can still tell apart
@@ -91,12 +91,9 @@ def _levels(story: Story, name: str) -> list[Trace]:
 
 def clients(stories: Sequence[Story]) -> list[Figure]:
     """The final evaluation of every client, worst first: one run beside its comparisons, or several runs."""
-    names = dict.fromkeys(name for story in stories for name in _client_metrics(story))
+    events = [event for story in stories for event in story.evaluations.values()]
+    names = dict.fromkeys(name for event in events for name in client_metrics(event))
     return [figure for name in names for figure in _client_bars(stories, name)]
-
-
-def _client_metrics(story: Story) -> list[str]:
-    return [name for event in story.evaluations.values() for scores in event.clients.values() for name in scores]
 
 
 def _client_bars(stories: Sequence[Story], metric: str) -> list[Figure]:
@@ -156,14 +153,17 @@ def parts(stories: Sequence[Story]) -> list[Figure]:
     if not rows:
         return []
     traces = [bars(part, rows, amounts, shade=colour(place)) for place, (part, amounts) in enumerate(spent.items())]
-    note = "All messages of the run by what they carry; headers are names, shapes and framing."
+    note = "All messages of the rounds by what they carry; headers are names, shapes and framing."
     return [by_rows("Bytes by part", note, traces, rows=rows, unit="MiB", stacked=True)]
 
 
 def bytes_by_part(story: Story) -> dict[tuple[str, str], int]:
-    """Bytes by (direction, part); what is no part's is the headers'. Up comes first, then the largest."""
+    """Bytes by (direction, part); what is no part's is the headers'. Evaluations are left out; up comes first, then the
+    largest."""
     spent: dict[tuple[str, str], int] = {}
     for event in story.of(Wire):
+        if event.call == "evaluate":
+            continue
         rest = event.bytes - sum(event.parts.values())
         for part, amount in {**event.parts, "headers": rest}.items():
             spent[event.direction, part] = spent.get((event.direction, part), 0) + amount

@@ -24,6 +24,7 @@ PALETTE = (
 )  # fmt: skip
 SHADE = {"base": "#8a9099", "local_only": "#dd8833", "federated": "#4477aa", "centralised": "#2f9e77"}
 DASHES = ("solid", "dash")
+_OVER_ROUNDS = "%{fullData.name}<br>round %{x}: %{y:.5~g}<extra></extra>"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def line(
         "name": plain(name),
         "x": xs,
         "y": [points[x] for x in xs],
+        "hovertemplate": _OVER_ROUNDS,
         "line": {"color": shade, "width": 1.2 if thin else 2, "dash": dash},
         "marker": {"size": 5},
         "opacity": 0.75 if thin else 1,
@@ -85,6 +87,7 @@ def level(name: str, value: float, *, until: int, shade: str) -> Trace:
         "name": plain(name),
         "x": [0, until],
         "y": [value, value],
+        "hovertemplate": "%{fullData.name}: %{y:.5~g}<extra></extra>",
         "line": {"color": shade, "width": 1.5, "dash": "dot"},
     }
 
@@ -93,7 +96,8 @@ def columns(name: str, values: Mapping[int, float], *, shade: str) -> Trace:
     """Upright bars over rounds."""
     kept = {x: y for x, y in values.items() if finite(y)}
     return {
-        "type": "bar", "name": plain(name), "x": list(kept), "y": list(kept.values()), "marker": {"color": shade},
+        "type": "bar", "name": plain(name), "x": list(kept), "y": list(kept.values()),
+        "marker": {"color": shade}, "hovertemplate": _OVER_ROUNDS,
     }  # fmt: skip
 
 
@@ -107,7 +111,7 @@ def bars(name: str, rows: Sequence[str], values: Mapping[str, float], *, shade: 
         "y": [place for place, _ in places],
         "x": [values[row] for _, row in places],
         "customdata": [plain(row, limit=80) for _, row in places],
-        "hovertemplate": "%{customdata}: %{x:.5~g}",
+        "hovertemplate": "%{customdata}<br>%{fullData.name}: %{x:.5~g}<extra></extra>",
         "marker": {"color": shade},
     }
 
@@ -135,7 +139,7 @@ def by_rows(
     layout = _layout(
         {"title": {"text": plain(unit)}, "rangemode": "tozero"},
         upright,
-        height=min(900, 130 + deep),
+        height=min(560, 130 + deep),
         legend=len(traces) > 1,
     )
     return Figure(title, note, tuple(traces), {**layout, "barmode": "stack" if stacked else "group"})

@@ -53,7 +53,7 @@ def duration(seconds: float | None) -> str:
 
 def remaining(seconds: float) -> str:
     """Time left, in whole seconds below a minute."""
-    return f"{seconds:.0f} s" if seconds < 59.5 else duration(seconds)
+    return f"{seconds:.0f} s" if seconds < 59.5 else duration(round(seconds))
 
 
 def share(part: float, whole: float) -> str:
@@ -63,8 +63,8 @@ def share(part: float, whole: float) -> str:
 
 def lower_is_better(metric: str) -> bool:
     """Whether a small value is good: losses, perplexities, error rates. `exact_match/private` is judged by its
-    first half."""
-    return not _LOWER_IS_BETTER.isdisjoint(metric.split("/")[0].lower().split("_"))
+    first half, `own/nll` as `nll`."""
+    return not _LOWER_IS_BETTER.isdisjoint(metric.removeprefix("own/").split("/")[0].lower().split("_"))
 
 
 def printable(text: str) -> str:

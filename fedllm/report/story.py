@@ -33,6 +33,7 @@ from fedllm.events import (
 from fedllm.report.quantity import finite
 
 COMPARED = {"base": "base", "local_only": "local-only", "federated": "federated", "centralised": "centralised"}
+OWN = "own/"  # before a metric: of a model of one client, on that client's own records
 E = TypeVar("E", bound=Event)
 
 
@@ -49,6 +50,8 @@ def effective(events: Iterable[Event]) -> list[Event]:
 
 def _superseded(event: Event, start: int) -> bool:
     match event:
+        case Wire(call="evaluate"):
+            return event.round > start
         case RoundStarted() | Wire() | ClientFinished() | ClientFailed() | RoundFinished():
             return event.round >= start
         case Evaluated(which="federated") | CheckpointSaved():
@@ -100,6 +103,19 @@ class Story:
             if event.which == "federated" and finite(event.metrics.get(metric))
         }
 
+    @property
+    def lost(self) -> list[tuple[str, str, str]]:
+        """When, which client and why, for each client that was lost. A loss of a round after the newest that has begun
+        is one of the evaluation between the two."""
+        found: list[tuple[str, str, str]] = []
+        begun: int | None = None
+        for event in self.events:
+            if isinstance(event, RoundStarted):
+                begun = event.round
+            elif isinstance(event, ClientFailed):
+                found.append((moment_of_loss(event, begun), event.client, event.reason))
+        return found
+
     def total(self, key: str) -> float | None:
         """`seconds`, `bytes_up`, `bytes_down` or `tokens` of the whole run: the summary's, else the rounds' sum."""
         known = self.summary.get("tokens_trained" if key == "tokens" else key)
@@ -115,10 +131,24 @@ class Story:
         return sums[key] if rounds else None
 
 
+def moment_of_loss(event: ClientFailed, begun: int | None) -> str:
+    """In which round, counted from 1, or after which one: the newest that has begun has the index `begun`."""
+    if begun is not None and event.round > begun:
+        return f"evaluation after round {event.round}"
+    return f"round {event.round + 1}"
+
+
 def client_scores(event: Evaluated, metric: str) -> dict[str, float]:
-    """One metric of every client that has it."""
+    """One metric of every client that has it, on the client's own records: `own/METRIC` where a client's model was
+    also scored on everybody's."""
     scores: Mapping[str, Scores] = event.clients
-    return {client: found[metric] for client, found in scores.items() if finite(found.get(metric))}
+    own = {client: found.get(f"{OWN}{metric}", found.get(metric)) for client, found in scores.items()}
+    return {client: value for client, value in own.items() if finite(value)}
+
+
+def client_metrics(event: Evaluated) -> list[str]:
+    """The metrics that `client_scores` knows of this evaluation."""
+    return list(dict.fromkeys(name.removeprefix(OWN) for found in event.clients.values() for name in found))
 
 
 def load(folder: Path, *, label: str | None = None) -> Story:

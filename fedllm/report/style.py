@@ -34,7 +34,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr));
 dl > div { background: var(--paper); padding: 12px 16px; }
 dt { color: var(--soft); font-size: 0.78rem; } dd { margin: 2px 0 0; font-size: 1.3rem;
   font-variant-numeric: tabular-nums; }
-dd small { color: var(--soft); font-size: 0.78rem; margin-left: 8px; }
+dd small { color: var(--soft); font-size: 0.78rem; display: block; }
 .scroll { overflow-x: auto; margin: 0 0 18px; }
 table { border-collapse: collapse; font-size: 0.88rem; min-width: min(100%, 420px);
   font-variant-numeric: tabular-nums lining-nums; }

@@ -7,18 +7,18 @@ from statistics import fmean
 from typing import Any
 
 from fedllm.events import (
-    ClientFailed,
     DataReported,
     Evaluated,
     RoundFinished,
     RunFinished,
     RunStarted,
     Warned,
+    Wire,
 )
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.markup import Html, el, folded, joined, table
 from fedllm.report.quantity import NOTHING, duration, figure, lower_is_better, share, size
-from fedllm.report.story import COMPARED, Story, client_scores
+from fedllm.report.story import COMPARED, OWN, Story, client_metrics, client_scores
 
 
 def headline(stories: Sequence[Story]) -> Html:
@@ -58,6 +58,9 @@ def _notes(stories: Sequence[Story]) -> Html:
         el("li", el("b", COMPARED[which]), text, f" ({', '.join(names)})" if len(names) < len(stories) else "")
         for (which, text), names in sorted(said.items(), key=lambda item: list(COMPARED).index(item[0][0]))
     ]
+    if any(name.startswith(OWN) for story in stories for name in story.metrics):
+        text = ": each client's model on its own held-out records; without it on everybody's"
+        lines.append(el("li", el("b", f"{OWN}\N{HORIZONTAL ELLIPSIS}"), text))
     return el("ul.notes", *lines) if lines else Html("")
 
 
@@ -97,9 +100,11 @@ def costs(story: Story) -> dict[str, str]:
     time, tokens = story.total("seconds"), story.total("tokens")
     pace = summary.get("seconds_per_round") or (fmean(event.seconds for event in rounds) if rounds else None)
     speed = summary.get("tokens_per_second") or (tokens / time if tokens and time else None)
+    scoring = sum(event.bytes for event in story.of(Wire) if event.call == "evaluate")
     items: dict[str, Any] = {
         "sent up": (size, story.total("bytes_up")),
         "sent down": (size, story.total("bytes_down")),
+        "sent for evaluation": (size, summary.get("evaluation_bytes", scoring or None)),
         "time": (duration, time),
         "time per round": (duration, pace),
         "tokens trained": (figure, tokens),
@@ -125,7 +130,7 @@ def worst(stories: Sequence[Story]) -> Html:
             if len(stories) > 1 and which != "federated":
                 continue
             name = COMPARED[which] if len(stories) == 1 else story.label
-            for metric in dict.fromkeys(key for scores in event.clients.values() for key in scores):
+            for metric in client_metrics(event):
                 found = client_scores(event, metric)
                 if found:
                     rows.append([metric, name, *_spread(metric, found)])
@@ -196,12 +201,12 @@ def records(data: DataReported) -> Html:
 
 def troubles(story: Story) -> Html:
     """Lost clients and warnings."""
-    failed = [[f"{event.round + 1}", event.client, event.reason] for event in story.of(ClientFailed)]
+    failed = [list(loss) for loss in story.lost]
     warned = list(dict.fromkeys(event.text for event in story.of(Warned)))
     notes = [f"Round {event.round + 1}: {event.note}" for event in story.of(RoundFinished) if event.note]
     shown: list[Html] = []
     if failed:
-        lost = table(f"Lost clients ({len(failed)})", ["round", "client", "reason"], failed)
+        lost = table(f"Lost clients ({len(failed)})", ["when", "client", "reason"], failed)
         shown.append(lost if len(failed) <= 20 else folded(f"{len(failed)} clients were lost", lost))
     if warned or notes:
         shown.append(el("ul.notes", *(el("li", text) for text in [*warned, *notes])))

@@ -10,7 +10,7 @@ from fedllm.rng import Key
 from fedllm.stages.dyn import Dyn
 from fedllm.update import Ctx, Local, Part, Update
 
-CTX = Ctx(round=0, key=Key(1), cohort=2, population=4)
+CTX = Ctx(round=0, key=Key(1), cohort=3, population=4)
 STAGE = Dyn(alpha=0.5)
 
 
@@ -28,7 +28,7 @@ def test_a_clients_round_by_hand():
 
 
 def test_the_servers_round_by_hand():
-    # two of four clients, mean delta 3: h = 1 - 0.5 * 6/4 = 0.25; step = 3 - 0.25/0.5 = 2.5
+    # of four clients three were drawn and two answered, mean delta 3: h = 1 - 0.5 * 6/4; step = 3 - 0.25/0.5
     total, state = STAGE.decode(Update({"delta": Part(leaf(3.0), 2.0)}), leaf(0.0), leaf(1.0), CTX)
     assert float(state["w"]) == 0.25
     assert float(total.parts["delta"].tree["w"]) == 2.5

@@ -119,8 +119,8 @@ def test_draws_differ_by_round_client_part_and_leaf_and_repeat_with_the_same():
 
 def test_figures_and_integers_are_exact():
     parts = {
-        "metrics": Part({"loss": torch.tensor(0.123)}, 1.0),
-        "counts": Part({"tokens": torch.tensor(12345.0)}, 0.0),
+        "metrics": Part({"loss": torch.tensor([0.123, 0.456])}, 1.0),
+        "counts": Part({"tokens": torch.tensor([12345.0, 678.0])}, 0.0),
         "votes": Part({"n": torch.tensor([1, 2, 3])}, 0.0),
     }
     sent, _ = Quantize(bits=1).encode(Update(parts), {}, {}, Local(CTX))

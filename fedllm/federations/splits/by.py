@@ -61,6 +61,7 @@ def _names(values: Mapping[Value, object], by: str) -> dict[str, Value]:
             raise DataError(f"value '{value}' of '{by}' has no letter or digit to name its client by; rename it")
         if name.casefold() in folded:
             other = folded[name.casefold()]
-            raise DataError(f"values '{other}' and '{value}' of '{by}' both name the client '{name}'; rename one")
+            rule = "rename one, or raise min_size if one is small"
+            raise DataError(f"values '{other}' and '{value}' of '{by}' both name the client '{name}'; {rule}")
         names[name] = folded[name.casefold()] = value
     return names

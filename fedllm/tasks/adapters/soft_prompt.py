@@ -91,7 +91,7 @@ class AttachedPrompt:
             return self.decoder.padded({}, {"input_ids": tokens}, mask, cache)
         words = self._embed(tokens)
         prompt = params[LEAF].to(words).expand(len(tokens), -1, -1)
-        padding_first, order = torch.cat([mask.new_ones(prompt.shape[:2]), mask], 1).sort(1, stable=True)
+        padding_first, order = torch.cat([mask.new_ones(prompt.shape[:2]), mask], 1).sort(stable=True)
         if cache is None:  # the prompt goes between the padding and the first token
             words = torch.cat([prompt, words], 1).gather(1, order[:, :, None].expand(-1, -1, words.shape[2]))
         return self.decoder.padded({}, {"inputs_embeds": words}, padding_first, cache)
