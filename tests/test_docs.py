@@ -125,7 +125,8 @@ def command_faults(text: Text) -> Iterator[str]:
                 continue
             if fault := parse(words[1:]):
                 yield f"{text.path}: `{' '.join(words)}`: {fault}"
-            if words[1:2] in (["run"], ["check"]) and not experiment_exists(words[2:], written):
+            named = "--help" in words or experiment_exists(words[2:], written)
+            if words[1:2] in (["run"], ["check"]) and not named:
                 yield f"{text.path}: `{' '.join(words)}` names no packaged recipe, file, or block with that title"
     for verb in re.findall(r"`fedllm ([a-z][\w-]*)", text.prose):
         if fault := parse([verb, "--help"]):

@@ -186,13 +186,16 @@ def test_install_names_the_module_that_is_missing(clone: Path) -> None:
     assert "python3-venv" in result.stderr
 
 
+def stub_venv(clone: Path, install: str) -> None:
+    """A `.venv/bin/python` that runs `-c` for real, has pip, and does `install` for `-m pip install`."""
+    real = f'exec {sys.executable} -I -S "$@"'
+    cases = f'"-m pip install "*) {install};; "-m pip "*) ;; "-c "*) {real};; *) exit 9;;'
+    program(clone / ".venv" / "bin" / "python", f'case "$*" in {cases} esac')
+
+
 def test_install_runs_once_for_each_extra_and_again_when_files_change(clone: Path) -> None:
     calls = clone / "calls"
-    # A stand-in for .venv/bin/python: `-m pip install` is recorded, all else goes to the real interpreter.
-    program(
-        clone / ".venv" / "bin" / "python",
-        f'if [ "${{3:-}}" = install ]; then echo "${{@: -1}}" >> {calls}; else exec {sys.executable} -I -S "$@"; fi',
-    )
+    stub_venv(clone, f'echo "${{@: -1}}" >> {calls}')
     for extras in (["data"], ["data"], [], ["data", "dev"], ["data", "dev"]):
         assert install(clone, *extras).returncode == 0
     assert calls.read_text().split() == [".[data]", ".[data,dev]"]
@@ -203,9 +206,6 @@ def test_install_runs_once_for_each_extra_and_again_when_files_change(clone: Pat
 
 
 def test_install_is_not_done_after_a_failure(clone: Path) -> None:
-    program(
-        clone / ".venv" / "bin" / "python",
-        f'if [ "${{3:-}}" = install ]; then exit 3; else exec {sys.executable} -I -S "$@"; fi',
-    )
+    stub_venv(clone, "exit 3")
     assert install(clone).returncode == 3
     assert install(clone).returncode == 3

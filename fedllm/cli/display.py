@@ -92,7 +92,7 @@ def _picture(scene: Scene, now: float) -> RenderableType:
     if scene.aside:
         left = scene.aside_pace.left(scene.aside.total, now) if scene.aside_pace else None
         bars.add_row(*_bar(COMPARED.get(scene.aside.what, scene.aside.what), scene.aside.done, scene.aside.total, left))
-    up, down = (total + scene.sent.get(way, 0) for way, total in (("up", scene.bytes_up), ("down", scene.bytes_down)))
+    up, down = scene.traffic
     sums = Text(f"loss {figure(scene.loss)}   up {size(up)}   down {size(down)}")
     told = [
         Text.assemble((moment(event), "cyan"), "  ", printable(scores_line(event.metrics)))

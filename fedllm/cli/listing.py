@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedllm.aggregate import Aggregator
 from fedllm.catalog import METHODS, NOUNS
@@ -35,7 +38,7 @@ def listing(what: str) -> None:
     heads, rows = LISTS[what]
     table = Table(*heads, box=None, header_style="bold", pad_edge=False)
     for row in rows():
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
 
 
@@ -55,12 +58,12 @@ def _classes(noun: type) -> Callable[[], Rows]:
 
 
 def _settings(cls: type) -> str:
-    items: Mapping[str, object] = vars(cls).get("__dataclass_fields__", {})
-    return ", ".join(items)
+    return ", ".join(item.name for item in fields(cls)) or "none"
 
 
 def _first_line(cls: type) -> str:
-    return (cls.__doc__ or "").strip().splitlines()[0]
+    """What a component is: the first line of its file."""
+    return (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
 
 
 def _recipes() -> Rows:

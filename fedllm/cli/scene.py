@@ -52,9 +52,7 @@ class Scene:
     rounds: int = 0
     done: int = 0
     begun: int | None = None
-    loss: float | None = None
-    bytes_up: int = 0
-    bytes_down: int = 0
+    closed: dict[int, RoundFinished] = field(default_factory=dict)  # by round, in order
     sent: dict[str, int] = field(default_factory=dict)  # by direction, in the round that is under way
     cohort: tuple[str, ...] = ()
     finished: dict[str, str] = field(default_factory=dict)
@@ -70,7 +68,7 @@ class Scene:
                 self.title = f"{event.name} \N{MIDDLE DOT} {event.model} \N{MIDDLE DOT} {event.engine}"
                 self.rounds = event.rounds
             case Resumed():
-                self.done, self.pace = event.round, None
+                self._go_back(event.round)
             case RoundStarted():
                 self.begun, self.cohort = event.round, event.cohort
                 self.finished, self.sent, self.aside = {}, {}, None
@@ -91,11 +89,29 @@ class Scene:
                 self.cohort, self.aside = (), None
 
     def _close(self, event: RoundFinished, now: float) -> None:
-        self.done, self.loss, self.sent = event.round + 1, event.loss, {}
-        self.bytes_up += event.bytes_up
-        self.bytes_down += event.bytes_down
+        self.done, self.sent = event.round + 1, {}
+        self.closed = {**self.closed, event.round: event}
         if self.pace:
             self.pace.step(self.done, now)
+
+    def _go_back(self, start: int) -> None:
+        self.done, self.pace, self.sent = start, None, {}
+        self.closed = {round: event for round, event in self.closed.items() if round < start}
+        self.scores = {
+            which: event for which, event in self.scores.items() if which != "federated" or event.round <= start
+        }
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the newest complete round."""
+        return list(self.closed.values())[-1].loss if self.closed else None
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes up and down so far; those of evaluations are not counted."""
+        events = self.closed.values()
+        up, down = sum(event.bytes_up for event in events), sum(event.bytes_down for event in events)
+        return up + self.sent.get("up", 0), down + self.sent.get("down", 0)
 
     def _step_aside(self, event: Progress, now: float) -> None:
         if self.aside_pace is None or self.aside is None or self.aside.what != event.what:

@@ -98,7 +98,7 @@ def test_plain_lines_off_a_terminal() -> None:
         "warning: 9 examples were cut",
         "base: nll 2.720",
         "round 1/10  loss 2.500  clients 2  up 3 MiB  down 5 MiB  4.0 s  left 27 s",
-        "round 2: lost b: no reply",
+        "evaluation after round 1: lost b: no reply",
         "federated after round 1: nll 1.960  accuracy 0.5000",
         "finished 1 round in 1 min 05 s: time is up",
     ]
@@ -169,6 +169,37 @@ def test_picture_on_a_terminal() -> None:
     assert "federated after round 1 nll 1.960" in seen
 
 
+def test_recall_takes_the_log_in_and_a_resume_takes_lost_rounds_back() -> None:
+    stage = Stage(terminal=False)
+    lost = Evaluated("federated", 3, {"nll": 9.0})
+    stage.display.recall(
+        [started(), Evaluated("base", 0, {"nll": 2.72}), *round_of(0), *round_of(1), *round_of(2), lost]
+    )
+    assert stage.lines == []
+    stage.play(Resumed(2), *round_of(2), seconds=2.0)
+    assert stage.lines[0] == "resumed with round 3/10"
+    assert stage.lines[1].endswith("4.0 s  left 14 s")  # one round in 2 seconds, seven to come
+    seen = " ".join(stage.picture().split())
+    assert "loss 2.300 up 9 MiB down 15 MiB" in seen
+    assert "base nll 2.720" in seen
+    assert "9.000" not in seen
+
+
+def test_a_resume_without_the_log_shows_no_total() -> None:
+    stage = Stage(terminal=False)
+    stage.play(Resumed(2), *round_of(2))
+    assert stage.lines[0] == "resumed with round 3"
+    assert stage.lines[1].startswith("round 3  loss")
+
+
+def test_evaluation_is_not_counted_and_its_losses_are_named() -> None:
+    stage = Stage(terminal=False)
+    stage.play(started(), RoundStarted(4, ("a",)), Wire(4, "work", "a", "up", MIB, {}))
+    stage.play(Wire(5, "evaluate", "a", "up", 7 * MIB, {}), ClientFailed(4, "a", "x"), ClientFailed(5, "b", "y"))
+    assert "up 1 MiB down 0 B" in " ".join(stage.picture().split())
+    assert stage.lines[1:] == ["round 5: lost a: x", "evaluation after round 5: lost b: y"]
+
+
 def test_picture_shows_a_comparison_instead_of_the_cohort() -> None:
     stage = Stage(terminal=True)
     stage.play(started(1), *round_of(0))
@@ -226,6 +257,7 @@ SUMMARY = {
     "tokens_per_second": 1965.22,
     "bytes_up": 140 * MIB,
     "bytes_down": 139 * MIB,
+    "evaluation_bytes": 12 * MIB,
     "peak_rss_bytes": 2 * 2**30,
     "eval": {
         "base": {"nll": 2.72, "exact_match": 0.048},
@@ -258,6 +290,7 @@ def test_printed_summary() -> None:
     assert lines[0] == "SmolLM2-135M · serial · 20 rounds"
     assert "nll 2.720 1.816 1.542" in lines
     assert "sent 140 MiB up, 139 MiB down" in lines
+    assert "evaluation 12 MiB sent" in lines
     assert "time 1 min 44 s, 4.4 s per round" in lines
     assert "tokens 202,240, 1,965 per second" in lines
     assert "peak memory 2 GiB" in lines

@@ -95,6 +95,7 @@ def test_bytes_are_added_up_in_mebibytes() -> None:
 def test_what_is_no_part_is_header() -> None:
     wires = [
         Wire(0, "work", "a", "down", 100, {"params": 90}),
+        Wire(1, "evaluate", "a", "down", 100, {"params": 90}),
         Wire(0, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
         Wire(1, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
     ]

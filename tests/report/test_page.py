@@ -90,7 +90,7 @@ def test_one_run_has_all_chapters(small: None, events: MakeEvents, folder: Write
     assert ["nll", "2.720", "1.816", "1.542", "1.524"] in seen.rows
     assert ["exact_match/private", "0.0384", "0.2988", "0.3777", "0.3827"] in seen.rows
     assert "local-only: each client alone, as many steps" in seen.text
-    assert ["7", "clinic", "no reply within 30 s"] in seen.rows
+    assert ["round 7", "clinic", "no reply within 30 s"] in seen.rows
     assert ["records that no client holds", "17"] in seen.rows
     assert ["epsilon", "3.500"] in seen.rows
     assert ["peak memory", "1 GiB"] in seen.rows
@@ -120,6 +120,26 @@ def test_worst_client_is_named(small: None, folder: Write, tmp_path: Path) -> No
     assert ["federated", "b", "3", "2", "1", "a"] in seen.rows
     assert ["federated", "a", "0.2500", "0.5000", "0.7500", "b"] in seen.rows
     assert "better than training alone: 1 of 2 in nll, 2 of 2 in accuracy." in seen.text
+
+
+def test_own_records_are_compared_with_own_records(small: None, folder: Write, tmp_path: Path) -> None:
+    # alone, "b" is better on everybody's records (nll) and worse on its own (own/nll) than the federation is
+    together = {"a": {"nll": 1.0}, "b": {"nll": 3.0}}
+    alone = {"a": {"nll": 5.0, "own/nll": 0.5}, "b": {"nll": 2.0, "own/nll": 4.0}}
+    run = folder(
+        "a",
+        [
+            Evaluated("federated", 1, {"nll": 2.0}, together),
+            Evaluated("local_only", 1, {"nll": 3.5, "own/nll": 2.25}, alone),
+        ],
+    )
+    seen = outline([run], tmp_path)
+    assert ["nll", "3.500", "2"] in seen.rows
+    assert ["own/nll", "2.250", "—"] in seen.rows
+    assert "own/…: each client's model on its own held-out records" in seen.text
+    assert ["nll", "local-only", "b", "4", "2.250", "0.5000", "a"] in seen.rows
+    assert "better than training alone: 1 of 2 in nll." in seen.text
+    assert "own/nll by client" not in seen.text
 
 
 def test_several_runs_have_a_column_each(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:

@@ -82,11 +82,14 @@ def test_remaining_and_share() -> None:
 
 def test_direction_of_metrics() -> None:
     lower = [
-        name for name in ("nll", "loss/private", "perplexity", "error_rate", "bits_per_byte") if lower_is_better(name)
+        name
+        for name in ("nll", "loss/private", "perplexity", "error_rate", "bits_per_byte", "own/nll/x")
+        if lower_is_better(name)
     ]
-    assert len(lower) == 5
+    assert len(lower) == 6
     assert not any(
-        lower_is_better(name) for name in ("exact_match", "accuracy", "rouge_l", "exact_match/loss", "glossary")
+        lower_is_better(name)
+        for name in ("exact_match", "accuracy", "rouge_l", "own/accuracy", "exact_match/loss", "glossary")
     )
 
 
