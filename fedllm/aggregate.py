@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from fedllm import tree
+from fedllm.errors import ClientError
 from fedllm.update import Ctx, Failure, Part, Request, Update
 
 Sees = Literal["sum", "each"]
@@ -52,23 +55,37 @@ class Aggregator:
 
 @dataclass(frozen=True)
 class Sum(Aggregator):
-    """The sum of all parts and weights. Streams: memory does not grow with the cohort; integers stay integers."""
+    """The sum of all parts and weights; a part is added up over those who sent it. Integers stay integers.
+
+    Streams: it holds the total and one reply, whatever the cohort has of them. Replies are read and never written to: whoever
+    watches the call may keep them.
+    """
 
     def reduce(self, call: Call, requests: Mapping[str, Request], name: str = "work") -> Update:
-        """One call; replies are added in request order."""
+        """One call; replies are added in the order in which they come, which is that of the requests.
+
+        Raises:
+            ClientError: a reply does not fit those before it.
+        """
         totals: dict[str, Part] = {}
-        for _, reply in call(name, requests):
+        for client, reply in call(name, requests):
             if isinstance(reply, Update):
                 for part_name, part in reply.parts.items():
-                    totals[part_name] = _plus(totals.get(part_name), part)
+                    totals[part_name] = _plus(totals.get(part_name), part, f"client {client}, part '{part_name}'")
         return Update(totals)
 
 
-def _plus(total: Part | None, part: Part) -> Part:
-    """total + part; a reply is the aggregator's own, so the first one becomes the accumulator."""
-    assert part.weight is not None, "a part reached the sum without a weight"
-    if total is None:
-        return Part(part.tree, part.weight)
-    assert total.weight is not None
+def _plus(total: Part | None, part: Part, who: str) -> Part:
+    """total + part, in total's own memory; the first part is copied."""
+    if part.weight is None:
+        raise ClientError(f"{who} has no weight; put a stage that weighs (by_examples or uniform) before the sum")
+    if total is None or total.weight is None:
+        return Part(tree.map_leaves(torch.Tensor.clone, part.tree), part.weight)
+    if _form(part) != _form(total):
+        raise ClientError(f"{who} has other leaves, shapes or types than those of the clients before it")
     tree.add_(total.tree, part.tree)
     return Part(total.tree, total.weight + part.weight)
+
+
+def _form(part: Part) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (leaf.dtype, leaf.shape) for name, leaf in part.tree.items()}

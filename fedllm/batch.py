@@ -77,12 +77,13 @@ def collate(clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator
 def client_means(row_losses: Tensor, batch: Batch) -> Tensor:
     """(N,) losses of labelled rows to (K,): the mean over a client's examples of the mean over an example's rows.
 
-    Each example counts the same whatever its length, so examples do not couple. An idle client has 0.
+    Each example counts the same whatever its length, so examples do not couple; one without a labelled row counts
+    as 0. An idle client has 0.
     """
     owners = batch.sequence_clients
     per_sequence = torch.bincount(batch.row_sequences, minlength=len(batch.lengths)).clamp(min=1)
     per_client = torch.tensor(batch.counts).clamp(min=1)
-    weights = 1.0 / (per_sequence[batch.row_sequences] * per_client[owners[batch.row_sequences]])
+    weights = 1.0 / (per_sequence[batch.row_sequences] * per_client[owners[batch.row_sequences]]).double()
     weights = weights.to(device=row_losses.device, dtype=row_losses.dtype)
     means = torch.zeros(len(batch.counts), dtype=row_losses.dtype, device=row_losses.device)
     return means.index_add(0, owners[batch.row_sequences].to(row_losses.device), row_losses * weights)

@@ -6,13 +6,14 @@ names what is in these tables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.aggregate import Aggregator, Sum
 from fedllm.experiment import Schedule, Synchronous
 from fedllm.federation import Federation
+from fedllm.federations.records import PACKAGED
 from fedllm.federations.sampling import All, PoissonSampling, Sampling, UniformSampling
 from fedllm.federations.shards import Shards
 from fedllm.federations.split import Split
@@ -41,6 +42,7 @@ from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.peft import Peft
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import BitFit, Full, Norms
+from fedllm.tasks.base import ALIASES
 from fedllm.tasks.objectives import Lm, Objective, Sft
 from fedllm.work import Work
 from fedllm.works.sgd import Sgd
@@ -86,6 +88,14 @@ NOUNS: Mapping[type, Table] = {
     },
     Objective: {"sft": Sft, "lm": Lm},
     Schedule: {"synchronous": Synchronous},
+}
+
+# Keys that may hold a path, each with the names that are none.
+PATHS: Mapping[str, Collection[str]] = {
+    "task.model": ALIASES,
+    "task.adapter.lora.init_from": (),
+    "federation.shards.data": PACKAGED,
+    "federation.shards.heldout": PACKAGED,
 }
 
 

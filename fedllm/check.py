@@ -1,13 +1,26 @@
-"""Every rule that can be decided before a model loads. Each refusal names both sides and the reason."""
+"""Every rule that can be decided before a model loads. Each refusal names both sides and the reason.
+
+brackets    MEANING, WEIGH, PRIVATE, ADVERSARY, WIRE, in this order; what keeps leaves on the client stands first
+weights     one stage weighs; all clients the same where a method or a bound rests on it
+parts       made once, taken by somebody, taken only behind the stage that makes them
+bounds      what is bounded stays bounded, and holds every part
+integers    what yields them stands last, and is there if the aggregator adds integers
+secrecy     the server is shown sums, and no sum from which one client's update can be read
+shapes      kept leaves, and ranks that differ between clients, need an update of the right shape
+optimisers  control terms go with the local rule that they are derived for
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
 from fedllm.stage import Bracket, Norm, Stage
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.update import Profile
 
 OWN_PARTS = frozenset({"delta", "metrics", "counts"})  # what the loop itself takes
 
@@ -20,13 +33,43 @@ def check(experiment: Experiment) -> None:
     """
     stages = experiment.trip
     _brackets(stages)
-    _weigher(stages)
+    _first(stages)
+    _weights(stages, _weigher(stages))
     _parts(experiment)
     _norms(stages)
+    _bounded_parts(experiment)
     _integers(experiment)
     _secrecy(experiment)
-    _shapes(stages)
+    _shapes(experiment)
     _optimizers(experiment)
+
+
+def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
+    """Refuse clients of another rank than the adapter's where an update has the shape of the parameters.
+
+    Args:
+        profiles: by client, as `Federation.profile` gives them.
+
+    Raises:
+        CheckError: names the client, both ranks and the stage or part.
+    """
+    adapter = experiment.task.adapter
+    rank = adapter.rank if isinstance(adapter, Lora) else None
+    others = {name: profile.rank for name, profile in profiles.items() if profile.rank not in (None, rank)}
+    if not others:
+        return
+    client, own = next(iter(others.items()))
+    mixed = f"federation: client {client} has rank {own}, but task.adapter is {_name(adapter)}"
+    mixed += f" of rank {rank}" if rank is not None else ", which has no rank"
+    if not any(stage.reshapes for stage in experiment.trip):
+        raise CheckError(
+            f"{mixed}, and the part 'delta' has the shape of the parameters, so that their updates cannot be added; "
+            "give all clients the adapter's rank, or add a stage that brings updates to one shape"
+        )
+    for stage in experiment.trip:
+        if stage.makes and not stage.reshapes:
+            part = sorted(stage.makes)[0]
+            raise CheckError(f"{mixed}, and {_name(stage)} makes the part '{part}' in the shape of the parameters")
 
 
 def _brackets(stages: Sequence[Stage]) -> None:
@@ -36,6 +79,9 @@ def _brackets(stages: Sequence[Stage]) -> None:
                 f"stages: {_name(after)} ({after.bracket.name}) stands after {_name(before)} ({before.bracket.name}); "
                 f"put it before, for stages run in the order {', '.join(bracket.name for bracket in Bracket)}"
             )
+
+
+def _first(stages: Sequence[Stage]) -> None:
     for place, stage in enumerate(stages):
         if stage.first and any(not other.first for other in stages[:place]):
             raise CheckError(
@@ -44,23 +90,32 @@ def _brackets(stages: Sequence[Stage]) -> None:
             )
 
 
-def _weigher(stages: Sequence[Stage]) -> None:
+def _weigher(stages: Sequence[Stage]) -> Stage:
     weighers = [stage for stage in stages if stage.bracket is Bracket.WEIGH]
     if len(weighers) != 1:
         found = " and ".join(map(_name, weighers)) or "none"
         raise CheckError(f"stages: exactly one stage must weigh the clients (by_examples or uniform); found {found}")
-    (weigher,) = weighers
+    return weighers[0]
+
+
+def _weights(stages: Sequence[Stage], weigher: Stage) -> None:
     for stage in stages:
         if stage.needs_equal and not weigher.equal:
             raise CheckError(
                 f"stages: {_name(stage)} is right only if every client weighs the same, but {_name(weigher)} weighs "
                 "them differently; use uniform"
             )
-        bounds = stage.bracket is Bracket.PRIVATE and stage.norm is Norm.BOUNDS
-        if bounds and not (weigher.equal and weigher.fixed_denominator):
+        if not _bounds(stage):
+            continue
+        if not weigher.equal:
             raise CheckError(
-                f"stages: {_name(stage)} bounds what one client can change, but {_name(weigher)} divides by a "
-                "number that depends on who answered; use uniform with denominator: cohort"
+                f"stages: {_name(stage)} bounds what one client can change, but {_name(weigher)} lets some clients "
+                "change more than others; use uniform with denominator: cohort"
+            )
+        if not weigher.fixed_denominator:
+            raise CheckError(
+                f"stages: {_name(stage)} bounds what one client can change, but {_name(weigher)} divides by a number "
+                "that depends on who answered; set its denominator: cohort"
             )
 
 
@@ -84,13 +139,35 @@ def _parts(experiment: Experiment) -> None:
 def _norms(stages: Sequence[Stage]) -> None:
     bound: Stage | None = None
     for stage in stages:
-        if bound is not None and stage.norm is Norm.FREE:
+        # The weigher multiplies what its own decode divides; equal weights are a rule of their own.
+        changes = type(stage).encode is not Stage.encode and stage.bracket is not Bracket.WEIGH
+        if bound is not None and changes and stage.norm is Norm.FREE:
             raise CheckError(
                 f"stages: {_name(stage)} comes after {_name(bound)}, which bounds the norm of an update, and does not "
                 f"say by how much it may grow it; put it before {_name(bound)}"
             )
         if stage.norm is Norm.BOUNDS:
             bound = stage
+
+
+def _bounded_parts(experiment: Experiment) -> None:
+    bound: Stage | None = None
+    made = dict.fromkeys(experiment.work.makes, _name(experiment.work))
+    for stage in experiment.trip:
+        if bound is not None and stage.makes:
+            part = sorted(stage.makes)[0]
+            raise CheckError(
+                f"stages: {_name(stage)} makes the part '{part}' after {_name(bound)}, which could not bound it; "
+                f"put it before {_name(bound)}"
+            )
+        made |= dict.fromkeys(stage.makes, _name(stage))
+        if _bounds(stage):
+            bound = stage
+            for part in sorted(made.keys() - stage.takes):
+                raise CheckError(
+                    f"stages: {_name(stage)} bounds what one client can change, but not the part '{part}' that "
+                    f"{made[part]} makes; leave {made[part]} out, or use a stage that takes '{part}' too"
+                )
 
 
 def _integers(experiment: Experiment) -> None:
@@ -103,10 +180,9 @@ def _integers(experiment: Experiment) -> None:
             )
         whole = stage if stage.integers else whole
     if experiment.aggregator.needs_integers and whole is None:
-        last = _name(experiment.trip[-1]) if experiment.trip else "nothing"
         raise CheckError(
-            f"aggregator: {_name(experiment.aggregator)} adds integers, but the innermost stage ({last}) yields "
-            "fractions; put a stage that rounds last"
+            f"aggregator: {_name(experiment.aggregator)} adds integers, but the innermost stage "
+            f"({_name(experiment.trip[-1])}) yields fractions; put a stage that rounds last"
         )
 
 
@@ -117,26 +193,33 @@ def _secrecy(experiment: Experiment) -> None:
     if experiment.aggregator.sees == "each":
         raise CheckError(f"demands.secrecy: aggregator {name} works on each client's update; choose one that sees sums")
     if not experiment.aggregator.secret:
-        raise CheckError(f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one")
+        raise CheckError(
+            f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one; choose one that "
+            "hides them, or set demands.secrecy to false"
+        )
     for stage in experiment.trip:
         if stage.shows_each:
-            raise CheckError(f"demands.secrecy: the sum that {_name(stage)} makes shows every client's own block")
-
-
-def _shapes(stages: Sequence[Stage]) -> None:
-    reshaping = [stage for stage in stages if stage.reshapes]
-    for keeper in (stage for stage in stages if stage.first):
-        for stage in reshaping:
             raise CheckError(
-                f"stages: {_name(keeper)} keeps leaves on the client, but {_name(stage)} turns the update into another "
-                "shape that needs them; leave out one of the two"
+                f"demands.secrecy: aggregator {name} shows sums alone, but a sum of what {_name(stage)} makes shows "
+                f"every client's own block; leave out {_name(stage)}"
             )
 
 
+def _shapes(experiment: Experiment) -> None:
+    asked = " (task.scope.share asks for it)" if experiment.trip != experiment.stages else ""
+    for keeper in (stage for stage in experiment.trip if stage.first):
+        for stage in experiment.trip:
+            if stage.reshapes:
+                raise CheckError(
+                    f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} turns the update "
+                    "into another shape that needs them; leave out one of the two"
+                )
+
+
 def _optimizers(experiment: Experiment) -> None:
-    rule = experiment.work.rule
     for stage in experiment.trip:
-        if stage.optimizers is not None and rule not in stage.optimizers:
+        if stage.optimizers is not None and experiment.work.rule not in stage.optimizers:
+            rule = experiment.work.rule
             raise CheckError(
                 f"stages: {_name(stage)} is derived for plain SGD, but work uses {rule}: its control terms would be in "
                 f"other units than the local steps; set work to plain sgd, or permit it with {_name(stage)}: "
@@ -144,5 +227,11 @@ def _optimizers(experiment: Experiment) -> None:
             )
 
 
+def _bounds(stage: Stage) -> bool:
+    """True if a privacy claim rests on the stage's bound."""
+    return stage.bracket is Bracket.PRIVATE and stage.norm is Norm.BOUNDS
+
+
 def _name(component: object) -> str:
-    return type(component).__name__
+    """As an experiment file writes it: TopK is top_k."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from fedllm.aggregate import Session
 from fedllm.batch import Example
-from fedllm.errors import FedllmError
+from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
@@ -22,7 +22,7 @@ from fedllm.stage import Arrival, adjust, arrive, up
 from fedllm.state import ClientStore
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
-from fedllm.update import Failure, Local, Part, Request, Update
+from fedllm.update import Ctx, Failure, Local, Part, Request, Update
 from fedllm.work import Job, Outcome, run_work
 
 
@@ -60,11 +60,16 @@ class Site:
         reason = self.experiment.federation.failure(client, ctx.round, name, ctx.key)
         if reason is not None:
             return Failure(client, ctx.round, reason)
-        handlers: dict[str, Callable[[Request], Update | Failure]] = {"work": self.work, "evaluate": self.evaluate}
+        own: dict[str, Callable[[Request], Update | Failure]] = {"work": self.work, "evaluate": self.evaluate}
+        others = self.experiment.aggregator.handlers()
         try:
-            if name in handlers:
-                return handlers[name](request)
-            return self.experiment.aggregator.handlers()[name](request, self.session(request))
+            if name in own:
+                return own[name](request)
+            if name not in others:
+                raise ClientError(f"a client has no answer to the call '{name}'{nearest(name, [*own, *others])}")
+            return others[name](request, self.session(ctx))
+        except RunError:  # the disk of this process: no client has failed
+            raise
         except FedllmError as error:
             return Failure(client, ctx.round, str(error))
 
@@ -93,12 +98,13 @@ class Site:
         """Send: from what the work made to a sealed update; the client's memories are saved."""
         ctx = prepared.local.ctx
         if isinstance(outcome, str):
-            return Failure(prepared.client, ctx.round, f"client {prepared.client}, round {ctx.round}: {outcome}")
+            return Failure(prepared.client, ctx.round, outcome)
         update, facts = outcome
         local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
         update, memories = up(self.stages, update, prepared.arrival, prepared.memories, local)
+        sealed = self.experiment.aggregator.seal(update, self.session(ctx))
         self.store.save(prepared.client, ctx.round + 1, memories)
-        return self.experiment.aggregator.seal(update, self.session(Request({}, (), ctx)))
+        return sealed
 
     def evaluate(self, request: Request) -> Update:
         """Score the parameters on the client's held-out records."""
@@ -107,14 +113,14 @@ class Site:
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
         update, _ = up(self.stages, update, prepared.arrival, prepared.memories, local)
-        return self.experiment.aggregator.seal(update, self.session(request))
+        return self.experiment.aggregator.seal(update, self.session(request.ctx))
 
-    def session(self, request: Request) -> Session:
-        """The client's session of this round; those of earlier rounds are dropped."""
-        client = str(request.ctx.client)
+    def session(self, ctx: Ctx) -> Session:
+        """The client's session of this round; that of an earlier one is dropped."""
+        client = str(ctx.client)
         held = self.sessions.get(client)
-        if held is None or (held.ctx.round, held.ctx.key) != (request.ctx.round, request.ctx.key):
-            self.sessions[client] = Session(request.ctx)
+        if held is None or (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
+            self.sessions[client] = Session(ctx)
         return self.sessions[client]
 
     def _examples(self, client: str) -> tuple[Example, ...]:

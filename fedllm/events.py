@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from fedllm.errors import RunError
+
 Scores = Mapping[str, float]
+BLOCK = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -176,28 +179,46 @@ def to_json(event: Event) -> dict[str, Any]:
 
 
 def from_json(record: Mapping[str, Any]) -> Event | None:
-    """The event of a line. None for a type of a newer version; unknown fields are passed over."""
+    """The event of a line. None for a type of a newer version; unknown fields are passed over.
+
+    Raises:
+        RunError: a field is missing.
+    """
     cls = KINDS.get(record["event"])
     if cls is None:
         return None
-    known = {item.name for item in fields(cls)}
-    return cls(**{name: value for name, value in record.items() if name in known})
+    found = {item.name: record[item.name] for item in fields(cls) if item.name in record}
+    try:
+        # JSON has no tuples, and no event has a list.
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+    except TypeError as error:
+        raise RunError(f"an event cannot be read: {error}") from error
 
 
 class Log:
     """An append-only file of events with listeners (the display, the ledger)."""
 
     def __init__(self, path: Path | None, listeners: tuple[Emit, ...] = ()) -> None:
-        self._listeners = listeners
+        self._path, self._listeners = path, listeners
         if path is not None:
             _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8") if path is not None else None
+        # Unbuffered: a line is on its way as soon as the call returns, and none is left over to fail later.
+        self._file = path.open("ab", buffering=0) if path is not None else None
 
     def __call__(self, event: Event) -> None:
+        """Append the event, then tell the listeners.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
         if self._file is not None:
-            line = json.dumps({"at": round(time.time(), 3), **to_json(event)})
-            self._file.write(line + "\n")
-            self._file.flush()
+            line = json.dumps({"at": round(time.time(), 3), **to_json(event)}).encode() + b"\n"
+            try:
+                written = self._file.write(line)
+            except OSError as error:
+                raise RunError(f"{self._path} cannot be written ({error.strerror}); mend that, then resume") from error
+            if written != len(line):
+                raise RunError(f"{self._path} took a part of a line only; make room on the disk, then resume the run")
         for listener in self._listeners:
             listener(event)
 
@@ -208,24 +229,39 @@ class Log:
 
 
 def read(path: Path) -> Iterator[tuple[float, Event]]:
-    """The events of a log with their times. Unknown types and fields (of a newer version) are passed over."""
+    """The events of a log with their times. Unknown types and fields (of a newer version) are passed over.
+
+    Raises:
+        RunError: a line is no event.
+    """
     with path.open(encoding="utf-8") as lines:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if not line.endswith("\n"):
                 return
-            record = json.loads(line)
-            event = from_json(record)
+            try:
+                record = json.loads(line)
+                at, event = float(record["at"]), from_json(record)
+            except (ValueError, LookupError, TypeError) as error:
+                raise RunError(f"{path}, line {number}, is no event ({error}); delete the line") from error
             if event is not None:
-                yield record["at"], event
+                yield at, event
 
 
 def _drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last line's end, block by block from the file's end."""
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
             file.flush()
             os.fsync(file.fileno())

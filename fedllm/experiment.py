@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,8 +49,17 @@ class Evaluation:
     best: str | None = None
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"evaluation.every is {self.every}; it must be 1 or more, or null for the end only")
+        for name in ("every", "limit"):
+            value = self.__dict__[name]
+            if value is not None and value < 1:
+                rest = "the end only" if name == "every" else "all records"
+                raise ConfigError(f"evaluation.{name} is {value}; it must be 1 or more, or null for {rest}")
+        for name in ("max_new_tokens", "batch_size"):
+            if self.__dict__[name] < 1:
+                raise ConfigError(f"evaluation.{name} is {self.__dict__[name]}; it must be 1 or more")
+        for lr in self.compare_lr:
+            if not 0 < lr < math.inf:
+                raise ConfigError(f"evaluation.compare_lr holds {lr}; learning rates must be above 0 and finite")
         if self.best is not None and self.best not in self.metrics:
             raise ConfigError(f"evaluation.best is {self.best}, which is not among evaluation.metrics; add it there")
 
@@ -75,6 +85,10 @@ class Limits:
         for name in ("quorum", "checkpoint_every", "keep_last"):
             if self.__dict__[name] < 1:
                 raise ConfigError(f"limits.{name} is {self.__dict__[name]}; it must be 1 or more")
+        for name in ("bytes", "seconds"):
+            value = self.__dict__[name]
+            if value is not None and not value > 0:
+                raise ConfigError(f"limits.{name} is {value}; it must be above 0, or null for no limit")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from fedllm.config import ABOUT, build
+from fedllm.config import build
 from fedllm.errors import RunError, nearest
 from fedllm.experiment import Experiment
 from fedllm.folder import Folder
@@ -19,43 +18,49 @@ from fedllm.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """`params` are complete: shared, personal and frozen leaves."""
+    """`params` are complete: shared, personal and frozen leaves. `own`: what each client has kept to itself."""
 
     folder: Folder
     experiment: Experiment
     model: LoadedModel
-    params: Tree
     state: Run
+    params: Tree
+    own: Mapping[str, Tree]
 
-    def personal(self, client: str) -> bool:
-        """True if the client has kept leaves of its own."""
-        return bool(personal_leaves(self.experiment, self.folder, self.state).get(client))
+    def params_of(self, client: str) -> Tree:
+        """The parameters with the client's own leaves, where it has any."""
+        return {**self.params, **self.own.get(client, {})}
 
 
 def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Opened:
     """Load a run's experiment, base model and last (or best) parameters, a client's own leaves included.
 
     Raises:
-        RunError: no run or no checkpoint there, or no such client.
+        RunError: no run or no such checkpoint there, or no such client.
     """
     folder = Folder(path)
-    if not folder.started:
-        raise RunError(f"{path} is no run folder (it has no experiment.yaml)")
-    spec = yaml.safe_load(folder.experiment.read_text(encoding="utf-8"))
-    experiment = build({key: value for key, value in spec.items() if key != ABOUT})
-    checkpoints = Checkpoints(folder.checkpoints, experiment.limits.keep_last)
-    state = checkpoints.load()
-    if state is not None and best and state.best is not None:
-        state = checkpoints.load(state.best[0])
-    if state is None:
-        raise RunError(f"{path} holds no checkpoint yet; finish the run with --resume")
+    experiment = build(folder.read_experiment())
+    state = _state(folder, experiment, best=best)
+    own = personal_leaves(experiment, folder, state)
+    if client is not None and client not in own:
+        what = nearest(client, own) if own else "; no client of this run has leaves of its own"
+        raise RunError(f"{path} has no personal model of '{client}'{what}")
     model = load(experiment.task)
-    bound = model.bound(experiment.key)
-    params = {**bound.constants, **model.fresh(experiment.key), **state.params}
-    if client is not None:
-        own = personal_leaves(experiment, folder, state)
-        if client not in own:
-            known = list(own) or ["none: nothing in this run is personal"]
-            raise RunError(f"{path} has no personal model of '{client}'{nearest(client, known)}")
-        params |= own[client]
-    return Opened(folder, experiment, model, params, state)
+    params = {**model.bound(experiment.key).constants, **model.fresh(experiment.key), **state.params}
+    opened = Opened(folder, experiment, model, state, params, own)
+    return opened if client is None else Opened(folder, experiment, model, state, opened.params_of(client), own)
+
+
+def _state(folder: Folder, experiment: Experiment, *, best: bool) -> Run:
+    checkpoints = Checkpoints(folder.checkpoints, experiment.limits.keep_last)
+    last = checkpoints.load()
+    if last is None:
+        raise RunError(f"{folder.path} holds no checkpoint yet; finish the run with --resume")
+    if not best:
+        return last
+    if last.best is None:
+        raise RunError(f"{folder.path} was never evaluated, so no checkpoint of it is the best one; leave out --best")
+    chosen = checkpoints.load(last.best[0])
+    if chosen is None:
+        raise RunError(f"{folder.path} has lost the checkpoint of its best round; leave out --best")
+    return chosen

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+import fedllm
 from fedllm.config import ABOUT, difference, dump, experiment_hash
 from fedllm.errors import RunError
 from fedllm.experiment import Experiment
-from fedllm.state import write_durably
+from fedllm.state import sync_folder, write_durably
+
+Status = Literal["new", "unfinished", "finished"]
+ELSEWHERE = "choose another folder with --out"
+DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Folder:
 
     @property
     def experiment(self) -> Path:
-        """The resolved experiment."""
+        """The resolved experiment, written first: a folder with it holds a run."""
         return self.path / "experiment.yaml"
 
     @property
@@ -61,33 +74,102 @@ class Folder:
         figures: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
         return figures
 
-    def admit(self, experiment: Experiment, *, resume: bool) -> None:
-        """Refuse to write where another experiment or an unfinished run stands.
+    def read_experiment(self) -> dict[str, Any]:
+        """The resolved experiment as a mapping, `about` included.
 
         Raises:
-            RunError: says what is there and what to do.
+            RunError: there is no run, or its file is damaged.
         """
         if not self.started:
-            if self.path.is_dir() and any(self.path.iterdir()):
-                raise RunError(f"{self.path} holds other files and no run; choose another folder with --out")
-            return
-        there = yaml.safe_load(self.experiment.read_text(encoding="utf-8"))
+            raise RunError(f"{self.path} is no run folder (it has no experiment.yaml)")
+        try:
+            settings = yaml.safe_load(self.experiment.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise RunError(f"{self.experiment} is damaged; {ELSEWHERE}")
+        return settings
+
+    def status(self, experiment: Experiment) -> Status:
+        """How far this experiment has come here.
+
+        Raises:
+            RunError: another experiment or other files stand here.
+        """
+        if not self.started:
+            self._refuse_files()
+            return "new"
+        there = self.read_experiment()
         about = there.pop(ABOUT, {})
         if about.get("experiment_hash") != experiment_hash(experiment):
             differences = difference(there, json.loads(json.dumps(dump(experiment))))
-            what = "; ".join(differences[:3]) or "it was written by another version"
-            raise RunError(f"{self.path} holds another experiment ({what}); choose another folder with --out")
-        if not self.finished and not resume:
-            raise RunError(f"{self.path} holds this experiment, unfinished; go on with --resume")
+            what = "; ".join(differences[:3]) or f"it was written by fedllm {about.get('versions', {}).get('fedllm')}"
+            raise RunError(f"{self.path} holds another experiment ({what}); {ELSEWHERE}")
+        return "finished" if self.finished else "unfinished"
 
-    def create(self, experiment: Experiment, versions: dict[str, str], name: str) -> None:
-        """Write the resolved experiment: from here on the folder is this run's."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        about = {"name": name, "experiment_hash": experiment_hash(experiment), "versions": versions}
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no other process write here. What the disk refuses, inside, becomes one sentence.
+
+        Raises:
+            RunError: another process is writing here, or the disk is full or not writable.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield
+            finally:
+                os.close(handle)
+        except BlockingIOError as error:
+            raise RunError(f"another process is running in {self.path}; wait for it, or stop it") from error
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            reason = f"{self.path} could not be written ({error.strerror})"
+            raise RunError(f"{reason}; free the disk or {ELSEWHERE}, then go on with --resume") from error
+
+    def create(self, experiment: Experiment, name: str) -> None:
+        """Write the resolved experiment: from here on the folder is this run's, and its log begins anew."""
+        about = {"name": name, "experiment_hash": experiment_hash(experiment), "versions": versions()}
         text = yaml.safe_dump({ABOUT: about, **dump(experiment)}, sort_keys=False, allow_unicode=True)
-        write_durably(self.experiment, text.encode())
+        write_whole(self.experiment, text)
+        self.events.unlink(missing_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def discard(self) -> None:
+        """Take away a run that has not come to its first checkpoint."""
+        for path in (self.events, self.experiment, _part(self.experiment)):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def _refuse_files(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; {ELSEWHERE}")
+        if self.path.is_dir() and any(path != _part(self.experiment) for path in self.path.iterdir()):
+            raise RunError(f"{self.path} holds other files and no run; {ELSEWHERE}")
 
 
 def default_folder(experiment: Experiment, name: str) -> Path:
     """`runs/NAME-HASH8`."""
     return Path("runs") / f"{name}-{experiment_hash(experiment)[:8]}"
+
+
+def versions() -> dict[str, str]:
+    """What the figures are made with."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"fedllm": fedllm.__version__, "python": platform.python_version(), **libraries}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    write_durably(_part(path), text.encode())
+    _part(path).replace(path)
+    sync_folder(path.parent)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")

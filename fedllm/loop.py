@@ -18,14 +18,13 @@ from fedllm.update import Ctx, Failure, Part, Request, Update
 
 @dataclass(eq=False)
 class Watch:
-    """A call that is watched: who answered and who failed, and the figures that each update carries in the clear."""
+    """A call that is watched: who answered, and the figures that each update carries in the clear."""
 
     call: Call
     emit: Emit
     round: int
     shown: bool  # False where the server must learn nothing but sums
     answered: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Tree] = field(default_factory=dict)
 
     def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
@@ -33,7 +32,6 @@ class Watch:
         started = perf_counter()
         for client, reply in self.call(name, requests):
             if isinstance(reply, Failure):
-                self.failed[client] = reply.reason
                 self.emit(ClientFailed(self.round, client, reply.reason))
             elif name in ("work", "evaluate"):
                 self._note(name, client, reply, perf_counter() - started)
@@ -108,9 +106,11 @@ def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
 def evaluate(
     run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit
 ) -> tuple[Tree, dict[str, Tree]]:
-    """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown."""
-    key = run.key.fold("evaluate")
-    everyone = Ctx(run.round, key, len(clients), len(clients), experiment.rounds)
+    """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown.
+
+    Its round is the number of complete rounds: clients answer with what they remember after them.
+    """
+    everyone = Ctx(run.round, run.key.fold("evaluate"), len(clients), len(clients), experiment.rounds)
     watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
     requests = requests_for(experiment, run, clients, everyone)
     total = experiment.aggregator.reduce(watch, requests, name="evaluate")

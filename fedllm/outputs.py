@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config import experiment_hash
+from fedllm.evaluation.scores import LOWER_IS_BETTER
 from fedllm.events import ClientFinished, DataReported, Evaluated, Event, read
 from fedllm.experiment import Experiment
-from fedllm.folder import Folder
+from fedllm.folder import Folder, write_whole
 from fedllm.stages.keep import Keep
-from fedllm.state import ClientStore, Run, atomic_folder, write_durably
-from fedllm.tasks.base import materialise
+from fedllm.state import ClientStore, Run, atomic_folder
+from fedllm.tasks.base import Base, materialise
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
 
@@ -30,15 +31,20 @@ def write_outputs(
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
     events = [event for _, event in read(folder.events)]
     figures = summary(experiment, state, engine, seconds, events, model.base.title)
-    part = folder.summary.with_suffix(".part")
-    write_durably(part, (json.dumps(figures, indent=2) + "\n").encode())
-    part.replace(folder.summary)
+    write_whole(folder.summary, json.dumps(figures, indent=2) + "\n")
 
 
 def save_adapter(model: LoadedModel, params: Tree, folder: Path) -> None:
     """One adapter folder, whole or not at all."""
     with atomic_folder(folder) as part:
         model.adapter.save(params, part, base_name(model))
+
+
+def save_base(base: Base, folder: Path) -> None:
+    """One model folder that transformers loads, whole or not at all."""
+    with atomic_folder(folder) as part:
+        base.model.save_pretrained(part)
+        base.tokenizer.save_pretrained(part)
 
 
 def base_name(model: LoadedModel) -> str:
@@ -112,8 +118,6 @@ def _worst(federated: Evaluated | None) -> dict[str, float]:
     """The worst client's figure of each metric."""
     if federated is None:
         return {}
-    from fedllm.evaluation.scores import LOWER_IS_BETTER
-
     found: dict[str, float] = {}
     for name in {name for scores in federated.clients.values() for name in scores}:
         values = [scores[name] for scores in federated.clients.values() if name in scores]

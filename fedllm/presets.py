@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,16 @@ from fedllm.stage import Stage
 if TYPE_CHECKING:
     from fedllm.catalog import Method, Table
 
+Same = Callable[[str, Any, Any], bool]  # (key of an experiment, one value, another): do they mean the same
 
-def expand(spec: Mapping[str, Any], methods: Mapping[str, Method], nouns: Mapping[type, Table]) -> dict[str, Any]:
-    """Replace `method` by what it sets. `method: {fedprox: {mu: 0.1}}` passes a setting to the stage that has it.
+
+def expand(
+    spec: Mapping[str, Any], methods: Mapping[str, Method], nouns: Mapping[type, Table], same: Same
+) -> tuple[dict[str, Any], str]:
+    """Replace `method` by what it sets; and the method's name.
+
+    `method: {fedprox: {mu: 0.1}}` passes a setting to the stage that has it. What the method sets may stand in the file
+    too, if it means the same.
 
     Raises:
         ConfigError: unknown method or setting, or the file sets differently what the method sets.
@@ -23,17 +30,17 @@ def expand(spec: Mapping[str, Any], methods: Mapping[str, Method], nouns: Mappin
     if name not in methods:
         raise ConfigError(f"unknown method '{name}'{nearest(name, methods)}")
     method = methods[name]
-    stages = _configured(name, method, settings, nouns[Stage])
-    for key, value in (("stages", stages), ("aggregator", method.aggregator)):
-        if key in spec and spec[key] != value:
+    sets = {"stages": _configured(name, method, settings, nouns[Stage]), "aggregator": method.aggregator}
+    for key, value in sets.items():
+        if key in spec and not same(key, spec[key], value):
             raise ConfigError(
-                f"method {name} sets {key} to {value}, but the file sets {spec[key]}; leave out one of the two"
+                f"method {name} sets {key} to {value}, but the file sets it to {spec[key]}; leave out one of the two"
             )
-    expanded = {**spec, "stages": stages, "aggregator": method.aggregator}
+    expanded = {**spec, **sets}
     del expanded["method"]
     if method.adapter is not None:
         expanded["task"] = _with_adapter(name, method.adapter, spec.get("task", {}))
-    return expanded
+    return expanded, name
 
 
 def _named(value: Any) -> tuple[str, Mapping[str, Any]]:
@@ -51,27 +58,36 @@ def _configured(name: str, method: Method, settings: Mapping[str, Any], table: T
     for entry in method.stages:
         stage, given = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
         stages.append({stage: dict(given)})
+    known = passed_on(method, table)
     for key, value in settings.items():
-        owners = [stage for stage in stages for cls in [table[next(iter(stage))]] if key in _fields(cls)]
-        if not owners:
-            known = [field for stage in stages for field in _fields(table[next(iter(stage))])]
-            raise ConfigError(f"method {name} has no setting '{key}'{nearest(key, known)}")
-        next(iter(owners[0].values()))[key] = value
+        if key not in known:
+            raise ConfigError(f"method {name} has no setting '{key}'{nearest(str(key), known)}")
+        stages[known[key]][_stage_name(method.stages[known[key]])][key] = value
     return stages
 
 
+def passed_on(method: Method, table: Table) -> dict[str, int]:
+    """The settings that a method passes on, each with the place of the first of its stages that has it."""
+    places: dict[str, int] = {}
+    for place, entry in enumerate(method.stages):
+        for item in fields(table[_stage_name(entry)]):
+            places.setdefault(item.name, place)
+    return places
+
+
+def _stage_name(entry: Mapping[str, Any] | str) -> str:
+    return entry if isinstance(entry, str) else next(iter(entry))
+
+
 def _with_adapter(name: str, kind: str, task: Any) -> Any:
+    """The task with the adapter that the method needs, of the file's own settings if it has any."""
     if not isinstance(task, Mapping):
         return task
     given = task.get("adapter", kind)
-    found = given if isinstance(given, str) else next(iter(given), None)
+    found = next(iter(given)) if isinstance(given, Mapping) and given else given
     if found != kind:
         raise ConfigError(
             f"method {name} needs the adapter {kind}, but the file sets task.adapter to {found}; "
             "leave out one of the two"
         )
     return {**task, "adapter": given}
-
-
-def _fields(cls: type) -> list[str]:
-    return [item.name for item in fields(cls)]

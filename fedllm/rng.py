@@ -19,8 +19,10 @@ class Key:
     value: int
 
     def fold(self, *names: str | int) -> Key:
-        """The key of a sub-draw. Names of different types or splits never collide."""
-        text = "\0".join(f"{type(name).__name__}:{name}" for name in (self.value, *names))
+        """The key of a sub-draw. Names of different types or splits are never the same text."""
+        # "\0" parts the names and is doubled inside of one, so the text can be read in one way only.
+        listed = (f"{type(name).__name__}:{name}".replace("\0", "\0\0") for name in (self.value, *names))
+        text = "\0".join(listed)
         return Key(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big"))
 
     def generator(self, device: str = "cpu") -> torch.Generator:

@@ -123,7 +123,8 @@ def adjust(stages: Sequence[Stage], arrival: Arrival, grads: Tree, params: Tree)
     for stage, scratch, names in zip(stages, arrival.scratch, arrival.names, strict=True):
         if type(stage).grads is not Stage.grads:
             seen = {name: grad for name, grad in grads.items() if name in names}
-            grads = {**grads, **stage.grads(seen, params, scratch)}
+            around = {name: leaf for name, leaf in params.items() if name in names}
+            grads = {**grads, **stage.grads(seen, around, scratch)}
     return grads
 
 

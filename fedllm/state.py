@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from fedllm import tree
@@ -17,7 +19,7 @@ from fedllm.errors import RunError
 from fedllm.rng import Key
 from fedllm.tree import Tree
 
-ROUND = "round-{:06d}"
+MOST_NAME_BYTES = 255  # of a folder's name
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Totals:
 
     def plus(self, other: Totals) -> Totals:
         """Sum, field by field."""
-        return Totals(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        theirs = asdict(other)
+        return Totals(**{name: value + theirs[name] for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Checkpoints:
 
     def rounds(self) -> list[int]:
         """The saved ones, oldest first."""
-        return sorted(int(path.name.removeprefix("round-")) for path in self._folder.glob("round-*"))
+        found = (re.fullmatch(r"round-(\d+)", path.name) for path in self._folder.glob("round-*"))
+        return sorted(int(match[1]) for match in found if match)
 
     def save(self, run: Run) -> None:
         """Save; then drop what is neither the best nor among the last ones.
@@ -68,7 +72,6 @@ class Checkpoints:
         Raises:
             RunError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        final = self._folder / ROUND.format(run.round)
         trees = tree.join(params=run.params)
         for place, state in enumerate(run.states):
             trees |= tree.join(**{f"state{place}": state})
@@ -80,85 +83,126 @@ class Checkpoints:
             "best": run.best,
             "pending": list(run.pending),
         }
-        with atomic_folder(final) as folder:
-            write_durably(folder / "server.safetensors", save({n: t.contiguous() for n, t in trees.items()}))
+        with atomic_folder(self._path(run.round)) as folder:
+            write_durably(folder / "server.safetensors", save(tree.separate(trees)))
             write_durably(folder / "run.json", json.dumps(facts).encode())
         kept = {*self.rounds()[-self._keep_last :], *([run.best[0]] if run.best else [])}
         for number in self.rounds():
             if number not in kept:
-                shutil.rmtree(self._folder / ROUND.format(number))
+                remove_folder(self._path(number))
 
     def load(self, number: int | None = None) -> Run | None:
-        """The newest, or the one after `number` rounds; None if there is none."""
+        """The newest, or the one after `number` rounds; None if there is none.
+
+        Raises:
+            RunError: it cannot be read.
+        """
         numbers = self.rounds()
         if not numbers or (number is not None and number not in numbers):
             return None
-        folder = self._folder / ROUND.format(numbers[-1] if number is None else number)
-        trees = load_file(folder / "server.safetensors")
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return Run(
-            params=tree.branch(trees, "params"),
-            states=tuple(tree.branch(trees, f"state{place}") for place in range(facts["states"])),
-            round=facts["round"],
-            key=Key(facts["key"]),
-            totals=Totals(**facts["totals"]),
-            best=tuple(facts["best"]) if facts["best"] else None,
-            pending=facts["pending"],
-        )
+        folder = self._path(numbers[-1] if number is None else number)
+        trees = read_tree(folder / "server.safetensors", f"delete {folder} to go on from the one before it")
+        try:
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return Run(
+                params=tree.branch(trees, "params"),
+                states=tuple(tree.branch(trees, f"state{place}") for place in range(facts["states"])),
+                round=facts["round"],
+                key=Key(facts["key"]),
+                totals=Totals(**facts["totals"]),
+                best=tuple(facts["best"]) if facts["best"] else None,
+                pending=facts["pending"],
+            )
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise RunError(
+                f"{folder}/run.json cannot be read ({error}); delete {folder} to go on from the one before it"
+            ) from error
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"round-{number:06d}"
 
 
 class ClientStore:
     """Each client's stage memories, never sent, versioned by round so that any round can be run again.
 
-    A version `N` is what the client remembers when round N begins. With no folder they stay in this object.
+    Version N is what the client remembers when round N begins; version 0 holds nothing. A round can be run again as
+    long as it is not more than `keep` before the client's newest one. With no folder they stay in this object.
     """
 
     def __init__(self, folder: Path | None, keep: int = 2) -> None:
         self._folder, self._keep = folder, keep
-        self._held: dict[tuple[str, int], tuple[Tree, ...]] = {}
+        self._held: dict[str, dict[int, tuple[Tree, ...]]] = {}
 
     def load(self, client: str, round: int, stages: int) -> tuple[Tree, ...]:
-        """One memory per stage: the newest version that is not later than `round`; empty at first."""
-        known = [version for version in self._versions(client) if version <= round]
-        if not known:
+        """One memory per stage: the newest version that is not later than `round`; empty at first.
+
+        Raises:
+            RunError: that version is forgotten already, or cannot be read.
+        """
+        versions = self._versions(client)
+        known = [version for version in versions if version <= round]
+        if versions and not known:
+            raise RunError(
+                f"what client {client} remembered in round {round} is forgotten, the oldest that is kept is round "
+                f"{versions[0]}'s; go on from a later round"
+            )
+        if not known or known[-1] == 0:
             return tuple({} for _ in range(stages))
         if self._folder is None:
-            return self._held[client, known[-1]]
-        trees = load_file(self._path(client, known[-1]))
+            return self._held[client][known[-1]]
+        path = self._path(client, known[-1])
+        trees = read_tree(path, f"without it client {client} cannot take part; bring it back from a copy")
         return tuple(tree.branch(trees, f"memory{place}") for place in range(stages))
 
     def save(self, client: str, round: int, memories: Sequence[Tree]) -> None:
-        """Keep what a client remembers for the rounds from `round` on; forget versions that no resume needs."""
-        if not any(memories) and not self._versions(client):
-            return
-        if self._folder is None:
-            self._held[client, round] = tuple(memories)
-        else:
-            trees = {
-                name: leaf.contiguous()
-                for place, memory in enumerate(memories)
-                for name, leaf in tree.join(**{f"memory{place}": memory}).items()
-            }
-            path = self._path(client, round)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path.with_suffix(".tmp"), save(trees))
-            os.replace(path.with_suffix(".tmp"), path)
+        """Keep what a client remembers for the rounds from `round` on; forget versions that no resume needs.
+
+        Raises:
+            RunError: the disk is full or not writable; earlier versions are untouched.
+        """
+        versions = self._versions(client)
+        if not versions:
+            if not any(memories):
+                return
+            # Says that there is nothing before the first version, which a forgotten one would say, too.
+            self._write(client, 0, ())
+        self._write(client, round, memories)
         # the newest version at or before the oldest checkpoint that a resume may start from stays
-        old = [version for version in self._versions(client) if version <= round - self._keep]
-        for version in old[:-1]:
-            if self._folder is None:
-                del self._held[client, version]
-            else:
-                self._path(client, version).unlink()
+        old = [version for version in {0, *versions, round} if version <= round - self._keep]
+        for version in sorted(old)[:-1]:
+            self._forget(client, version)
+
+    def _write(self, client: str, version: int, memories: Sequence[Tree]) -> None:
+        if self._folder is None:
+            self._held.setdefault(client, {})[version] = tuple(memories)
+            return
+        path = self._path(client, version)
+        trees: Tree = {}
+        for place, memory in enumerate(memories):
+            trees |= tree.join(**{f"memory{place}": memory})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path.with_suffix(".tmp"), save(tree.separate(trees)))
+            os.replace(path.with_suffix(".tmp"), path)
+        except OSError as error:
+            raise RunError(f"{path} could not be written ({error.strerror}); mend that, then resume the run") from error
+
+    def _forget(self, client: str, version: int) -> None:
+        if self._folder is None:
+            self._held[client].pop(version, None)
+        else:
+            self._path(client, version).unlink(missing_ok=True)
 
     def _versions(self, client: str) -> list[int]:
         if self._folder is None:
-            return sorted(version for name, version in self._held if name == client)
-        found = (self._folder / client).glob("*.safetensors")
-        return sorted(int(path.stem) for path in found)
+            return sorted(self._held.get(client, ()))
+        return sorted(int(path.stem) for path in self._path(client, 0).parent.glob("*.safetensors"))
 
     def _path(self, client: str, version: int) -> Path:
         assert self._folder is not None
+        plain = client.isprintable() and not set(client) & set('\\/:*?"<>|')
+        if client in ("", ".", "..") or not plain or len(client.encode()) > MOST_NAME_BYTES:
+            raise RunError(f"client {client!r} cannot name a folder; use letters, digits, '_', '.' and '-', at most 64")
         return self._folder / client / f"{version:06d}.safetensors"
 
 
@@ -167,7 +211,7 @@ class atomic_folder:
 
     def __init__(self, final: Path) -> None:
         self._final = final
-        self._part = final.with_name(f".{final.name}.part")
+        self._part = _hidden(final, "part")
 
     def __enter__(self) -> Path:
         try:
@@ -180,8 +224,8 @@ class atomic_folder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             try:
-                if self._final.exists():
-                    shutil.rmtree(self._final)
+                sync_folder(self._part)
+                remove_folder(self._final)
                 os.replace(self._part, self._final)
                 sync_folder(self._final.parent)
                 return
@@ -193,9 +237,30 @@ class atomic_folder:
 
     def _refusal(self, error: OSError) -> RunError:
         return RunError(
-            f"{self._final} could not be written ({error.strerror or error}); earlier checkpoints are whole: "
+            f"{self._final} could not be written ({error.strerror or error}); what was written before it is whole: "
             "make room on the disk, then resume the run"
         )
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away, if it is there: under its name it is whole or gone, never half of it."""
+    gone = _hidden(folder, "gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def read_tree(path: Path, advice: str) -> Tree:
+    """The leaves of a safetensors file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
+        raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); {advice}") from error
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -213,3 +278,7 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _hidden(folder: Path, ending: str) -> Path:
+    return folder.with_name(f".{folder.name}.{ending}")

@@ -8,6 +8,8 @@ A leaf's name is the path of the weight it belongs to, such as
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -29,10 +31,9 @@ def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
 
 def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
     """left + scale * right. Leaves that `right` lacks stay as they are; it may hold no others."""
-    return {
-        name: torch.add(leaf, right[name], alpha=scale) if name in right else leaf
-        for name, leaf in _same_names(left, right).items()
-    }
+    assert right.keys() <= left.keys(), sorted(right.keys() - left.keys())
+    alpha = 1 if scale == 1.0 else scale  # a whole number, for integers take no other
+    return {name: torch.add(leaf, right[name], alpha=alpha) if name in right else leaf for name, leaf in left.items()}
 
 
 def sub(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tree:
@@ -53,8 +54,8 @@ def add_(total: Tree, other: Mapping[str, Tensor]) -> None:
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
-    """The 2-norm over all leaves together, accumulated in float64."""
-    return float(sum(float(torch.linalg.vector_norm(leaf, dtype=torch.float64)) ** 2 for leaf in tree.values()) ** 0.5)
+    """The 2-norm over all (floating) leaves together, in float64; the order of the leaves does not change its bits."""
+    return math.hypot(*(float(torch.linalg.vector_norm(tree[name], dtype=torch.float64)) for name in sorted(tree)))
 
 
 def finite(tree: Mapping[str, Tensor]) -> bool:
@@ -90,8 +91,21 @@ def unstack(stacked: Mapping[str, Tensor], index: int) -> Tree:
     return {name: leaf[index] for name, leaf in stacked.items()}
 
 
+def separate(tree: Mapping[str, Tensor]) -> Tree:
+    """The same values on the CPU, contiguous, no leaf in another's memory: what can be written to a file."""
+    found: Tree = {}
+    taken: set[int] = set()
+    for name, leaf in tree.items():
+        plain = leaf.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if memory in taken else plain
+        taken.add(memory)
+    return found
+
+
 def join(**branches: Mapping[str, Tensor]) -> Tree:
-    """Several trees as one: leaf `n` of branch `b` becomes `b/n`."""
+    """Several trees as one: leaf `n` of branch `b` becomes `b/n`. No branch has a "/" in its name, so none collide."""
+    assert not any("/" in branch for branch in branches), sorted(branches)
     return {f"{branch}/{name}": leaf for branch, tree in branches.items() for name, leaf in tree.items()}
 
 
@@ -113,15 +127,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def digest(tree: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 over names, dtypes, shapes and bytes; the order of the leaves does not matter."""
     state = hashlib.sha256()
     for name in sorted(tree):
         leaf = tree[name].detach().cpu().contiguous()
-        state.update(f"{name}:{leaf.dtype}:{tuple(leaf.shape)}:".encode())
+        # JSON ends where it ends and the shape says how many bytes follow: no two trees feed the same bytes.
+        state.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
         state.update(leaf.reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
-
-
-def _same_names(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    assert right.keys() <= left.keys(), sorted(right.keys() - left.keys())
-    return left

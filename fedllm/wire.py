@@ -2,143 +2,238 @@
 
     safetensors file = 8 bytes length | JSON (names, types, shapes, `__metadata__`) | values
 
-`__metadata__["fedllm"]` is JSON: the kind of message, the facts of the step, weights and packings of the parts.
-Tensor keys: `params/NAME`, `extra0/NAME`, `PART/NAME`; a packed leaf is stored as `PART/NAME` (codes, or values)
-plus `scale/PART/NAME` or `index/PART/NAME`.
+`__metadata__["fedllm"]` is JSON: the kind of message, the facts of the step, weights and packings of the parts. Tensor
+keys of a request: `params/LEAF` and `extra0/LEAF` for the first stage's extra; of an update: `part0/LEAF` for the first
+part of the header. A packed leaf is stored as `part0/LEAF` (codes, or values) and `scale0/LEAF` or `index0/LEAF`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Literal
 
 import torch
-from safetensors import SafetensorError
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedllm import packing, tree
 from fedllm.errors import WireError
 from fedllm.packing import Packing
-from fedllm.rng import Key
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Part, Profile, Request, Update
+from fedllm.update import Ctx, Failure, Part, Request, Update
 
 Message = Request | Update | Failure
 
+# What the zeros of sparse parts may take, in values: a short message cannot make its receiver reserve much more.
+MOST_VALUES = 1 << 26
+MOST_VALUES_PER_BYTE = 250  # one float32 in 2000 is sent
+
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part without its values. `shapes` are those of the packed leaves."""
+
+    weight: Weight | None
+    sparse: bool = False
+    bits: Literal[8, 4, 1] | None = None
+    block: Annotated[int, Field(ge=1)] = 128
+    shapes: dict[str, list[Count]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request without its values. `extras`: how many leaves each has."""
+
+    ctx: Ctx
+    extras: list[Count]
+    kind: Literal["request"] = "request"
+
+
+@dataclass(frozen=True)
+class _Update:
+    parts: dict[str, _Part]
+    kind: Literal["update"] = "update"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    failure: Failure
+    kind: Literal["failure"] = "failure"
+
+
+_Header = _Request | _Update | _Failure
+_HEADER: TypeAdapter[_Header] = TypeAdapter(Annotated[_Header, Field(discriminator="kind")])
+
 
 def pack(message: Message) -> bytes:
-    """A message to bytes. Every value, integers included, comes back with the same bits."""
+    """A message to bytes. Every value, integers included, comes back with the same bits.
+
+    One thing is not kept: a zero of a packed part comes back as +0.
+    """
+    tensors: Tree = {}
+    header: _Header
     match message:
         case Request():
             tensors = tree.join(params=message.params)
             for place, extra in enumerate(message.extras):
                 tensors |= tree.join(**{f"extra{place}": extra})
-            header: dict[str, Any] = {"kind": "request", "ctx": asdict(message.ctx), "extras": len(message.extras)}
+            header = _Request(message.ctx, [len(extra) for extra in message.extras])
         case Update():
-            tensors = {}
-            header = {"kind": "update", "parts": {}}
-            for name, part in message.parts.items():
-                header["parts"][name] = _part_header(part)
-                tensors |= dict(_laid_out(name, part))
+            for place, part in enumerate(message.parts.values()):
+                tensors |= dict(_laid_out(place, part))
+            header = _Update({name: _without_values(part) for name, part in message.parts.items()})
         case Failure():
-            tensors, header = {}, {"kind": "failure", **asdict(message)}
-    return save({name: leaf.contiguous() for name, leaf in tensors.items()}, {"fedllm": json.dumps(header)})
+            header = _Failure(message)
+    text = json.dumps(asdict(header), separators=(",", ":"))
+    return save(tree.separate(tensors), {"fedllm": text})
 
 
 def unpack(data: bytes) -> Message:
-    """Bytes to a message.
+    """Bytes to a message, in memory of its own. Nothing in them is code, and they are believed in nothing.
 
     Raises:
         WireError: the bytes are cut off, or do not hold what their header says.
     """
     try:
         tensors = load(data)
-        header = json.loads(_metadata(data)["fedllm"])
-        match header.pop("kind"):
-            case "request":
-                extras = tuple(tree.branch(tensors, f"extra{place}") for place in range(header["extras"]))
-                return Request(tree.branch(tensors, "params"), extras, _ctx(header["ctx"]))
-            case "update":
-                parts = {name: _part(name, entry, tensors) for name, entry in header["parts"].items()}
-                return Update(parts)
-            case "failure":
-                return Failure(**header)
-            case other:
-                raise WireError(f"a message of unknown kind {other!r} arrived")
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        message = _read(_header(data), tensors, len(data))
+    except Exception as error:  # bytes from elsewhere may be wrong in any way
         if isinstance(error, WireError):
             raise
-        raise WireError(f"a message could not be read: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise WireError(f"a message could not be read ({reason[:200]}); both sides need the same fedllm") from error
+    return message
 
 
 def part_bytes(message: Message) -> dict[str, int]:
-    """Bytes of the values per part, as they stand on the wire; headers are not in them."""
+    """Bytes of the values per part, as they stand on the wire; headers are not in them.
+
+    A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales.
+    """
     if isinstance(message, Request):
         sizes = {"params": tree.num_bytes(message.params), "extras": sum(map(tree.num_bytes, message.extras))}
         return {name: size for name, size in sizes.items() if size}
     if isinstance(message, Update):
         return {
-            name: sum(leaf.numel() * leaf.element_size() for _, leaf in _laid_out(name, part))
+            name: sum(_leaf_bytes(name_, leaf, part.packing) for name_, leaf in part.tree.items())
             for name, part in message.parts.items()
         }
     return {}
 
 
-def _part_header(part: Part) -> dict[str, Any]:
-    entry: dict[str, Any] = {"weight": part.weight}
-    if part.packing.sparse:
-        entry |= {"sparse": True, "shapes": {name: list(leaf.shape) for name, leaf in part.tree.items()}}
-    elif part.packing.bits is not None:
-        shapes = {name: list(part.tree[name].shape) for name in part.packing.scales}
-        entry |= {"bits": part.packing.bits, "block": part.packing.block, "shapes": shapes}
-    return entry
+def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
+    if form.sparse:
+        return int(torch.count_nonzero(leaf)) * (4 + leaf.element_size())
+    if form.bits is not None and name in form.scales:
+        return -(-leaf.numel() * form.bits // 8) + tree.num_bytes({name: form.scales[name]})
+    return tree.num_bytes({name: leaf})
 
 
-def _laid_out(part_name: str, part: Part) -> Iterator[tuple[str, Tensor]]:
+def _without_values(part: Part) -> _Part:
+    form = part.packing
+    if form.sparse:
+        return _Part(part.weight, sparse=True, shapes={name: list(leaf.shape) for name, leaf in part.tree.items()})
+    if form.bits is None:
+        return _Part(part.weight)
+    assert form.bits in (8, 4, 1), form.bits
+    shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in form.scales}
+    return _Part(part.weight, bits=form.bits, block=form.block, shapes=shapes)  # type: ignore[arg-type]
+
+
+def _laid_out(place: int, part: Part) -> Iterator[tuple[str, Tensor]]:
     """The tensors that stand for a part on the wire."""
     form = part.packing
-    for name, leaf in part.tree.items():
-        key = f"{part_name}/{name}"
+    for name, leaf in tree.separate(part.tree).items():
+        key = f"part{place}/{name}"
         if form.sparse:
-            index = leaf.reshape(-1).nonzero().reshape(-1)
-            yield key, leaf.reshape(-1)[index]
-            yield f"index/{key}", index.to(torch.int32)
+            assert leaf.numel() < 1 << 31, "a position is an int32"
+            flat = leaf.reshape(-1)
+            index = flat.nonzero().reshape(-1)
+            yield key, flat[index]
+            yield f"index{place}/{name}", index.to(torch.int32)
         elif form.bits is not None and name in form.scales:
-            codes = packing.codes(leaf, form.scales[name], form.block)
-            yield key, packing.squeeze(codes.reshape(-1)[: leaf.numel()], form.bits)
-            yield f"scale/{key}", form.scales[name]
+            scales = form.scales[name].cpu()
+            codes = packing.codes(leaf, scales, form.block)
+            packed = packing.squeeze(codes.reshape(-1)[: leaf.numel()], form.bits)
+            assert torch.equal(_decoded(packed, scales, leaf.shape, form), leaf), f"{key} is not on its grid"
+            yield key, packed
+            yield f"scale{place}/{name}", scales
         else:
             yield key, leaf
 
 
-def _part(name: str, entry: Mapping[str, Any], tensors: Tree) -> Part:
-    leaves = tree.branch(tensors, name)
-    form = Packing(sparse=bool(entry.get("sparse")), bits=entry.get("bits"), block=entry.get("block", 128))
-    scales = {}
-    for leaf_name, shape in entry.get("shapes", {}).items():
-        size = torch.Size(shape)
-        if form.sparse:
-            dense = torch.zeros(size.numel(), dtype=leaves[leaf_name].dtype)
-            dense[tensors[f"index/{name}/{leaf_name}"].long()] = leaves[leaf_name]
-            leaves[leaf_name] = dense.reshape(size)
+def _header(data: bytes) -> _Header:
+    """What the message says of itself; safetensors has read the length and the outer JSON already."""
+    outer = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    if "fedllm" not in outer.get("__metadata__", {}):
+        raise WireError("the bytes are a safetensors file, but no message of fedllm; send what wire.pack makes")
+    return _HEADER.validate_json(outer["__metadata__"]["fedllm"], strict=True)
+
+
+def _read(header: _Header, tensors: Tree, size: int) -> Message:
+    match header:
+        case _Request():
+            extras = tuple(tree.branch(tensors, f"extra{place}") for place in range(len(header.extras)))
+            _demand([len(extra) for extra in extras] == header.extras, "its extras have other leaves than it says")
+            params = tree.branch(tensors, "params")
+            _demand(len(params) + sum(header.extras) == len(tensors), "it holds values that belong to no tree")
+            return Request(params, extras, header.ctx)
+        case _Update():
+            entries = header.parts.values()
+            zeros = sum(math.prod(shape) for entry in entries if entry.sparse for shape in entry.shapes.values())
+            _demand(zeros <= max(MOST_VALUES, MOST_VALUES_PER_BYTE * size), f"it would unfold to {zeros} values")
+            parts = {name: _part(place, entry, tensors) for place, (name, entry) in enumerate(header.parts.items())}
+            known = sum(len(part.tree) for part in parts.values()) + sum(len(entry.shapes) for entry in entries)
+            _demand(known == len(tensors), "it holds values that belong to no part")
+            return Update(parts)
+        case _Failure():
+            _demand(not tensors, "a failure holds no values")
+            return header.failure
+
+
+def _part(place: int, entry: _Part, tensors: Tree) -> Part:
+    leaves = tree.branch(tensors, f"part{place}")
+    scales: Tree = {}
+    for name, shape in entry.shapes.items():
+        if entry.sparse:
+            leaves[name] = _spread(leaves[name], tensors[f"index{place}/{name}"], shape)
         else:
-            assert form.bits is not None
-            scales[leaf_name] = tensors[f"scale/{name}/{leaf_name}"]
-            codes = packing.unsqueeze(leaves[leaf_name], form.bits, size.numel())
-            leaves[leaf_name] = packing.values(packing.blocks(codes, form.block), scales[leaf_name], size)
-    weight = entry["weight"]
-    return Part(leaves, None if weight is None else float(weight), Packing(form.sparse, form.bits, form.block, scales))
+            scales[name] = tensors[f"scale{place}/{name}"]
+            leaves[name] = _decoded(leaves[name], scales[name], shape, entry)
+    _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
+    return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales))
 
 
-def _ctx(entry: Mapping[str, Any]) -> Ctx:
-    facts = {**entry, "key": Key(**entry["key"]), "profile": Profile(**entry["profile"])}
-    return Ctx(**facts)
+def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """A leaf of zeros with `values` at the positions `index`."""
+    count = math.prod(shape)
+    paired = index.dtype == torch.int32 and values.dim() == 1 and values.shape == index.shape
+    _demand(paired, "a sparse leaf does not have one position for each value")
+    inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < count)
+    _demand(inside and bool((index[1:] > index[:-1]).all()), "the positions of a sparse leaf do not rise within it")
+    dense = torch.zeros(count, dtype=values.dtype)
+    dense[index.long()] = values
+    return dense.reshape(shape)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return metadata
+def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: Packing | _Part) -> Tensor:
+    """The values of a leaf's codes."""
+    count, bits = math.prod(shape), form.bits
+    assert bits is not None, "shapes without a packing"
+    block = min(form.block, max(1, count))  # a long block is not filled up: its length is only a claim
+    fits = packed.shape == (-(-count * bits // 8),) and packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    fits = fits and scales.shape == (-(-count // block),) and scales.is_floating_point()
+    _demand(fits, f"a leaf of shape {tuple(shape)} does not have its codes and scales")
+    return packing.values(packing.blocks(packing.unsqueeze(packed, bits, count), block), scales, torch.Size(shape))
+
+
+def _demand(held: bool, fault: str) -> None:
+    if not held:
+        raise WireError(f"a message could not be read: {fault}")

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fedllm"
 
 # Lowest first. A new module is added here, in the lowest layer that it can live in.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("tree", "rng", "errors", "packing", "events", "cache", "ranges", "data"),
+    ("tree", "rng", "errors", "packing", "events", "cache", "ranges", "data", "yamltext"),
     ("privacy", "secagg"),
     ("update", "batch"),
     ("stage", "work", "aggregate", "moments", "weights", "federation"),
@@ -26,8 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("loop", "check", "client", "state", "wire", "engine"),
     ("engines",),
-    ("config", "catalog", "presets", "schema"),
-    ("folder", "outputs", "compare", "finished", "launch", "export"),
+    ("config", "catalog", "presets", "schema", "spec", "overrides"),
+    ("folder", "ledger", "outputs", "compare", "session", "finished", "launch", "export"),
     ("report", "audits", "explain"),
     ("__init__",),
     ("console",),

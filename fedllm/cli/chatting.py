@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from fedllm.errors import DataError
 from fedllm.finished import Opened, open_run
 
 Turns = list[dict[str, str]]
@@ -18,14 +20,10 @@ def chat_with(
     """Answer one prompt, or each line until the end of the input."""
     opened, console = open_run(folder, client=client), Console()
     opening = _opening(opened) if system is None else system
-    start: Turns = [{"role": "system", "content": opening}] if opening else []
-    if prompt is not None:
-        _answer(opened, console, [*start, {"role": "user", "content": prompt}], compare, max_new_tokens)
-        return
-    if sys.stdin.isatty():
+    turns: Turns = [{"role": "system", "content": opening}] if opening else []
+    if prompt is None and sys.stdin.isatty():
         console.print(f"{opened.model.base.title}, tuned in {folder}. An empty line ends.", highlight=False)
-    turns = list(start)
-    while line := _line(console):
+    for line in _lines(console) if prompt is None else [prompt]:
         turns.append({"role": "user", "content": line})
         answer = _answer(opened, console, turns, compare, max_new_tokens)
         turns.append({"role": "assistant", "content": answer})
@@ -43,14 +41,25 @@ def _answer(opened: Opened, console: Console, turns: Turns, compare: bool, max_n
 
 
 def _opening(opened: Opened) -> str | None:
-    """The system prompt that the run's own records begin with."""
-    population = opened.experiment.federation.load(opened.experiment.key)
+    """The system prompt that the run's own records begin with; none if the data is no longer there."""
+    try:
+        population = opened.experiment.federation.load(opened.experiment.key)
+    except DataError:
+        return None
     first = next(iter(next(iter(population.train.values()))))
     return str(first["system"]) if first.get("system") else None
 
 
-def _line(console: Console) -> str:
-    try:
-        return console.input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+def _lines(console: Console) -> Iterator[str]:
+    """Lines of a person until an empty one; lines of a pipe until its end, without the empty ones."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    while True:
+        try:
+            line = console.input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line:
+            return
+        yield line

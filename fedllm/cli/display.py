@@ -24,7 +24,7 @@ from rich.text import Text
 from fedllm.cli.scene import Scene, line, moment, scores_line
 from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
 from fedllm.report.quantity import NOTHING, duration, figure, printable, remaining, size
-from fedllm.report.story import COMPARED
+from fedllm.report.story import COMPARED, by_model
 
 Clock = Callable[[], float]
 _SHOWN = 12  # clients of a cohort that are listed one by one
@@ -130,13 +130,13 @@ def _tint(outcome: str | None) -> str:
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The evaluation of a run folder's summary.json: a row per metric, a column per model that was evaluated."""
-    evaluated = {which: scores for which in COMPARED if (scores := (summary.get("eval") or {}).get(which))}
+    models = by_model(summary.get("eval") or {})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
-    for which in evaluated:
-        table.add_column(COMPARED[which], justify="right", style="bold" if which == "federated" else "")
-    for metric in dict.fromkeys(name for scores in evaluated.values() for name in scores):
-        table.add_row(Text(printable(metric)), *(figure(scores.get(metric)) for scores in evaluated.values()))
+    for model in models:
+        table.add_column(model, justify="right", style="bold" if model == COMPARED["federated"] else "")
+    for metric in dict.fromkeys(name for scores in models.values() for name in scores):
+        table.add_row(Text(printable(metric)), *(figure(scores.get(metric)) for scores in models.values()))
     return table
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+USAGE = typer.BadParameter.__mro__[1]  # click's UsageError, whether typer imports click or brings it along
 
 File = Annotated[str, typer.Argument(help="An experiment file, or a packaged recipe (fedllm ls recipes).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as in work.sgd.lr=1e-3")]
@@ -74,7 +77,7 @@ def chat(
     client: Annotated[str | None, typer.Option(help="A client's personal model.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Base and tuned side by side.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt; default: the one of the run's data.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Talk to a run's model."""
     from fedllm.cli.chatting import chat_with
@@ -86,7 +89,7 @@ def chat(
 def export(
     folder: RunFolder,
     to: Annotated[str, typer.Option(help="peft or merged.")],
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/export-TO.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; default RUN/export-TO.")] = None,
     client: Annotated[str | None, typer.Option(help="A client's personal model.")] = None,
 ) -> None:
     """Write a run's model for other tools."""
@@ -107,18 +110,34 @@ def report(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2."""
+    """Entry point: a user's mistake is one sentence and exit code 2; anything unexpected keeps its traceback."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # the exit code where a verb ends early, as --help does
     except FedllmError as error:
-        print(f"fedllm: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        code = _refuse(str(error))
     except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except Exception as error:
+        if not isinstance(error, USAGE):
+            raise
+        code = _refuse_usage(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"fedllm: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _refuse_usage(error: Any) -> int:
+    """An unknown verb or option, or a missing argument: what is wrong, and where to look."""
+    if len(sys.argv) == 1:
+        print(error.format_message())  # the help
+        return 2
+    told = error.format_message().rstrip(".?")
+    sentence = re.sub(r"[.?] (\w)", lambda found: f"; {found[1].lower()}", told[0].lower() + told[1:])
+    verb = error.ctx.command_path if error.ctx is not None else "fedllm"
+    return _refuse(f"{sentence}; see: {verb} --help")
 
 
 if __name__ == "__main__":

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from fedllm.cli.display import Display, print_summary
 from fedllm.config import find, load
-from fedllm.errors import FedllmError
+from fedllm.errors import RunError
 from fedllm.folder import Folder, default_folder
 from fedllm.launch import Interrupted, run
 from fedllm.report.page import write_report
 
 
-def run_file(file: str, overrides: list[str], *, engine: str, out: Path | None, resume: bool) -> None:
+def run_file(file: str, overrides: Sequence[str], *, engine: str, out: Path | None, resume: bool) -> None:
     """Run, show, report. Ctrl-C leaves a folder that can be resumed and prints the line that does so."""
     name = find(file).stem
     experiment = load(file, overrides)
     folder = out or default_folder(experiment, name)
-    finished = Folder(folder).finished
-    again = " ".join(["fedllm run", file, *overrides, *(["--out", str(out)] if out else []), "--resume"])
-    console = Console()
+    status = Folder(folder).status(experiment)
+    again = _line(file, overrides, engine=engine, out=out)
+    if status == "unfinished" and not resume:
+        raise RunError(f"{folder} holds this experiment, unfinished; go on with:  {again}")
     try:
         with Display() as display:
             result = run(experiment, engine=engine, out=folder, resume=resume, name=name, listeners=(display,))
     except Interrupted as stopped:
         print(f"fedllm: {stopped}; go on with:\n  {again}", file=sys.stderr)
         sys.exit(130)
-    except FedllmError as error:
-        if Folder(folder).started and not finished and not resume and "unfinished" in str(error):
-            raise type(error)(f"{error}:  {again}") from error
-        raise
-    page = folder / "report.html"
-    if not page.is_file():
+    page, console = folder / "report.html", Console()
+    if status != "finished" or not page.is_file():
         write_report([folder], page)
-    if finished:
-        console.print("This run is finished; its figures:", highlight=False)
+    if status == "finished":
+        print("This run is finished; its figures:")
     print_summary(result.summary, console)
-    console.print(f"\nReport: {page}", highlight=False, soft_wrap=True)
-    console.print(f"Chat with the tuned model:  fedllm chat {folder} --compare", highlight=False, soft_wrap=True)
-    console.print(
-        "Run on your own data:       fedllm run own-data federation.shards.data=my.jsonl",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print(f"\nReport: {page}")
+    print(f"Chat with the tuned model:  fedllm chat {shlex.quote(str(folder))} --compare")
+    print("Run on your own data:       fedllm run own-data federation.shards.data=my.jsonl", flush=True)
+
+
+def _line(file: str, overrides: Sequence[str], *, engine: str, out: Path | None) -> str:
+    """The line that goes on with a run."""
+    chosen = [] if engine == "auto" else ["--engine", engine]
+    place = [] if out is None else ["--out", str(out)]
+    return shlex.join(["fedllm", "run", file, *overrides, *chosen, *place, "--resume"])

@@ -86,7 +86,7 @@ def _name(story: Story) -> str:
 
 
 def _opening(stories: Sequence[Story]) -> list[Html]:
-    models = ", ".join(dict.fromkeys(story.model for story in stories))
+    models = " and ".join(dict.fromkeys(story.model for story in stories))
     if len(stories) > 1:
         names = " and ".join([", ".join(story.label for story in stories[:-1]), stories[-1].label])
         return [el("p.kind", f"fedllm report, {len(stories)} runs"), el("h1", models), el("p.lede", names)]
@@ -104,9 +104,10 @@ def _key_figures(story: Story) -> Html:
     found = story.evaluations
     items: list[tuple[str, str, str]] = []
     if "federated" in found:
-        for name, value in list(found["federated"].metrics.items())[:2]:
+        metrics = found["federated"].metrics
+        for name in [name for name in metrics if "/" not in name][:2]:
             before = found["base"].metrics.get(name) if "base" in found else None
-            items.append((name, figure(value), "" if before is None else f"base {figure(before)}"))
+            items.append((name, figure(metrics[name]), "" if before is None else f"base {figure(before)}"))
     costs = tables.costs(story)
     wanted = ("sent up", "sent down", "time", "tokens per second", "epsilon")
     return pairs(items + [(name, costs[name], "") for name in wanted if name in costs])

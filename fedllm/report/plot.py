@@ -122,7 +122,9 @@ def over_rounds(title: str, note: str, traces: Sequence[Trace], *, unit: str = "
     across: dict[str, Any] = {"title": {"text": "round"}, "rangemode": "tozero"}
     if last <= 8:
         across["dtick"] = 1
-    upright = {"title": {"text": plain(unit)}, "rangemode": "tozero" if from_zero else "normal"}
+    positive = all(y >= 0 for trace in traces for y in trace["y"])
+    mode = "tozero" if from_zero else "nonnegative" if positive else "normal"
+    upright = {"title": {"text": plain(unit)}, "rangemode": mode}
     return Figure(title, note, tuple(traces), _layout(across, upright, height=320, legend=len(traces) > 1))
 
 

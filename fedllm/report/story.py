@@ -91,9 +91,9 @@ class Story:
         return {which: newest[which] for which in COMPARED if which in newest}
 
     @property
-    def metrics(self) -> list[str]:
-        """Every metric of the newest evaluations, in order of appearance."""
-        return list(dict.fromkeys(name for event in self.evaluations.values() for name in event.metrics))
+    def figures(self) -> dict[str, dict[str, float | None]]:
+        """The newest evaluations, model by model."""
+        return by_model({which: event.metrics for which, event in self.evaluations.items()})
 
     def curve(self, metric: str) -> dict[int, float]:
         """The federated model's `metric` by completed rounds; values that are not finite are left out."""
@@ -129,6 +129,17 @@ class Story:
             "tokens": sum(event.tokens for event in rounds),
         }
         return sums[key] if rounds else None
+
+
+def by_model(scores: Mapping[str, Mapping[str, float | None] | None]) -> dict[str, dict[str, float | None]]:
+    """Figures per metric under the names of COMPARED, in their order; what clients' models score on their own records
+    (`own/METRIC`) under a name of its own."""
+    found: dict[str, dict[str, float | None]] = {}
+    for which, title in COMPARED.items():
+        for name, value in (scores.get(which) or {}).items():
+            column = f"{title}, own" if name.startswith(OWN) else title
+            found.setdefault(column, {})[name.removeprefix(OWN)] = value
+    return found
 
 
 def moment_of_loss(event: ClientFailed, begun: int | None) -> str:

@@ -18,32 +18,28 @@ from fedllm.events import (
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.markup import Html, el, folded, joined, table
 from fedllm.report.quantity import NOTHING, duration, figure, lower_is_better, share, size
-from fedllm.report.story import COMPARED, OWN, Story, client_metrics, client_scores
+from fedllm.report.story import COMPARED, Story, client_metrics, client_scores
 
 
 def headline(stories: Sequence[Story]) -> Html:
     """Every metric of the base model, of local training, of the federation and of pooled data."""
-    metrics = list(dict.fromkeys(name for story in stories for name in story.metrics))
+    found = [story.figures for story in stories]
+    metrics = list(dict.fromkeys(name for models in found for scores in models.values() for name in scores))
     if not metrics:
-        return el("p", "Nothing was evaluated in this run." if len(stories) == 1 else "Nothing was evaluated.")
+        return el("p", "Nothing was evaluated.")
+    models = list(dict.fromkeys(model for one in found for model in one))
     if len(stories) == 1:
-        found = stories[0].evaluations
-        head = ["metric", *(COMPARED[which] for which in found)]
-        rows = [[name, *(figure(event.metrics.get(name)) for event in found.values())] for name in metrics]
+        head = ["metric", *models]
+        rows = [[name, *(figure(found[0][model].get(name)) for model in models)] for name in metrics]
     else:
         head = ["metric", "model", *(story.label for story in stories)]
         rows = [
-            [name, title, *(_final(story, which, name) for story in stories)]
+            [name, model, *(figure(one.get(model, {}).get(name)) for one in found)]
             for name in metrics
-            for which, title in COMPARED.items()
-            if any(name in story.evaluations[which].metrics for story in stories if which in story.evaluations)
+            for model in models
+            if any(name in one.get(model, {}) for one in found)
         ]
     return joined([table("Final figures", head, rows), _notes(stories)])
-
-
-def _final(story: Story, which: str, metric: str) -> str:
-    event = story.evaluations.get(which)
-    return figure(event.metrics.get(metric)) if event else NOTHING
 
 
 def _notes(stories: Sequence[Story]) -> Html:
@@ -58,9 +54,9 @@ def _notes(stories: Sequence[Story]) -> Html:
         el("li", el("b", COMPARED[which]), text, f" ({', '.join(names)})" if len(names) < len(stories) else "")
         for (which, text), names in sorted(said.items(), key=lambda item: list(COMPARED).index(item[0][0]))
     ]
-    if any(name.startswith(OWN) for story in stories for name in story.metrics):
-        text = ": each client's model on its own held-out records; without it on everybody's"
-        lines.append(el("li", el("b", f"{OWN}\N{HORIZONTAL ELLIPSIS}"), text))
+    if any(model.endswith(", own") for story in stories for model in story.figures):
+        text = ": each client's model on its own held-out records; else on everybody's"
+        lines.append(el("li", el("b", "own"), text))
     return el("ul.notes", *lines) if lines else Html("")
 
 
@@ -151,7 +147,8 @@ def worst(stories: Sequence[Story]) -> Html:
 def _spread(metric: str, found: Mapping[str, float]) -> list[str]:
     order = sorted(found, key=lambda client: found[client], reverse=lower_is_better(metric))
     first, last = order[0], order[-1]
-    return [first, figure(found[first]), figure(fmean(found.values())), figure(found[last]), last]
+    names = (first, last) if found[first] != found[last] else (NOTHING, NOTHING)
+    return [names[0], figure(found[first]), figure(fmean(found.values())), figure(found[last]), names[1]]
 
 
 def gains(story: Story) -> Html:
@@ -159,7 +156,7 @@ def gains(story: Story) -> Html:
     alone, together = story.evaluations.get("local_only"), story.evaluations.get("federated")
     if alone is None or together is None:
         return Html("")
-    counts = [(name, _gains(name, alone, together)) for name in together.metrics]
+    counts = [(name, _gains(name, alone, together)) for name in together.metrics if "/" not in name]
     said = [f"{sum(gain > 0 for gain in found)} of {len(found)} in {name}" for name, found in counts if found]
     if not said:
         return Html("")
@@ -216,7 +213,7 @@ def troubles(story: Story) -> Html:
 def rounds(story: Story) -> Html:
     """Every round in numbers."""
     finished = story.of(RoundFinished)
-    curves = {name: story.curve(name) for name in story.metrics}
+    curves = {name: story.curve(name) for event in story.of(Evaluated) for name in event.metrics}
     curves = {name: points for name, points in curves.items() if points}
     rows = [
         [

@@ -1,6 +1,6 @@
 """The weighted mean of FedAvg: a client counts as much as it has examples.
 
-    Δ = sum_k n_k Δ_k / sum_k n_k        McMahan et al. 2017, algorithm 1, arXiv 1602.05629
+Δ = sum_k n_k Δ_k / sum_k n_k        McMahan et al. 2017, algorithm 1, arXiv 1602.05629
 """
 
 from __future__ import annotations

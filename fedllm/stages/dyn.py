@@ -25,8 +25,8 @@ from fedllm.update import Ctx, Local, Update
 class Dyn(Stage):
     """State: h. Memory: h_k. Both from 0. Scratch: "h/.." is h_k and "anchor/.." is w_0.
 
-    The sum over the clients is the decoded mean times its total weight, so every client must weigh 1. A round that
-    nobody answered changes nothing. No settings give FedAvg: the server's step has no limit at alpha = 0.
+    The sum over the clients is the decoded mean times its total weight, so every client must weigh the same. A round
+    that nobody answered changes nothing. No settings give FedAvg: the server's step has no limit at alpha = 0.
     Stages that change the delta stand behind this one.
 
     Args:
@@ -39,7 +39,7 @@ class Dyn(Stage):
     allow: tuple[str, ...] = ()
 
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    equal_weights: ClassVar[bool] = True
+    needs_equal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 < self.alpha < math.inf, self, field="alpha", value=self.alpha, allowed="above 0 and finite")

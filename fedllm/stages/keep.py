@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
 from fedllm import tree
 from fedllm.ranges import require
-from fedllm.stage import Stage
+from fedllm.stage import Norm, Stage
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Local, Update
 
@@ -31,6 +32,9 @@ class Keep(Stage):
     """
 
     patterns: tuple[str, ...]
+
+    norm: ClassVar[Norm] = Norm.KEEPS
+    first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         listed = not isinstance(self.patterns, str) and len(self.patterns) > 0

@@ -14,7 +14,7 @@ import torch
 
 from fedllm.packing import SPARSE
 from fedllm.ranges import require
-from fedllm.stage import Norm, Stage
+from fedllm.stage import Stage
 from fedllm.tree import Tree
 from fedllm.update import Local, Update
 
@@ -24,7 +24,7 @@ class TopK(Stage):
     """Memory: e, the client's error. What is sent plus e is exactly e plus Δ. Neutral, to the bit: `TopK(1)`.
 
     k = round(fraction * number of values), at least 1; of equal sizes the first by name and place goes first.
-    The error can make what is sent longer than Δ.
+    The error can make what is sent longer than Δ by any amount, so no norm is promised.
 
     Args:
         fraction: of the values that is sent, in (0, 1].
@@ -35,7 +35,6 @@ class TopK(Stage):
     feedback: bool = True
 
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    norm: ClassVar[Norm] = Norm.GROWS
 
     def __post_init__(self) -> None:
         allowed = "above 0 and at most 1"

@@ -1,32 +1,58 @@
-"""The plain mean: every client that answers counts the same.
+"""The plain mean: every client counts the same.
 
-    Δ = (1 / K) sum_k Δ_k        K: clients that answered
+Δ = (1 / K) sum_k Δ_k        K: clients that answered, or that were drawn
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 from fedllm import weights
-from fedllm.stage import Bracket, Stage
+from fedllm.stage import Bracket, Norm, Stage
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Local, Update
+
+FIGURES = "metrics"  # a mean over those who answered, whatever the denominator of the rest
 
 
 @dataclass(frozen=True)
 class Uniform(Stage):
-    """Weight 1 for every client; the sum of the weights is the number of clients that answered.
+    """Weight 1 for every client.
 
     Neutral: this is FedAvg for clients with equal numbers of examples.
+
+    Args:
+        denominator: "answered" divides by the clients that answered; "cohort" by those that were drawn, so that a lost
+            client counts as a delta of zero and no client's absence changes what the others weigh. A part with a weight
+            of its own is divided by the same number.
     """
 
+    denominator: Literal["answered", "cohort"] = "answered"
+
     bracket: ClassVar[Bracket] = Bracket.WEIGH
+    norm: ClassVar[Norm] = Norm.KEEPS
+    equal: ClassVar[bool] = True
+
+    @property
+    def fixed_denominator(self) -> bool:
+        """True for "cohort"."""
+        return self.denominator == "cohort"
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
         """Weight 1."""
         return weights.weigh(update, 1.0), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
-        """Over the sum of the weights, which the parts keep."""
-        return weights.divide(total), state
+        """Over the sum of the weights or the size of the cohort, which the parts keep as their weight."""
+        return weights.divide(self._spread(total, ctx.cohort)), state
+
+    def _spread(self, total: Update, cohort: int) -> Update:
+        """The total, its parts weighing as much as the whole cohort."""
+        if not self.fixed_denominator:
+            return total
+        parts = {
+            name: replace(part, weight=float(cohort)) if part.weight and name != FIGURES else part
+            for name, part in total.parts.items()
+        }
+        return replace(total, parts=parts)

@@ -262,7 +262,7 @@ SUMMARY = {
     "eval": {
         "base": {"nll": 2.72, "exact_match": 0.048},
         "federated": {"nll": 1.542, "exact_match": 0.472, "exact_match/private": None},
-        "local_only": {"nll": 1.816},
+        "local_only": {"nll": 1.816, "own/nll": 1.75},
         "centralised": None,
     },
     "clients": {"a": {"nll": 1.0}},
@@ -279,16 +279,23 @@ def printed(summary: dict[str, object], width: int = 80) -> list[str]:
 
 def test_summary_table_has_a_row_per_metric_and_a_column_per_model() -> None:
     table = summary_table(SUMMARY)
-    assert [column.header for column in table.columns] == ["metric", "base", "local-only", "federated"]
+    assert [column.header for column in table.columns] == [
+        "metric",
+        "base",
+        "local-only",
+        "local-only, own",
+        "federated",
+    ]
     assert [str(cell) for cell in table.columns[0].cells] == ["nll", "exact_match", "exact_match/private"]
     assert list(table.columns[2].cells) == ["1.816", "—", "—"]
-    assert list(table.columns[3].cells) == ["1.542", "0.4720", "—"]
+    assert list(table.columns[3].cells) == ["1.750", "—", "—"]
+    assert list(table.columns[4].cells) == ["1.542", "0.4720", "—"]
 
 
 def test_printed_summary() -> None:
     lines = printed(SUMMARY)
     assert lines[0] == "SmolLM2-135M · serial · 20 rounds"
-    assert "nll 2.720 1.816 1.542" in lines
+    assert "nll 2.720 1.816 1.750 1.542" in lines
     assert "sent 140 MiB up, 139 MiB down" in lines
     assert "evaluation 12 MiB sent" in lines
     assert "time 1 min 44 s, 4.4 s per round" in lines

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError, DataError
@@ -59,10 +59,10 @@ SPLITS: list[Split] = [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     split=st.sampled_from(SPLITS),
-    labels=st.lists(st.integers(0, 4), min_size=2, max_size=60) | st.lists(st.text(max_size=3), min_size=2),
+    labels=st.lists(st.integers(0, 4), min_size=2, max_size=60) | st.lists(st.text(min_size=1, max_size=3), min_size=2),
     clients=st.integers(1, 5),
     seed=st.integers(0, 2**64 - 1),
 )

@@ -27,6 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "partitions"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_gives_the_same_and_is_started_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = run(JOB)
     assert groups == tables.assign(asdict(JOB))

@@ -228,6 +228,7 @@ def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         read_records("org/set")
 
 
+@pytest.mark.slow
 def test_jsonl_brings_no_table_library_along(tmp_path: Path) -> None:
     source = lines(tmp_path / "t.jsonl", *({"text": "a", "user": user} for user in "abab"))
     code = f"""

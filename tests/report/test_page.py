@@ -134,12 +134,17 @@ def test_own_records_are_compared_with_own_records(small: None, folder: Write, t
         ],
     )
     seen = outline([run], tmp_path)
-    assert ["nll", "3.500", "2"] in seen.rows
-    assert ["own/nll", "2.250", "—"] in seen.rows
-    assert "own/…: each client's model on its own held-out records" in seen.text
+    assert ["metric", "local-only", "local-only, own", "federated"] in seen.rows
+    assert ["nll", "3.500", "2.250", "2"] in seen.rows
+    assert "own: each client's model on its own held-out records" in seen.text
     assert ["nll", "local-only", "b", "4", "2.250", "0.5000", "a"] in seen.rows
     assert "better than training alone: 1 of 2 in nll." in seen.text
     assert "own/nll by client" not in seen.text
+
+
+def test_nobody_is_worst_where_all_are_equal(small: None, folder: Write, tmp_path: Path) -> None:
+    run = folder("a", [Evaluated("federated", 1, {"nll": 2.0}, {"a": {"nll": 2.0}, "b": {"nll": 2.0}})])
+    assert ["nll", "federated", "—", "2", "2", "2", "—"] in outline([run], tmp_path).rows
 
 
 def test_several_runs_have_a_column_each(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:

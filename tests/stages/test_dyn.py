@@ -48,7 +48,7 @@ def test_leaves_without_a_delta_rest():
 
 
 def test_it_needs_equal_weights_and_names_its_optimisers():
-    assert Dyn.equal_weights
+    assert Dyn.needs_equal
     assert Dyn().optimizers == {"sgd"}
     assert Dyn(allow=("momentum",)).optimizers == {"sgd", "momentum"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm import tree
+from fedllm import tree, weights
 from fedllm.aggregate import Sum
 from fedllm.packing import SPARSE
 from fedllm.rng import Key
@@ -75,3 +75,25 @@ def test_an_empty_cohort_divides_nothing(stage):
     zero = {"w": torch.zeros(2, 3)}
     total, _ = merge([Momentum(), stage], Update({"delta": Part(zero, 0.0)}), zero, [{}, {}], CTX)
     assert tree.equal(total.parts["delta"].tree, zero)
+
+
+def test_a_fixed_denominator_counts_a_lost_client_as_zero():
+    stage, drawn = Uniform("cohort"), Ctx(round=0, key=Key(1), cohort=4, population=9)
+    sent = [stage.encode(update(delta), {}, {}, Local(drawn, {"examples": 5.0}))[0] for delta in (1.0, 5.0)]
+    metrics = [Part({"loss": torch.tensor(loss)}) for loss in (2.0, 4.0)]
+    sent = [
+        u.having("metrics", weights.weigh(Update({"m": m}), 1.0).parts["m"]) for u, m in zip(sent, metrics, strict=True)
+    ]
+    total = Sum().reduce(lambda name, requests: iter(zip("ab", sent, strict=True)), {})
+    parts = stage.decode(total, {}, {}, drawn)[0].parts
+    assert float(parts["delta"].tree["w"]) == (1 + 5) / 4
+    assert parts["delta"].weight == 4
+    assert float(parts["control"].tree["c"]) == 6
+    assert float(parts["metrics"].tree["loss"]) == 3  # a figure is a mean over those who answered
+    zero = Update({"delta": Part({"w": torch.zeros(1)}, 0.0)})
+    assert stage.decode(zero, {}, {}, drawn)[0].parts["delta"].weight == 0
+
+
+def test_which_weigher_keeps_what_promise():
+    assert (Uniform.equal, Uniform().fixed_denominator, Uniform("cohort").fixed_denominator) == (True, False, True)
+    assert not ByExamples.equal and not ByExamples().fixed_denominator

@@ -1,0 +1,45 @@
+"""The ledger: what crossed the wire, and how long a run took, from its events alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedllm.events import Event, Resumed, Wire
+from fedllm.state import Totals
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Adds up the serialised bytes of all messages since it was last emptied. A listener of a run's events."""
+
+    up: int = 0
+    down: int = 0
+    evaluation: int = 0
+
+    def __call__(self, event: Event) -> None:
+        """Listen."""
+        if not isinstance(event, Wire):
+            return
+        if event.call == "evaluate":
+            self.evaluation += event.bytes
+        elif event.direction == "up":
+            self.up += event.bytes
+        else:
+            self.down += event.bytes
+
+    def take(self) -> Totals:
+        """The sums; then start anew."""
+        totals = Totals(bytes_up=self.up, bytes_down=self.down, evaluation_bytes=self.evaluation)
+        self.up = self.down = self.evaluation = 0
+        return totals
+
+
+def elapsed(log: Iterable[tuple[float, Event]]) -> float:
+    """Seconds from the first to the last event of each process that worked on a run, added up."""
+    total, began, last = 0.0, None, 0.0
+    for at, event in log:
+        if began is None or isinstance(event, Resumed):
+            total, began = total + (0.0 if began is None else last - began), at
+        last = at
+    return total + (0.0 if began is None else last - began)

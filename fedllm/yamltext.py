@@ -1,0 +1,61 @@
+"""YAML as people mean it: the core schema of YAML 1.2, read with PyYAML's safe loader.
+
+1e-3 is a number        no, yes, on, off, 010 and 2024-05-01 are text        a key given twice is refused
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from fedllm.errors import ConfigError
+
+FORMS = {  # tag -> what is written so, and the characters that it begins with
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(0|[1-9][\d_]*)", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own protocol; filled below
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: list[Any] = []
+        for place, _ in node.value:
+            key = self.construct_object(place, deep=True)
+            if key in seen:
+                raise ConfigError(f"line {place.start_mark.line + 1}: the key '{key}' is given twice")
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, (_pattern, _begins) in FORMS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _begins)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values from YAML.
+
+    Raises:
+        ConfigError: it is not YAML, or a key is given twice; with the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except ConfigError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        hint = "; indent with spaces, not tabs" if r"'\t'" in (error.problem or "") else ""
+        raise ConfigError(f"{line}it is not YAML: {error.problem or error.context}{hint}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"it is not YAML: {' '.join(str(error).split())}") from error
