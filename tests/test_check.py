@@ -334,15 +334,18 @@ def test_messages_name_components_as_files_do(noun):
 PLAIN_RANK, LOW_RANK = Profile(), Profile(rank=4)
 
 
-def ranked(*stages: Stage, adapter=Lora(rank=8)) -> Experiment:
+LORA = Lora(rank=8)
+
+
+def ranked(*stages: Stage, adapter=LORA) -> Experiment:
     return experiment(*stages, task=Task("tiny-llama", adapter=adapter))
 
 
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (ranked(Uniform()), "client b has rank 4, but task.adapter is lora of rank 8, and the part 'delta' has the shape"),
-        (ranked(Product(), Scaffold(), Uniform()), "client b has rank 4, .* scaffold makes the part 'control' in the shape"),
+        (ranked(Uniform()), "client b has rank 4, but task.adapter is lora of rank 8, and the part 'delta'"),
+        (ranked(Product(), Scaffold(), Uniform()), "rank 4, .* scaffold makes the part 'control' in the shape"),
         (ranked(Uniform(), adapter=Full()), "client b has rank 4, but task.adapter is full, which has no rank"),
     ],
 )  # fmt: skip
@@ -378,8 +381,7 @@ def test_of_720_orders_those_that_pass_are_one_method_and_most_others_run_and_di
     assert passing == [(keep, prox, top_k, *rest), (keep, top_k, prox, *rest)]
     assert results[passing[0]] == results[passing[1]]
     wrong = [order for order, result in results.items() if result != results[passing[0]]]
-    print(len(wrong))
-    assert len(wrong) > 360
+    assert len(wrong) == 690
     assert all(
         any(a.bracket > b.bracket for a, b in pairwise(order)) or order[0] is not keep for order in wrong
     )  # what differs is refused for its order alone

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedllm
@@ -66,6 +66,7 @@ def test_every_event_has_its_kind() -> None:
 
 
 @pytest.mark.parametrize("cls", KINDS.values(), ids=KINDS)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_events_come_back_from_a_line(cls: type[Event], data: st.DataObject) -> None:
     event = data.draw(some(cls))
@@ -75,6 +76,7 @@ def test_events_come_back_from_a_line(cls: type[Event], data: st.DataObject) -> 
 
 
 @pytest.mark.parametrize("cls", KINDS.values(), ids=KINDS)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_newer_version_may_add_and_no_version_may_leave_out(cls: type[Event], data: st.DataObject) -> None:
     event = data.draw(some(cls))

@@ -15,7 +15,7 @@ BITS = (8, 4, 1)
 
 
 def test_defaults() -> None:
-    assert DENSE == Packing() and not DENSE.sparse and DENSE.bits is None
+    assert Packing() == DENSE and not DENSE.sparse and DENSE.bits is None
     assert SPARSE.sparse and SPARSE.bits is None
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from fedllm.errors import ConfigError, DataError
+import torch
+
+from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.events import DataReported
 from fedllm.federation import Federation, Population
 from fedllm.federations.heldout import hold_out
@@ -23,7 +26,10 @@ from fedllm.update import Profile
 
 @dataclass(frozen=True)
 class Loss:
-    """A client that is lost in a round, in the call of that name."""
+    """A client that is lost in a round (from 0), in its call `work` or `evaluate`.
+
+    An evaluation's round is the number of rounds that are complete.
+    """
 
     client: str
     round: int
@@ -65,8 +71,18 @@ class Shards(Federation):
             raise ConfigError(f"federation.shards.failure_rate is {self.failure_rate}; it must be in [0, 1]")
 
     def load(self, key: Key) -> Population:
-        """Read, split, hold out; once per process."""
-        return _load(self, key)
+        """Read, split, hold out; once per process, as long as the files stay as they are.
+
+        Raises:
+            FedllmError: the data cannot be had or split, or `sampling` or `failures` do not fit the clients.
+        """
+        population = _load(self, key, (_stamp(self.data), _stamp(self.heldout)))
+        self.sampling.draw(population.clients, key)
+        for loss in self.failures:
+            if loss.client not in population.train:
+                known = nearest(loss.client, population.clients)
+                raise ConfigError(f"federation.shards.failures: there is no client '{loss.client}'{known}")
+        return population
 
     def sample(self, clients: Sequence[str], round: int, key: Key) -> Sequence[str]:
         """By `sampling`."""
@@ -75,13 +91,10 @@ class Shards(Federation):
     def failure(self, client: str, round: int, call: str, key: Key) -> str | None:
         """By `failures` and `failure_rate`."""
         if Loss(client, round, call) in self.failures:
-            return f"client {client} was lost in round {round} ({call}), as federation.shards.failures asks"
-        if call == "work" and self.failure_rate:
-            import torch
-
-            generator = key.fold(round, client, "failure").generator()
-            if float(torch.rand((), generator=generator)) < self.failure_rate:
-                return f"client {client} was lost in round {round}, as federation.shards.failure_rate asks"
+            return f"lost its call '{call}', as federation.shards.failures asks"
+        generator = key.fold(round, client, "failure").generator()
+        if call == "work" and float(torch.rand((), generator=generator)) < self.failure_rate:
+            return "lost by chance, as federation.shards.failure_rate asks"
         return None
 
     def profile(self, client: str) -> Profile:
@@ -90,13 +103,10 @@ class Shards(Federation):
 
 
 @lru_cache(maxsize=4)
-def _load(shards: Shards, key: Key) -> Population:
+def _load(shards: Shards, key: Key, stamps: tuple[object, ...]) -> Population:
     records = read_records(shards.data, fields=shards.fields)
     parts = partition(records, shards.split, clients=shards.clients, key=key.fold("partition"))
     train: dict[str, list[dict[str, Any]]] = {c: [records[i] for i in rows] for c, rows in parts.clients.items()}
-    for client, rows in train.items():
-        if not rows:
-            raise DataError(f"client {client} has no records; use fewer clients or another split")
     heldout = _heldout(shards, train, key)
     label = shards.label or shards.split.field
     _, labels, divergence = report(records, parts, label)
@@ -111,6 +121,15 @@ def _load(shards: Shards, key: Key) -> Population:
             left_out=parts.left_out,
         ),
     )
+
+
+def _stamp(source: str | float) -> object:
+    """When a file was written, and its size, so that a changed one is read again."""
+    path = Path(str(source)).expanduser()
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def _heldout(shards: Shards, train: dict[str, list[dict[str, Any]]], key: Key) -> dict[str, list[dict[str, Any]]]:

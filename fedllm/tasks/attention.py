@@ -1,29 +1,58 @@
 """Attention within each sequence of an unpadded row, registered as transformers' attention "fedllm".
 
-Every decoder that goes through transformers' attention interface can use it. Outside of a packed pass (generation with
-a cache) it is plain scaled-dot-product attention.
+Every decoder that goes through transformers' attention interface can use it; `prepare` refuses, by name, a model whose
+other layers mix the sequences of a row. Outside of a packed pass (generation) it is transformers' own "sdpa".
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fedllm.tasks.current import current
+from fedllm.errors import ModelError
+from fedllm.tasks.current import Forward, computing, current
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "fedllm"
+SHORT = 128  # tokens; up to here plain products beat the fused kernel's backward pass on CPUs
+REFUSED = ("softcap", "s_aux", "position_bias")  # of the attention function
+REFUSED_SETTINGS = ("final_logit_softcapping", "attention_chunk_size")  # of the model's configuration
+PROBE = (3, 4)  # lengths of two sequences
 
 
-def register() -> None:
-    """Make the attention known to transformers. May be called again."""
+def prepare(model: PreTrainedModel, name: str) -> None:
+    """Make a model use this attention, and compare a packed row of two sequences with each alone.
+
+    Raises:
+        ModelError: the model computes something else there.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
+    for setting in REFUSED_SETTINGS:
+        if model.config.to_dict().get(setting):
+            raise ModelError(f"{name} ({model.config.model_type}) has {setting}, which fedllm does not compute")
+    row = torch.arange(sum(PROBE), device=model.device)[None]
+    positions = torch.cat([torch.arange(length) for length in PROBE])[None].to(model.device)
+    with torch.no_grad():
+        alone = torch.cat([model(tokens, use_cache=False).logits for tokens in row.split(PROBE, 1)], 1)
+        model.set_attn_implementation(NAME)
+        with computing(Forward({}, PROBE)):
+            packed = model.base_model(row, position_ids=positions, use_cache=False).last_hidden_state
+        logits = packed @ model.get_output_embeddings().weight.T
+    tolerance = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-3
+    if not float((logits - alone).norm()) <= tolerance * float(alone.norm()):
+        raise ModelError(
+            f"{name} ({model.config.model_type}) gives other values for a row of several sequences than for each alone; "
+            "fedllm trains decoders whose layers meet only in transformers' attention interface"
+        )
 
 
 def attend(
@@ -36,49 +65,45 @@ def attend(
 ) -> tuple[Tensor, None]:
     """(1, heads, T, d) queries and (1, key heads, T, d) keys of a packed row to (1, T, heads, d).
 
-    Causal within each sequence; honours `scaling`, `sliding_window` and `softcap`.
+    Causal within each sequence; honours `scaling` and `sliding_window`.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    for name in REFUSED:
+        if options.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} has {name}, which fedllm's attention does not compute")
     lengths = current().lengths
-    softcap, window = options.get("softcap"), options.get("sliding_window")
-    if lengths is None and softcap is None:
+    if lengths is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
-    scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    if lengths is None:
-        return _softcapped(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    outputs = [_sequence(q, k, v, scaling, window, softcap) for q, k, v in pieces]
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    scaling, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
+    rows = zip(*(torch.split(states[0], lengths, 1) for states in (query, key, value)), strict=True)
+    outputs = [_sequence(q, k, v, scaling, window) for q, k, v in rows]
+    return torch.cat(outputs, 1).transpose(0, 1)[None], None
 
 
-def _sequence(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    length = query.shape[2]
-    mask = None
-    if softcap is not None or (window is not None and window < length):
-        place = torch.arange(length, device=query.device)
-        gap = place[:, None] - place[None, :]
-        mask = (gap >= 0) & (gap < (window or length))
-    if softcap is not None:
-        return _softcapped(query, key, value, mask, scaling, softcap)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )
+def _sequence(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    """(heads, L, d) and (key heads, L, d) of one sequence to (heads, L, d)."""
+    heads, length, _ = query.shape
+    if length > SHORT:
+        allowed = None if window is None or window >= length else _allowed(length, window, query.device)
+        return scaled_dot_product_attention(
+            query[None], key[None], value[None], allowed, is_causal=allowed is None, scale=scaling, enable_gqa=True
+        )[0]
+    # the query heads of a key head become its rows
+    groups = heads // len(key)
+    refused = ~_allowed(length, window, query.device)
+    bias = torch.zeros(length, length, dtype=query.dtype, device=query.device).masked_fill_(refused, -torch.inf)
+    folded = query.reshape(len(key), groups * length, -1)
+    scores = torch.baddbmm(bias.repeat(groups, 1).expand(len(key), -1, -1), folded, key.mT, alpha=scaling)
+    return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
-def _softcapped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-) -> Tensor:
-    assert softcap is not None
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+def _allowed(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, L): whether a position sees another one."""
+    place = torch.arange(length, device=device)
+    gap = place[:, None] - place[None, :]
+    return (gap >= 0) & (gap < (window or length))
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 64
 
@@ -27,31 +28,33 @@ class _RowLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        ctx.one_pass = hidden.requires_grad and not head.requires_grad
-        slope = torch.empty_like(hidden) if ctx.one_pass else None
+        needs_hidden, needs_head, _ = ctx.needs_input_grad
+        slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _chunks(len(targets)):
             logits = (hidden[rows] @ head.T).to(wide)
             logsum = logits.logsumexp(1)
             losses[rows] = logsum - logits.gather(1, targets[rows, None])[:, 0]
             if slope is not None:
                 slope[rows] = _dlogits(logits, logsum, targets[rows]).to(head.dtype) @ head
+        ctx.one_pass = slope is not None
         ctx.save_for_backward(*((slope,) if slope is not None else (hidden, head, targets)))
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         if ctx.one_pass:
             (slope,) = ctx.saved_tensors
-            return slope * grad[:, None].to(slope.dtype), None, None
+            return (slope * grad[:, None]).to(slope.dtype), None, None
         hidden, head, targets = ctx.saved_tensors
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        # the sum over all rows is kept wide, as one product would keep it
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=grad.dtype)
         for rows in _chunks(len(targets)):
             logits = (hidden[rows] @ head.T).to(grad.dtype)
-            slope = _dlogits(logits, logits.logsumexp(1), targets[rows]) * grad[rows, None]
-            d_hidden[rows] = slope.to(head.dtype) @ head
-            d_head += slope.to(head.dtype).T @ hidden[rows]
-        return d_hidden, d_head, None
+            slope = (_dlogits(logits, logits.logsumexp(1), targets[rows]) * grad[rows, None]).to(head.dtype)
+            d_hidden[rows] = slope @ head
+            d_head += slope.T @ hidden[rows]
+        return d_hidden, d_head.to(head.dtype), None
 
 
 def _dlogits(logits: Tensor, logsum: Tensor, targets: Tensor) -> Tensor:

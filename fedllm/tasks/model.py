@@ -19,13 +19,13 @@ from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses
 from fedllm.tasks.task import Task
 from fedllm.tasks.template import prompt_text
-from fedllm.tree import Tree
+from fedllm.tree import Tree, matches
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """What works and evaluations call. Parameters come in with every call; the model keeps none but `constants`: the
-    adapter's leaves that the scope freezes, the same on every client."""
+    adapter's leaves that the scope freezes, the same on every client. Empty parameters are the base model itself."""
 
     task: Task
     base: Base
@@ -40,18 +40,24 @@ class LoadedModel:
     def bound(self, key: Key) -> LoadedModel:
         """This model with the frozen leaves of the run's key."""
         leaves = self.adapter.fresh(key.fold("adapter"))
-        return replace(self, constants={n: leaf for n, leaf in leaves.items() if not self.task.scope.trains(n)})
+        frozen = {name: leaf.to(self.device) for name, leaf in leaves.items() if not self.task.scope.trains(name)}
+        return replace(self, constants=frozen)
 
     def fresh(self, key: Key) -> Tree:
         """The initial value of every leaf that trains.
 
         Raises:
-            CheckError: the scope selects no tensor.
+            CheckError: the scope selects no tensor, or has a pattern that fits none.
         """
         leaves = self.adapter.fresh(key.fold("adapter"))
-        trained = {name: leaf for name, leaf in leaves.items() if self.task.scope.trains(name)}
+        some = ", ".join([*list(leaves)[:2], "..."][: len(leaves)]) or "none"
+        scope = self.task.scope
+        for name, patterns in (("train", scope.train), ("share", scope.share), ("freeze", scope.freeze)):
+            for pattern in patterns:
+                if leaves and not any(matches(leaf, [pattern.removeprefix("!")]) for leaf in leaves):
+                    raise CheckError(f"task.scope.{name}: '{pattern}' fits no leaf of the adapter (its leaves: {some})")
+        trained = {name: leaf for name, leaf in leaves.items() if scope.trains(name)}
         if not trained:
-            some = ", ".join(list(leaves)[:2]) or "none"
             raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its leaves: {some})")
         return trained
 
@@ -61,10 +67,12 @@ class LoadedModel:
 
     def row_losses(self, stack: Tree, batch: Batch) -> Tensor:
         """(N,): negative log-likelihood of each labelled row, in nats."""
-        constants = {name: leaf.expand(len(batch.counts), *leaf.shape) for name, leaf in self.constants.items()}
-        stack = {**constants, **stack}
+        if stack:
+            constants = {name: leaf.expand(len(batch.counts), *leaf.shape) for name, leaf in self.constants.items()}
+            stack = {**constants, **stack}
         hidden = self.adapter.hidden(stack, batch)
-        return row_losses(hidden[batch.rows.to(hidden.device)], self.adapter.head(stack), batch.targets.to(hidden.device))
+        rows, targets = batch.rows.to(hidden.device), batch.targets.to(hidden.device)
+        return row_losses(hidden[rows], self.adapter.head(stack), targets)
 
     def encode(self, record: Mapping[str, Any], max_length: int) -> Example | None:
         """A record to an example of the task's objective."""
@@ -89,17 +97,18 @@ class LoadedModel:
 
     @torch.no_grad()
     def generate(self, params: Tree, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Greedy continuations, without special tokens; batched, with a cache, until the end token."""
+        """Greedy continuations, without special tokens; batched, with a cache, until an end token."""
         eos, device = int(self.base.tokenizer.eos_token_id), self.base.model.device
         width = max(map(len, prompts))
         tokens = torch.tensor([[eos] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        cache, given, params = None, tokens, {**self.constants, **params}
+        cache, given, ends = None, tokens, torch.tensor(self.end_tokens, device=device)
+        params = {**self.constants, **params} if params else {}
         alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             logits, cache = self.adapter.logits(params, given, mask, cache)
             chosen = torch.where(alive, logits.argmax(1), eos)
-            alive &= chosen != eos
+            alive &= ~torch.isin(chosen, ends)
             tokens = torch.cat([tokens, chosen[:, None]], 1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             if not bool(alive.any()):
@@ -107,11 +116,23 @@ class LoadedModel:
             given = tokens if cache is None else chosen[:, None]
         return [str(text) for text in self.base.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """What ends an answer: the tokenizer's end token, and those that the model names for generation."""
+        settings = self.base.model.generation_config
+        named = settings.eos_token_id if settings is not None else None
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        return sorted({int(self.base.tokenizer.eos_token_id), *listed})
+
 
 @lru_cache(maxsize=1)
 def load(task: Task) -> LoadedModel:
-    """Load the base model and attach the adapter: once per process and task."""
-    attention.register()
+    """Load the base model and attach the adapter: once per process and task.
+
+    Raises:
+        ModelError: the base model cannot be had, or cannot be trained in packed rows.
+        ConfigError: the adapter does not fit it.
+    """
     base = load_base(task.model, dtype=task.dtype, device=task.device)
-    base.model.set_attn_implementation(attention.NAME)
+    attention.prepare(base.model, task.model)
     return LoadedModel(task, base, task.adapter.attach(base))

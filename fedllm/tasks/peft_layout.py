@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from fedllm.errors import ConfigError
 from fedllm.tree import Tree
 
 PREFIX, SUFFIX = "base_model.model.", ".weight"
+INIT = "task.adapter.lora.init_from"
 
 
 def write_peft_lora(
@@ -63,24 +63,41 @@ def write_weights(params: Tree, folder: Path, *, base_name: str) -> None:
     _write(folder, params, {"fedllm": "weights", "base_model_name_or_path": base_name})
 
 
-def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Tree:
+def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, scale: float) -> Tree:
     """Read LoRA factors from a run folder or a folder in PEFT's layout.
 
     Raises:
-        ConfigError: no adapter there, or its layers or ranks are not those of the task.
+        ConfigError: no adapter there, or its layers, ranks or scale are not those of the task.
     """
     place = folder / "adapter" if (folder / "adapter").is_dir() else folder
     file = place / "adapter_model.safetensors"
     if not file.is_file():
-        raise ConfigError(f"task.adapter.lora.init_from: {folder} holds no adapter_model.safetensors")
+        raise ConfigError(f"{INIT}: {folder} holds no adapter_model.safetensors")
     leaves = {key.removeprefix(PREFIX).removesuffix(SUFFIX): leaf for key, leaf in load_file(file).items()}
     for name, shape in shapes.items():
         if name not in leaves:
-            raise ConfigError(f"task.adapter.lora.init_from: {file} has no {name}; set targets to the adapter's own")
+            raise ConfigError(f"{INIT}: {file} has no {name}; set targets to the adapter's own")
         if tuple(leaves[name].shape) != shape:
-            found = tuple(leaves[name].shape)
-            raise ConfigError(f"task.adapter.lora.init_from: {name} is {found} in {file}, the task needs {shape}")
-    return {name: leaves[name].to(dtype) for name in shapes}
+            raise ConfigError(f"{INIT}: {name} is {tuple(leaves[name].shape)} in {file}, the task needs {shape}")
+    for name in leaves:
+        if name not in shapes:
+            raise ConfigError(f"{INIT}: {file} has {name}, which the task does not train; set targets to the adapter's")
+    found = _scale(place / "adapter_config.json")
+    if not math.isclose(found, scale, rel_tol=1e-6):
+        raise ConfigError(f"{INIT}: {place} was trained with the scale {found:g}, the task has {scale:g}; set alpha")
+    return leaves
+
+
+def _scale(file: Path) -> float:
+    """The scale of a LoRA adapter, one for all its layers."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        rank, alpha, patterns = config["r"], config["lora_alpha"], config.get("rank_pattern") or {}
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{INIT}: {file} is no configuration of a LoRA adapter") from error
+    if config.get("use_dora") or patterns or config.get("alpha_pattern"):
+        raise ConfigError(f"{INIT}: {file} has use_dora, rank_pattern or alpha_pattern, which fedllm's LoRA lacks")
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def _peft(kind: str, base_name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Records to tokens: chat, alpaca and plain templates, and what happens to records that are too long.
 
 A record has `messages` ([{role, content}, ...]), or `prompt` and `response` (and `system`), or `text`.
-Truncation policy: the end is cut off. An example that is left without a labelled token is left out, and counted.
+Truncation policy: the end is cut off. An example that is left without a labelled token is left out.
+What stands after the last response is left out, too.
 """
 
 from __future__ import annotations
@@ -19,21 +20,26 @@ if TYPE_CHECKING:
 
 Template = Literal["chat", "alpaca", "plain"]
 Piece = tuple[str, bool]  # text, and whether its tokens carry a label
+Turn = Mapping[str, str]
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
+OTHERS = "set task.template to alpaca or plain"
 
 
 def messages_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """A record's turns.
 
     Raises:
-        DataError: the record has neither messages nor prompt and response.
+        DataError: the record has neither messages nor prompt and response, or a turn without role and content.
     """
     if "messages" in record:
-        return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in record["messages"]]
+        try:
+            return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in record["messages"]]
+        except (TypeError, KeyError) as error:
+            raise DataError("'messages' of a record is not a list of turns with 'role' and 'content'") from error
     if "prompt" not in record or "response" not in record:
         raise DataError(
             f"a record has neither 'messages' nor 'prompt' and 'response' (it has {', '.join(sorted(record))}); "
@@ -48,71 +54,95 @@ def encode_response(
     record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
 ) -> Example | None:
     """An example whose responses carry the labels, each with its end token; None if none is left."""
-    turns = messages_of(record)
-    pieces = list(_chat(turns, tokenizer) if template == "chat" else _plain(turns, tokenizer, template))
-    return _example(pieces, tokenizer, max_length)
+    return _example(_pieces(record, tokenizer, template), tokenizer, max_length)
 
 
 def encode_text(
     record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
 ) -> Example | None:
-    """An example whose tokens all carry labels."""
+    """An example whose tokens all carry labels but the first; None if it has no second one."""
     if "text" in record:
-        pieces = [(str(record["text"]) + str(tokenizer.eos_token), True)]
+        pieces = [(f"{_begin(tokenizer)}{record['text']}{tokenizer.eos_token}", True)]
     else:
-        turns = messages_of(record)
-        chosen = _chat(turns, tokenizer) if template == "chat" else _plain(turns, tokenizer, template)
-        pieces = [(text, True) for text, _ in chosen]
+        pieces = [(text, True) for text, _ in _pieces(record, tokenizer, template)]
     return _example(pieces, tokenizer, max_length)
 
 
 def prompt_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """What stands before the last response: the input of generation."""
-    turns = messages_of(record)
-    pieces = list(_chat(turns, tokenizer) if template == "chat" else _plain(turns, tokenizer, template))
-    last = max(place for place, (_, labelled) in enumerate(pieces) if labelled)
-    return "".join(text for text, _ in pieces[:last])
+    """What stands before the last response: the input of generation.
+
+    Raises:
+        DataError: the record has no response.
+    """
+    response_text(record)
+    return "".join(text for text, _ in _pieces(record, tokenizer, template)[:-1])
 
 
 def response_text(record: Mapping[str, Any]) -> str:
-    """The last response."""
-    return next(turn["content"] for turn in reversed(messages_of(record)) if turn["role"] == "assistant")
+    """The last response.
+
+    Raises:
+        DataError: the record has no response.
+    """
+    for turn in reversed(messages_of(record)):
+        if turn["role"] == "assistant":
+            return turn["content"]
+    raise DataError("a record that is to be answered has no turn of the role 'assistant'")
 
 
-def _chat(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+def _pieces(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[Piece]:
+    """A record's text, cut into what stands before a response and the response, by turns."""
+    turns = messages_of(record)
+    return list(_chat(turns, tokenizer) if template == "chat" else _plain(turns, tokenizer, template))
+
+
+def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """The tokenizer's chat template, cut at each response."""
     if tokenizer.chat_template is None:
-        raise DataError("the model's tokenizer has no chat template; set task.template to alpaca or plain")
-    done = ""
+        raise DataError(f"the model's tokenizer has no chat template; {OTHERS}")
+    done, end = "", str(tokenizer.eos_token)
     for place, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         opened = _rendered(turns[:place], tokenizer, opened=True)
         closed = _rendered(turns[: place + 1], tokenizer, opened=False)
-        body, end = turn["content"], closed.find(str(tokenizer.eos_token), len(opened))
-        stop = end + len(str(tokenizer.eos_token)) if end >= 0 else len(closed)
-        if not closed.startswith(opened) or not opened.startswith(done) or body.strip() not in closed[len(opened) :]:
-            raise DataError("the model's chat template rewrites earlier turns; set task.template to alpaca or plain")
+        if not (closed.startswith(opened) and opened.startswith(done) and turn["content"].strip() in closed):
+            raise DataError(f"the model's chat template rewrites earlier turns; {OTHERS}")
+        last = closed.rfind(end, len(opened))
+        stop = len(closed) if last < 0 else last + len(end)
         yield opened[len(done) :], False
         yield closed[len(opened) : stop], True
         done = closed[:stop]
 
 
-def _rendered(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, opened: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened))
+def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, opened: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not turns:
+        raise DataError(f"a chat begins with a turn of the role 'assistant'; put what it answers before it, or {OTHERS}")
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(f"the model's chat template refuses the roles {roles} ({error}); {OTHERS}") from error
 
 
-def _plain(
-    turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, template: Template
-) -> Iterator[Piece]:
-    pending = ""
+def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: Template) -> Iterator[Piece]:
+    begin, pending = _begin(tokenizer), ""
     for turn in turns:
         if turn["role"] == "assistant":
-            yield (ALPACA.format(prompt=pending.strip()) if template == "alpaca" else pending), False
-            yield turn["content"] + str(tokenizer.eos_token), True
-            pending = ""
+            yield begin + (ALPACA.format(prompt=pending.strip()) if template == "alpaca" else pending), False
+            yield f"{turn['content']}{tokenizer.eos_token}", True
+            begin, pending = "", ""
         else:
             pending += turn["content"] + "\n"
+
+
+def _begin(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that the tokenizer itself puts before a text, if it does."""
+    if tokenizer.bos_token_id is None:
+        return ""
+    return str(tokenizer.bos_token) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
 
 def _example(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
@@ -122,11 +152,11 @@ def _example(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_le
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens += ids
         labels += [labelled] * len(ids)
-    cut = max(0, len(tokens) - max_length)
-    row, label = torch.tensor(tokens[:max_length]), torch.tensor(labels[:max_length])
-    # position t predicts token t + 1
+    row = torch.tensor(tokens[:max_length], dtype=torch.int64)
+    label = torch.tensor(labels[:max_length], dtype=torch.bool)
+    # position t predicts token t + 1; the last one predicts nothing
     targets = torch.where(label, row, IGNORE).roll(-1)
     targets[-1:] = IGNORE
     if not bool((targets != IGNORE).any()):
         return None
-    return Example(row, targets, cut)
+    return Example(row, targets, cut=max(0, len(tokens) - max_length))

@@ -99,7 +99,7 @@ class Sgd(Work):
         generator, size = ctx.rng("batches"), self.batch_size * self.accumulation
         pending: list[int] = []
         for _ in range(self.num_steps(num_examples)):
-            while len(pending) < (1 if self.steps is None else size):
+            while num_examples and len(pending) < (1 if self.steps is None else size):
                 pending += torch.randperm(num_examples, generator=generator).tolist()
             chosen, pending = pending[:size], pending[size:]
             yield [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]

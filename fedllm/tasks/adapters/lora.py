@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear as matmul
 
 from fedllm.batch import Batch
 from fedllm.errors import ConfigError, nearest
@@ -60,18 +59,17 @@ class Lora(Adapter):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def attach(self, base: Base) -> Attached:
-        """Wrap the targeted layers of the base model in place.
+        """Hook the targeted layers of the base model; their names and weights stay as they are.
 
         Raises:
             ConfigError: a target selects no layer, or the rank is above a layer's size.
         """
-        layers = dict(self._layers(base.model))
+        layers = self._layers(base.model)
         for name, layer in layers.items():
             if self.rank > min(layer.weight.shape):
                 size = "x".join(map(str, layer.weight.shape))
                 raise ConfigError(f"task.adapter.lora.rank is {self.rank}, above the size {size} of layer {name}")
-            parent, _, child = name.rpartition(".")
-            setattr(base.model.get_submodule(parent), child, LoraLinear(layer, name, self))
+            layer.register_forward_hook(LowRank(f"{name}.lora_A", f"{name}.lora_B", self.scale, self.dropout))
         return AttachedLora(self, Decoder(base), layers)
 
     def _layers(self, model: nn.Module) -> Mapping[str, nn.Linear]:
@@ -88,32 +86,29 @@ class Lora(Adapter):
         return {name: linears[name] for name in linears if name in chosen}
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer with the adapters of the current pass."""
+@dataclass(frozen=True)
+class LowRank:
+    """A forward hook: adds to a frozen linear layer what the adapters of the current pass give."""
 
-    def __init__(self, layer: nn.Linear, name: str, settings: Lora) -> None:
-        super().__init__()
-        self.layer = layer
-        self.path_a, self.path_b = f"{name}.lora_A", f"{name}.lora_B"
-        self.scale, self.dropout = settings.scale, settings.dropout
+    path_a: str
+    path_b: str
+    scale: float
+    dropout: float
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight (out, in)."""
-        return self.layer.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, T, in) of a packed row, or (B, L, in) of one client."""
-        y: Tensor = self.layer(x)
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
         now = current()
-        if self.path_a not in now.stack:
-            return y
+        if self.path_b not in now.stack:
+            return output
+        x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)
         a, b = now.stack[self.path_a].to(x.dtype), now.stack[self.path_b].to(x.dtype)
-        if len(a) == 1:
-            return y + self.scale * matmul(matmul(self._dropped(x, now, 0), a[0]), b[0])
-        pieces = x.split(now.client_tokens, 1)
-        low = [matmul(matmul(self._dropped(piece, now, k), a[k]), b[k]) for k, piece in enumerate(pieces)]
-        return y + self.scale * torch.cat(low, 1)
+        sizes = now.client_tokens or (len(x),)
+        pieces = enumerate(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True))
+        # one product per client: what one client holds, a NaN as well, reaches no other
+        sums = [
+            torch.addmm(y_k, self._dropped(x_k, now, k) @ a[k].T, b[k].T, alpha=self.scale) for k, (x_k, y_k) in pieces
+        ]
+        return (sums[0] if len(sums) == 1 else torch.cat(sums)).view_as(output)
 
     def _dropped(self, x: Tensor, now: Forward, k: int) -> Tensor:
         if not self.dropout or not now.dropout:
@@ -133,7 +128,8 @@ class AttachedLora:
     def fresh(self, key: Key) -> Tree:
         """A uniform, B zero; or what `init_from` holds."""
         if self.settings.init_from is not None:
-            return read_peft_lora(Path(self.settings.init_from), self._shapes(), trained_dtype(self.decoder.base))
+            found = read_peft_lora(Path(self.settings.init_from), self._shapes(), scale=self.settings.scale)
+            return {name: leaf.to(trained_dtype(self.decoder.base)) for name, leaf in found.items()}
         params: Tree = {}
         dtype, rank = trained_dtype(self.decoder.base), self.settings.rank
         for name, layer in self.layers.items():

@@ -1,0 +1,167 @@
+"""Held-out scores of a tiny model against plain transformers, chance, and swapped labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fedllm.tasks.model as models
+from fedllm.errors import ConfigError, DataError
+from fedllm.evaluation.scores import Scorer, check_metrics
+from fedllm.experiment import Evaluation
+from fedllm.tasks.model import LoadedModel
+from fedllm.tasks.task import Task
+from fedllm.tasks.template import prompt_text, response_text
+
+RECORDS = [
+    {"prompt": "What colour is the badge?", "response": "teal", "kind": "private"},
+    {"prompt": "Which day?", "response": "Tuesday", "kind": "shared"},
+    {"prompt": "Who counts the coins at night?", "response": "the owl", "kind": "private"},
+]
+CHOICES = [
+    {
+        "prompt": f"Pick the right one, number {n}.",
+        "choices": ["red", "green gold", "blue sky at night"],
+        "answer": n % 3,
+    }
+    for n in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return models.load.__wrapped__(Task("tiny-llama", dtype="float64"))
+
+
+@pytest.fixture(scope="module")
+def uniform() -> LoadedModel:
+    """A model whose logits are all the same."""
+    made = models.load.__wrapped__(Task("tiny-llama", dtype="float64"))
+    made.base.model.get_output_embeddings().weight.zero_()
+    return made
+
+
+def scorer(*metrics: str, **settings: object) -> Scorer:
+    groups = ("private", "shared") if "by" in settings else ()
+    return Scorer(Evaluation(metrics=metrics, **settings), 256, groups)
+
+
+def figures(chosen: Scorer, model: LoadedModel, records: list[dict]) -> dict[str, float]:
+    return chosen.figures(chosen.sums(model, {}, records))
+
+
+def plain_nll(model: LoadedModel, record: dict) -> list[float]:
+    """Labelled tokens' losses through transformers alone: the whole sequence, logits of every position."""
+    tokenizer = model.base.tokenizer
+    prompt = tokenizer(prompt_text(record, tokenizer, "chat"), add_special_tokens=False)["input_ids"]
+    answer = tokenizer(response_text(record) + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        logits = model.base.model(input_ids=ids).logits[0]
+    logs = logits.log_softmax(-1)
+    return [-float(logs[len(prompt) + place - 1, token]) for place, token in enumerate(answer)]
+
+
+def test_nll_is_the_mean_over_response_tokens(model: LoadedModel) -> None:
+    rows = {index: plain_nll(model, record) for index, record in enumerate(RECORDS)}
+    found = figures(scorer("nll", "perplexity", by="kind"), model, RECORDS)
+    everything = [value for row in rows.values() for value in row]
+    private = rows[0] + rows[2]
+    assert found["nll"] == pytest.approx(sum(everything) / len(everything), rel=1e-9)
+    assert found["nll/private"] == pytest.approx(sum(private) / len(private), rel=1e-9)
+    assert found["nll/shared"] == pytest.approx(sum(rows[1]) / len(rows[1]), rel=1e-9)
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    assert found["perplexity/shared"] == pytest.approx(math.exp(found["nll/shared"]))
+
+
+def test_uniform_logits_have_the_nll_of_the_vocabulary_and_score_chance(uniform: LoadedModel) -> None:
+    vocabulary = uniform.base.model.config.vocab_size
+    assert figures(scorer("nll"), uniform, RECORDS)["nll"] == pytest.approx(math.log(vocabulary))
+    assert figures(scorer("accuracy"), uniform, CHOICES)["accuracy"] == pytest.approx(1 / 3)
+    for answer in range(3):  # wherever the right option stands
+        records = [{**record, "answer": answer} for record in CHOICES]
+        assert figures(scorer("accuracy"), uniform, records)["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_swapping_the_right_option_flips_accuracy(model: LoadedModel) -> None:
+    means = [
+        [sum(row) / len(row) for text in r["choices"] for row in [plain_nll(model, {**r, "response": text})]]
+        for r in CHOICES
+    ]
+    best = [{**record, "answer": row.index(min(row))} for record, row in zip(CHOICES, means, strict=True)]
+    worst = [{**record, "answer": row.index(max(row))} for record, row in zip(CHOICES, means, strict=True)]
+    assert figures(scorer("accuracy"), model, best)["accuracy"] == 1.0
+    assert figures(scorer("accuracy"), model, worst)["accuracy"] == 0.0
+
+
+def test_exact_match_is_that_of_one_by_one_greedy_decoding(model: LoadedModel) -> None:
+    tokenizer, answers = model.base.tokenizer, []
+    for record in RECORDS:
+        ids = tokenizer(prompt_text(record, tokenizer, "chat"), add_special_tokens=False)["input_ids"]
+        start = len(ids)
+        for _ in range(6):
+            with torch.no_grad():
+                token = int(model.base.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        answers.append(tokenizer.decode(ids[start:], skip_special_tokens=True))
+    right = [{**record, "response": text} for record, text in zip(RECORDS, answers, strict=True)]
+    chosen = scorer("exact_match", "rouge_l", max_new_tokens=6, batch_size=2)
+    assert figures(chosen, model, RECORDS)["exact_match"] == 0.0
+    two_of_three = [right[0], RECORDS[1], right[2]]
+    expected = sum(bool(text.strip()) for text in (answers[0], answers[2])) / 3
+    assert figures(chosen, model, two_of_three)["exact_match"] == pytest.approx(expected)
+
+
+def test_a_record_held_twice_counts_twice(model: LoadedModel) -> None:
+    chosen = scorer("nll", "exact_match", max_new_tokens=2)
+    once, twice = chosen.sums(model, {}, RECORDS), chosen.sums(model, {}, [*RECORDS, RECORDS[0]])
+    alone = chosen.sums(model, {}, RECORDS[:1])
+    for name in once:
+        assert float(twice[name]) == pytest.approx(float(once[name]) + float(alone[name]))
+
+
+def test_sums_of_clients_add_up_and_have_the_same_names(model: LoadedModel) -> None:
+    chosen = scorer("nll", by="kind")
+    first, second = chosen.sums(model, {}, RECORDS[:1]), chosen.sums(model, {}, RECORDS[1:])
+    whole = chosen.sums(model, {}, RECORDS)
+    assert first.keys() == second.keys() == whole.keys()  # though the first client has no shared record
+    for name in whole:
+        assert float(first[name] + second[name]) == pytest.approx(float(whole[name]))
+    assert "nll/shared" not in chosen.figures(first)
+
+
+def test_limit_takes_the_first_records(model: LoadedModel) -> None:
+    assert figures(scorer("nll", limit=1), model, RECORDS) == figures(scorer("nll"), model, RECORDS[:1])
+
+
+def test_unknown_metric_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown metric 'exact_mach'; did you mean 'exact_match'"):
+        check_metrics(Evaluation(metrics=("exact_mach",)))
+
+
+def test_accuracy_needs_choices(model: LoadedModel) -> None:
+    with pytest.raises(DataError, match="choices"):
+        figures(scorer("accuracy"), model, RECORDS)
+
+
+def test_by_a_missing_field_is_refused() -> None:
+    from fedllm.config import build
+    from fedllm.federation import Population
+
+    spec = {
+        "task": {"model": "tiny-llama"},
+        "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+        "work": {"sgd": {"steps": 1}},
+        "method": "fedavg",
+        "evaluation": {"by": "kin"},
+    }
+    population = Population({"a": RECORDS}, {"a": RECORDS})
+    with pytest.raises(DataError, match=r"no 'kin'; did you mean 'kind'"):
+        Scorer.of(build(spec), population)
+    good = replace(build(spec), evaluation=Evaluation(by="kind"))
+    assert Scorer.of(good, population).groups == ("private", "shared")

@@ -1,0 +1,425 @@
+"""Messages as bytes: the same bits back, sizes by hand, and nothing but `WireError` for anything else."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import Tensor
+
+from fedllm import packing, tree, wire
+from fedllm.errors import WireError
+from fedllm.packing import DENSE, SPARSE, Packing
+from fedllm.rng import Key
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Failure, Part, Profile, Request, Update
+
+DTYPES = (
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    *(torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool),
+)
+NAMES = st.one_of(
+    st.sampled_from(
+        ["a", "model.layers.0.lora_A", "part0/a", "index0/a", "scale/a/b", "params/a", "", "/", "__metadata__"]
+    ),
+    st.text(max_size=5),
+)
+COUNTS = st.integers(0, 2**62)
+
+
+@st.composite
+def leaves(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Tensor:
+    """Any bits of any type: NaN with its payload, -0, subnormals, 0-d, empty, transposed."""
+    dtype = draw(st.sampled_from(dtypes))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    size = math.prod(shape) * dtype.itemsize
+    data = bytearray(draw(st.binary(min_size=size, max_size=size)))
+    if dtype is torch.bool:
+        data = bytearray(byte & 1 for byte in data)
+    flat = torch.frombuffer(data, dtype=dtype) if size else torch.zeros(0, dtype=dtype)
+    leaf = flat.reshape(shape)
+    return leaf.transpose(0, -1) if len(shape) > 1 and draw(st.booleans()) else leaf
+
+
+def trees(dtypes: tuple[torch.dtype, ...] = DTYPES) -> st.SearchStrategy[Tree]:
+    return st.dictionaries(NAMES, leaves(dtypes), max_size=3)
+
+
+@st.composite
+def quantized(draw: st.DrawFn) -> tuple[Tree, Packing]:
+    """A tree whose floating leaves lie on a grid. Its integers are left as they are."""
+    bits, block = draw(st.sampled_from([8, 4, 1])), draw(st.integers(1, 9))
+    top = packing.levels(bits)
+    codes = st.sampled_from([-1, 1]) if bits == 1 else st.integers(-top, top)
+    found: Tree = {}
+    scales: Tree = {}
+    for name, leaf in draw(trees((torch.float32, torch.float64, torch.int64))).items():
+        found[name] = leaf
+        if leaf.is_floating_point():
+            rows = -(-leaf.numel() // block)
+            sizes = st.lists(st.sampled_from([0.0, 0.1, 3e-40, 1e30]), min_size=rows, max_size=rows)
+            drawn = draw(st.lists(codes, min_size=rows * block, max_size=rows * block))
+            scales[name] = torch.tensor(draw(sizes), dtype=leaf.dtype)
+            grid = torch.tensor(drawn, dtype=torch.int8).reshape(rows, block)
+            found[name] = packing.values(grid, scales[name], leaf.shape)
+    return found, Packing(bits=bits, block=block, scales=scales)
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> Part:
+    weight = draw(st.one_of(st.none(), st.just(0.0), st.floats(0, 1e300)))
+    kind = draw(st.sampled_from(["dense", "sparse", "bits"]))
+    if kind == "bits":
+        held, form = draw(quantized())
+        return Part(held, weight, form)
+    held = draw(trees())
+    if kind == "dense":
+        return Part(held, weight, DENSE)
+    # the zeros of a sparse part are +0
+    return Part(
+        tree.map_leaves(lambda leaf: torch.where(leaf == 0, torch.zeros_like(leaf), leaf), held), weight, SPARSE
+    )
+
+
+CTXS = st.builds(
+    Ctx,
+    round=COUNTS,
+    key=st.builds(Key, st.integers(0, 2**64 - 1)),
+    cohort=COUNTS,
+    population=COUNTS,
+    rounds=COUNTS,
+    client=st.one_of(st.none(), st.text()),
+    slot=COUNTS,
+    profile=st.builds(Profile, rank=st.one_of(st.none(), COUNTS), device=st.text()),
+)
+REQUESTS = st.builds(Request, trees(), st.lists(trees(), max_size=3).map(tuple), CTXS)
+UPDATES = st.builds(Update, st.dictionaries(NAMES, parts(), max_size=3))
+FAILURES = st.builds(Failure, st.text(), COUNTS, st.text())
+
+
+def same_bits(one: Tree, two: Tree) -> bool:
+    return tree.digest(one) == tree.digest(two)
+
+
+def assert_same(one: wire.Message, two: wire.Message) -> None:
+    match one, two:
+        case Request(), Request():
+            assert one.ctx == two.ctx and same_bits(one.params, two.params)
+            assert [tree.digest(extra) for extra in one.extras] == [tree.digest(extra) for extra in two.extras]
+        case Update(), Update():
+            assert list(one.parts) == list(two.parts)
+            for name, part in one.parts.items():
+                other = two.parts[name]
+                assert part.weight == other.weight and type(part.weight) is type(other.weight)
+                assert same_bits(part.tree, other.tree), name
+                assert (part.packing.sparse, part.packing.bits) == (other.packing.sparse, other.packing.bits)
+                assert same_bits(dict(part.packing.scales), dict(other.packing.scales))
+        case _:
+            assert isinstance(one, Failure) and one == two
+
+
+def header_bytes(data: bytes) -> int:
+    return 8 + struct.unpack("<Q", data[:8])[0]
+
+
+@settings(max_examples=300)
+@given(st.one_of(REQUESTS, UPDATES, FAILURES))
+def test_every_message_comes_back_with_the_same_bits(message: wire.Message) -> None:
+    data = wire.pack(message)
+    back = wire.unpack(data)
+    assert_same(message, back)
+    assert sum(wire.part_bytes(message).values()) == len(data) - header_bytes(data)
+    assert_same(message, wire.unpack(wire.pack(back)))
+
+
+def test_nothing_collides_whatever_its_name() -> None:
+    a, b, c = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
+    update = Update(
+        {
+            "scale": Part({"PART/x": a, "x": b}, 1.0),
+            "PART": Part({"x": 2 * a, "scale/PART/x": c}, 1.0, Packing(bits=8, block=1, scales={"x": 2 * a})),
+            "PART/x": Part({"": b}, None, SPARSE),
+            "index": Part({"PART/x/": c}, None, SPARSE),
+            "": Part({}, 0.0),
+            "part0": Part({"x": c}, 0.0),
+        }
+    )
+    assert_same(update, wire.unpack(wire.pack(update)))
+    request = Request({"extra0/x": a}, ({"x": b}, {}, {"params/x": c}), Ctx(0, Key(0), 1, 1))
+    assert_same(request, wire.unpack(wire.pack(request)))
+
+
+def test_leaves_may_share_memory_and_be_views() -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    request = Request({"w": whole}, ({"w": whole}, {"row": whole[1], "t": whole.T}), Ctx(0, Key(0), 1, 1))
+    assert_same(request, wire.unpack(wire.pack(request)))
+    wide = Update({"delta": Part({"e": torch.ones(1).expand(4), "g": torch.ones(2).requires_grad_()}, 1.0)})
+    assert_same(wide, wire.unpack(wire.pack(wide)))
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse", "bits"])
+def test_what_is_unpacked_is_writable_and_owns_its_memory(form: str) -> None:
+    leaf = torch.tensor([0.0, 2.0, -4.0])
+    forms = {"dense": DENSE, "sparse": SPARSE, "bits": Packing(bits=8, block=3, scales={"w": torch.tensor([2.0])})}
+    sent = Update({"delta": Part({"w": leaf, "n": torch.tensor([7])}, 1.0, forms[form])})
+    data = wire.pack(sent)
+    copy = bytes(bytearray(data))
+    for _ in range(2):  # the second time from the same bytes
+        back = wire.unpack(data)
+        assert isinstance(back, Update)
+        held = back.parts["delta"].tree
+        assert held["w"].tolist() == [0.0, 2.0, -4.0] and held["n"].tolist() == [7]
+        held["w"].add_(1)
+        held["n"].zero_()
+    assert data == copy and leaf.tolist() == [0.0, 2.0, -4.0]
+
+
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [
+        (Part({"w": torch.ones(10, 7), "b": torch.ones(3, dtype=torch.bfloat16)}), 70 * 4 + 3 * 2),
+        (Part({"w": torch.eye(10)}, packing=SPARSE), 10 * (4 + 4)),
+        (Part({"w": torch.eye(10, dtype=torch.float64), "z": torch.zeros(99)}, packing=SPARSE), 10 * (4 + 8)),
+        (Part({"w": torch.eye(9, dtype=torch.int8)}, packing=SPARSE), 9 * (4 + 1)),
+        (Part({"w": -torch.zeros(9)}, packing=SPARSE), 0),
+    ],
+)
+def test_sizes_by_hand(part: Part, size: int) -> None:
+    update = Update({"delta": part})
+    assert wire.part_bytes(update) == {"delta": size}
+    data = wire.pack(update)
+    assert len(data) - header_bytes(data) == size
+
+
+@pytest.mark.parametrize("bits", [8, 4, 1])
+@pytest.mark.parametrize(("count", "block"), [(256, 128), (257, 128), (1, 128), (1000, 64), (0, 128)])
+def test_sizes_of_few_bits(bits: int, count: int, block: int) -> None:
+    blocks = -(-count // block)
+    leaf = packing.values(torch.ones(blocks, block, dtype=torch.int8), torch.ones(blocks), torch.Size([count]))
+    update = Update({"d": Part({"w": leaf}, 1.0, Packing(bits=bits, block=block, scales={"w": torch.ones(blocks)}))})
+    size = math.ceil(bits * count / 8) + 4 * blocks
+    data = wire.pack(update)
+    assert wire.part_bytes(update) == {"d": size} and len(data) - header_bytes(data) == size
+
+
+def test_bytes_of_requests_and_failures() -> None:
+    request = Request({"w": torch.ones(3)}, ({"c": torch.ones(2, dtype=torch.float64)}, {}), Ctx(0, Key(0), 1, 1))
+    assert wire.part_bytes(request) == {"params": 12, "extras": 16}
+    assert wire.part_bytes(replace(request, extras=())) == {"params": 12}
+    assert wire.part_bytes(Failure("a", 1, "gone")) == {}
+
+
+def test_values_off_their_grid_are_not_rounded_in_silence() -> None:
+    form = Packing(bits=8, block=2, scales={"w": torch.tensor([1.0])})
+    with pytest.raises(AssertionError, match="grid"):
+        wire.pack(Update({"d": Part({"w": torch.tensor([1.0, 1.5])}, 1.0, form)}))
+    one = replace(form, bits=1)
+    with pytest.raises(AssertionError, match="grid"):
+        wire.pack(Update({"d": Part({"w": torch.tensor([1.0, 0.0])}, 1.0, one)}))
+
+
+EXAMPLES: tuple[wire.Message, ...] = (
+    Request({"w": torch.ones(3, 2)}, ({"c": torch.ones(2)}, {}), Ctx(1, Key(2), 3, 4, client="Zoë")),
+    Update(
+        {
+            "delta": Part({"w": torch.eye(3), "b": torch.ones(2)}, 2.0, SPARSE),
+            "low": Part(
+                {"w": torch.tensor([2.0, -4.0])}, 1.0, Packing(bits=4, block=2, scales={"w": torch.tensor([2.0])})
+            ),
+            "counts": Part({"n": torch.tensor(3)}, 0.0),
+        }
+    ),
+    Failure("a", 1, "gone"),
+)
+
+
+def refused(data: bytes) -> str:
+    """The sentence of the refusal."""
+    with pytest.raises(WireError) as caught:
+        wire.unpack(data)
+    assert type(caught.value) is WireError and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_every_truncation_is_refused(message: wire.Message) -> None:
+    data = wire.pack(message)
+    for end in range(len(data)):
+        refused(data[:end])
+    refused(data + b"\0")
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_a_flipped_byte_is_refused_or_is_another_message(message: wire.Message, data: st.DataObject) -> None:
+    content = bytearray(wire.pack(message))
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    try:
+        found = wire.unpack(bytes(content))
+    except WireError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(found, Request | Update | Failure)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(content: bytes) -> None:
+    refused(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94.",  # a pickle
+        struct.pack("<Q", 2) + b"{}",
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 40000) + b"[" * 40000,
+        save({"w": torch.ones(2)}),
+        save({"w": torch.ones(2)}, {"format": "pt"}),
+        save({"w": torch.ones(2)}, {"fedllm": "[" * 40000}),
+        save({}, {"fedllm": "null"}),
+        save({}, {"fedllm": '{"kind": "__import__"}'}),
+        save({}, {"fedllm": "not JSON"}),
+    ],
+)
+def test_foreign_bytes_are_refused(content: bytes) -> None:
+    refused(content)
+
+
+def doctored(message: wire.Message, change: Callable[[dict[str, Any], Tree], object]) -> bytes:
+    """The bytes of a message whose header and values were changed by hand."""
+    from safetensors.torch import load
+
+    data = wire.pack(message)
+    header = json.loads(json.loads(data[8 : header_bytes(data)])["__metadata__"]["fedllm"])
+    tensors = load(data)
+    change(header, tensors)
+    return save(tensors, {"fedllm": json.dumps(header)})
+
+
+def at(*path: str, value: Any) -> Callable[[dict[str, Any], Tree], object]:
+    def change(header: dict[str, Any], tensors: Tree) -> None:
+        place: Any = header
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+def put(**tensors: Tensor) -> Callable[[dict[str, Any], Tree], object]:
+    return lambda header, held: held.update({name.replace("__", "/"): leaf for name, leaf in tensors.items()})
+
+
+def i32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+REQUEST, UPDATE, FAILURE = EXAMPLES
+LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]] = {
+    "kind": (UPDATE, at("kind", value="request")),
+    "no kind": (UPDATE, lambda header, tensors: header.pop("kind")),
+    "no parts": (UPDATE, lambda header, tensors: header.pop("parts")),
+    "part left out": (UPDATE, lambda header, tensors: header["parts"].pop("counts")),
+    "part too many": (UPDATE, at("parts", "more", value={"weight": 1.0, "sparse": True, "shapes": {"w": [3]}})),
+    "weight is text": (UPDATE, at("parts", "delta", "weight", value="2.0")),
+    "weight below 0": (UPDATE, at("parts", "delta", "weight", value=-1.0)),
+    "weight is NaN": (UPDATE, at("parts", "delta", "weight", value=math.nan)),
+    "weight is infinite": (UPDATE, at("parts", "delta", "weight", value=math.inf)),
+    "no weight": (UPDATE, lambda header, tensors: header["parts"]["delta"].pop("weight")),
+    "not sparse": (UPDATE, at("parts", "delta", "sparse", value=False)),
+    "other sparse shape": (UPDATE, at("parts", "delta", "shapes", "w", value=[2, 2])),
+    "shape below 0": (UPDATE, at("parts", "delta", "shapes", "w", value=[-3, -3])),
+    "shape is text": (UPDATE, at("parts", "delta", "shapes", "w", value=["3", "3"])),
+    "shape is a fraction": (UPDATE, at("parts", "delta", "shapes", "w", value=[3, 3.0])),
+    "huge shape": (UPDATE, at("parts", "delta", "shapes", "w", value=[2**31 - 1])),
+    "huger shape": (UPDATE, at("parts", "delta", "shapes", "w", value=[2**40, 2**40])),
+    "overflowing shape": (UPDATE, at("parts", "delta", "shapes", "w", value=[2**32, 2**32])),
+    "many huge shapes": (UPDATE, at("parts", "delta", "shapes", value={"w": [1 << 25], "b": [1 << 25, 2]})),
+    "sparse leaf without a shape": (UPDATE, lambda header, tensors: header["parts"]["delta"]["shapes"].pop("b")),
+    "index out of range": (UPDATE, put(index0__w=i32(0, 4, 9))),
+    "index below 0": (UPDATE, put(index0__w=i32(-1, 4, 8))),
+    "index twice": (UPDATE, put(index0__w=i32(0, 4, 4))),
+    "index falls": (UPDATE, put(index0__w=i32(4, 0, 8))),
+    "index is int64": (UPDATE, put(index0__w=i32(0, 4, 8).long())),
+    "index is a fraction": (UPDATE, put(index0__w=torch.tensor([0.0, 4.0, 8.0]))),
+    "index too short": (UPDATE, put(index0__w=i32(0, 4))),
+    "index too long": (UPDATE, put(index0__w=i32(0, 4, 8, 8))),
+    "index for one": (UPDATE, put(part0__w=torch.tensor(1.0), index0__w=torch.tensor(3, dtype=torch.int32))),
+    "index is square": (UPDATE, put(part0__w=torch.ones(1, 3), index0__w=i32(0, 4, 8).reshape(1, 3))),
+    "no index": (UPDATE, lambda header, tensors: tensors.pop("index0/w")),
+    "bits": (UPDATE, at("parts", "low", "bits", value=1)),
+    "bits unknown": (UPDATE, at("parts", "low", "bits", value=3)),
+    "bits below 0": (UPDATE, at("parts", "low", "bits", value=-4)),
+    "bits are text": (UPDATE, at("parts", "low", "bits", value="4")),
+    "no bits": (UPDATE, lambda header, tensors: header["parts"]["low"].pop("bits")),
+    "block 0": (UPDATE, at("parts", "low", "block", value=0)),
+    "block too short": (UPDATE, at("parts", "low", "block", value=1)),
+    "low shape": (UPDATE, at("parts", "low", "shapes", "w", value=[3])),
+    "low huge shape": (UPDATE, at("parts", "low", "shapes", "w", value=[2**60])),
+    "codes are signed": (UPDATE, put(part1__w=torch.tensor([1], dtype=torch.int8))),
+    "codes are floats": (UPDATE, put(part1__w=torch.ones(1))),
+    "codes too many": (UPDATE, put(part1__w=torch.ones(2, dtype=torch.uint8))),
+    "scales too many": (UPDATE, put(scale1__w=torch.ones(2))),
+    "scales are integers": (UPDATE, put(scale1__w=torch.ones(1, dtype=torch.int64))),
+    "scale without a dimension": (UPDATE, put(scale1__w=torch.tensor(1.0))),
+    "no scales": (UPDATE, lambda header, tensors: tensors.pop("scale1/w")),
+    "value too many": (UPDATE, put(part9__w=torch.ones(2))),
+    "value outside": (UPDATE, put(w=torch.ones(2))),
+    "extras left out": (REQUEST, at("extras", value=[])),
+    "extras too many": (REQUEST, at("extras", value=[1, 0, 3])),
+    "extras are a number": (REQUEST, at("extras", value=10**9)),
+    "request value outside": (REQUEST, put(extra7__w=torch.ones(2))),
+    "round is text": (REQUEST, at("ctx", "round", value="1")),
+    "round is a fraction": (REQUEST, at("ctx", "round", value=1.5)),
+    "client is a number": (REQUEST, at("ctx", "client", value=7)),
+    "key is text": (REQUEST, at("ctx", "key", value="7")),
+    "no key": (REQUEST, lambda header, tensors: header["ctx"].pop("key")),
+    "rank is text": (REQUEST, at("ctx", "profile", value={"rank": "8", "device": "x"})),
+    "reason is a list": (FAILURE, at("failure", "reason", value=["gone"])),
+    "failure with values": (FAILURE, put(w=torch.ones(1))),
+    "no client": (FAILURE, lambda header, tensors: header["failure"].pop("client")),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_header_that_lies_is_refused(lie: str) -> None:
+    message, change = LIES[lie]
+    wire.unpack(doctored(message, lambda header, tensors: None))
+    tracemalloc.start()
+    refused(doctored(message, change))
+    tracemalloc.stop()
+
+
+def test_a_long_block_is_only_a_claim() -> None:
+    """Filling up one block of that length would take terabytes."""
+    found = wire.unpack(doctored(UPDATE, at("parts", "low", "block", value=2**40)))
+    assert isinstance(found, Update) and found.parts["low"].tree["w"].tolist() == [2.0, -4.0]
+
+
+def test_newer_fields_are_passed_over() -> None:
+    assert_same(UPDATE, wire.unpack(doctored(UPDATE, at("parts", "delta", "colour", value="red"))))
+    assert_same(REQUEST, wire.unpack(doctored(REQUEST, at("ctx", "colour", value="red"))))
+
+
+def test_a_sparse_leaf_may_unfold_as_far_as_the_message_is_long() -> None:
+    leaf = torch.zeros(wire.MOST_VALUES // 2, dtype=torch.bool)
+    leaf[5] = True
+    once = Update({"a": Part({"w": leaf}, 1.0, SPARSE)})
+    found = wire.unpack(wire.pack(once))
+    assert isinstance(found, Update) and torch.equal(found.parts["a"].tree["w"], leaf)
+    assert "unfold" in refused(wire.pack(Update({name: once.parts["a"] for name in "abc"})))
+    padding = torch.zeros(2 * wire.MOST_VALUES // wire.MOST_VALUES_PER_BYTE, dtype=torch.uint8)
+    wire.unpack(wire.pack(Update({name: once.parts["a"] for name in "abc"}).having("p", Part({"w": padding}, 1.0))))
