@@ -86,9 +86,10 @@ class Site:
         local = Local(ctx, fresh=self.fresh)
         params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
         start = {name: params.get(name, leaf) for name, leaf in self.fresh.items()}
+        device = self.model.device
         job = Job(
             ctx=ctx,
-            start={name: leaf.to(self.model.device) for name, leaf in start.items()},
+            start={name: leaf.to(device) for name, leaf in start.items()},
             examples=self.examples(client),
             adjust=lambda grads, params: adjust(self.stages, arrival, grads, params),
         )

@@ -43,7 +43,7 @@ class Watch:
         figures = _mean(reply, "metrics") if self.shown else {}
         counts = _mean(reply, "counts") if self.shown else {}
         if name == "evaluate":
-            self.scores[client] = figures
+            self.scores |= {client: figures} if self.shown else {}
         else:
             loss = float(figures["loss"]) if "loss" in figures else None
             tokens = int(counts["tokens"]) if "tokens" in counts else None

@@ -7,6 +7,7 @@ between the two leaves nothing out: the next one writes what the log lacks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -34,7 +35,7 @@ from fedllm.events import (
     read,
     to_json,
 )
-from fedllm.experiment import Experiment
+from fedllm.experiment import Evaluation, Experiment
 from fedllm.federation import Population
 from fedllm.folder import Folder, versions
 from fedllm.ledger import Ledger, elapsed
@@ -137,7 +138,7 @@ class Session:
         every = exp.evaluation.every
         if self._has_heldout() and (last or (every is not None and state.round % every == 0)):
             scored = self._evaluate(state, call)
-            state = replace(state, best=self._best(state, scored), totals=state.totals.plus(self.ledger.take()))
+            state = replace(state, best=best_of(state.best, scored, exp.evaluation), totals=state.totals.plus(self.ledger.take()))
             events.append(scored)
         finished = RoundFinished(
             round=self.state.round,
@@ -166,13 +167,6 @@ class Session:
         scores = {client: scorer.figures(sums) for client, sums in clients.items()}
         return Evaluated("federated", state.round, scorer.figures(total), scores)
 
-    def _best(self, state: Run, scored: Evaluated) -> tuple[int, float] | None:
-        metric = self.experiment.evaluation.best or self.experiment.evaluation.metrics[0]
-        value, sign = scored.metrics.get(metric), -1 if metric in LOWER_IS_BETTER else 1
-        if value is None or (state.best is not None and sign * value <= sign * state.best[1]):
-            return state.best
-        return (state.round, value)
-
     def _has_heldout(self) -> bool:
         return bool(self.experiment.evaluation.metrics) and any(map(len, self.population.heldout.values()))
 
@@ -187,6 +181,15 @@ class Session:
         if limits.seconds is not None and totals.seconds >= limits.seconds:
             return f"limits.seconds ({limits.seconds}) was reached after {state.round} rounds"
         return ""
+
+
+def best_of(best: tuple[int, float] | None, scored: Evaluated, settings: Evaluation) -> tuple[int, float] | None:
+    """(completed rounds, value) of the better of two evaluations; the earlier one of two that are alike."""
+    metric = settings.best or settings.metrics[0]
+    value, sign = scored.metrics.get(metric), -1 if metric in LOWER_IS_BETTER else 1
+    if value is None or math.isnan(value) or (best is not None and sign * value <= sign * best[1]):
+        return best
+    return (scored.round, value)
 
 
 def _warnings(report: DataReported, max_length: int) -> list[str]:

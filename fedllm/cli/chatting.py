@@ -34,10 +34,16 @@ def _answer(opened: Opened, console: Console, turns: Turns, compare: bool, max_n
     prompt = opened.model.prompt(record)
     if compare:
         (base,) = opened.model.generate({}, [prompt], max_new_tokens)
-        console.print(f"base   {base.strip()}", highlight=False, markup=False)
+        _show(console, "base   ", base)
     (tuned,) = opened.model.generate(opened.params, [prompt], max_new_tokens)
-    console.print(f"{'tuned  ' if compare else ''}{tuned.strip()}", highlight=False, markup=False)
+    _show(console, "tuned  " if compare else "", tuned)
     return tuned.strip()
+
+
+def _show(console: Console, who: str, answer: str) -> None:
+    """What a model says cannot move a terminal's cursor."""
+    plain = "".join(char if char.isprintable() or char == "\n" else " " for char in answer.strip())
+    console.print(f"{who}{plain}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _opening(opened: Opened) -> str | None:

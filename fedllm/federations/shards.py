@@ -91,10 +91,10 @@ class Shards(Federation):
     def failure(self, client: str, round: int, call: str, key: Key) -> str | None:
         """By `failures` and `failure_rate`."""
         if Loss(client, round, call) in self.failures:
-            return f"lost its call '{call}', as federation.shards.failures asks"
+            return "federation.shards.failures asks for it"
         generator = key.fold(round, client, "failure").generator()
         if call == "work" and float(torch.rand((), generator=generator)) < self.failure_rate:
-            return "lost by chance, as federation.shards.failure_rate asks"
+            return "federation.shards.failure_rate asks for it"
         return None
 
     def profile(self, client: str) -> Profile:

@@ -22,6 +22,7 @@ NAME = "fedllm"
 SHORT = 128  # tokens; up to here plain products beat the fused kernel's backward pass on CPUs
 REFUSED = ("softcap", "s_aux", "position_bias")  # of the attention function
 REFUSED_SETTINGS = ("final_logit_softcapping", "attention_chunk_size")  # of the model's configuration
+LAYERS = frozenset({"full_attention", "sliding_attention"})
 PROBE = (3, 4)  # lengths of two sequences
 
 
@@ -36,23 +37,32 @@ def prepare(model: PreTrainedModel, name: str) -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
-    for setting in REFUSED_SETTINGS:
-        if model.config.to_dict().get(setting):
-            raise ModelError(f"{name} ({model.config.model_type}) has {setting}, which fedllm does not compute")
-    row = torch.arange(sum(PROBE), device=model.device)[None]
+    for found in _unknown(model):
+        raise ModelError(f"{name} ({model.config.model_type}) has {found}, which fedllm does not compute")
+    head = model.get_output_embeddings().weight
+    # words, for special tokens are where a 16-bit model's rounding is largest
+    row = (torch.arange(sum(PROBE), device=model.device)[None] + len(head) // 2) % len(head)
     positions = torch.cat([torch.arange(length) for length in PROBE])[None].to(model.device)
     with torch.no_grad():
         alone = torch.cat([model(tokens, use_cache=False).logits for tokens in row.split(PROBE, 1)], 1)
         model.set_attn_implementation(NAME)
         with computing(Forward({}, PROBE)):
             packed = model.base_model(row, position_ids=positions, use_cache=False).last_hidden_state
-        logits = packed @ model.get_output_embeddings().weight.T
-    tolerance = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-3
+        logits = packed @ head.T
+    tolerance = 0.15 if torch.finfo(model.dtype).bits == 16 else 1e-3
     if not float((logits - alone).norm()) <= tolerance * float(alone.norm()):
         raise ModelError(
-            f"{name} ({model.config.model_type}) gives other values for a row of several sequences than for each alone; "
-            "fedllm trains decoders whose layers meet only in transformers' attention interface"
+            f"{name} ({model.config.model_type}) gives other values for a row of sequences than for each alone; fedllm "
+            "trains decoders whose tokens meet only in transformers' attention interface"
         )
+
+
+def _unknown(model: PreTrainedModel) -> list[str]:
+    """What a short row would not show."""
+    settings = model.config.to_dict()
+    found = [name for name in REFUSED_SETTINGS if settings.get(name)]
+    found += [f"layers of type {kind}" for kind in settings.get("layer_types") or () if kind not in LAYERS]
+    return found if model.get_output_embeddings().bias is None else [*found, "an output head with a bias"]
 
 
 def attend(
@@ -77,7 +87,7 @@ def attend(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
     scaling, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
-    rows = zip(*(torch.split(states[0], lengths, 1) for states in (query, key, value)), strict=True)
+    rows = zip(*(torch.split(states[0], list(lengths), 1) for states in (query, key, value)), strict=True)
     outputs = [_sequence(q, k, v, scaling, window) for q, k, v in rows]
     return torch.cat(outputs, 1).transpose(0, 1)[None], None
 
@@ -86,24 +96,22 @@ def _sequence(query: Tensor, key: Tensor, value: Tensor, scaling: float, window:
     """(heads, L, d) and (key heads, L, d) of one sequence to (heads, L, d)."""
     heads, length, _ = query.shape
     if length > SHORT:
-        allowed = None if window is None or window >= length else _allowed(length, window, query.device)
+        allowed = None if window is None or window >= length else _bias(length, window, query) == 0
         return scaled_dot_product_attention(
             query[None], key[None], value[None], allowed, is_causal=allowed is None, scale=scaling, enable_gqa=True
         )[0]
     # the query heads of a key head become its rows
     groups = heads // len(key)
-    refused = ~_allowed(length, window, query.device)
-    bias = torch.zeros(length, length, dtype=query.dtype, device=query.device).masked_fill_(refused, -torch.inf)
-    folded = query.reshape(len(key), groups * length, -1)
-    scores = torch.baddbmm(bias.repeat(groups, 1).expand(len(key), -1, -1), folded, key.mT, alpha=scaling)
+    bias = _bias(length, window, query).repeat(groups, 1).expand(len(key), -1, -1)
+    scores = torch.baddbmm(bias, query.reshape(len(key), groups * length, -1), key.mT, alpha=scaling)
     return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
 
 
-def _allowed(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(L, L): whether a position sees another one."""
-    place = torch.arange(length, device=device)
-    gap = place[:, None] - place[None, :]
-    return (gap >= 0) & (gap < (window or length))
+def _bias(length: int, window: int | None, like: Tensor) -> Tensor:
+    """(L, L): 0 where a position sees another one, else minus infinity."""
+    whole = torch.full((length, length), -torch.inf, dtype=like.dtype, device=like.device)
+    bias = whole.triu(1)
+    return bias if window is None or window >= length else bias + whole.tril(-window)
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:

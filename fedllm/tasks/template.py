@@ -106,7 +106,8 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Iterator
             continue
         opened = _rendered(turns[:place], tokenizer, opened=True)
         closed = _rendered(turns[: place + 1], tokenizer, opened=False)
-        if not (closed.startswith(opened) and opened.startswith(done) and turn["content"].strip() in closed):
+        whole = closed.startswith(opened) and opened.startswith(done)
+        if not whole or turn["content"].strip() not in closed[len(opened) :]:
             raise DataError(f"the model's chat template rewrites earlier turns; {OTHERS}")
         last = closed.rfind(end, len(opened))
         stop = len(closed) if last < 0 else last + len(end)
@@ -119,7 +120,7 @@ def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, *, open
     from jinja2 import TemplateError
 
     if not turns:
-        raise DataError(f"a chat begins with a turn of the role 'assistant'; put what it answers before it, or {OTHERS}")
+        raise DataError(f"a chat begins with a turn of the role 'assistant'; put what it answers first, or {OTHERS}")
     try:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened))
     except TemplateError as error:

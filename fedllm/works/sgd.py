@@ -72,9 +72,14 @@ class Sgd(Work):
             value = self.__dict__[name]
             if value is not None and value < (0 if name == "steps" else 1):
                 raise ConfigError(f"work.sgd.{name} is {value}; it must be positive")
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= self.__dict__[name] < math.inf:
-                raise ConfigError(f"work.sgd.{name} is {self.__dict__[name]}; it must be 0 or more and finite")
+        for name in ("lr", "momentum", "weight_decay", "eps", "clip_norm"):
+            value = self.__dict__[name]
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"work.sgd.{name} is {value}; it must be 0 or more and finite")
+        if self.clip_norm == 0:
+            raise ConfigError("work.sgd.clip_norm is 0, which lets nothing train; null is no clipping")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"work.sgd.betas is {list(self.betas)}; both must be in [0, 1)")
         if self.optimizer == "adamw" and self.momentum:
             raise ConfigError("work.sgd.momentum belongs to optimizer sgd; for adamw set betas")
 
@@ -95,8 +100,10 @@ class Sgd(Work):
         return self.epochs * math.ceil(num_examples / (self.batch_size * self.accumulation))
 
     def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
-        """Batches from a stream of permutations; with `epochs` each ends at a permutation's end."""
+        """Batches from a stream of permutations; with `epochs` a step does not reach over a permutation's end."""
         generator, size = ctx.rng("batches"), self.batch_size * self.accumulation
+        if not num_examples:
+            return
         pending: list[int] = []
         for _ in range(self.num_steps(num_examples)):
             while num_examples and len(pending) < (1 if self.steps is None else size):
@@ -125,10 +132,10 @@ class Sgd(Work):
         totals = torch.tensor([sum(batch.counts[k] for batch in micro) for k in range(len(jobs))])
         losses = torch.zeros(len(jobs), dtype=torch.float64)
         for batch in micro:
-            share = torch.tensor(batch.counts) / totals.clamp(min=1)
+            share = torch.tensor(batch.counts, dtype=torch.float64) / totals.clamp(min=1)
             loss = model.losses(carry.params, batch)
             weighted = loss * share.to(loss)
-            weighted.sum().backward()  # type: ignore[no-untyped-call]
+            weighted.sum().backward()
             losses += weighted.detach().double().cpu()
         for k, job in enumerate(jobs):
             if totals[k] and k not in carry.failed:
@@ -171,6 +178,7 @@ class Sgd(Work):
             view.grad = grads[name]
         carry.optimizers[k].param_groups[0]["lr"] = lr
         carry.optimizers[k].step()
+        carry.optimizers[k].zero_grad()
         carry.steps[k] += 1
         carry.loss_sum[k] += loss
         carry.lr_sum[k] += lr

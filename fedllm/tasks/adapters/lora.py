@@ -50,6 +50,10 @@ class Lora(Adapter):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"task.adapter.lora.rank is {self.rank}; it must be 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"task.adapter.lora.alpha is {self.alpha}; it must be above 0 and finite")
+        if not self.targets:
+            raise ConfigError("task.adapter.lora.targets is empty; name layers, or all_linear")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"task.adapter.lora.dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -102,7 +106,7 @@ class LowRank:
             return output
         x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)
         a, b = now.stack[self.path_a].to(x.dtype), now.stack[self.path_b].to(x.dtype)
-        sizes = now.client_tokens or (len(x),)
+        sizes = list(now.client_tokens) or [len(x)]
         pieces = enumerate(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True))
         # one product per client: what one client holds, a NaN as well, reaches no other
         sums = [

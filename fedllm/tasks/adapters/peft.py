@@ -1,8 +1,8 @@
 """Any adapter of Hugging Face's peft by its name: `peft: {type: ia3, settings: {target_modules: [k_proj]}}`.
 
 The layers are peft's own. Its trained parameters are taken out as leaves and put in for each forward pass, so one
-client trains at a time. Sequences are padded on the right. Where fedllm has an adapter of its own (LoRA, prompt tuning),
-that one is faster: it is stacked, and it generates with a cache.
+client trains at a time, in one thread. Sequences are padded on the right. Where fedllm has an adapter of its own (LoRA,
+prompt tuning), that one is faster: it is stacked, and it generates with a cache.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class Wrapped:
         except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
             raise ConfigError(f"task.adapter.peft: {settings.type} on {base.name}: {_first_line(error)}") from error
         if before != [leaf.data_ptr() for leaf in weights]:
-            raise ConfigError(f"task.adapter.peft: {settings.type} with these settings changes the base model's weights")
+            raise ConfigError(f"task.adapter.peft: these settings of {settings.type} change the base model's weights")
         if model.get_base_model().get_output_embeddings() is not head:
-            raise ConfigError("task.adapter.peft: the output head cannot be adapted; leave it out of the target modules")
+            raise ConfigError("task.adapter.peft: the output head cannot be adapted; leave it out of target_modules")
         trained = {_leaf_name(name): name for name, value in model.named_parameters() if value.requires_grad}
         model.eval()
         return Wrapped(model, trained, [module for module in model.modules() if id(module) not in own])

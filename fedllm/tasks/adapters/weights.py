@@ -1,8 +1,9 @@
-"""The base model's own weights: all of them, those of its norms, or its biases (Ben Zaken et al. 2022, arXiv:2106.10199).
+"""The base model's own weights: all of them, those of its norms, or its biases.
 
-A leaf has its parameter's name and holds the weight itself, not a difference; a head that is tied to the embedding is
-one leaf. Leaves are float32 (float64 on a float64 base) and are rounded to the base's dtype in the forward pass, so
-small steps are not lost between rounds. One client at a time, in one thread: a forward pass swaps the model's weights.
+BitFit: Ben Zaken et al. 2022, arXiv:2106.10199. A leaf has its parameter's name and holds the weight itself, not a
+difference; a head that is tied to the embedding is one leaf. Leaves are float32 (float64 on a float64 base) and are
+rounded to the base's dtype in the forward pass, so small steps are not lost. One client at a time, in one thread: a
+forward pass swaps the model's weights.
 """
 
 from __future__ import annotations

@@ -1,0 +1,164 @@
+"""Two clients of unequal size who train a tiny model in float64, and the same clients without any of fedllm's trip.
+
+`Bench.run` is the real thing: check, serial engine, wire, loop, checkpoints. `descend` and `trained` are the local work
+alone, for textbook loops beside it. Everything is remembered, so a run that several checks need is made once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedllm import launch
+from fedllm.batch import collate
+from fedllm.client import Prepared, Site
+from fedllm.events import CheckpointSaved, Event
+from fedllm.experiment import Evaluation, Experiment, Limits
+from fedllm.federations.shards import Loss, Shards
+from fedllm.federations.splits.by import By
+from fedllm.loop import requests_for
+from fedllm.stage import Stage, up
+from fedllm.state import Checkpoints, ClientStore, Run
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.model import LoadedModel, load
+from fedllm.tasks.task import Task
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Update
+from fedllm.work import Job, run_work
+from fedllm.works.sgd import Sgd
+
+ROUNDS, STEPS, LR = 2, 3, 0.2
+UNEQUAL = (("a", 5), ("b", 3))
+EQUAL = (("a", 4), ("b", 4))  # 4 is a power of two: weighing by it loses no bit
+TASK = Task("tiny-llama", adapter=Lora(rank=2, alpha=4, targets=("q_proj",)), dtype="float64")
+WORK = Sgd(lr=LR, steps=STEPS, batch_size=2, max_length=32)
+
+Sizes = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """A finished run: the server after each number of complete rounds."""
+
+    folder: Path
+    after: tuple[Run, ...]
+
+    @property
+    def params(self) -> Tree:
+        return self.after[-1].params
+
+
+@dataclass(eq=False)
+class Bench:
+    folder: Path
+    courses: dict[tuple[object, ...], Course] = field(default_factory=dict)
+    model: LoadedModel = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = load(TASK)
+
+    def experiment(self, stages: Sequence[Stage], *, sizes: Sizes = UNEQUAL, lost: Sequence[int] = ()) -> Experiment:
+        """`lost`: rounds in which nobody answers."""
+        data = self.folder / ("-".join(f"{who}{count}" for who, count in sizes) + ".jsonl")
+        if not data.exists():
+            pairs = [(who, i) for who, count in sizes for i in range(count)]
+            rows = [{"who": who, "prompt": f"{who} {i}?", "response": f"{i * i}!"} for who, i in pairs]
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        failures = tuple(Loss(who, round) for round in lost for who, _ in sizes)
+        return Experiment(
+            task=TASK,
+            federation=Shards(str(data), split=By("who"), heldout=0.0, failures=failures),
+            work=WORK,
+            stages=tuple(stages),
+            evaluation=Evaluation(metrics=()),
+            limits=Limits(keep_last=9),
+            rounds=ROUNDS,
+            seed=3,
+        )
+
+    def run(self, stages: Sequence[Stage], *, sizes: Sizes = UNEQUAL, lost: tuple[int, ...] = ()) -> Course:
+        """A run from start to end."""
+        key = (tuple(stages), tuple(map(type, stages)), sizes, lost)
+        if key not in self.courses:
+            self.courses[key] = self.start(self.experiment(stages, sizes=sizes, lost=lost))
+        return self.courses[key]
+
+    def start(self, experiment: Experiment, *, stop_after: int | None = None) -> Course:
+        """A new run; or one that is stopped when a number of rounds is complete, and then resumed."""
+        out = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
+
+        def stop(event: Event) -> None:
+            if isinstance(event, CheckpointSaved) and event.round == stop_after:
+                raise KeyboardInterrupt
+
+        try:
+            launch.run(experiment, engine="serial", out=out, listeners=(stop,))
+            assert stop_after is None, "the run was not stopped"
+        except launch.Interrupted:
+            launch.run(experiment, engine="serial", out=out, resume=True)
+        saved = Checkpoints(out / "checkpoints", 9)
+        return Course(out, tuple(run for n in range(ROUNDS + 1) if (run := saved.load(n)) is not None))
+
+    def visit(self, stages: Sequence[Stage], client: str = "a") -> tuple[Site, Prepared]:
+        """A client in round 1 of a run, with what it remembers of round 0, before its local work."""
+        course, experiment = self.run(stages), self.experiment(stages)
+        population = experiment.federation.load(experiment.key)
+        store = ClientStore(course.folder / "checkpoints" / "clients", 9)
+        site = Site(experiment, self.model, population, store)
+        everyone = Ctx(1, experiment.key, 2, 2, ROUNDS)
+        return site, site.prepare(requests_for(experiment, course.after[1], ["a", "b"], everyone)[client])
+
+    # The local work alone. Parameters are one flat vector: the leaves in the order of their names.
+
+    def fresh(self) -> Tensor:
+        return flat(self.model.fresh(self.experiment(()).key))
+
+    def tree(self, vector: Tensor) -> Tree:
+        shapes = {name: leaf.shape for name, leaf in sorted(self.model.fresh(self.experiment(()).key).items())}
+        pieces = vector.split([shape.numel() for shape in shapes.values()])
+        return {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+
+    def job(self, client: str, round: int, start: Tensor, sizes: Sizes) -> Job:
+        experiment = self.experiment((), sizes=sizes)
+        records = experiment.federation.load(experiment.key).train[client]
+        examples = [example for record in records if (example := self.model.encode(record, WORK.max_length))]
+        slot = [who for who, _ in sizes].index(client)
+        ctx = Ctx(round, experiment.key, len(sizes), len(sizes), ROUNDS, client, slot)
+        return Job(ctx, self.tree(start), examples, lambda grads, params: grads)
+
+    def trained(self, client: str, round: int, start: Tensor, sizes: Sizes = UNEQUAL) -> Tensor:
+        """The delta of the work itself, without stages."""
+        (outcome,) = run_work(WORK, [self.job(client, round, start, sizes)], self.model)
+        assert not isinstance(outcome, str), outcome
+        return flat(outcome[0].parts["delta"].tree)
+
+    def descend(
+        self, client: str, round: int, start: Tensor, correct: Callable[[Tensor, Tensor], Tensor], sizes: Sizes
+    ) -> Tensor:
+        """The delta of y <- y - lr correct(g(y), y), written out."""
+        job, y = self.job(client, round, start, sizes), start.clone()
+        for micro in WORK.plan(len(job.examples), job.ctx):
+            batch = collate([[job.examples[index] for index in micro[0]]])
+            leaves = {name: leaf[None].clone().requires_grad_() for name, leaf in self.tree(y).items()}
+            (loss,) = self.model.losses(leaves, batch)
+            grads = torch.autograd.grad(loss, [leaves[name] for name in sorted(leaves)])
+            y = y - LR * correct(torch.cat([grad.reshape(-1) for grad in grads]), y)
+        return y - start
+
+
+def flat(leaves: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([leaves[name].reshape(-1) for name in sorted(leaves)])
+
+
+def sent_by(site: Site, prepared: Prepared) -> tuple[Update, tuple[Tree, ...]]:
+    """What a visited client sends, and what it remembers."""
+    (outcome,) = run_work(site.experiment.work, [prepared.job], site.model)
+    assert not isinstance(outcome, str), outcome
+    update, facts = outcome
+    local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
+    return up(site.stages, update, prepared.arrival, prepared.memories, local)

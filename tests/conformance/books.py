@@ -1,0 +1,184 @@
+"""Methods as their papers write them: loops over flat vectors, with nothing of fedllm's trip.
+
+A `Book` is FedAvg; each method overrides what it does otherwise. `play` is the loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.conformance.bench import LR, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
+
+
+@dataclass
+class Book:
+    """FedAvg: sum_k n_k Δ_k / sum_k n_k (McMahan et al. 2017, algorithm 1)."""
+
+    settings: Any = None
+    names: list[str] = field(default_factory=list)  # of each entry of the vector, its leaf
+    held: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, like: Tensor, value: float = 0.0) -> Tensor:
+        return self.held.setdefault(name, torch.full_like(like, value))
+
+    def weight(self, examples: int) -> float:
+        return examples
+
+    def start(self, k: str, x: Tensor) -> Tensor:
+        return x
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return g
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        return delta
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        return mean
+
+
+def play(book: Book, bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
+    """The parameters after each round."""
+    x, after = bench.fresh(), []
+    book.names = [name for name, leaf in bench.tree(x).items() for _ in range(leaf.numel())]
+    for r in range(ROUNDS):
+        sent = []
+        for k, examples in sizes:
+            start = book.start(k, x)
+            delta = bench.descend(k, r, start, lambda g, y, k=k, x=x: book.correct(k, g, y, x), sizes)
+            sent.append((book.weight(examples), book.send(k, delta, x)))
+        mean = sum(w * d for w, d in sent) / sum(w for w, _ in sent)
+        x = x + book.step(mean, len(sizes))
+        after.append(x)
+    return after
+
+
+@cache
+def fedavg(bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
+    """FedAvg with the local work itself, so that nothing but the trip can differ: equal to the bit."""
+    x, after = bench.fresh(), []
+    for r in range(ROUNDS):
+        total = sum(bench.trained(k, r, x, sizes) * float(n) for k, n in sizes)
+        x = x + total / float(sum(n for _, n in sizes))
+        after.append(x)
+    return after
+
+
+class UniformBook(Book):
+    def weight(self, examples: int) -> float:
+        return 1
+
+
+class KeepBook(Book):
+    """Own leaves go on from where they were; the others are averaged."""
+
+    def start(self, k: str, x: Tensor) -> Tensor:
+        return torch.where(self.mine(), self.held.get(k, x), x)
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        self.held[k] = self.start(k, x) + delta
+        return torch.where(self.mine(), 0, delta)
+
+    def mine(self) -> Tensor:
+        return torch.tensor([name.endswith("lora_B") for name in self.names])
+
+
+class ProxBook(Book):
+    """Li et al. 2020, eq. 2."""
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return g + self.settings.mu * (y - x)
+
+
+class ScaffoldBook(UniformBook):
+    """Karimireddy et al. 2020, algorithm 1, option II."""
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return g - self.get(k, x) + self.get("c", x)
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        new = self.get(k, x) - self.get("c", x) - delta / (STEPS * LR)
+        self.held["change"] = self.get("change", x) + new - self.get(k, x)
+        self.held[k] = new
+        return delta
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        self.held["c"] = self.held["c"] + self.held.pop("change") / clients
+        return mean
+
+
+class DynBook(UniformBook):
+    """Acar et al. 2021, algorithm 1."""
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return g - self.get(k, x) + self.settings.alpha * (y - x)
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        self.held[k] = self.get(k, x) - self.settings.alpha * delta
+        self.held["sum"] = self.get("sum", x) + delta
+        return delta
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        h = self.get("h", mean) - self.settings.alpha / clients * self.held.pop("sum")
+        self.held["h"] = h
+        return mean - h / self.settings.alpha
+
+
+class TopKBook(Book):
+    """Stich et al. 2018, algorithm 1."""
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        error = self.get(k, x) + delta
+        keep = error.abs().topk(round(self.settings.fraction * len(error))).indices
+        sent = torch.zeros_like(error).index_copy(0, keep, error[keep])
+        self.held[k] = error - sent
+        return sent
+
+
+class MomentumBook(Book):
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        beta = self.settings.beta
+        self.held["v"] = beta * self.get("v", mean) + (1 - beta) * mean
+        return self.settings.server_lr * self.held["v"]
+
+
+class NesterovBook(Book):
+    """torch.optim.SGD on the pseudo-gradient -Δ (Douillard et al. 2023, algorithm 1)."""
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        if "w" not in self.held:
+            self.held["w"] = torch.zeros_like(mean)
+            settings = {"lr": self.settings.server_lr, "momentum": self.settings.momentum, "nesterov": True}
+            self.optimizer = torch.optim.SGD([self.held["w"]], **settings)
+        before = self.held["w"].clone()
+        self.held["w"].grad = -mean
+        self.optimizer.step()
+        return self.held["w"] - before
+
+
+class AdaptiveBook(Book):
+    """Reddi et al. 2021, algorithm 2."""
+
+    def second(self, v: Tensor, d: Tensor) -> Tensor:
+        return v + d**2
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        s = self.settings
+        self.held["m"] = s.beta1 * self.get("m", mean) + (1 - s.beta1) * mean
+        self.held["v"] = self.second(self.get("v", mean, s.tau**2), mean)
+        return s.server_lr * self.held["m"] / (self.held["v"] ** 0.5 + s.tau)
+
+
+class AdamBook(AdaptiveBook):
+    def second(self, v: Tensor, d: Tensor) -> Tensor:
+        return self.settings.beta2 * v + (1 - self.settings.beta2) * d**2
+
+
+class YogiBook(AdaptiveBook):
+    def second(self, v: Tensor, d: Tensor) -> Tensor:
+        return v - (1 - self.settings.beta2) * d**2 * torch.sign(v - d**2)

@@ -1,0 +1,198 @@
+"""What every stage must do. Each check takes a case and the bench, and fails with an AssertionError."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import FrozenInstanceError, fields, replace
+
+import torch
+from torch import Tensor
+
+from fedllm import tree, wire
+from fedllm.config import dump, experiment_hash
+from fedllm.rng import Key
+from fedllm.spec import Reader
+from fedllm.stage import merge, up
+from fedllm.stages.uniform import Uniform
+from fedllm.update import Ctx, Local, Part, Update
+from tests.conformance.bench import ROUNDS, UNEQUAL, Bench, flat, sent_by
+from tests.conformance.books import fedavg, play
+from tests.conformance.table import Case
+
+DRAWS = 400
+
+
+def neutral_is_fedavg(case: Case, bench: Bench) -> None:
+    """To the bit, at neutral settings."""
+    if case.neutral is None:
+        return
+    course = bench.run(case.trip(case.neutral), sizes=case.sizes)
+    for run, expected in zip(course.after[1:], fedavg(bench, case.sizes), strict=True):
+        assert torch.equal(flat(run.params), expected), "at its neutral settings a run is not FedAvg to the bit"
+
+
+def settings_matter(case: Case, bench: Bench) -> None:
+    """At other settings a run differs."""
+    if case.stage == case.neutral and case.sizes == UNEQUAL:
+        return  # FedAvg itself
+    moved = distance(flat(bench.run(case.trip()).params), fedavg(bench)[-1])
+    assert moved > 1e-4, f"at other settings a run is FedAvg all the same ({moved:.1e})"
+
+
+def equals_its_paper(case: Case, bench: Bench) -> None:
+    """Round by round, in the last digits of float64; or, of a stage that rounds, to its grid in the first round."""
+    course = bench.run(case.trip())
+    if case.book is None:
+        assert case.rounding is not None, "a case needs the paper's loop, or the rounding that the stage declares"
+        start, exact = bench.fresh(), fedavg(bench)[0]
+        deltas = [n * float(bench.trained(k, 0, start).abs().max()) for k, n in UNEQUAL]
+        bound = case.rounding * sum(deltas) / sum(n for _, n in UNEQUAL)
+        error = float((flat(course.after[1].params) - exact).abs().max())
+        assert 0 < error <= bound, f"the first round is off by {error:.1e}, its declared rounding is {bound:.1e}"
+        return
+    for run, expected in zip(course.after[1:], play(case.book(case.stage), bench), strict=True):
+        error = distance(flat(run.params), expected)
+        assert error < 1e-10, f"it differs from the paper's loop by {error:.1e} in round {run.round - 1}"
+
+
+def is_a_value(case: Case, bench: Bench) -> None:
+    """Equal, hashable, printable, frozen, of plain values, and the same after a trip through a file."""
+    stage = case.stage
+    twin = replace(stage)
+    assert (twin, hash(twin), repr(twin)) == (stage, hash(stage), repr(stage)), "copies differ"
+    assert all(repr(stage.__dict__[item.name]) in repr(stage) for item in fields(stage)), "its settings are not shown"
+    if fields(stage):
+        try:
+            setattr(stage, fields(stage)[0].name, 0)
+        except FrozenInstanceError:
+            pass
+        else:
+            raise AssertionError("its settings can be changed")
+    (settings,) = dump(bench.experiment([stage]))["stages"][0].values()
+    back = Reader().record(type(stage), json.loads(json.dumps(settings)), "stage")
+    assert back == stage, "it comes back from a file as something else"
+    one, two = (experiment_hash(bench.experiment([same])) for same in (stage, back))
+    assert one == two, "its hash is not stable"
+
+
+def evaluation_passes(case: Case, bench: Bench) -> None:
+    """Scores travel as they are; an evaluation changes neither memory nor state."""
+    site, prepared = bench.visit(case.trip())
+    scores = {"sum/nll": torch.tensor(8.0, dtype=torch.float64), "count/nll": torch.tensor(4.0, dtype=torch.float64)}
+    local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
+    sent, memories = up(site.stages, Update({"metrics": Part(scores, 0.0)}), prepared.arrival, prepared.memories, local)
+    assert sent.parts.keys() == {"metrics"}, f"an evaluation sends {sorted(sent.parts)}"
+    assert all(map(tree.equal, memories, prepared.memories)), "an evaluation changes what a client remembers"
+    run = bench.run(case.trip()).after[1]
+    total, states = merge(site.stages, sent, run.params, run.states, Ctx(1, Key(0), 2, 2))
+    assert total.parts.keys() == {"metrics"} and tree.equal(total.parts["metrics"].tree, scores), "scores are changed"
+    assert all(map(tree.equal, states, run.states)), "an evaluation changes the server's state"
+
+
+def empty_rounds_are_harmless(case: Case, bench: Bench) -> None:
+    """Nobody answers: in the first round nothing moves, in a later one nothing becomes NaN."""
+    first = bench.run(case.trip(), lost=(0,))
+    assert tree.equal(first.after[0].params, first.after[1].params), "an empty first round moves the parameters"
+    for course in (first, bench.run(case.trip(), lost=(1,))):
+        assert all(tree.finite(held) for run in course.after for held in (run.params, *run.states)), "not finite"
+
+
+def resumes_to_the_bit(case: Case, bench: Bench) -> None:
+    """From every round."""
+    whole = bench.run(case.trip())
+    for stop in range(ROUNDS):
+        resumed = bench.start(bench.experiment(case.trip()), stop_after=stop)
+        for one, two in zip(whole.after, resumed.after, strict=True):
+            same = tree.equal(one.params, two.params) and all(map(tree.equal, one.states, two.states))
+            assert same, f"stopped after {stop} rounds and resumed, it goes another way"
+
+
+def shares_no_storage(case: Case, bench: Bench) -> None:
+    """What is sent may be written to: no tensor of it lives in what the client or the server keeps.
+
+    Behind the stage every client weighs 1, which hands tensors on as they are.
+    """
+    site, prepared = bench.visit(replace(case, weigher=Uniform()).trip())
+    sent, memories = sent_by(site, prepared)
+    kept = [*memories, *prepared.memories, *prepared.arrival.scratch, prepared.job.start, site.fresh]
+    shared = storages(part.tree for part in sent.parts.values()) & storages(kept)
+    assert not shared, "a tensor is both sent and remembered"
+
+
+def survives_the_wire(case: Case, bench: Bench) -> None:
+    """What is sent arrives with the same bits."""
+    sent, _ = sent_by(*bench.visit(case.trip()))
+    back = wire.unpack(wire.pack(sent))
+    assert isinstance(back, Update) and back.parts.keys() == sent.parts.keys()
+    for name, part in sent.parts.items():
+        assert tree.equal(back.parts[name].tree, part.tree), f"part '{name}' arrives changed"
+        assert (back.parts[name].weight, back.parts[name].packing.bits) == (part.weight, part.packing.bits)
+
+
+def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
+    """The parts beyond the work's own are those that it declares, and its own decode removes them."""
+    site, prepared = bench.visit(case.trip())
+    sent, _ = sent_by(site, prepared)
+    assert sent.parts.keys() - site.experiment.work.makes == case.stage.makes, "it makes other parts than it declares"
+    run = bench.run(case.trip()).after[1]
+    total, _ = merge(site.stages, wire_copy(sent), run.params, run.states, Ctx(1, Key(0), 2, 2))
+    assert total.parts.keys() == site.experiment.work.makes, "its decode leaves a part of its own"
+
+
+def declares_its_shape(case: Case, bench: Bench) -> None:
+    """A delta is shaped like the parameters, or the stage says that it is not."""
+    site, prepared = bench.visit(case.trip())
+    delta = sent_by(site, prepared)[0].parts["delta"].tree
+    shaped = all(leaf.shape == site.fresh[name].shape for name, leaf in delta.items())
+    assert shaped == case.keeps_space == (not case.stage.reshapes), "the shape of its delta is not what it declares"
+
+
+def rounds_without_bias(case: Case, bench: Bench) -> None:
+    """The mean over many draws is the value itself, within 5 standard errors of a grid step."""
+    if case.rounding is None:
+        return
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(256, generator=generator, dtype=torch.float64) - 0.5
+    total = torch.zeros_like(values)
+    for draw in range(DRAWS):
+        update = Update({"delta": Part({"w": values.clone()}, 1.0)})
+        sent, _ = case.stage.encode(update, {}, {}, Local(Ctx(draw, Key(2), 1, 1)))
+        total += sent.parts["delta"].tree["w"]
+    step = case.rounding * 0.5
+    worst = float((total / DRAWS - values).abs().max())
+    assert worst < 5 * step / 2 / DRAWS**0.5, f"the mean of {DRAWS} draws is off by {worst:.1e}"
+
+
+CHECKS: dict[str, Callable[[Case, Bench], None]] = {
+    check.__name__: check
+    for check in (
+        neutral_is_fedavg,
+        settings_matter,
+        equals_its_paper,
+        is_a_value,
+        evaluation_passes,
+        empty_rounds_are_harmless,
+        resumes_to_the_bit,
+        shares_no_storage,
+        survives_the_wire,
+        takes_out_what_it_makes,
+        declares_its_shape,
+        rounds_without_bias,
+    )
+}
+
+
+def distance(one: Tensor, two: Tensor) -> float:
+    """Relative to the second."""
+    return float((one - two).norm() / two.norm())
+
+
+def storages(trees: Iterable[Mapping[str, Tensor]]) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaves in trees for leaf in leaves.values() if leaf.numel()}
+
+
+def wire_copy(update: Update) -> Update:
+    back = wire.unpack(wire.pack(update))
+    assert isinstance(back, Update)
+    return back

@@ -1,0 +1,84 @@
+"""The list that every stage is on. A new stage adds one entry; a test fails while it is missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedllm.stage import Bracket, Stage
+from fedllm.stages.adagrad import Adagrad
+from fedllm.stages.adam import Adam
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.dyn import Dyn
+from fedllm.stages.keep import Keep
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.nesterov import Nesterov
+from fedllm.stages.prox import Prox
+from fedllm.stages.quantize import Quantize
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.top_k import TopK
+from fedllm.stages.uniform import Uniform
+from fedllm.stages.yogi import Yogi
+from tests.conformance import books
+from tests.conformance.bench import EQUAL, UNEQUAL, Sizes
+from tests.conformance.books import Book
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stage.
+
+    Args:
+        stage: at settings that change a run.
+        book: the paper's loop at these settings; None where the result is random.
+        neutral: the stage at settings at which a run is FedAvg to the bit, with clients of `sizes`; None: no such.
+        rounding: of a stage that rounds, the largest step of its grid over the largest entry; instead of a book.
+        keeps_space: the update keeps the shape of the parameters, so that it has neutral settings or a rounding, or
+            says in its docstring why not.
+    """
+
+    stage: Stage
+    book: type[Book] | None = None
+    neutral: Stage | None = None
+    sizes: Sizes = UNEQUAL
+    rounding: float | None = None
+    keeps_space: bool = True
+    weigher: Stage = ByExamples()
+
+    def trip(self, stage: Stage | None = None) -> tuple[Stage, ...]:
+        """A list of stages around the case's own, or around `stage`."""
+        chosen = self.stage if stage is None else stage
+        others = () if chosen.bracket is Bracket.WEIGH else (self.weigher,)
+        return tuple(sorted((chosen, *others), key=lambda s: s.bracket))
+
+
+HUGE = 2.0**40  # Adagrad: Δ² is lost in the rounding of tau², so the denominator stays 2 tau
+
+CASES: dict[str, Case] = {
+    "keep": Case(Keep(("*lora_B",)), books.KeepBook, neutral=Keep(("*.no_such_leaf",))),
+    "prox": Case(Prox(mu=2.0), books.ProxBook, neutral=Prox(mu=0)),
+    "scaffold": Case(Scaffold(), books.ScaffoldBook, weigher=Uniform()),
+    "dyn": Case(Dyn(alpha=0.5), books.DynBook, weigher=Uniform()),
+    "momentum": Case(Momentum(beta=0.5, server_lr=2.0), books.MomentumBook, neutral=Momentum(beta=0, server_lr=1)),
+    "adagrad": Case(
+        Adagrad(beta1=0.5, tau=0.01, server_lr=0.05),
+        books.AdaptiveBook,
+        neutral=Adagrad(beta1=0, tau=HUGE, server_lr=2 * HUGE),
+    ),
+    "adam": Case(
+        Adam(beta1=0.5, beta2=0.9, tau=0.01, server_lr=0.05),
+        books.AdamBook,
+        neutral=Adam(beta1=0, beta2=1, tau=0.5, server_lr=1),
+    ),
+    "yogi": Case(
+        Yogi(beta1=0.5, beta2=0.9, tau=0.01, server_lr=0.05),
+        books.YogiBook,
+        neutral=Yogi(beta1=0, beta2=1, tau=0.5, server_lr=1),
+    ),
+    "nesterov": Case(
+        Nesterov(server_lr=0.7, momentum=0.9), books.NesterovBook, neutral=Nesterov(server_lr=1, momentum=0)
+    ),
+    "top_k": Case(TopK(fraction=0.1), books.TopKBook, neutral=TopK(fraction=1)),
+    "by_examples": Case(ByExamples(), books.Book, neutral=ByExamples()),
+    "uniform": Case(Uniform(), books.UniformBook, neutral=Uniform(), sizes=EQUAL),
+    "quantize": Case(Quantize(bits=4), rounding=1 / 7),
+}

@@ -1,0 +1,305 @@
+"""Broken copies of every stage, each with the check that must catch it. They keep the suite honest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from fedllm import tree, weights
+from fedllm.packing import Packing
+from fedllm.stage import Bracket, Stage
+from fedllm.stages.adagrad import Adagrad
+from fedllm.stages.adam import Adam
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.dyn import Dyn
+from fedllm.stages.keep import Keep
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.nesterov import Nesterov
+from fedllm.stages.prox import Prox
+from fedllm.stages.quantize import Quantize
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.top_k import TopK
+from fedllm.stages.uniform import Uniform
+from fedllm.stages.yogi import Yogi
+from fedllm.update import Part, Update
+from tests.conformance.table import HUGE, Case
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A broken stage; the catalog's name of the sound one; the check that fails."""
+
+    of: str
+    stage: Stage
+    caught_by: str
+    neutral: Stage | None = None
+    error: type[Exception] = AssertionError
+
+    def case(self, sound: Case) -> Case:
+        return replace(sound, stage=self.stage, neutral=self.neutral)
+
+
+class KeepsNothing(Keep):
+    """Forgets its leaves between rounds."""
+
+    def encode(self, update, scratch, memory, local):
+        return super().encode(update, scratch, memory, local)[0], memory
+
+
+class KeepsEverything(Keep):
+    """Fits every leaf, whatever its patterns."""
+
+    def broadcast(self, params, state, ctx):
+        return {}, {}
+
+
+class ProxSign(Prox):
+    """Pushes away from the anchor."""
+
+    def grads(self, grads, params, scratch):
+        return {name: grad - self.mu * (params[name] - scratch[name]) for name, grad in grads.items()}
+
+
+class ProxHalf(Prox):
+    """Pulls at mu = 0 too."""
+
+    def grads(self, grads, params, scratch):
+        return {name: grad + (self.mu + 0.01) * (params[name] - scratch[name]) for name, grad in grads.items()}
+
+
+class ScaffoldSign(Scaffold):
+    def grads(self, grads, params, scratch):
+        return {name: grad - scratch[name] for name, grad in grads.items()}
+
+
+class ScaffoldSteps(Scaffold):
+    """Forgets to divide by the sum of the learning rates."""
+
+    def encode(self, update, scratch, memory, local):
+        return super().encode(update, scratch, memory, replace(local, facts={**local.facts, "lr_sum": 1.0}))
+
+
+class ScaffoldPopulation(Scaffold):
+    """Divides by the cohort of one instead of the population."""
+
+    def decode(self, total, params, state, ctx):
+        return super().decode(total, params, state, replace(ctx, population=1))
+
+
+class ScaffoldLeaves(Scaffold):
+    """Leaves its part in the total."""
+
+    def decode(self, total, params, state, ctx):
+        return total, super().decode(total, params, state, ctx)[1]
+
+
+class DynSign(Dyn):
+    def grads(self, grads, params, scratch):
+        return {name: grad + scratch[f"h/{name}"] for name, grad in grads.items()}
+
+
+class DynMean(Dyn):
+    """Moves h by the mean instead of the sum over the population."""
+
+    def decode(self, total, params, state, ctx):
+        return super().decode(total, params, state, replace(ctx, population=1))
+
+
+class DynEvaluates(Dyn):
+    """Moves its memory in an evaluation."""
+
+    def encode(self, update, scratch, memory, local):
+        if "delta" not in update.parts:
+            return update, tree.branch(scratch, "anchor")
+        return super().encode(update, scratch, memory, local)
+
+
+class MomentumHeavy(Momentum):
+    """Forgets the factor 1 - beta."""
+
+    def _step(self, delta, state):
+        velocity = tree.add(delta, {name: state[name] for name in delta if name in state}, self.beta)
+        return tree.scale(velocity, self.server_lr), velocity
+
+
+class MomentumHidden(Momentum):
+    """Keeps its state in the process, where no checkpoint finds it."""
+
+    hidden: ClassVar[dict[str, Any]] = {}
+
+    def decode(self, total, params, state, ctx):
+        total, after = super().decode(total, params, dict(self.hidden), ctx)
+        self.hidden.update(after)
+        return total, {}
+
+
+class AdagradForgets(Adagrad):
+    """Starts v anew in each round."""
+
+    def decode(self, total, params, state, ctx):
+        kept = {name: leaf for name, leaf in state.items() if name.startswith("m/")}
+        return super().decode(total, params, kept, ctx)
+
+
+class AdamCorrected(Adam):
+    """Corrects the bias of m, as local Adam does and the paper does not."""
+
+    def decode(self, total, params, state, ctx):
+        total, state = super().decode(total, params, state, ctx)
+        part = total.parts.get("delta")
+        if part is None:
+            return total, state
+        grown = tree.scale(part.tree, 1 / (1 - self.beta1 ** (ctx.round + 1)))
+        return total.having("delta", replace(part, tree=grown)), state
+
+
+class YogiSign(Yogi):
+    def _second(self, v, square):
+        return v + (1 - self.beta2) * square * torch.sign(v - square)
+
+
+class NesterovPlain(Nesterov):
+    """Heavy-ball momentum: does not look ahead."""
+
+    def _step(self, delta, state):
+        buffer = tree.add(delta, {name: state[name] for name in delta if name in state}, self.momentum)
+        return tree.scale(buffer, self.server_lr), buffer
+
+
+class TopKForgets(TopK):
+    """Drops the error."""
+
+    def encode(self, update, scratch, memory, local):
+        return super().encode(update, scratch, {}, local)[0], memory
+
+
+class TopKShares(TopK):
+    """Remembers the very tensors that it sends."""
+
+    def encode(self, update, scratch, memory, local):
+        sent, memory = super().encode(update, scratch, memory, local)
+        part = sent.parts.get("delta")
+        return sent, memory if part is None else dict(part.tree)
+
+
+class TopKDemands(TopK):
+    """Cannot do without a delta."""
+
+    def encode(self, update, scratch, memory, local):
+        return super().encode(update.having("delta", update.parts["delta"]), scratch, memory, local)
+
+
+class ByExamplesSums(ByExamples):
+    """Forgets to divide."""
+
+    def decode(self, total, params, state, ctx):
+        return total, state
+
+
+class ByExamplesUnguarded(ByExamples):
+    """Divides by zero when nobody has answered."""
+
+    def decode(self, total, params, state, ctx):
+        parts = total.parts.items()
+        return Update(
+            {name: replace(p, tree=tree.scale(p.tree, 1 / torch.tensor(p.weight))) for name, p in parts}
+        ), state
+
+
+class UniformByExamples(Uniform):
+    """Weighs by examples."""
+
+    def encode(self, update, scratch, memory, local):
+        return weights.weigh(update, local.facts["examples"]), memory
+
+
+class UniformCut(Uniform):
+    """Sends the delta as vectors."""
+
+    def encode(self, update, scratch, memory, local):
+        sent, memory = super().encode(update, scratch, memory, local)
+        return _mapped(sent, lambda name, leaf: leaf.reshape(-1)), memory
+
+    def decode(self, total, params, state, ctx):
+        total, state = super().decode(total, params, state, ctx)
+        return _mapped(total, lambda name, leaf: leaf.reshape(params[name].shape)), state
+
+
+def _mapped(update, function):
+    part = update.parts.get("delta")
+    if part is None:
+        return update
+    return update.having("delta", replace(part, tree={n: function(n, leaf) for n, leaf in part.tree.items()}))
+
+
+class QuantizeUnscaled(Quantize):
+    """Sends codes, not values."""
+
+    def _rounded(self, part_name, part, ctx):
+        found = super()._rounded(part_name, part, ctx)
+        ones = {name: torch.ones_like(scale) for name, scale in found.packing.scales.items()}
+        codes = {n: torch.sign(leaf) for n, leaf in found.tree.items()}
+        return replace(found, tree=codes, packing=replace(found.packing, scales=ones))
+
+
+class QuantizeDown(Quantize):
+    """Rounds towards minus infinity, which has a bias."""
+
+    def _codes(self, rows, generator):
+        _, scales = super()._codes(rows, generator)
+        return (rows / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]).floor().clamp(-7, 7), scales
+
+
+class QuantizeOffGrid(Quantize):
+    """Names a packing that its values do not fit."""
+
+    def encode(self, update, scratch, memory, local):
+        return update.having("delta", self._named(update.parts["delta"])) if "delta" in update.parts else update, memory
+
+    def _named(self, part):
+        return Part(part.tree, part.weight, Packing(bits=4, scales={n: torch.ones(1).double() for n in part.tree}))
+
+
+@dataclass(frozen=True)
+class Unhashable(Stage):
+    """Holds a list."""
+
+    bracket: ClassVar[Bracket] = Bracket.MEANING
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+TWINS = (
+    Twin("keep", KeepsNothing(("*lora_B",)), "equals_its_paper"),
+    Twin("keep", KeepsEverything(("*lora_B",)), "equals_its_paper"),
+    Twin("prox", ProxSign(mu=2.0), "equals_its_paper"),
+    Twin("prox", ProxHalf(mu=2.0), "neutral_is_fedavg", neutral=ProxHalf(mu=0)),
+    Twin("prox", Prox(mu=0), "settings_matter"),
+    Twin("scaffold", ScaffoldSign(), "equals_its_paper"),
+    Twin("scaffold", ScaffoldSteps(), "equals_its_paper"),
+    Twin("scaffold", ScaffoldPopulation(), "equals_its_paper"),
+    Twin("scaffold", ScaffoldLeaves(), "takes_out_what_it_makes"),
+    Twin("dyn", DynSign(alpha=0.5), "equals_its_paper"),
+    Twin("dyn", DynMean(alpha=0.5), "equals_its_paper"),
+    Twin("dyn", DynEvaluates(alpha=0.5), "evaluation_passes"),
+    Twin("momentum", MomentumHeavy(beta=0.5, server_lr=2.0), "equals_its_paper"),
+    Twin("momentum", MomentumHidden(beta=0.5, server_lr=2.0), "resumes_to_the_bit"),
+    Twin("momentum", Unhashable(), "is_a_value", error=TypeError),
+    Twin("adagrad", AdagradForgets(beta1=0.5, tau=0.01, server_lr=0.05), "equals_its_paper"),
+    Twin("adagrad", Adagrad(0.5, 0.01, 0.05), "neutral_is_fedavg", neutral=Adagrad(0.0, HUGE, HUGE)),
+    Twin("adam", AdamCorrected(beta1=0.5, beta2=0.9, tau=0.01, server_lr=0.05), "equals_its_paper"),
+    Twin("yogi", YogiSign(beta1=0.5, beta2=0.9, tau=0.01, server_lr=0.05), "equals_its_paper"),
+    Twin("nesterov", NesterovPlain(server_lr=0.7, momentum=0.9), "equals_its_paper"),
+    Twin("top_k", TopKForgets(fraction=0.1), "equals_its_paper"),
+    Twin("top_k", TopKShares(fraction=0.1), "shares_no_storage"),
+    Twin("top_k", TopKDemands(fraction=0.1), "evaluation_passes", error=KeyError),
+    Twin("by_examples", ByExamplesSums(), "neutral_is_fedavg", neutral=ByExamplesSums()),
+    Twin("by_examples", ByExamplesUnguarded(), "empty_rounds_are_harmless"),
+    Twin("uniform", UniformByExamples(), "equals_its_paper"),
+    Twin("uniform", UniformCut(), "declares_its_shape"),
+    Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
+    Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),
+    Twin("quantize", QuantizeOffGrid(bits=4), "survives_the_wire"),
+)

@@ -1,0 +1,195 @@
+"""Presets: what a name sets, what it refuses, and that ten names are nine methods."""
+
+from __future__ import annotations
+
+import json
+from itertools import combinations
+
+import pytest
+
+from fedllm import launch, tree
+from fedllm.catalog import METHODS
+from fedllm.check import check
+from fedllm.config import build, dump
+from fedllm.errors import ConfigError
+from fedllm.stages.adagrad import Adagrad
+from fedllm.stages.adam import Adam
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.dyn import Dyn
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.prox import Prox
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.uniform import Uniform
+from fedllm.stages.yogi import Yogi
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.tasks.adapters.weights import Full
+
+EXPANSIONS = {
+    "fedavg": (ByExamples(),),
+    "fedprox": (Prox(mu=0.01), ByExamples()),
+    "scaffold": (Scaffold(), Uniform()),
+    "fedavgm": (Momentum(beta=0.9, server_lr=1.0), ByExamples()),
+    "fedadagrad": (Adagrad(beta1=0.9, tau=1e-3, server_lr=1e-3), ByExamples()),
+    "fedadam": (Adam(beta1=0.9, beta2=0.99, tau=1e-3, server_lr=1e-3), ByExamples()),
+    "fedyogi": (Yogi(beta1=0.9, beta2=0.99, tau=1e-3, server_lr=1e-3), ByExamples()),
+    "feddyn": (Dyn(alpha=0.01), Uniform()),
+    "fedit": (ByExamples(),),
+    "full": (ByExamples(),),
+}
+ADAPTERS = {"fedit": Lora(), "full": Full()}
+PARTS = {
+    "task": {"model": "tiny-llama"},
+    "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+    "work": {"sgd": {"steps": 1}},
+}
+
+
+def made(method, **changes):
+    return build({**PARTS, "method": method, **changes})
+
+
+def test_every_method_is_here():
+    assert EXPANSIONS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", EXPANSIONS)
+def test_a_name_sets_its_stages_aggregator_and_adapter_and_nothing_else(method):
+    plain = build({**PARTS, "stages": ["by_examples"]})
+    experiment = made(method)
+    assert experiment.stages == EXPANSIONS[method]
+    assert experiment.task.adapter == ADAPTERS.get(method, Lora())
+    check(experiment)
+    differing = {key for key, value in dump(experiment).items() if value != dump(plain)[key]}
+    assert differing <= {"stages", "task"}
+    assert made({method: None}) == made({method: {}}) == experiment
+
+
+def test_a_method_passes_its_settings_on():
+    assert made({"fedprox": {"mu": 0.1}}).stages == (Prox(mu=0.1), ByExamples())
+    assert made({"fedadam": {"server_lr": 1, "tau": 0.5}}).stages[0] == Adam(server_lr=1.0, tau=0.5)
+    assert made({"scaffold": {"allow": ["adamw"]}}).stages[0] == Scaffold(allow=("adamw",))
+    assert made({"scaffold": {"denominator": "cohort"}}).stages[1] == Uniform("cohort")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("fedprx", "unknown method 'fedprx'; did you mean 'fedprox'?"),
+        ({"fedprox": {"mv": 0.1}}, "method fedprox has no setting 'mv'; known: mu"),
+        ({"fedadam": {"server_rl": 1}}, "method fedadam has no setting 'server_rl'; did you mean 'server_lr'?"),
+        ({"fedprox": {"mu": "x"}}, "method.fedprox.prox.mu is 'x': input should be a valid number"),
+        ({"fedprox": {"mu": -1}}, "method.fedprox.prox.mu is -1.0; it must be at least 0 and finite"),
+        ({"fedavg": {"lr": 1}}, "method fedavg has no setting 'lr'"),
+        ({"fedprox": 0.1}, "method must be a name, or one name with its settings, not {'fedprox': 0.1}"),
+        ({"fedprox": {}, "fedavg": {}}, "method must be a name"),
+        (3, "method must be a name, or one name with its settings, not 3"),
+        (None, "method must be a name"),
+    ],
+)
+def test_a_method_that_is_wrong_is_refused(method, message):
+    with pytest.raises(ConfigError) as caught:
+        made(method)
+    assert message in str(caught.value)
+
+
+FULL, LORA, NEITHER = ({"task": {"model": "m", "adapter": kind}} for kind in ("full", {"lora": 4}, {}))
+CONFLICTS = [
+    ("fedprox", {"stages": ["by_examples"]}, "sets stages to [{'prox': {}}, {'by_examples': {}}]", "['by_examples']"),
+    ({"fedprox": {"mu": 1}}, {"stages": [{"prox": 2}, "by_examples"]}, "[{'prox': {'mu': 1}}", "[{'prox': 2}"),
+    ("fedit", FULL, "needs the adapter lora", "task.adapter to full"),
+    ("full", LORA, "needs the adapter full", "task.adapter to lora"),
+    ("fedit", NEITHER, "needs the adapter lora", "task.adapter to {}"),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "own", "other"), CONFLICTS)
+def test_a_file_that_sets_it_differently_is_refused_with_both_values(method, changes, own, other):
+    with pytest.raises(ConfigError) as caught:
+        made(method, **changes)
+    name = method if isinstance(method, str) else next(iter(method))
+    assert str(caught.value).startswith(f"method {name} ")
+    assert str(caught.value).endswith("leave out one of the two")
+    before, _, after = str(caught.value).partition(", but the file sets ")
+    assert own in before and other in after
+
+
+def test_an_unknown_aggregator_beside_a_method_is_refused():
+    with pytest.raises(ConfigError, match="aggregator: unknown aggregator 'median'"):
+        made("fedavg", aggregator="median")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("fedprox", {"stages": ["prox", "by_examples"]}),
+        ("fedprox", {"stages": [{"prox": 0.01}, {"by_examples": {}}], "aggregator": {"sum": {}}}),
+        ({"fedprox": {"mu": 1}}, {"stages": [{"prox": {"mu": 1.0}}, "by_examples"]}),
+        ("fedavg", {"aggregator": "sum"}),
+        ("full", {"task": {"model": "tiny-llama", "adapter": {"full": None}}}),
+    ],
+)
+def test_the_same_said_twice_is_accepted(method, changes):
+    assert made(method, **changes) == made(method)
+
+
+def test_settings_of_the_adapter_that_a_method_needs_are_the_files_own():
+    task = {"model": "tiny-llama", "adapter": {"lora": {"rank": 2}}}
+    assert made("fedit", task=task).task.adapter == Lora(rank=2)
+    task = {"model": "tiny-llama", "adapter": {"soft_prompt": 4}}
+    assert made("fedprox", task=task).task.adapter == SoftPrompt(tokens=4)
+
+
+# Runs. Two local steps at least: with one, FedProx's pull is zero and it is FedAvg.
+
+
+def two_rounds(method, folder, data, **task):
+    """The global weights of two clients of unequal size after two rounds."""
+    spec = {
+        "task": {"model": "tiny-llama", **task},
+        "federation": {"shards": {"data": str(data), "heldout": 0.0, "split": {"by": "who"}}},
+        "work": {"sgd": {"lr": 0.05, "steps": 2, "batch_size": 2, "max_length": 32}},
+        "evaluation": {"metrics": []},
+        "rounds": 2,
+    }
+    result = launch.run(build({**spec, "method": method}), engine="serial", out=folder)
+    assert result.summary["rounds"] == 2
+    assert tree.finite(result.params)
+    return result.params
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five records and three."""
+    rows = [
+        {"who": who, "prompt": f"{who} {i}?", "response": f"{i}!"} for who, n in (("a", 5), ("b", 3)) for i in range(n)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "data.jsonl"
+
+
+def assert_nine_methods(results):
+    same = {pair for pair in combinations(sorted(results), 2) if tree.equal(results[pair[0]], results[pair[1]])}
+    assert same == {("fedavg", "fedit")}
+
+
+def test_ten_names_are_nine_methods(data, tmp_path):
+    """fedit is FedAvg on LoRA, to the bit; all others end at other weights, in pairs."""
+    lora = {"lora": {"rank": 2, "alpha": 4}}
+    results = {
+        method: two_rounds(method, tmp_path / method, data, adapter="full" if method == "full" else lora)
+        for method in METHODS
+    }
+    assert_nine_methods(results)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_ten_names_are_nine_methods_on_smollm2(data, tmp_path, smollm2):
+    """`full` trains the norms alone here, and comes last, so that the model is loaded once for each of two adapters."""
+    lora = {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}
+    results = {}
+    for method in sorted(METHODS, key=lambda name: name == "full"):
+        choice = {"adapter": "full", "scope": {"train": ["*norm*"]}} if method == "full" else {"adapter": lora}
+        results[method] = two_rounds(method, tmp_path / method, data, model=smollm2, template="plain", **choice)
+    assert_nine_methods(results)

@@ -1,0 +1,139 @@
+"""Chunked cross entropy: torch's own, value and gradients, without ever holding all logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedllm.tasks.cross_entropy import CHUNK, row_losses
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def case(rows: int, *, vocabulary: int = 11, width: int = 5, frozen: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = drawn(rows, width, seed=0).requires_grad_()
+    head = drawn(vocabulary, width, seed=1).requires_grad_(not frozen)
+    return hidden, head, torch.arange(rows) * 7 % vocabulary
+
+
+def test_a_value_by_hand() -> None:
+    """Logits (ln 1, ln 3): the losses are ln 4 - ln 1 and ln 4 - ln 3."""
+    head = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    losses = row_losses(torch.ones(2, 1, dtype=torch.float64), head, torch.tensor([0, 1]))
+    assert losses.tolist() == pytest.approx([math.log(4), math.log(4 / 3)], abs=1e-15)
+
+
+@given(rows=st.sampled_from([1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]), frozen=st.booleans())
+def test_it_is_cross_entropy_with_its_gradients(rows: int, frozen: bool) -> None:
+    hidden, head, targets = case(rows, frozen=frozen)
+    weights = drawn(rows, seed=2)  # each row counts differently
+    losses = row_losses(hidden, head, targets)
+    (losses * weights).sum().backward()
+    other, other_head, _ = case(rows, frozen=frozen)
+    expected = cross_entropy(other @ other_head.T, targets, reduction="none")
+    (expected * weights).sum().backward()
+    assert torch.allclose(losses, expected, atol=1e-13, rtol=0)
+    assert hidden.grad is not None and other.grad is not None
+    assert torch.allclose(hidden.grad, other.grad, atol=1e-13, rtol=0)
+    if frozen:
+        assert head.grad is None
+    else:
+        assert head.grad is not None and other_head.grad is not None
+        assert torch.allclose(head.grad, other_head.grad, atol=1e-12, rtol=0)
+
+
+def test_only_the_head_may_train() -> None:
+    hidden, head, targets = case(3, frozen=False)
+    row_losses(hidden.detach(), head, targets).sum().backward()
+    other = head.detach().clone().requires_grad_()
+    cross_entropy(hidden.detach() @ other.T, targets, reduction="sum").backward()
+    assert head.grad is not None and other.grad is not None and torch.allclose(head.grad, other.grad, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_by_finite_differences(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedllm.tasks.cross_entropy.CHUNK", 2)
+    hidden, head, targets = case(5, frozen=frozen)
+    assert torch.autograd.gradcheck(lambda h, w: row_losses(h, w, targets), (hidden, head))
+
+
+def test_a_head_that_is_the_embedding_gets_both_gradients() -> None:
+    def loss(table: Tensor, chunked: bool) -> Tensor:
+        hidden, targets = torch.tanh(table[torch.arange(6)]), torch.arange(6) + 3
+        if chunked:
+            return row_losses(hidden, table, targets).sum()
+        return cross_entropy(hidden @ table.T, targets, reduction="sum")
+
+    tables = [drawn(11, 5, seed=1).requires_grad_() for _ in range(2)]
+    for table, chunked in zip(tables, (True, False), strict=True):
+        loss(table, chunked).backward()
+    left, right = (table.grad for table in tables)
+    assert left is not None and right is not None and torch.allclose(left, right, atol=1e-13, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that any operator makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_logits_of_all_rows_never_exist_at_once(frozen: bool) -> None:
+    rows, vocabulary = 10 * CHUNK, 50
+    hidden, head, targets = case(rows, vocabulary=vocabulary, frozen=frozen)
+    with Largest() as seen:
+        row_losses(hidden, head, targets).sum().backward()
+    assert seen.numel == max(CHUNK * vocabulary, hidden.numel()) < rows * vocabulary
+    with Largest() as plain:
+        cross_entropy(hidden @ head.T, targets)
+    assert plain.numel == rows * vocabulary
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_losses_are_float32_or_wider_and_large_logits_do_not_overflow(dtype: torch.dtype) -> None:
+    hidden, head = torch.full((1, 1), 100.0, dtype=dtype), torch.tensor([[10.0], [20.0]], dtype=dtype)
+    (loss,) = row_losses(hidden, head, torch.tensor([0]))
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert float(loss) == 1000.0
+
+
+def test_the_gradient_of_a_16_bit_head_is_summed_wide() -> None:
+    """A chunk of 256 and twenty of 0.5: in bfloat16 each 0.5 would be rounded away, for 256 has neighbours 2 apart."""
+    rows = 21 * CHUNK
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    losses = row_losses(torch.ones(rows, 1, dtype=torch.bfloat16), head, torch.zeros(rows, dtype=torch.int64))
+    weights = torch.full((rows,), 1 / CHUNK)  # each row's share of the gradient is half of its weight
+    weights[:CHUNK] = 512 / CHUNK
+    (losses * weights).sum().backward()
+    assert head.grad is not None and head.grad.dtype == torch.bfloat16
+    assert head.grad[:, 0].tolist() == [-266, 266]
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    hidden, head, targets = case(4)
+    spoilt = hidden.detach().clone()
+    spoilt[1] = math.nan
+    spoilt.requires_grad_()
+    clean, found = row_losses(hidden, head, targets), row_losses(spoilt, head, targets)
+    clean.sum().backward()
+    found.sum().backward()
+    assert hidden.grad is not None and spoilt.grad is not None
+    for place in (0, 2, 3):
+        assert torch.equal(found[place], clean[place]) and torch.equal(spoilt.grad[place], hidden.grad[place])
+    assert bool(found[1].isnan())

@@ -1,0 +1,244 @@
+"""Templates: which tokens carry a label, by hand, on a tokenizer whose tokens are bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.batch import IGNORE, Example
+from fedllm.errors import DataError
+from fedllm.tasks.objectives import Lm, Sft
+from fedllm.tasks.template import Template, encode_response, encode_text, messages_of, prompt_text, response_text
+from fedllm.tasks.tiny import END, START, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+LONG = 10_000
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+    ]
+}
+ASKED = {"prompt": "2+2", "response": "4"}
+
+
+def encoded(record: Mapping[str, Any], template: Template = "chat", max_length: int = LONG) -> Example:
+    example = encode_response(record, TOKENIZER, template, max_length)
+    assert example is not None
+    return example
+
+
+def text(example: Example) -> str:
+    return str(TOKENIZER.decode(example.tokens))
+
+
+def labelled(example: Example) -> str:
+    """What is to be predicted, in order, with | where tokens without a label lie between."""
+    out, gap = "", False
+    for place, target in enumerate(example.targets.tolist()):
+        if target == IGNORE:
+            gap = bool(out)
+            continue
+        assert target == int(example.tokens[place + 1])  # each position predicts its next token
+        out += ("|" if gap else "") + str(TOKENIZER.decode([target]))
+        gap = False
+    return out
+
+
+def test_a_chat_labels_every_answer_with_its_end() -> None:
+    example = encoded(TALK)
+    assert labelled(example) == f"Yes?{END}|4{END}"
+    assert text(example) == (
+        f"{START}system\nBe brief.{END}\n{START}user\nHi{END}\n{START}assistant\nYes?{END}\n"
+        f"{START}user\n2+2{END}\n{START}assistant\n4{END}"
+    )
+
+
+def test_prompt_and_response_are_a_chat_of_two_turns() -> None:
+    whole = [{"role": "system", "content": "S"}, {"role": "user", "content": "2+2"}]
+    answer = {"role": "assistant", "content": "4"}
+    assert messages_of(ASKED) == [whole[1], answer]
+    assert messages_of({**ASKED, "system": "S"}) == [*whole, answer]
+    assert messages_of({**ASKED, "system": ""}) == [whole[1], answer]
+    assert torch.equal(encoded(ASKED).tokens, encoded({"messages": [whole[1], answer]}).tokens)
+
+
+def test_alpaca_and_plain_label_the_response_and_its_end() -> None:
+    example = encoded(ASKED, "alpaca")
+    assert text(example) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n2+2\n\n### Response:\n4{END}"
+    )
+    assert labelled(example) == f"4{END}"
+    plain = encoded(TALK, "plain")
+    assert text(plain) == f"Be brief.\nHi\nYes?{END}2+2\n4{END}"
+    assert labelled(plain) == f"Yes?{END}|4{END}"
+
+
+def test_braces_in_a_prompt_are_text() -> None:
+    assert "{x!r} {0}" in text(encoded({"prompt": "{x!r} {0}", "response": "4"}, "alpaca"))
+
+
+def test_the_end_token_is_labelled_although_it_also_pads() -> None:
+    assert TOKENIZER.pad_token_id == TOKENIZER.eos_token_id
+    for template in ("chat", "alpaca", "plain"):
+        assert encoded(ASKED, template).targets[-2] == TOKENIZER.eos_token_id
+
+
+def test_the_end_inside_an_answer_does_not_end_it() -> None:
+    example = encoded({"prompt": "p", "response": f"a{END}b"})
+    assert labelled(example) == f"a{END}b{END}"
+
+
+@given(st.integers(1, 60), st.sampled_from(["chat", "alpaca", "plain"]))
+def test_the_end_of_a_long_record_is_cut_off_and_counted(max_length: int, template: Template) -> None:
+    record = {"prompt": "abc", "response": "0123456789"}
+    whole, example = encoded(record, template), encode_response(record, TOKENIZER, template, max_length)
+    first = (whole.targets != IGNORE).nonzero()[0].item()  # predicts the first token of the response
+    if max_length < first + 2:
+        assert example is None
+        return
+    assert example is not None
+    kept = min(max_length, len(whole.tokens))
+    assert torch.equal(example.tokens, whole.tokens[:kept])
+    assert torch.equal(example.targets[:-1], whole.targets[: kept - 1]) and example.targets[-1] == IGNORE
+    assert example.cut == len(whole.tokens) - kept
+
+
+def test_what_follows_the_last_answer_is_left_out() -> None:
+    turns = [*TALK["messages"], {"role": "user", "content": "Thanks"}]
+    assert torch.equal(encoded({"messages": turns}).tokens, encoded(TALK).tokens)
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_a_record_without_an_answer_gives_no_example(template: Template) -> None:
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert encode_response(asked, TOKENIZER, template, LONG) is None
+    assert encode_text(asked, TOKENIZER, template, LONG) is None
+    with pytest.raises(DataError, match="no turn of the role 'assistant'"):
+        prompt_text(asked, TOKENIZER, template)
+    with pytest.raises(DataError, match="no turn of the role 'assistant'"):
+        response_text(asked)
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_generation_begins_where_the_last_answer_began(template: Template) -> None:
+    prompt = prompt_text(TALK, TOKENIZER, template)
+    assert prompt + f"4{END}" == text(encoded(TALK, template))
+    assert response_text(TALK) == "4"
+
+
+# language modelling
+
+
+def test_language_modelling_labels_all_but_the_first_token() -> None:
+    for record in ({"text": "To be"}, TALK, ASKED):
+        example = encode_text(record, TOKENIZER, "chat", LONG)
+        assert example is not None
+        assert torch.equal(example.targets[:-1], example.tokens[1:]) and example.targets[-1] == IGNORE
+        assert example.tokens[-1] == TOKENIZER.eos_token_id
+    example = encode_text({"text": "To be"}, TOKENIZER, "chat", LONG)
+    assert example is not None and text(example) == f"To be{END}"
+
+
+def test_the_objectives_choose_the_labels() -> None:
+    sft, lm = (objective.encode(TALK, TOKENIZER, "chat", LONG) for objective in (Sft(), Lm()))
+    assert sft is not None and lm is not None and torch.equal(sft.tokens, lm.tokens)
+    assert int((sft.targets != IGNORE).sum()) == len("Yes?4") + 2
+    assert int((lm.targets != IGNORE).sum()) == len(lm.tokens) - 1
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_a_tokenizer_that_begins_its_texts_begins_ours(template: Template) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    beginning = tiny_tokenizer()
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, beginning.bos_token_id)]
+    )
+    example = encode_response(TALK, beginning, template, LONG)
+    assert example is not None
+    assert example.tokens.tolist() == [beginning.bos_token_id, *encoded(TALK, template).tokens.tolist()]
+    written = encode_text({"text": "a"}, beginning, template, LONG)
+    assert written is not None and written.tokens[0] == beginning.bos_token_id
+    assert prompt_text(TALK, beginning, template) == START + prompt_text(TALK, TOKENIZER, template)
+
+
+# refusals
+
+
+def test_records_of_another_form_are_refused() -> None:
+    with pytest.raises(DataError, match=r"it has answer, question\); map its fields"):
+        messages_of({"question": "q", "answer": "a"})
+    for broken in ("hello", [{"role": "user"}], ["hello"], None):
+        with pytest.raises(DataError, match="not a list of turns with 'role' and 'content'"):
+            messages_of({"messages": broken})
+
+
+def chat_of(template: str | None) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "no chat template"),
+        # the whole talk so far stands behind a number that changes
+        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "rewrites earlier turns"),  # drops the contents
+        ("{{ raise_exception('roles must alternate') }}", "refuses the roles system, user .*roles must alternate"),
+    ],
+)
+def test_chat_templates_that_cannot_be_labelled_are_refused(template: str | None, reason: str) -> None:
+    with pytest.raises(DataError, match=f"{reason}.*alpaca or plain"):
+        encode_response(TALK, chat_of(template), "chat", LONG)
+
+
+def test_a_chat_that_begins_with_an_answer_is_refused() -> None:
+    with pytest.raises(DataError, match="begins with a turn of the role 'assistant'"):
+        encode_response({"messages": [{"role": "assistant", "content": "Hi"}]}, TOKENIZER, "chat", LONG)
+
+
+def test_a_template_without_the_end_token_labels_the_rest_of_the_turn() -> None:
+    gemma = chat_of(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    example = encode_response(TALK, gemma, "chat", LONG)
+    assert example is not None and labelled(example) == "Yes?</>\n|4</>\n"
+
+
+@given(
+    st.lists(st.text(max_size=8).filter(lambda s: "<|" not in s), min_size=2, max_size=6),
+    st.sampled_from(["chat", "alpaca", "plain"]),
+)
+def test_every_answer_is_labelled_whatever_its_text(contents: list[str], template: Template) -> None:
+    roles = ["user", "assistant"] * 3
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    example = encoded({"messages": turns}, template)
+    answers = "".join(turn["content"] + END for turn in turns if turn["role"] == "assistant")
+    targets = example.targets[example.targets != IGNORE]
+    assert TOKENIZER.decode(targets) == answers
+
+
+@pytest.mark.model
+def test_the_real_models_chat_is_labelled_and_has_its_system_turn(smollm2: str) -> None:
+    from fedllm.tasks.base import load_base
+
+    tokenizer = load_base(smollm2).tokenizer
+    example = encode_response({"prompt": "Name a fruit.", "response": "An apple."}, tokenizer, "chat", LONG)
+    assert example is not None
+    kept = example.targets[example.targets != IGNORE]
+    assert tokenizer.decode(kept) == "An apple.<|im_end|>"
+    assert tokenizer.decode(example.tokens).startswith("<|im_start|>system\n")
+    assert kept[-1] == tokenizer.pad_token_id
