@@ -69,8 +69,9 @@ def _exported(tree: ast.Module) -> list[str]:
 def on_config(config: MkDocsConfig) -> None:
     """Add the pages to the navigation."""
     for entry in config.nav or []:
-        if isinstance(entry, dict) and "Reference" in entry:
-            entry["Reference"] = [INDEX, *({name: f"reference/{name}.md"} for name in pages())]
+        for inner in entry.get("Reference", []) if isinstance(entry, dict) else []:
+            if isinstance(inner, dict) and "Modules" in inner:
+                inner["Modules"] = [{name: f"reference/{name}.md"} for name in pages()]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

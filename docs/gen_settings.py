@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -67,7 +68,8 @@ def table_rows(cls: type) -> Iterator[tuple[str, str, str]]:
     hints = get_type_hints(cls)
     for item in fields(cls):
         default = item.default if item.default_factory is MISSING else item.default_factory()
-        yield f"`{item.name}`", kind(hints[item.name]), "required" if default is MISSING else f"`{plain(default)}`"
+        words = kind(hints[item.name]).replace("a record", f"a record: [{item.name}](#{item.name})")
+        yield f"`{item.name}`", words, "required" if default is MISSING else plain(default)
 
 
 def kind(hint: Any) -> str:
@@ -89,19 +91,24 @@ def kind(hint: Any) -> str:
 def plain(value: Any) -> str:
     """A default as a file would write it."""
     if is_dataclass(value) and not isinstance(value, type):
-        if is_component(type(value)):
-            return name_of(value)
-        return "its defaults"
+        return f"`{name_of(value)}`" if is_component(type(value)) else "its defaults"
     listed = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(listed, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    return f"`{yaml.safe_dump(listed, default_flow_style=True, width=1000).removesuffix('...' + chr(10)).strip()}`"
 
 
 def described(cls: type) -> tuple[str, list[str]]:
-    """A class's docstring: its prose, and its arguments as a list."""
+    """What a class is: its file's docstring, if the file is its own; its own; and its arguments as a list."""
     prose, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
+    if is_component(cls) and cls.__module__.rpartition(".")[2] == name_of_class(cls):
+        prose = f"{inspect.cleandoc(sys.modules[cls.__module__].__doc__ or '')}\n\n{prose}"
     entries = re.split(r"\n(?=    \S)", rest)
     listed = ["- " + " ".join(entry.split()) for entry in entries if entry.strip()]
     return prose.strip(), ["\n".join(listed)] if listed else []
+
+
+def name_of_class(cls: type) -> str | None:
+    """The catalog's name of a component."""
+    return next((name for table in NOUNS.values() for name, other in table.items() if other is cls), None)
 
 
 def methods() -> str:

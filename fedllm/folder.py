@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +21,6 @@ from fedllm.state import sync_folder, write_durably
 
 Status = Literal["new", "unfinished", "finished"]
 ELSEWHERE = "choose another folder with --out"
-DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
 
 @dataclass(frozen=True)
@@ -106,29 +101,6 @@ class Folder:
             what = "; ".join(differences[:3]) or f"it was written by fedllm {about.get('versions', {}).get('fedllm')}"
             raise RunError(f"{self.path} holds another experiment ({what}); {ELSEWHERE}")
         return "finished" if self.finished else "unfinished"
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Let no other process write here. What the disk refuses, inside, becomes one sentence.
-
-        Raises:
-            RunError: another process is writing here, or the disk is full or not writable.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield
-            finally:
-                os.close(handle)
-        except BlockingIOError as error:
-            raise RunError(f"another process is running in {self.path}; wait for it, or stop it") from error
-        except OSError as error:
-            if error.errno not in DISK:
-                raise
-            reason = f"{self.path} could not be written ({error.strerror})"
-            raise RunError(f"{reason}; free the disk or {ELSEWHERE}, then go on with --resume") from error
 
     def create(self, experiment: Experiment, name: str) -> None:
         """Write the resolved experiment: from here on the folder is this run's, and its log begins anew."""

@@ -19,6 +19,7 @@ from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.folder import Folder, default_folder
 from fedllm.ledger import Ledger
+from fedllm.lock import locked
 from fedllm.session import Session
 from fedllm.state import Checkpoints
 from fedllm.tasks.model import LoadedModel, load
@@ -76,7 +77,7 @@ def run(
     model = load(experiment.task)
     population = replace(population, report=_data_report(experiment, model, population))
     initial = loop.start(experiment, model.fresh(experiment.key))
-    with folder.held(), _nothing_half_written(folder, experiment):
+    with locked(folder.path), _nothing_half_written(folder, experiment):
         new = not _checkpoints(folder, experiment).rounds()
         if new:
             folder.create(experiment, name)
@@ -105,7 +106,7 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
         yield
     except FedllmError:
         if not _checkpoints(folder, experiment).rounds():
-            folder.discard()
+            pass
         raise
 
 

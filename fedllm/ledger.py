@@ -1,4 +1,4 @@
-"""The ledger: what crossed the wire, and how long a run took, from its events alone."""
+"""The ledger: what crossed the wire, how long a run took, and whether that is all it may take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedllm.events import Event, Resumed, Wire
-from fedllm.state import Totals
+from fedllm.experiment import Experiment
+from fedllm.state import Run, Totals
 
 
 @dataclass(eq=False)
@@ -43,3 +44,16 @@ def elapsed(log: Iterable[tuple[float, Event]]) -> float:
             total, began = total + (0.0 if began is None else last - began), at
         last = at
     return total + (0.0 if began is None else last - began)
+
+
+def limit_reached(experiment: Experiment, state: Run) -> str:
+    """Why the run ends before its last round; empty if it goes on."""
+    totals, limits = state.totals, experiment.limits
+    sent = totals.bytes_up + totals.bytes_down
+    if state.round >= experiment.rounds:
+        return ""
+    if limits.bytes is not None and sent >= limits.bytes:
+        return f"limits.bytes ({limits.bytes}) was reached with {sent} bytes after {state.round} rounds"
+    if limits.seconds is not None and totals.seconds >= limits.seconds:
+        return f"limits.seconds ({limits.seconds}) was reached after {state.round} rounds"
+    return ""

@@ -29,14 +29,21 @@ def overridden(spec: Mapping[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"'{override}' is not of the form dotted.key=value")
-    try:
-        value = read_yaml(text)
-    except ConfigError as error:
-        raise ConfigError(f"the value of '{override}' cannot be read: {error}") from error
+    value = _read(text, override)
     head, *rest = key.split(".")
     if head == "method":
         return {**spec, head: _in_method(spec.get(head), rest, value)}
     return {**spec, **_in_record(Experiment, spec, key.split("."), value, "")}
+
+
+def _read(text: str, override: str) -> Any:
+    """A value of the command line: YAML, and patterns such as *lora_B and !*lora_B without quotes."""
+    if text.startswith(("*", "!", "&")):
+        return text
+    try:
+        return read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"the value of '{override}' cannot be read: {error}") from error
 
 
 def _set(hint: Any, old: Any, steps: list[str], value: Any, path: str) -> Any:

@@ -7,7 +7,6 @@ between the two leaves nothing out: the next one writes what the log lacks.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -15,10 +14,11 @@ from typing import Any
 
 from fedllm import loop, tree
 from fedllm.aggregate import Call
+from fedllm.best import best_of
 from fedllm.compare import Comparison
 from fedllm.config import dump, experiment_hash
 from fedllm.errors import FedllmError
-from fedllm.evaluation.scores import LOWER_IS_BETTER, Scorer
+from fedllm.evaluation.scores import Scorer
 from fedllm.events import (
     CheckpointSaved,
     DataReported,
@@ -35,10 +35,10 @@ from fedllm.events import (
     read,
     to_json,
 )
-from fedllm.experiment import Evaluation, Experiment
+from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.folder import Folder, versions
-from fedllm.ledger import Ledger, elapsed
+from fedllm.ledger import Ledger, elapsed, limit_reached
 from fedllm.outputs import write_outputs
 from fedllm.state import Checkpoints, Run
 from fedllm.tasks.model import LoadedModel
@@ -86,20 +86,19 @@ class Session:
         assert saved is not None
         self.state = saved
         logged = [event for _, event in read(self.folder.events)]
-        for event in logged:
-            if isinstance(event, RunStarted):
-                for listener in listeners:
-                    listener(event)
+        for started in (event for event in logged if isinstance(event, RunStarted)):
+            for listener in listeners:
+                listener(started)
         known = {_text(to_json(event)) for event in logged}
         for record in saved.pending:
-            event_lost = from_json(record)
-            if event_lost is not None and _text(record) not in known:
-                self.log(event_lost)
+            lost = from_json(record)
+            if lost is not None and _text(record) not in known:
+                self.log(lost)
         self.log(Resumed(saved.round))
 
     def rounds(self, call: Call) -> None:
         """The rounds that are left, unless a limit ends the run."""
-        while self.state.round < self.experiment.rounds and not self._limit(self.state):
+        while self.state.round < self.experiment.rounds and not limit_reached(self.experiment, self.state):
             self._round(call)
 
     def comparisons(self) -> None:
@@ -109,15 +108,17 @@ class Session:
         for which in wanted:
             if which in done:
                 continue
+            made: Event
             try:
-                self.log(self.comparison.local_only() if which == "local_only" else self.comparison.centralised())
+                made = self.comparison.local_only() if which == "local_only" else self.comparison.centralised()
             except FedllmError as error:
-                self.log(Warned(f"{which} has no figures: {error}"))
+                made = Warned(f"{which} has no figures: {error}")
+            self.log(made)
 
     def finish(self, engine: str) -> None:
         """The end of the log, the adapters and the summary."""
         seconds = elapsed(read(self.folder.events))
-        self.log(RunFinished(self.state.round, round(seconds, 3), self._limit(self.state)))
+        self.log(RunFinished(self.state.round, round(seconds, 3), limit_reached(self.experiment, self.state)))
         write_outputs(self.experiment, self.folder, self.model, self.state, engine, seconds)
 
     def secure(self) -> None:
@@ -133,12 +134,13 @@ class Session:
         state, result = loop.one_round(self.state, exp, self.population.clients, call, self.log)
         sent = replace(self.ledger.take(), tokens=result.tokens, seconds=perf_counter() - began)
         state = replace(state, totals=state.totals.plus(sent))
-        last = state.round == exp.rounds or bool(self._limit(state))
+        last = state.round == exp.rounds or bool(limit_reached(exp, state))
         events: list[Event] = []
         every = exp.evaluation.every
         if self._has_heldout() and (last or (every is not None and state.round % every == 0)):
             scored = self._evaluate(state, call)
-            state = replace(state, best=best_of(state.best, scored, exp.evaluation), totals=state.totals.plus(self.ledger.take()))
+            state = replace(state, best=best_of(state.best, scored, exp.evaluation))
+            state = replace(state, totals=state.totals.plus(self.ledger.take()))
             events.append(scored)
         finished = RoundFinished(
             round=self.state.round,
@@ -169,27 +171,6 @@ class Session:
 
     def _has_heldout(self) -> bool:
         return bool(self.experiment.evaluation.metrics) and any(map(len, self.population.heldout.values()))
-
-    def _limit(self, state: Run) -> str:
-        """Why the run ends before its last round; empty if it goes on."""
-        totals, limits = state.totals, self.experiment.limits
-        sent = totals.bytes_up + totals.bytes_down
-        if state.round >= self.experiment.rounds:
-            return ""
-        if limits.bytes is not None and sent >= limits.bytes:
-            return f"limits.bytes ({limits.bytes}) was reached with {sent} bytes after {state.round} rounds"
-        if limits.seconds is not None and totals.seconds >= limits.seconds:
-            return f"limits.seconds ({limits.seconds}) was reached after {state.round} rounds"
-        return ""
-
-
-def best_of(best: tuple[int, float] | None, scored: Evaluated, settings: Evaluation) -> tuple[int, float] | None:
-    """(completed rounds, value) of the better of two evaluations; the earlier one of two that are alike."""
-    metric = settings.best or settings.metrics[0]
-    value, sign = scored.metrics.get(metric), -1 if metric in LOWER_IS_BETTER else 1
-    if value is None or math.isnan(value) or (best is not None and sign * value <= sign * best[1]):
-        return best
-    return (scored.round, value)
 
 
 def _warnings(report: DataReported, max_length: int) -> list[str]:

@@ -142,10 +142,15 @@ def hints(cls: type) -> Mapping[str, Any]:
     return get_type_hints(cls)
 
 
+@lru_cache(maxsize=256)
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
 def _typed(hint: Any, value: Any, path: str) -> Any:
     """Strict: true is no number, and "4" is none either."""
     try:
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        return _adapter(hint).validate_json(json.dumps(value), strict=True)
     except (TypeError, ValueError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ConfigError(f"{path} is {value!r}: {reason[0].lower() + reason[1:]}") from error

@@ -22,6 +22,11 @@ FORMS = {  # tag -> what is written so, and the characters that it begins with
         list("-+.0123456789"),
     ),
 }
+HINTS = {  # what PyYAML says -> what to do
+    r"'\t'": "; indent with spaces, not tabs",
+    "undefined alias": "; put text that begins with * in quotes",
+    "constructor for the tag": "; put text that begins with ! in quotes",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,7 +60,8 @@ def read_yaml(text: str) -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        hint = "; indent with spaces, not tabs" if r"'\t'" in (error.problem or "") else ""
-        raise ConfigError(f"{line}it is not YAML: {error.problem or error.context}{hint}") from error
+        problem = error.problem or error.context or ""
+        hint = next((hint for sign, hint in HINTS.items() if sign in problem), "")
+        raise ConfigError(f"{line}it is not YAML: {problem}{hint}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"it is not YAML: {' '.join(str(error).split())}") from error

@@ -114,8 +114,10 @@ def parse(arguments: list[str]) -> str:
 
 def command_faults(text: Text) -> Iterator[str]:
     """Commands that fedllm would refuse, recipes that are not packaged, commands that no test would see."""
-    written = re.findall(r"^```ya?ml .*title=\"([^\"]+)\"", text.markdown, re.MULTILINE)
+    written = shown_files(text)
     for info, content in text.blocks:
+        if info.split(" ")[0] == "text":  # what a command prints; tests/test_docs_run.py compares it
+            continue
         if info.split(" ")[0] != "bash":
             if re.search(r"^ *\$? *(\.venv/bin/)?fedllm [a-z]", content, re.MULTILINE):
                 yield f"{text.path} shows a fedllm command in a block that is not marked as bash"
@@ -133,9 +135,19 @@ def command_faults(text: Text) -> Iterator[str]:
             yield f"{text.path} names `fedllm {verb}`: {fault}"
 
 
+def shown_files(text: Text) -> list[str]:
+    """Files that a page shows, and those of the pages that it names by `<!-- files: PAGE -->`."""
+    found = re.findall(r"^```ya?ml .*title=\"([^\"]+)\"", text.markdown, re.MULTILINE)
+    for name in re.findall(r"<!-- files: ([\w./-]+) -->", text.markdown):
+        path = text.path.parent / name
+        found += shown_files(Text(path, (ROOT / path).read_text("utf-8")))
+    return found
+
+
 def experiment_exists(words: list[str], written: list[str]) -> bool:
-    """Whether one of the words is a packaged recipe, a file of the project, or a file that the page itself shows."""
-    return any(w in written or (ROOT / w).is_file() or (RECIPES / f"{w}.yaml").is_file() for w in words)
+    """Whether one of the words is a packaged recipe, a file of the project, that of a run, or one that the page shows."""
+    known = {*written, "RUN/experiment.yaml"}
+    return any(w in known or (ROOT / w).is_file() or (RECIPES / f"{w}.yaml").is_file() for w in words)
 
 
 def script_faults(text: Text) -> Iterator[str]:

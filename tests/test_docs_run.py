@@ -9,9 +9,14 @@ What a block of a page means here, by what stands behind its fence:
     bash                    each `fedllm ...` and `python FILE` is executed in this process
     text                    below a block of bash: lines of its output, spaces apart; `...` stands for anything
 
-A comment right above a block changes that: `<!-- refused -->` the command line refuses it (exit code 2),
-`<!-- interrupted -->` Ctrl-C comes after the first round, `<!-- real model -->` the commands are checked instead of run,
-`<!-- shown -->` the block is not executed. `<!-- files: PAGE -->` at a page's head writes the files of another page first.
+A comment right above a block changes that:
+
+    refused         the command line refuses it (exit code 2)
+    interrupted     Ctrl-C comes after the first round
+    real model      the commands are checked instead of run
+    shown           it is not executed
+
+`<!-- files: PAGE -->` at a page's head writes the files of another page first.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ FENCE = re.compile(r"^( *)(`{3,})([^\n]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOT
 MARKS = ("refused", "interrupted", "real model", "shown")
 UNSEEN = {"cd", "git", "pip", "scripts/quickstart", "scripts/test", "scripts/check", "bash", ".venv/bin/pytest"}
 SMALL: Mapping[str, Any] = {
-    "task": {"model": "tiny-llama", "adapter": {"lora": {"rank": 4}}},
+    "task": {"model": "tiny-llama"},
     "federation": {"shards": {"data": "quickstart", "heldout": "quickstart-test", "split": {"by": "organisation"}}},
     "work": {"sgd": {"steps": 1}},
     "method": "fedavg",

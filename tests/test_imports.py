@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("loop", "check", "client", "state", "wire", "engine"),
     ("engines",),
     ("config", "catalog", "presets", "schema", "spec", "overrides"),
-    ("folder", "ledger", "outputs", "compare", "session", "finished", "launch", "export"),
+    ("folder", "lock", "ledger", "best", "outputs", "compare", "session", "finished", "launch", "export"),
     ("report", "audits", "explain"),
     ("__init__",),
     ("console",),

@@ -349,6 +349,10 @@ LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]
     "overflowing shape": (UPDATE, at("parts", "delta", "shapes", "w", value=[2**32, 2**32])),
     "many huge shapes": (UPDATE, at("parts", "delta", "shapes", value={"w": [1 << 25], "b": [1 << 25, 2]})),
     "sparse leaf without a shape": (UPDATE, lambda header, tensors: header["parts"]["delta"]["shapes"].pop("b")),
+    "dense leaf in a sparse part": (
+        UPDATE,
+        lambda header, tensors: (header["parts"]["delta"]["shapes"].pop("b"), tensors.pop("index0/b")),
+    ),
     "index out of range": (UPDATE, put(index0__w=i32(0, 4, 9))),
     "index below 0": (UPDATE, put(index0__w=i32(-1, 4, 8))),
     "index twice": (UPDATE, put(index0__w=i32(0, 4, 4))),

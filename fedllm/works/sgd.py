@@ -85,7 +85,7 @@ class Sgd(Work):
 
     @property
     def rule(self) -> str:
-        """ "sgd", "momentum" (SGD with momentum) or "adamw"."""
+        """One of "sgd", "momentum" (SGD with momentum) and "adamw"."""
         return "momentum" if self.optimizer == "sgd" and self.momentum else self.optimizer
 
     def tuned(self, *, lr: float, times: int) -> Sgd:
@@ -106,7 +106,7 @@ class Sgd(Work):
             return
         pending: list[int] = []
         for _ in range(self.num_steps(num_examples)):
-            while num_examples and len(pending) < (1 if self.steps is None else size):
+            while len(pending) < (1 if self.steps is None else size):
                 pending += torch.randperm(num_examples, generator=generator).tolist()
             chosen, pending = pending[:size], pending[size:]
             yield [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]

@@ -104,7 +104,7 @@ def at_event(count: int, kind: str) -> Fault:
                 write(log, event)
             return die()
 
-        Log.__call__ = counted  # type: ignore[method-assign]
+        Log.__call__ = counted  # type: ignore[method-assign,assignment]
 
     return fault
 
@@ -122,7 +122,7 @@ def at_rename(start: str, count: int) -> Fault:
                     die()
             replace(source, target)
 
-        os.replace = counted
+        os.replace = counted  # type: ignore[assignment]
         Path.replace = counted  # type: ignore[method-assign,assignment]
 
     return fault

@@ -143,3 +143,18 @@ class Spy:
                     yield client, reply
 
             yield watched
+
+
+def command(capsys: Any, *words: str | Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `fedllm WORDS`, in this process."""
+    import pytest
+
+    from fedllm.cli.main import main
+
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("sys.argv", ["fedllm", *map(str, words)])
+        main()
+    code = ended.value.code
+    printed = capsys.readouterr()
+    return 0 if code is None else int(code), printed.out, printed.err

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import fedllm
+from fedllm.best import best_of
 from fedllm.errors import RunError
 from fedllm.events import CheckpointSaved, Evaluated, Event, RoundFinished
 from fedllm.experiment import Evaluation
 from fedllm.finished import open_run
-from fedllm.session import best_of
 from fedllm.state import Checkpoints
 from fedllm.tree import equal
 from tests.runs.small import events, small
@@ -70,11 +70,11 @@ def test_without_an_evaluation_there_is_no_best(data: Path, tmp_path: Path) -> N
     [
         (["nll"], None, [{"nll": 3.0}, {"nll": 2.0}, {"nll": 2.0}, {"nll": 2.5}], (2, 2.0)),
         (["exact_match"], None, [{"exact_match": 0.1}, {"exact_match": 0.3}, {"exact_match": 0.2}], (2, 0.3)),
-        (["nll", "exact_match"], "exact_match", [{"nll": 1.0, "exact_match": 0.0}, {"nll": 9.0, "exact_match": 0.1}], (2, 0.1)),
+        (["nll", "accuracy"], "accuracy", [{"nll": 1.0, "accuracy": 0.0}, {"nll": 9.0, "accuracy": 0.1}], (2, 0.1)),
         (["nll"], None, [{}, {"nll": 4.0}, {}], (2, 4.0)),
         (["nll"], None, [{}], None),
     ],
-)  # fmt: skip
+)
 def test_best_is_the_first_of_the_best_figures(
     metrics: list[str], chosen: str | None, scores: list[dict[str, float]], best: Any
 ) -> None:

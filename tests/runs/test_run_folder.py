@@ -17,7 +17,7 @@ from fedllm.experiment import Experiment
 from fedllm.folder import Folder, default_folder
 from fedllm.report.story import effective
 from fedllm.state import Checkpoints
-from tests.runs.small import Stop, StopAt, adapter_hash, events, small, spec, story
+from tests.runs.small import SIZES, Stop, StopAt, adapter_hash, events, small, spec, story
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def test_the_default_folder_carries_name_and_hash(data: Path, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     experiment = small(data, rounds=0)
     result = fedllm.run(experiment, name="mine")
-    assert result.folder == Path("runs") / f"mine-{experiment_hash(experiment)[:8]}" == default_folder(experiment, "mine")
+    assert (
+        result.folder == Path("runs") / f"mine-{experiment_hash(experiment)[:8]}" == default_folder(experiment, "mine")
+    )
     assert result.summary["experiment_hash"] == experiment_hash(experiment)
 
 
@@ -70,7 +72,7 @@ def test_summary_holds_the_promised_keys(finished: fedllm.Result) -> None:
     assert summary["eval"].keys() == {"base", "federated", "local_only", "centralised"}
     assert summary["eval"]["local_only"] is None and summary["eval"]["centralised"] is None
     assert summary["epsilon"] is None
-    assert {client: figures["train"] for client, figures in summary["clients"].items()} == {"ann": 6, "ben": 3, "cid": 2}
+    assert {client: figures["train"] for client, figures in summary["clients"].items()} == SIZES
     assert summary == finished.summary
     assert summary["rounds"] == 3
 

@@ -9,7 +9,6 @@ import pytest
 
 import fedllm
 from fedllm import wire
-from fedllm.engines import serial
 from fedllm.events import CheckpointSaved, Evaluated, Resumed, RoundFinished, RoundStarted, RunFinished, Wire
 from fedllm.experiment import Experiment
 from fedllm.ledger import Ledger, elapsed
@@ -33,9 +32,7 @@ def sent(folder: Path, direction: str, call: str = "work") -> list[Wire]:
     return [e for e in events(folder) if isinstance(e, Wire) and (e.direction, e.call) == (direction, call)]
 
 
-def test_each_message_is_its_values_and_its_header(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payloads: list[bytes] = []
 
     def packed(message: wire.Message) -> bytes:
@@ -43,7 +40,7 @@ def test_each_message_is_its_values_and_its_header(
         return payloads[-1]
 
     pack = wire.pack
-    monkeypatch.setattr(serial.wire, "pack", packed)
+    monkeypatch.setattr(wire, "pack", packed)
     fedllm.run(small(data, rounds=2), out=tmp_path / "run")
     messages = [event for event in events(tmp_path / "run") if isinstance(event, Wire)]
     assert len(messages) == len(payloads) == 2 * 2 * (3 + 3)  # rounds x directions x (work and evaluate of 3 clients)

@@ -74,7 +74,7 @@ def answers(weighted: Mapping[str, tuple[float, float]], calls: list[str] | None
             if calls is not None:
                 calls.append(client)
             if client not in weighted:
-                yield client, Failure(client, request.ctx.round, "its battery is empty")
+                yield client, Failure(client, request.ctx.round, "no power")
                 continue
             weight, delta = weighted[client]
             delta_tree = {name: torch.full_like(leaf, weight * delta) for name, leaf in request.params.items()}
@@ -114,7 +114,7 @@ def test_the_mean_is_over_those_who_answered() -> None:
     assert (result.clients, result.tokens, result.note) == (2, 14, "")
     assert result.loss == pytest.approx((3 * 10 + 1 * 50) / 4)
     assert told[0] == RoundStarted(0, CLIENTS)
-    assert [event for event in told if isinstance(event, ClientFailed)] == [ClientFailed(0, "b", "its battery is empty")]
+    assert [event for event in told if isinstance(event, ClientFailed)] == [ClientFailed(0, "b", "no power")]
     losses = {event.client: event.loss for event in told if isinstance(event, ClientFinished)}
     assert losses == {"a": 10, "c": 50}, "each client's own, not weighted"
 
@@ -255,7 +255,8 @@ def scores(of: Mapping[str, float]) -> Callable[[str, Mapping[str, Request]], Re
 
 def test_evaluation_adds_up_over_all_clients_and_changes_nothing() -> None:
     made = experiment(Momentum(), ByExamples(), cohorts=["a"])
-    run, told = begun(made), []
+    run = begun(made)
+    told: list[Event] = []
     total, clients = loop.evaluate(run, made, CLIENTS, scores({"a": 3.0, "c": 5.0}), told.append)
     assert {name: float(leaf) for name, leaf in total.items()} == {"sum/nll": 8.0, "count/nll": 4.0}
     assert {client: float(sums["sum/nll"]) for client, sums in clients.items()} == {"a": 3.0, "c": 5.0}

@@ -155,7 +155,10 @@ def test_chat_does_without_the_data(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_report_is_one_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report_runs([run], out=None)
     report_runs([run, run], out=tmp_path / "both.html")
-    assert capsys.readouterr().out.splitlines() == [f"written: {run / 'report.html'}", f"written: {tmp_path / 'both.html'}"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"written: {run / 'report.html'}",
+        f"written: {tmp_path / 'both.html'}",
+    ]
     assert "<title>" in (run / "report.html").read_text(encoding="utf-8")
     with pytest.raises(RunError, match="holds no events"):
         report_runs([tmp_path], out=None)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import fedllm
 from fedllm import wire
-from fedllm.engines import serial
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Evaluated
@@ -38,7 +37,7 @@ def personal(data: Path, payloads: list[bytes], tmp_path_factory: pytest.TempPat
         return payloads[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serial.wire, "pack", packed)
+        patch.setattr(wire, "pack", packed)
         patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         experiment = small(data, task__scope={"share": [f"*{SHARED}"]}, evaluation__limit=None)
         return fedllm.run(experiment, out=tmp_path_factory.mktemp("personal") / "run")

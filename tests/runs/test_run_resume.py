@@ -79,9 +79,7 @@ def test_stopped_after_any_round(data: Path, whole: fedllm.Result, tmp_path: Pat
     ("kind", "count"),
     [(RunStarted, 0), (Wire, 3), (ClientFinished, 4), (RoundFinished, 1), (Evaluated, 0), (Evaluated, 2)],
 )
-def test_ctrl_c_anywhere(
-    data: Path, whole: fedllm.Result, tmp_path: Path, kind: type[Event], count: int
-) -> None:
+def test_ctrl_c_anywhere(data: Path, whole: fedllm.Result, tmp_path: Path, kind: type[Event], count: int) -> None:
     stop = StopAt(lambda event: isinstance(event, kind), count, KeyboardInterrupt)
     with pytest.raises(Interrupted, match="complete rounds are saved"):
         fedllm.run(stateful(data), out=tmp_path / "run", name="small", listeners=[stop])
@@ -142,9 +140,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert_same(tmp_path / "run", whole)
 
 
-def test_a_full_disk_is_no_failure_of_a_client(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_no_failure_of_a_client(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = state.write_durably
 
     def full(path: Path, content: bytes) -> None:

@@ -321,7 +321,7 @@ def test_weights_train_in_float32_over_a_16_bit_base() -> None:
     assert {leaf.dtype for leaf in params.values()} == {torch.float32}
     grads = gradients(model, params, collate([EXAMPLES]))
     assert grads.keys() == params.keys() and {leaf.dtype for leaf in grads.values()} == {torch.float32}
-    step = {name: leaf + 1e-6 for name, leaf in params.items()}  # below the distance of bfloat16 numbers
+    step = {name: leaf * (1 + 1e-6) for name, leaf in params.items()}  # bfloat16 numbers are further apart
     assert not tree.equal(step, params)
     assert torch.equal(*(model.losses(tree.stack([p]), collate([EXAMPLES])) for p in (params, step)))
 
@@ -386,7 +386,8 @@ def test_losses_and_gradients_are_those_of_peft(adapter: Peft) -> None:
         if parameter.requires_grad
     }
     assert grads.keys() == expected.keys()
-    assert tree.norm(tree.sub(grads, expected)) < 1e-9 * tree.norm(expected)
+    tolerance = 1e-7 if adapter.type.endswith("_tuning") else 1e-9  # peft's prompts are float32 over any base
+    assert tree.norm(tree.sub(grads, expected)) < tolerance * tree.norm(expected)
 
 
 @pytest.mark.parametrize("adapter", PEFTS, ids=ids)
@@ -452,7 +453,7 @@ def test_pefts_dropout_is_keyed_and_off_in_evaluation() -> None:
 )
 def test_what_peft_has_not_or_cannot_be_trained_is_refused(adapter: Peft, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        load(task(adapter)).fresh(KEY)
+        load(task(adapter, "float32")).fresh(KEY)
 
 
 def test_settings_are_plain_values_and_the_adapter_is_hashable() -> None:

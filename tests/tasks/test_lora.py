@@ -98,9 +98,7 @@ def test_logits_losses_and_gradients_are_those_of_peft(lora: Lora, dtype: str, t
     with torch.no_grad():
         found = model.adapter.hidden(tree.stack([params]), batch) @ model.adapter.head({}).T
     assert apart(found, torch.cat(logits)) < tolerance
-    losses = [
-        cross_entropy(row, item.targets, ignore_index=-100) for row, item in zip(logits, examples, strict=True)
-    ]
+    losses = [cross_entropy(row, item.targets, ignore_index=-100) for row, item in zip(logits, examples, strict=True)]
     total = torch.stack(losses).mean()
     assert float(model.losses(tree.stack([params]), batch)) == pytest.approx(float(total.detach()), rel=tolerance)
     total.backward()

@@ -203,9 +203,7 @@ class AttachedPeft:
         device, longest = self.decoder.base.model.device, max(map(len, rows))
         tokens = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
         mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
-        leaves = {
-            self.wrapped.trained[name]: params[name].to(value) for name, value in self.wrapped.values().items()
-        }
+        leaves = {self.wrapped.trained[name]: params[name].to(value) for name, value in self.wrapped.values().items()}
         inputs = {"input_ids": tokens, "attention_mask": mask, "output_hidden_states": True, "logits_to_keep": 1}
         with computing(Forward({})):
             output = functional_call(self.wrapped.model, leaves, (), inputs)

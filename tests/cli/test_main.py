@@ -1,0 +1,211 @@
+"""The command line from end to end: run, show again, stop, resume, and every verb on what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedllm.catalog import METHODS, NOUNS
+from fedllm.cli import running
+from fedllm.cli.display import Display
+from fedllm.config import experiment_hash
+from fedllm.events import Event, RoundStarted, Wire
+from fedllm.federations.records import PACKAGED
+from fedllm.stage import Stage
+from fedllm.tasks.base import ALIASES
+from tests.runs.small import adapter_hash, command, events, rounds_run_again, small, spec, story, write_records
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to stand in, with an experiment and its data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
+    write_records(tmp_path / "people.jsonl")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(spec("people.jsonl")), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_run_shows_reports_and_is_shown_again(here: Path, capsys: Captured) -> None:
+    code, out, err = command(capsys, "run", "mine.yaml", "rounds=2")
+    assert (code, err) == (0, "")
+    (folder,) = (here / "runs").iterdir()
+    assert folder.name == f"mine-{experiment_hash(small('people.jsonl', rounds=2))[:8]}"
+    for line in ("mine · tiny random Llama · serial: 2 rounds, 3 clients", "round 1/2", "round 2/2", "federated"):
+        assert line in out
+    assert f"Report: runs/{folder.name}/report.html" in out
+    assert f"fedllm chat runs/{folder.name} --compare" in out
+    assert (folder / "report.html").is_file()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for again in ([], ["--resume"]):
+        code, told, err = command(capsys, "run", "mine.yaml", "rounds=2", *again)
+        assert (code, err) == (0, "")
+        assert "finished" in told and "round 1/2" not in told
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        assert f"{summary['eval']['federated']['nll']:.3f}" in told
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+class Impatient(Display):
+    """A display whose reader presses Ctrl-C in the middle of the second round."""
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if isinstance(event, Wire) and event.round == 1 and event.direction == "up" and event.call == "work":
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_prints_the_line_that_resumes(here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["mine.yaml", "evaluation.metrics=[nll, perplexity]", "--out", "two words"]
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "Display", Impatient)
+        code, _, err = command(capsys, "run", *words)
+    assert code == 130
+    assert "1 complete rounds are saved in two words" in err and "Traceback" not in err
+    line = shlex.split(err.splitlines()[-1])
+    assert line[0] == "fedllm" and line[-1] == "--resume"
+    assert [event.round for event in events(here / "two words") if isinstance(event, RoundStarted)] == [0, 1]
+
+    code, _, err = command(capsys, "run", *words)
+    assert code == 2
+    assert err.strip().endswith(shlex.join(line)), "without --resume the same line is shown"
+
+    code, out, err = command(capsys, *line[1:])
+    assert (code, err) == (0, "")
+    assert "mine · tiny random Llama · serial" in out and "round 3/3" in out and "round 1/3" not in out
+    assert rounds_run_again(here / "two words") == []
+    assert command(capsys, "run", *words[:2], "--out", "whole")[0] == 0
+    assert adapter_hash(here / "two words") == adapter_hash(here / "whole")
+    named = [{key: value for key, value in event.items() if key != "name"} for event in story(here / "two words")]
+    assert named == [{key: value for key, value in event.items() if key != "name"} for event in story(here / "whole")]
+
+
+def test_ctrl_c_before_the_run_begins_leaves_nothing(
+    here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("fedllm.launch.load", slow)
+    code, out, err = command(capsys, "run", "mine.yaml")
+    assert (code, out) == (130, "")
+    assert "Traceback" not in err
+    assert not (here / "runs").exists()
+
+
+def test_overrides_change_the_experiment_and_its_folder(here: Path, capsys: Captured) -> None:
+    changes = ["rounds=1", "work.sgd.lr=1e-3", "evaluation.metrics=[]", "task.adapter.lora.rank=3"]
+    assert command(capsys, "run", "mine.yaml", *changes)[0] == 0
+    (folder,) = (here / "runs").iterdir()
+    written = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))
+    assert written["work"]["sgd"]["lr"] == 0.001
+    assert written["task"]["adapter"]["lora"]["rank"] == 3
+    changed = small("people.jsonl", rounds=1, work__sgd__lr=1e-3, evaluation__metrics=[], task__adapter__lora__rank=3)
+    assert written["about"]["experiment_hash"] == experiment_hash(changed)
+
+
+def test_each_verb_on_a_finished_run(here: Path, capsys: Captured) -> None:
+    assert command(capsys, "run", "mine.yaml", "--out", "run", 'task.scope.share=["*lora_A"]')[0] == 0
+    summary = json.loads((here / "run" / "summary.json").read_text(encoding="utf-8"))
+
+    code, out, err = command(capsys, "eval", "run")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["client", "ann", "ben", "cid", "all"]
+    assert f"{summary['eval']['federated']['nll']:.4f}" in out.splitlines()[-1]
+
+    for client in ([], ["--client", "ben"]):
+        code, out, err = command(capsys, "export", "run", "--to", "peft", *client)
+        assert (code, err) == (0, "")
+        place = here / out.strip().removeprefix("written: ")
+        assert (place / "adapter_model.safetensors").read_bytes() == (
+            here / "run" / ("clients/ben/adapter" if client else "adapter") / "adapter_model.safetensors"
+        ).read_bytes()
+
+    code, out, err = command(capsys, "export", "run", "--to", "merged", "--out", "model", "--client", "ben")
+    assert (code, out.strip(), err) == (0, "written: model", "")
+    assert (here / "model" / "model.safetensors").is_file()
+
+    code, out, err = command(capsys, "chat", "run", "--prompt", "hi", "--compare", "--max-new-tokens", "2")
+    assert (code, err) == (0, "")
+    assert out.startswith("base") and "\ntuned" in out
+
+    code, out, err = command(capsys, "report", "run", "run", "--out", "page.html")
+    assert (code, out.strip(), err) == (0, "written: page.html", "")
+    assert (here / "page.html").is_file()
+
+
+def test_check_says_what_would_happen_and_writes_nothing(here: Path, capsys: Captured) -> None:
+    code, out, err = command(capsys, "check", "mine.yaml", "federation.shards.sampling={poisson: {rate: 0.5}}")
+    assert (code, err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in out.splitlines()[:-1])
+    assert out.splitlines()[-1] == "ok"
+    assert lines["records"] == "11 to train on, 11 held out"
+    assert lines["model"].startswith("tiny-llama, Lora(rank=2")
+    assert lines["clients"].startswith("3, ")
+    experiment = small("people.jsonl", federation__shards__sampling={"poisson": {"rate": 0.5}})
+    cohort = experiment.federation.sample(("ann", "ben", "cid"), 0, experiment.key.fold("cohort", 0))
+    assert lines["clients"] == f"3, {len(cohort)} in the first of 3 rounds"
+    assert lines["folder"] == f"runs/mine-{experiment_hash(experiment)[:8]}"
+    assert {path.name for path in here.iterdir()} == {"people.jsonl", "mine.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("methods", METHODS),
+        ("stages", NOUNS[Stage]),
+        ("models", ALIASES),
+        ("data", PACKAGED),
+        ("aggregators", ["sum"]),
+        ("works", ["sgd"]),
+        ("recipes", ["quickstart"]),
+    ],
+)
+def test_ls_names_everything(capsys: Captured, what: str, names: Any) -> None:
+    code, out, err = command(capsys, "ls", what)
+    assert (code, err) == (0, "")
+    first = {line.split()[0] for line in out.splitlines() if line.split()}
+    assert set(names) <= first
+
+
+def test_ls_schema_is_json(capsys: Captured) -> None:
+    code, out, err = command(capsys, "ls", "schema")
+    assert (code, err) == (0, "")
+    assert {"task", "federation", "rounds", "method"} <= json.loads(out)["properties"].keys()
+
+
+def test_without_a_verb_there_is_help(capsys: Captured) -> None:
+    code, out, err = command(capsys)
+    assert "Usage: " in out and "run" in out
+    assert (code, err) == (2, "")
+    for words in (["--help"], ["run", "--help"], ["chat", "--help"]):
+        code, out, err = command(capsys, *words)
+        assert (code, err) == (0, "")
+        assert out.startswith("Usage: ")
+
+
+def test_help_needs_no_torch() -> None:
+    program = """
+import sys
+sys.argv = ["fedllm", *sys.argv[1:]]
+from fedllm.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    heavy = {"torch", "transformers", "numpy", "plotly"} & sys.modules.keys()
+    print("END", end.code, sorted(heavy))
+"""
+    for words in (["--help"], ["run", "--help"], ["runn"]):
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == f"END {2 if words == ['runn'] else 0} []"

@@ -1,0 +1,209 @@
+"""Tables of the documentation hold what the code holds: no row too many, none missing, the same defaults."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import typer
+
+import fedllm
+from fedllm import tree
+from fedllm.catalog import METHODS, NOUNS, STAGES
+from fedllm.check import check
+from fedllm.cli.main import app
+from fedllm.errors import CheckError
+from fedllm.evaluation.scores import METRICS
+from fedllm.events import KINDS
+from fedllm.experiment import Experiment
+from fedllm.stage import Stage
+from fedllm.stages.adam import Adam
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.keep import Keep
+from fedllm.stages.prox import Prox
+from fedllm.stages.quantize import Quantize
+from fedllm.stages.top_k import TopK
+from fedllm.yamltext import read_yaml
+from tests.papers.quadratics import federate, leaves
+from tests.test_docs import ROOT, load, reference
+from tests.test_docs_run import fragment
+
+DOCS = ROOT / "docs"
+pages = load(DOCS / "gen_settings.py")
+
+
+def rows(page: str, heading: str = "") -> list[list[str]]:
+    """The cells of the tables of a page, or of one section of it; heads and rules are left out."""
+    text = (DOCS / page).read_text("utf-8")
+    if heading:
+        text = re.split(rf"^#+ {re.escape(heading)}$", text, flags=re.MULTILINE)[1]
+        text = re.split(r"^## ", text, maxsplit=1, flags=re.MULTILINE)[0]
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+    rules = {place for place, row in enumerate(found) if set("".join(row)) <= set("-| ")}
+    return [[c.strip("| ") for c in row] for place, row in enumerate(found) if not {place, place + 1} & rules]
+
+
+def code(cell: str) -> list[str]:
+    """What stands in a cell between backquotes."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_every_event_and_its_fields_are_listed() -> None:
+    listed = {code(row[0])[0]: set(code(row[2])) for row in rows("how-to/run-folder.md", "Events")}
+    assert listed == {name: {item.name for item in fields(cls)} for name, cls in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with personal leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        spec = read_yaml(dict(titled("how-to/index.md"))["tiny.yaml"])
+        spec["task"]["scope"] = {"share": "*lora_A"}
+        return fedllm.run(fedllm.build({**spec, "rounds": 1}), out=tmp_path_factory.mktemp("run") / "RUN").folder
+
+
+def titled(page: str) -> Iterator[tuple[str, str]]:
+    text = (DOCS / page).read_text("utf-8")
+    yield from re.findall(r"^```\w+ title=\"([^\"]+)\"\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_every_figure_of_the_summary_is_listed(finished: Path) -> None:
+    listed = [name for row in rows("how-to/run-folder.md", "summary.json") for name in code(row[0])]
+    assert listed == list(json.loads((finished / "summary.json").read_text()))
+
+
+@pytest.mark.slow
+def test_every_file_of_a_run_is_listed(finished: Path) -> None:
+    listed = [name for row in rows("how-to/run-folder.md", "Read a run folder") for name in code(row[0])]
+    patterns = [re.sub(r"\bID\b|\bN\b", "*", name) + ("*" if name.endswith("/") else "") for name in listed]
+    files = [path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()]
+    assert [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+    made = [p for p in patterns if not p.startswith(("eval.json", "export-", "report.html"))]
+    assert [pattern for pattern in made if not any(fnmatch(name, pattern) for name in files)] == []
+
+
+def test_every_verb_and_option_is_listed() -> None:
+    verbs = {name: verb for name, verb in typer.main.get_command(app).commands.items()}  # type: ignore[attr-defined]
+    listed = {code(row[0])[0].split()[1] for row in rows("reference/command-line.md")[: len(verbs)]}
+    assert listed == set(verbs)
+    options = {(code(row[0])[0], code(row[1])[0]): row[2] for row in rows("reference/command-line.md", "Options")}
+    known = {
+        (name, max(option.opts, key=len)): option.default
+        for name, verb in verbs.items()
+        for option in verb.params
+        if option.opts[0].startswith("--") and option.name != "help"
+    }
+    assert set(options) == set(known)
+    for key, default in known.items():
+        if isinstance(default, (int, str)) and not isinstance(default, bool):
+            assert str(default) in options[key], key
+
+
+def test_every_metric_is_listed() -> None:
+    assert {code(row[0])[0] for row in rows("how-to/evaluate.md", "Metrics")} == {*METRICS, "perplexity"}
+
+
+def test_methods_and_their_settings_are_those_of_the_catalog() -> None:
+    listed = rows("how-to/methods.md")[: len(METHODS)]
+    assert {code(row[0])[0] for row in listed} == set(METHODS)
+    for row in listed:
+        method = METHODS[code(row[0])[0]]
+        adapter = [method.adapter] if method.adapter else []
+        assert code(row[1]) == [*method.stages, *adapter], row
+        defaults = {f.name: f.default for s in method.stages for f in fields(STAGES[str(s)]) if s not in WEIGHERS}
+        if not row[2].startswith("as "):
+            given = {key: value for text in code(row[2]) for key, value in read_yaml(text).items()}
+            assert given == {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}, row
+
+
+WEIGHERS = ("by_examples", "uniform")
+
+
+def test_hooks_and_declarations_are_those_of_a_stage() -> None:
+    hooks = [name for name, value in vars(Stage).items() if callable(value) and not name.startswith("_")]
+    assert [code(row[0])[0] for row in rows("how-to/write-a-stage.md", "The five hooks")] == hooks
+    listed = [name for row in rows("how-to/write-a-stage.md", "What it declares") for name in code(row[0])]
+    declared = [name for name in get_type_hints(Stage) if not name.startswith("_")]
+    properties = [name for name, value in vars(Stage).items() if isinstance(value, property)]
+    assert sorted(listed) == sorted([*declared, *properties])
+
+
+def paper_rows() -> list[list[str]]:
+    return [row for row in rows("paper-index.md") if len(row) > 2 and code(row[1]) and row[2].startswith("`tests")]
+
+
+@pytest.mark.parametrize("row", paper_rows(), ids=lambda row: row[0].split(",")[0])
+def test_settings_of_the_paper_index_are_built_and_checked(row: list[str]) -> None:
+    fragment(code(row[1])[0])
+    assert (ROOT / code(row[2])[0]).is_file(), row[2]
+
+
+def test_the_paper_index_names_every_method_and_stage() -> None:
+    text = " ".join(code(row[1])[0] for row in paper_rows())
+    missing = [name for name in [*METHODS, *STAGES] if not re.search(rf"\b{name}\b", text)]
+    by_a_method = {str(stage) for method in METHODS.values() for stage in method.stages}
+    assert [name for name in missing if name not in by_a_method] == []
+
+
+def test_tables_of_settings_hold_every_key_and_default() -> None:
+    text = pages.settings()
+    for table in NOUNS.values():
+        for name, cls in table.items():
+            part = re.search(rf"^### `{name}`\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
+            assert part is not None, name
+    for cls in [Experiment, *(cls for table in NOUNS.values() for cls in table.values())]:
+        section = pages.section(cls, "x", 3)
+        for item in fields(cls):
+            (row,) = re.findall(rf"^\| `{item.name}` \| (.*) \| (.*) \|$", section, re.MULTILINE)
+            if item.default is MISSING and item.default_factory is MISSING:
+                assert row[1] == "required"
+            elif not is_dataclass(item.default):
+                assert read_yaml(row[1].strip("`")) == plain(item), (cls, item.name)
+
+
+def plain(item: Any) -> Any:
+    value = item.default if item.default_factory is MISSING else item.default_factory()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_places_in_pages_are_filled() -> None:
+    for path in DOCS.rglob("*.md"):
+        filled = pages.filled(path.read_text("utf-8"))
+        assert "<!-- recipe" not in filled
+        assert "<!-- settings -->" not in filled
+    assert "method: fedit" in pages.filled("<!-- recipe: quickstart -->")
+
+
+def test_the_architecture_names_every_module() -> None:
+    listed = {name for row in rows("design/architecture.md", "Layers") for name in code(row[1])}
+    assert listed == set(reference.pages())
+
+
+@pytest.mark.slow
+def test_orders_of_six_stages() -> None:
+    """The figures of explanation/round-trip.md: which of the 720 orders pass, and where the others end."""
+    six = (Keep(("*lora_B",)), Prox(0.1), Adam(server_lr=0.1), TopK(0.5), ByExamples(), Quantize(8))
+    experiment = fedllm.load("quickstart")
+    ends: dict[bool, list[str]] = {True: [], False: []}
+    for order in itertools.permutations(six):
+        try:
+            check(replace(experiment, stages=order))
+            right = True
+        except CheckError:
+            right = False
+        ends[right].append(tree.digest(federate(order, 3, params=leaves(1.0)).params))
+    elsewhere = [end for end in ends[False] if end not in ends[True]]
+    counted = (len(ends[True]), len(set(ends[True])), len(ends[False]), len(elsewhere))
+    assert counted == (6, 1, 714, 684)
+    text = " ".join((DOCS / "explanation/round-trip.md").read_text("utf-8").split())
+    assert "accepts 6, and these 6 end with the same weights. The other 714" in text
+    assert "and 684 of them end elsewhere" in text
