@@ -56,6 +56,13 @@ def file_of(package: Path, module: str) -> Path | None:
     return next((path for path in candidates if path.exists() and module.split(".")[0] == package.name), None)
 
 
+def first_line(module: str, package: Path = PACKAGE) -> str:
+    """The first line of a module's docstring."""
+    path = file_of(package, module)
+    text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) if path else None
+    return (text or "").partition("\n")[0]
+
+
 def _exported(tree: ast.Module) -> list[str]:
     for node in tree.body:
         targets = (
@@ -88,7 +95,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     if page.file.src_uri != INDEX:
         return markdown
     names = [f"- [`{name}`][{target}]" for name, target in sorted(public_names().items())]
-    modules = [f"- [`{modules[0]}`]({name}.md)" for name, modules in pages().items()]
+    modules = [f"- [`{found[0]}`]({name}.md): {first_line(found[0])}" for name, found in pages().items()]
     sections = [markdown, "## Modules", "\n".join(modules)]
     if names:
         sections[1:1] = ["## Names of `fedllm` itself", "\n".join(names)]

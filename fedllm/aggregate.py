@@ -57,8 +57,8 @@ class Aggregator:
 class Sum(Aggregator):
     """The sum of all parts and weights; a part is added up over those who sent it. Integers stay integers.
 
-    Streams: it holds the total and one reply, whatever the cohort has of them. Replies are read and never written to: whoever
-    watches the call may keep them.
+    Streams: it holds the total and one reply, however large the cohort is. Replies are read and never written to:
+    whoever watches the call may keep them.
     """
 
     def reduce(self, call: Call, requests: Mapping[str, Request], name: str = "work") -> Update:

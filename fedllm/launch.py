@@ -106,7 +106,7 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
         yield
     except FedllmError:
         if not _checkpoints(folder, experiment).rounds():
-            pass
+            folder.discard()
         raise
 
 

@@ -101,7 +101,9 @@ def loaded(spec: Any) -> bool:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_packaged_recipes_fit(recipe):
     spec = parse(recipe.read_text(encoding="utf-8"))
-    assert accepted(spec) or "federation" not in spec or "data" not in spec["federation"].get("shards", {})
+    spec["federation"]["shards"].setdefault("data", "given on the command line")
+    assert accepted(spec)
+    assert not accepted({**spec, "rouds": 3})
 
 
 def test_a_schema_of_the_schema():
@@ -235,7 +237,7 @@ def mutated(value: Any, path: tuple[Any, ...], how: str, new: Any) -> Any:
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_schema_and_loader_agree_on_files_with_one_fault(data):
     experiment = data.draw(experiments)
     spec = dump(experiment)
