@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 RECIPES = Path(config.__file__).parent / "recipes"
-PLAIN: Mapping[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+PLAIN: Mapping[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def settings() -> str:

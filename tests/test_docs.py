@@ -145,7 +145,7 @@ def shown_files(text: Text) -> list[str]:
 
 
 def experiment_exists(words: list[str], written: list[str]) -> bool:
-    """Whether one of the words is a packaged recipe, a file of the project, that of a run, or one that the page shows."""
+    """Whether one of the words is a packaged recipe, a file of the project or of a run, or one that the page shows."""
     known = {*written, "RUN/experiment.yaml"}
     return any(w in known or (ROOT / w).is_file() or (RECIPES / f"{w}.yaml").is_file() for w in words)
 

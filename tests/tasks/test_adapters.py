@@ -443,6 +443,7 @@ def test_pefts_dropout_is_keyed_and_off_in_evaluation() -> None:
         (Peft("lora", {"rr": 4, "lora_alpa": 3}), "lora has no 'rr'"),
         (Peft("lora", {"lora_alpa": 3}), "lora has no 'lora_alpa'; did you mean 'lora_alpha'"),
         (Peft("lora", {"task_type": "SEQ_CLS"}), "lora has no 'task_type'"),
+        (Peft("xlora", {"adapters": {"a": "b"}}), "xlora has no 'adapters'"),
         (Peft("lora", {"target_modules": ["q_porj"]}), "lora on tiny-llama: .*q_porj.* not found"),
         (Peft("lora", {"r": 0}), "`r` should be a positive integer"),
         (Peft("lora", {"target_modules": ["lm_head"]}), "the output head cannot be adapted"),

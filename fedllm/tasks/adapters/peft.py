@@ -27,7 +27,8 @@ from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, computing
 from fedllm.tree import Tree
 
-OURS = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision"})
+OURS = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"})
+UNSAFE = frozenset({"prompt_tuning_init_state_dict_path", "tokenizer_kwargs", "adapters"})  # files that may hold code
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,16 @@ class Peft(Adapter):
         return AttachedPeft(self, Decoder(base), config, Wrapped.of(base, config, seed=0, settings=self))
 
     def _config(self) -> Any:
-        from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if self.type not in known:
             raise ConfigError(f"task.adapter.peft.type: unknown type '{self.type}'{nearest(self.type, known)}")
         cls = known[self.type]
-        allowed = {item.name for item in fields(cls) if item.init} - OURS
+        allowed = {item.name for item in fields(cls) if item.init} - OURS - UNSAFE
         for name in self.settings:
             if name not in allowed:
                 raise ConfigError(f"task.adapter.peft.settings: {self.type} has no '{name}'{nearest(name, allowed)}")
-        assert PeftType(self.type.upper())
         try:
             return cls(**self.settings, task_type="CAUSAL_LM")
         except (TypeError, ValueError) as error:
