@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from fedllm import tree
 from fedllm.aggregate import Session
 from fedllm.batch import Example
 from fedllm.errors import ClientError, FedllmError, RunError, nearest
@@ -86,12 +87,14 @@ class Site:
         local = Local(ctx, fresh=self.fresh)
         params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
         start = {name: params.get(name, leaf) for name, leaf in self.fresh.items()}
+        # encode and the memories stay on the CPU; what the local steps touch moves to the model
         device = self.model.device
+        there = replace(arrival, scratch=tuple(tree.to(scratch, device) for scratch in arrival.scratch))
         job = Job(
             ctx=ctx,
-            start={name: leaf.to(device) for name, leaf in start.items()},
+            start=tree.to(start, device),
             examples=self.examples(client),
-            adjust=lambda grads, params: adjust(self.stages, arrival, grads, params),
+            adjust=lambda grads, params: adjust(self.stages, there, grads, params),
         )
         return Prepared(client, job, arrival, memories, local)
 
@@ -100,7 +103,8 @@ class Site:
         ctx = prepared.local.ctx
         if isinstance(outcome, str):
             return Failure(prepared.client, ctx.round, outcome)
-        update, facts = outcome
+        made, facts = outcome
+        update = Update({name: replace(part, tree=tree.to(part.tree, "cpu")) for name, part in made.parts.items()})
         local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
         update, memories = up(self.stages, update, prepared.arrival, prepared.memories, local)
         sealed = self.experiment.aggregator.seal(update, self.session(ctx))

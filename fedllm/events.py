@@ -97,11 +97,12 @@ class ClientFinished(Event):
 
 @dataclass(frozen=True)
 class ClientFailed(Event):
-    """A client was lost in this round."""
+    """A client was lost in this round, in the call of that name; an evaluation follows `round` complete rounds."""
 
     round: int
     client: str
     reason: str
+    call: str = "work"
 
 
 @dataclass(frozen=True)

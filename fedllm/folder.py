@@ -11,13 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 import fedllm
 from fedllm.config import ABOUT, difference, dump, experiment_hash
-from fedllm.errors import RunError
+from fedllm.errors import ConfigError, RunError
 from fedllm.experiment import Experiment
 from fedllm.state import sync_folder, write_durably
+from fedllm.yamltext import read_yaml, write_yaml
 
 Status = Literal["new", "unfinished", "finished"]
 ELSEWHERE = "choose another folder with --out"
@@ -78,8 +77,8 @@ class Folder:
         if not self.started:
             raise RunError(f"{self.path} is no run folder (it has no experiment.yaml)")
         try:
-            settings = yaml.safe_load(self.experiment.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+            settings = read_yaml(self.experiment.read_text(encoding="utf-8"))
+        except (ConfigError, UnicodeDecodeError):
             settings = None
         if not isinstance(settings, dict):
             raise RunError(f"{self.experiment} is damaged; {ELSEWHERE}")
@@ -105,7 +104,7 @@ class Folder:
     def create(self, experiment: Experiment, name: str) -> None:
         """Write the resolved experiment: from here on the folder is this run's, and its log begins anew."""
         about = {"name": name, "experiment_hash": experiment_hash(experiment), "versions": versions()}
-        text = yaml.safe_dump({ABOUT: about, **dump(experiment)}, sort_keys=False, allow_unicode=True)
+        text = write_yaml({ABOUT: about, **dump(experiment)})
         write_whole(self.experiment, text)
         self.events.unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedllm import loop
-from fedllm.check import check
+from fedllm.check import check, check_ranks
 from fedllm.engine import Engine
 from fedllm.engines.catalog import engine_of
 from fedllm.errors import FedllmError, RunError
@@ -73,6 +73,7 @@ def run(
         raise RunError(f"{folder.path} holds this experiment, unfinished; go on with --resume")
     chosen, engine_name = engine_of(engine, experiment)
     population = experiment.federation.load(experiment.key)
+    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
     Scorer.of(experiment, population)
     model = load(experiment.task)
     population = replace(population, report=_data_report(experiment, model, population))

@@ -32,7 +32,7 @@ class Watch:
         started = perf_counter()
         for client, reply in self.call(name, requests):
             if isinstance(reply, Failure):
-                self.emit(ClientFailed(self.round, client, reply.reason))
+                self.emit(ClientFailed(self.round, client, reply.reason, name))
             elif name in ("work", "evaluate"):
                 self._note(name, client, reply, perf_counter() - started)
             yield client, reply

@@ -152,7 +152,9 @@ class Session:
             seconds=round(sent.seconds, 4),
             note=result.note,
         )
-        self._complete(state, [*events, finished], save=last or state.round % exp.limits.checkpoint_every == 0)
+        best = state.best is not None and state.best[0] == state.round
+        save = last or best or state.round % exp.limits.checkpoint_every == 0
+        self._complete(state, [*events, finished], save=save)
 
     def _complete(self, state: Run, events: Sequence[Event], *, save: bool) -> None:
         """Make the state durable, then say so."""

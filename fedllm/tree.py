@@ -53,6 +53,11 @@ def add_(total: Tree, other: Mapping[str, Tensor]) -> None:
         leaf.add_(other[name])
 
 
+def to(tree: Mapping[str, Tensor], device: str) -> Tree:
+    """The leaves on a device; those that are there already are not copied."""
+    return map_leaves(lambda leaf: leaf.to(device), tree)
+
+
 def norm(tree: Mapping[str, Tensor]) -> float:
     """The 2-norm over all (floating) leaves together, in float64; the order of the leaves does not change its bits."""
     return math.hypot(*(float(torch.linalg.vector_norm(tree[name], dtype=torch.float64)) for name in sorted(tree)))

@@ -65,3 +65,20 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"{line}it is not YAML: {problem}{hint}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"it is not YAML: {' '.join(str(error).split())}") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `read_yaml` would read as something else."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = any(re.fullmatch(pattern, text) for pattern, _ in FORMS.values())
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if plain else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def write_yaml(value: Any) -> str:
+    """YAML that `read_yaml` reads back as the same values."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -35,7 +35,7 @@ from fedllm.tasks.objectives import Lm, Sft
 from fedllm.tasks.task import Scope, Task
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.sgd import Sgd
-from fedllm.yamltext import read_yaml
+from fedllm.yamltext import read_yaml, write_yaml
 from tests.strategies import PLAIN, components, experiments, placed
 
 FILE = """\
@@ -614,3 +614,11 @@ def test_defaults_are_those_of_the_design():
         All(),
     )
     assert (PLAIN.seed, PLAIN.limits, PLAIN.evaluation, PLAIN.demands) == (0, Limits(), Evaluation(), Demands())
+
+
+@pytest.mark.parametrize(
+    "text", ["1e3", "010", "no", "null", "true", "~", "", ".5", "a: b", "# x", "*a", "ü\nb", "2024-05-01"]
+)
+def test_written_text_is_read_as_text(text: str) -> None:
+    value = {"a": [text, 1, 1e-3, None, True, 1.5], "b": {text: text}}
+    assert read_yaml(write_yaml(value)) == value

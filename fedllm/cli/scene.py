@@ -51,9 +51,9 @@ class Scene:
     title: str = ""
     rounds: int = 0
     done: int = 0
-    begun: int | None = None
     closed: dict[int, RoundFinished] = field(default_factory=dict)  # by round, in order
     sent: dict[str, int] = field(default_factory=dict)  # by direction, in the round that is under way
+    begun: int | None = None
     cohort: tuple[str, ...] = ()
     finished: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Evaluated] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def line(event: Event, scene: Scene, now: float) -> str | None:
             tail = f"  left {remaining(left)}" if left is not None and event.done < event.total else ""
             return f"{COMPARED.get(event.what, event.what)} {event.done}/{event.total}{tail}"
         case ClientFailed():
-            return f"{moment_of_loss(event, scene.begun)}: lost {event.client}: {event.reason}"
+            return f"{moment_of_loss(event)}: lost {event.client}: {event.reason}"
         case Warned():
             return f"warning: {event.text}"
         case RunFinished():

@@ -31,7 +31,7 @@ class Serial:
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """Load the task and the clients' data; answer calls until closed."""
         with one_thread():
-            store = ClientStore(folder, experiment.limits.keep_last + experiment.limits.checkpoint_every)
+            store = ClientStore(folder, experiment.limits.keep_last * experiment.limits.checkpoint_every)
             population = experiment.federation.load(experiment.key)
             yield over_wire(Site(experiment, load(experiment.task), population, store), emit)
 

@@ -50,7 +50,7 @@ def effective(events: Iterable[Event]) -> list[Event]:
 
 def _superseded(event: Event, start: int) -> bool:
     match event:
-        case Wire(call="evaluate"):
+        case Wire(call="evaluate") | ClientFailed(call="evaluate"):
             return event.round > start
         case RoundStarted() | Wire() | ClientFinished() | ClientFailed() | RoundFinished():
             return event.round >= start
@@ -105,16 +105,8 @@ class Story:
 
     @property
     def lost(self) -> list[tuple[str, str, str]]:
-        """When, which client and why, for each client that was lost. A loss of a round after the newest that has begun
-        is one of the evaluation between the two."""
-        found: list[tuple[str, str, str]] = []
-        begun: int | None = None
-        for event in self.events:
-            if isinstance(event, RoundStarted):
-                begun = event.round
-            elif isinstance(event, ClientFailed):
-                found.append((moment_of_loss(event, begun), event.client, event.reason))
-        return found
+        """When, which client and why, for each client that was lost."""
+        return [(moment_of_loss(event), event.client, event.reason) for event in self.of(ClientFailed)]
 
     def total(self, key: str) -> float | None:
         """`seconds`, `bytes_up`, `bytes_down` or `tokens` of the whole run: the summary's, else the rounds' sum."""
@@ -142,9 +134,9 @@ def by_model(scores: Mapping[str, Mapping[str, float | None] | None]) -> dict[st
     return found
 
 
-def moment_of_loss(event: ClientFailed, begun: int | None) -> str:
-    """In which round, counted from 1, or after which one: the newest that has begun has the index `begun`."""
-    if begun is not None and event.round > begun:
+def moment_of_loss(event: ClientFailed) -> str:
+    """In which round, counted from 1, or after which one."""
+    if event.call == "evaluate":
         return f"evaluation after round {event.round}"
     return f"round {event.round + 1}"
 

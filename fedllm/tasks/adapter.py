@@ -19,7 +19,7 @@ from fedllm.tree import Tree
 
 
 class Attached(Protocol):
-    """An adapter on a loaded base model. Leaves of a stack are (K, ...)."""
+    """An adapter on a loaded base model. Leaves of a stack are (K, ...); an empty stack is the base model itself."""
 
     def fresh(self, key: Key) -> Tree:
         """Initial values of one client's leaves."""

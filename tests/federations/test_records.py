@@ -27,7 +27,7 @@ def lines(path: Path, *rows: Any) -> str:
 def test_json_lines(tmp_path: Path, name: str) -> None:
     text = "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in TWO)
     data = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.lower().endswith("gz") else data)
     assert read_records(str(tmp_path / name)) == TWO
 
 
@@ -39,7 +39,7 @@ def test_json_array(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
 def test_csv(tmp_path: Path, name: str) -> None:
     data = 'prompt,response,n\r\na,b,1\r\n"c\nd","é, ""x""",2\r\n'.encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    (tmp_path / name).write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
     records = read_records(str(tmp_path / name))
     assert records == [{"prompt": "a", "response": "b", "n": "1"}, {"prompt": "c\nd", "response": 'é, "x"', "n": "2"}]
 
@@ -158,7 +158,7 @@ def test_a_system_of_null_is_no_system(tmp_path: Path) -> None:
         ("t.csv", b'prompt,response\na,b\nc,"d\ne,f\n', r"t\.csv:3 is not CSV"),
         ("t.jsonl", b'{"text": "\xff"}\n', r"t\.jsonl is not UTF-8 text"),
         ("t.jsonl.gz", b"not gzip", r"t\.jsonl\.gz cannot be read"),
-        ("t.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"t\.jsonl\.gz cannot be read"),
+        ("t.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"t\.jsonl\.gz cannot be read"),
         ("t.jsonl", b"\n\n", r"t\.jsonl holds no records"),
         ("t.csv", b"prompt,response\n", r"t\.csv holds no records"),
         ("t.txt", b"hello", r"t\.txt is not a file that ends in \.csv, \.json"),

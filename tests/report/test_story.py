@@ -93,14 +93,20 @@ def test_summary_and_experiment_win_where_they_are(events: Callable[..., list[Ev
 
 
 def test_a_loss_is_one_of_a_round_or_of_an_evaluation(folder: Write) -> None:
-    events = [RoundStarted(0, ("a",)), ClientFailed(0, "a", "x"), ClientFailed(1, "a", "y"), RoundStarted(1, ("a",))]
+    events = [
+        RoundStarted(0, ("a",)),
+        ClientFailed(0, "a", "x"),
+        ClientFailed(1, "a", "y", "evaluate"),
+        RoundStarted(1, ("a",)),
+    ]
     story = load(folder("a", [*events, ClientFailed(1, "a", "z")]))
     assert story.lost == [("round 1", "a", "x"), ("evaluation after round 1", "a", "y"), ("round 2", "a", "z")]
 
 
 def test_bytes_of_an_evaluation_last_as_long_as_it() -> None:
     kept, lost = Wire(2, "evaluate", "a", "up", 5, {}), Wire(3, "evaluate", "a", "up", 5, {})
-    assert effective([kept, lost, Resumed(2)]) == [kept, Resumed(2)]
+    failed, trained = ClientFailed(2, "a", "x", "evaluate"), ClientFailed(2, "a", "x")
+    assert effective([kept, failed, lost, trained, Resumed(2)]) == [kept, failed, Resumed(2)]
 
 
 def test_values_that_are_not_finite_are_no_points(folder: Write) -> None:

@@ -96,8 +96,7 @@ class Wrapped:
         inner = copy.deepcopy(base.model, {id(leaf): leaf for leaf in weights} if share else {})
         own, head = {id(module) for module in inner.modules()}, inner.get_output_embeddings()
         try:
-            with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
-                torch.manual_seed(seed)
+            with _seeded(seed):
                 model = get_peft_model(inner, copy.deepcopy(config))
         except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
             raise ConfigError(f"task.adapter.peft: {settings.type} on {base.name}: {_first_line(error)}") from error
@@ -126,8 +125,7 @@ class Wrapped:
         if not generators:
             yield
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generators[0])))
+        with _seeded(int(torch.randint(2**62, (), generator=generators[0]))):
             for module in self.added:
                 module.training = True
             try:
@@ -208,6 +206,14 @@ class AttachedPeft:
             output = functional_call(self.wrapped.model, leaves, (), inputs)
         hidden: Tensor = output.hidden_states[-1][:, -longest:]  # without a prompt that peft may have put before
         return hidden
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """peft draws from the global generators: seed them here, and give them back as they were."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def _leaf_name(name: str) -> str:
