@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from fedllm.ranges import require
+
 
 @dataclass(frozen=True)
 class LrSchedule:
@@ -18,6 +20,10 @@ class LrSchedule:
     warmup: int = 0
     over: Literal["round", "run"] = "round"
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.warmup >= 0, self, field="warmup", value=self.warmup, allowed="0 or more")
+        require(0 <= self.floor <= 1, self, field="floor", value=self.floor, allowed="in [0, 1]")
 
     def factor(self, *, step: int, steps: int, round: int, rounds: int) -> float:
         """The factor at local step `step` of `steps` in round `round` of `rounds`."""

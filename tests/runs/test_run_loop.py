@@ -260,7 +260,7 @@ def test_evaluation_adds_up_over_all_clients_and_changes_nothing() -> None:
     total, clients = loop.evaluate(run, made, CLIENTS, scores({"a": 3.0, "c": 5.0}), told.append)
     assert {name: float(leaf) for name, leaf in total.items()} == {"sum/nll": 8.0, "count/nll": 4.0}
     assert {client: float(sums["sum/nll"]) for client, sums in clients.items()} == {"a": 3.0, "c": 5.0}
-    assert told == [ClientFailed(0, "b", "away")]
+    assert told == [ClientFailed(0, "b", "away", "evaluate")]
     assert run.states == ({}, {})
     none, nobody = loop.evaluate(run, made, CLIENTS, scores({}), told.append)
     assert (none, nobody) == ({}, {})

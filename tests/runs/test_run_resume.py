@@ -109,7 +109,7 @@ def test_ctrl_c_saves_rounds_that_were_not_due(data: Path, tmp_path: Path) -> No
 
 
 def test_a_crash_between_sparse_checkpoints_runs_their_rounds_again(data: Path, tmp_path: Path) -> None:
-    experiment = stateful(data, limits__checkpoint_every=2)
+    experiment = stateful(data, limits__checkpoint_every=2, evaluation__every=None)
     whole = fedllm.run(experiment, out=tmp_path / "whole")
     stop = StopAt(lambda event: isinstance(event, RoundFinished))
     with pytest.raises(Stop):
