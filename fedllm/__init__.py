@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedllm.check import check
     from fedllm.config import build, dump, load
     from fedllm.experiment import Experiment
     from fedllm.launch import Result, run
 
-__all__ = ["Experiment", "Result", "build", "check", "dump", "load", "run"]
+__all__ = ["Experiment", "Result", "build", "dump", "load", "run"]
 
 _PLACES = {
-    "check": "fedllm.check",
     "build": "fedllm.config",
     "dump": "fedllm.config",
     "load": "fedllm.config",

@@ -53,7 +53,7 @@ def _evaluated_as(experiment: Experiment, overrides: Sequence[str]) -> Experimen
     for change in overrides:
         if not change.startswith("evaluation."):
             raise ConfigError(f"'{change}' cannot change a run that is trained; only evaluation.KEY=VALUE can")
-    evaluation = override(experiment, overrides).evaluation
+    evaluation = override(experiment, ["evaluation.best=null", *overrides]).evaluation
     check_metrics(evaluation)
     return replace(experiment, evaluation=evaluation)
 

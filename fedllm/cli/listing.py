@@ -52,7 +52,7 @@ def _methods() -> Rows:
 def _classes(noun: type) -> Callable[[], Rows]:
     def rows() -> Rows:
         for name, cls in NOUNS[noun].items():
-            yield name, _settings(cls), _first_line(cls)
+            yield name, _settings(cls), _first_line(cls.__doc__ if noun is Aggregator else _file_of(cls))
 
     return rows
 
@@ -61,9 +61,13 @@ def _settings(cls: type) -> str:
     return ", ".join(item.name for item in fields(cls)) or "none"
 
 
-def _first_line(cls: type) -> str:
-    """What a component is: the first line of its file."""
-    return (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+def _file_of(cls: type) -> str | None:
+    """The docstring of a component's file, for there is one idea in each."""
+    return sys.modules[cls.__module__].__doc__
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
 
 
 def _recipes() -> Rows:

@@ -91,7 +91,8 @@ def test_plain_lines_off_a_terminal() -> None:
     with stage.display:
         stage.play(started(), Warned("9 examples were cut"), Evaluated("base", 0, {"nll": 2.72}))
         stage.play(*round_of(0), seconds=3.0)  # the clock runs from the first cohort
-        stage.play(ClientFailed(1, "b", "no reply", "evaluate"), Evaluated("federated", 1, {"nll": 1.96, "accuracy": 0.5}))
+        stage.play(ClientFailed(1, "b", "no reply", "evaluate"))
+        stage.play(Evaluated("federated", 1, {"nll": 1.96, "accuracy": 0.5}))
         stage.play(RunFinished(1, 65.0, "time is up"))
     assert stage.lines == [
         "archives · SmolLM2 · serial: 10 rounds, 4 clients",
@@ -195,7 +196,8 @@ def test_a_resume_without_the_log_shows_no_total() -> None:
 def test_evaluation_is_not_counted_and_its_losses_are_named() -> None:
     stage = Stage(terminal=False)
     stage.play(started(), RoundStarted(4, ("a",)), Wire(4, "work", "a", "up", MIB, {}))
-    stage.play(Wire(5, "evaluate", "a", "up", 7 * MIB, {}), ClientFailed(4, "a", "x"), ClientFailed(5, "b", "y", "evaluate"))
+    lost = ClientFailed(4, "a", "x"), ClientFailed(5, "b", "y", "evaluate")
+    stage.play(Wire(5, "evaluate", "a", "up", 7 * MIB, {}), *lost)
     assert "up 1 MiB down 0 B" in " ".join(stage.picture().split())
     assert stage.lines[1:] == ["round 5: lost a: x", "evaluation after round 5: lost b: y"]
 
