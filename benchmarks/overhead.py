@@ -106,7 +106,9 @@ def main() -> None:
     setting = [f"task.model={options.model}", "task.adapter={lora: {rank: 8, alpha: 16}}"]
     paired = load("quickstart", [*setting, f"work.sgd.steps={options.steps}"])
     figures = step_ratios(paired, options.pairs)
-    figures |= empty_round(load("quickstart", [*setting, "work.sgd.steps=0"]), 20)
+    for name, targets in (("q_v", "[q_proj, v_proj]"), ("all_linear", "all_linear")):
+        idle = [*setting, "work.sgd.steps=0", f"task.adapter.lora.targets={targets}"]
+        figures |= {f"{key}_{name}": value for key, value in empty_round(load("quickstart", idle), 20).items()}
     for name, value in figures.items():
         print(f"{name:20} {value:.4f}")
     print(json.dumps({"benchmark": "overhead", "pairs": options.pairs, **figures}))

@@ -57,8 +57,8 @@ class Aggregator:
 class Sum(Aggregator):
     """The sum of all parts and weights; a part is added up over those who sent it. Integers stay integers.
 
-    Streams: it holds the total and one reply, however large the cohort is. Replies are read and never written to:
-    whoever watches the call may keep them.
+    Streams: it holds the total and one reply, whatever the size of the cohort. Replies are the aggregator's own: the
+    first to bring a part becomes its total, so whoever watches the call keeps copies.
     """
 
     def reduce(self, call: Call, requests: Mapping[str, Request], name: str = "work") -> Update:
@@ -70,17 +70,23 @@ class Sum(Aggregator):
         totals: dict[str, Part] = {}
         for client, reply in call(name, requests):
             if isinstance(reply, Update):
-                for part_name, part in reply.parts.items():
-                    totals[part_name] = _plus(totals.get(part_name), part, f"client {client}, part '{part_name}'")
+                totals |= _added(totals, reply, client)
+            del reply  # before the next one arrives
         return Update(totals)
 
 
+def _added(totals: Mapping[str, Part], reply: Update, client: str) -> dict[str, Part]:
+    return {
+        name: _plus(totals.get(name), part, f"client {client}, part '{name}'") for name, part in reply.parts.items()
+    }
+
+
 def _plus(total: Part | None, part: Part, who: str) -> Part:
-    """total + part, in total's own memory; the first part is copied."""
+    """total + part, in total's own memory."""
     if part.weight is None:
         raise ClientError(f"{who} has no weight; put a stage that weighs (by_examples or uniform) before the sum")
     if total is None or total.weight is None:
-        return Part(tree.map_leaves(torch.Tensor.clone, part.tree), part.weight)
+        return Part(part.tree, part.weight)
     if _form(part) != _form(total):
         raise ClientError(f"{who} has other leaves, shapes or types than those of the clients before it")
     tree.add_(total.tree, part.tree)

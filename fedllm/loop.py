@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
+import torch
+
 from fedllm import tree
 from fedllm.aggregate import Call, Replies
 from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
@@ -43,7 +45,7 @@ class Watch:
         figures = _mean(reply, "metrics") if self.shown else {}
         counts = _mean(reply, "counts") if self.shown else {}
         if name == "evaluate":
-            self.scores |= {client: figures} if self.shown else {}
+            self.scores |= {client: tree.map_leaves(torch.clone, figures)} if self.shown else {}
         else:
             loss = float(figures["loss"]) if "loss" in figures else None
             tokens = int(counts["tokens"]) if "tokens" in counts else None

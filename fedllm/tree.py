@@ -38,7 +38,7 @@ def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float = 
 
 def sub(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tree:
     """left - right, over the leaves of `left`."""
-    return {name: leaf - right[name] for name, leaf in left.items()}
+    return {name: torch.sub(leaf, right[name]) for name, leaf in left.items()}
 
 
 def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:

@@ -26,6 +26,7 @@ from fedllm.federations.shards import Loss, Shards
 from fedllm.launch import Result, run
 from fedllm.rng import Key
 from fedllm.update import Ctx, Failure, Local, Part, Request, Update
+from fedllm.wire import pack, unpack
 from tests.doubles.masks import Masked, Rounding
 from tests.doubles.processes import DOUBLES, Processes
 
@@ -71,7 +72,9 @@ class Seen:
 
             def watched(name: str, requests: Mapping[str, Request]) -> Replies:
                 for client, reply in call(name, requests):
-                    self.replies.append((name, requests[client].ctx.round, client, reply))
+                    kept = unpack(pack(reply))  # a copy: the reply itself is the aggregator's
+                    assert not isinstance(kept, Request)
+                    self.replies.append((name, requests[client].ctx.round, client, kept))
                     yield client, reply
 
             yield watched
