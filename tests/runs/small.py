@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ class Spy:
                 for client, reply in call(name, requests):
                     self.asked.append((name, requests[client]))
                     if isinstance(reply, Update):
-                        self.answered.append((name, client, reply))
+                        self.answered.append((name, client, deepcopy(reply)))  # the reply is the aggregator's own
                     yield client, reply
 
             yield watched
