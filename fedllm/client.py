@@ -19,7 +19,7 @@ from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
-from fedllm.stage import Arrival, adjust, arrive, up
+from fedllm.stage import Arrival, adjust, arrive, hooked, up
 from fedllm.state import ClientStore
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
@@ -94,7 +94,7 @@ class Site:
             ctx=ctx,
             start=tree.to(start, device),
             examples=self.examples(client),
-            adjust=lambda grads, params: adjust(self.stages, there, grads, params),
+            adjust=(lambda grads, params: adjust(self.stages, there, grads, params)) if hooked(self.stages) else None,
         )
         return Prepared(client, job, arrival, memories, local)
 

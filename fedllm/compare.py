@@ -101,8 +101,8 @@ class Comparison:
         name = clients[0] if len(clients) == 1 else POOLED
         ctx = Ctx(0, key, 1, len(self.population.clients), rounds, client=name)
         start = {name: leaf.to(model.device) for name, leaf in model.fresh(key).items()}
-        job = Job(ctx, start, self._examples(clients), lambda grads, params: grads)
-        carry = work.init([job.start])
+        job = Job(ctx, start, self._examples(clients))
+        carry = work.init([job])
         for round in range(rounds):
             carry = run_steps(work, [replace(job, ctx=replace(ctx, round=round))], model, carry)
         (outcome,) = work.finish(carry)

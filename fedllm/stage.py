@@ -118,6 +118,11 @@ def arrive(
     return params, Arrival(tuple(reversed(scratch)), tuple(reversed(names)))
 
 
+def hooked(stages: Sequence[Stage]) -> bool:
+    """True if a stage changes gradients."""
+    return any(type(stage).grads is not Stage.grads for stage in stages)
+
+
 def adjust(stages: Sequence[Stage], arrival: Arrival, grads: Tree, params: Tree) -> Tree:
     """Fold of `grads`, in order. A stage sees the leaves that passed through its `receive`, no others."""
     for stage, scratch, names in zip(stages, arrival.scratch, arrival.names, strict=True):

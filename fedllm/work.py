@@ -1,6 +1,6 @@
 """Work: what a client does between receiving and sending. Written once, for a stack of K clients.
 
-    carry = init(starts)    carry = step(carry, batch, adjusts, model)  x n    finish(carry)
+    carry = init(jobs)    carry = step(carry, batch, adjusts, model)  x n    finish(carry)
 
 The serial engine is K = 1. `run_work` is the whole local loop; it is the only caller of the three.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm.batch import Batch, Example, collate
 from fedllm.rng import Key
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Update
+from fedllm.update import Ctx, Profile, Update
 
 Facts = Mapping[str, float]
 Adjust = Callable[[Tree, Tree], Tree]  # (grads, params) -> grads: a client's stage hooks
@@ -43,12 +43,15 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One client's share of a stack. `start` may have leaves in any float type; examples are encoded."""
+    """One client's share of a stack. `start` may have leaves in any float type; examples are encoded.
+
+    `adjust`: its stages' `grads` hooks; None if there are none.
+    """
 
     ctx: Ctx
     start: Tree
     examples: Sequence[Example]
-    adjust: Adjust
+    adjust: Adjust | None = None
 
 
 class Work:
@@ -75,7 +78,11 @@ class Work:
         """For each local step, the examples of each of its micro-batches, drawn with ctx.rng("batches")."""
         raise NotImplementedError
 
-    def init(self, starts: Sequence[Tree]) -> Any:
+    def suited(self, profile: Profile) -> Work:
+        """This work as a device of that profile does it."""
+        return self
+
+    def init(self, jobs: Sequence[Job]) -> Any:
         """A carry for K clients."""
         raise NotImplementedError
 
@@ -90,13 +97,13 @@ class Work:
 
 def run_work(work: Work, jobs: Sequence[Job], model: Model) -> Sequence[Outcome]:
     """The local loop of a stack of clients, to the end of the longest plan."""
-    return work.finish(run_steps(work, jobs, model, work.init([job.start for job in jobs])))
+    return work.finish(run_steps(work, jobs, model, work.init(jobs)))
 
 
 def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any) -> Any:
     """The steps of one round, from a carry to the next."""
     generators = tuple(job.ctx.rng("dropout") for job in jobs)
-    plans = [work.plan(len(job.examples), job.ctx) for job in jobs]
+    plans = [work.suited(job.ctx.profile).plan(len(job.examples), job.ctx) for job in jobs]
     while True:
         steps = [next(plan, ()) for plan in plans]
         if not any(steps):

@@ -14,12 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fedllm.errors import ModelError
 from fedllm.tasks.current import Forward, computing, current
+from fedllm.tasks.short_attention import bias, short_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "fedllm"
-SHORT = 128  # tokens; up to here plain products beat the fused kernel's backward pass on CPUs
+SHORT = 512  # tokens; up to here plain products beat the fused kernel's backward pass on CPUs
 REFUSED = ("softcap", "s_aux", "position_bias")  # of the attention function
 REFUSED_SETTINGS = ("final_logit_softcapping", "attention_chunk_size")  # of the model's configuration
 LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -87,31 +88,21 @@ def attend(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
     scaling, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
+    if max(lengths) <= SHORT:
+        return short_attention(query[0], key[0], value[0], lengths, scaling, window)[None], None
     rows = zip(*(torch.split(states[0], list(lengths), 1) for states in (query, key, value)), strict=True)
-    outputs = [_sequence(q, k, v, scaling, window) for q, k, v in rows]
-    return torch.cat(outputs, 1).transpose(0, 1)[None], None
+    return torch.cat([_sequence(q, k, v, scaling, window) for q, k, v in rows])[None], None
 
 
 def _sequence(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
-    """(heads, L, d) and (key heads, L, d) of one sequence to (heads, L, d)."""
-    heads, length, _ = query.shape
-    if length > SHORT:
-        allowed = None if window is None or window >= length else _bias(length, window, query) == 0
-        return scaled_dot_product_attention(
-            query[None], key[None], value[None], allowed, is_causal=allowed is None, scale=scaling, enable_gqa=True
-        )[0]
-    # the query heads of a key head become its rows
-    groups = heads // len(key)
-    bias = _bias(length, window, query).repeat(groups, 1).expand(len(key), -1, -1)
-    scores = torch.baddbmm(bias, query.reshape(len(key), groups * length, -1), key.mT, alpha=scaling)
-    return torch.bmm(scores.softmax(-1), value).view(heads, length, -1)
-
-
-def _bias(length: int, window: int | None, like: Tensor) -> Tensor:
-    """(L, L): 0 where a position sees another one, else minus infinity."""
-    whole = torch.full((length, length), -torch.inf, dtype=like.dtype, device=like.device)
-    bias = whole.triu(1)
-    return bias if window is None or window >= length else bias + whole.tril(-window)
+    """(heads, L, d) and (key heads, L, d) of one sequence to (L, heads, d)."""
+    length = query.shape[1]
+    if length <= SHORT:
+        return short_attention(query, key, value, (length,), scaling, window)
+    allowed = None if window is None or window >= length else bias(length, window, 1, query.dtype, query.device) == 0
+    return scaled_dot_product_attention(
+        query[None], key[None], value[None], allowed, is_causal=allowed is None, scale=scaling, enable_gqa=True
+    )[0].transpose(0, 1)
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:

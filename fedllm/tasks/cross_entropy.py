@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64
+CHUNK = 128  # rows whose logits exist at once: a product with the head is fast from about here
+PART = 32  # rows whose probabilities exist at once, in float32: they stay in a CPU's cache
 
 
 def row_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -30,12 +31,11 @@ class _RowLosses(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         needs_hidden, needs_head, _ = ctx.needs_input_grad
         slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
-        for rows in _chunks(len(targets)):
-            logits = (hidden[rows] @ head.T).to(wide)
-            logsum = logits.logsumexp(1)
-            losses[rows] = logsum - logits.gather(1, targets[rows, None])[:, 0]
+        for rows in _pieces(len(targets), CHUNK):
+            logits = hidden[rows] @ head.T
+            losses[rows] = _differentiated(logits, targets[rows], wide)
             if slope is not None:
-                slope[rows] = _dlogits(logits, logsum, targets[rows]).to(head.dtype) @ head
+                torch.mm(logits, head, out=slope[rows])
         ctx.one_pass = slope is not None
         ctx.save_for_backward(*((slope,) if slope is not None else (hidden, head, targets)))
         return losses
@@ -49,20 +49,27 @@ class _RowLosses(torch.autograd.Function):
         hidden, head, targets = ctx.saved_tensors
         # the sum over all rows is kept wide, as one product would keep it
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=grad.dtype)
-        for rows in _chunks(len(targets)):
-            logits = (hidden[rows] @ head.T).to(grad.dtype)
-            slope = (_dlogits(logits, logits.logsumexp(1), targets[rows]) * grad[rows, None]).to(head.dtype)
-            d_hidden[rows] = slope @ head
+        for rows in _pieces(len(targets), CHUNK):
+            slope = hidden[rows] @ head.T
+            _differentiated(slope, targets[rows], grad.dtype)
+            slope.mul_(grad[rows, None])
+            torch.mm(slope, head, out=d_hidden[rows])
             d_head += slope.T @ hidden[rows]
         return d_hidden, d_head.to(head.dtype), None
 
 
-def _dlogits(logits: Tensor, logsum: Tensor, targets: Tensor) -> Tensor:
-    """softmax - onehot, in the memory of the logits."""
-    probabilities = logits.sub_(logsum[:, None]).exp_()
-    probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return probabilities
+def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
+    """(N,) losses of (N, V) logits, which become softmax - onehot in their own memory."""
+    losses = torch.empty(len(targets), dtype=wide, device=logits.device)
+    for rows in _pieces(len(targets), PART):
+        part, picked = logits[rows], targets[rows, None]
+        probabilities = part.softmax(1, dtype=wide)
+        # logsumexp = largest logit - log(its probability), which is never below 1 / V
+        logsum = part.amax(1).to(wide) - probabilities.amax(1).log()
+        losses[rows] = logsum - part.gather(1, picked)[:, 0]
+        part.copy_(probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1)))
+    return losses
 
 
-def _chunks(count: int) -> list[slice]:
-    return [slice(at, min(at + CHUNK, count)) for at in range(0, count, CHUNK)]
+def _pieces(count: int, size: int) -> list[slice]:
+    return [slice(at, min(at + size, count)) for at in range(0, count, size)]

@@ -3,7 +3,7 @@
     w <- w - lr * rule(grad L_k(w))        L_k: mean over the client's batch of the per-example losses
 
 One loss per client, their sum differentiated once: client k's slice of each stacked leaf receives exactly its own
-gradient. Each client has an optimiser of its own on its slices, so idle and failed clients stand still.
+gradient. Each client has an optimiser of its own on its row of the buffer, so idle and failed clients stand still.
 """
 
 from __future__ import annotations
@@ -23,15 +23,23 @@ from fedllm.tree import Tree
 from fedllm.update import Ctx, Part, Update
 from fedllm.work import Job, Model, Outcome, Work
 from fedllm.works.schedule import LrSchedule
+from fedllm.works.stack import Layout, filled
 
 
 @dataclass(eq=False)
 class Carry:
-    """The running state of K clients. `params` are the stacked leaves (K, ...), `views[k]` client k's slices."""
+    """The running state of K clients: (K, P) buffers of their values, starts and gradients.
 
-    starts: Sequence[Tree]
-    params: Tree
-    views: Sequence[Tree]
+    `stack` and `slopes` are their (K, ...) leaves: views of `values` that a gradient is taken of, and of `grads`.
+    """
+
+    works: Sequence[Sgd]
+    layout: Layout
+    values: Tensor
+    starts: Tensor
+    grads: Tensor
+    stack: Tree
+    slopes: Tree
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
     tokens: list[int]
@@ -111,86 +119,98 @@ class Sgd(Work):
             chosen, pending = pending[:size], pending[size:]
             yield [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
 
-    def init(self, starts: Sequence[Tree]) -> Carry:
-        """Stack the starting points and give every client an optimiser on its slices."""
-        params = tree.stack(starts)
-        views = [tree.unstack(params, k) for k in range(len(starts))]
-        zeros = [0] * len(starts)
+    def init(self, jobs: Sequence[Job]) -> Carry:
+        """Stack the starting points and give every client an optimiser on its row."""
+        starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
+        layout = Layout.of(starts)
+        values = filled(layout, starts)
+        grads = torch.zeros_like(values)
+        stack = {name: leaf.requires_grad_() for name, leaf in layout.stacked(values).items()}
         return Carry(
-            starts=starts,
-            params={name: leaf.requires_grad_() for name, leaf in params.items()},
-            views=views,
-            optimizers=[self._optimizer(list(view.values())) for view in views],
-            steps=list(zeros),
-            tokens=list(zeros),
-            loss_sum=[0.0] * len(starts),
-            lr_sum=[0.0] * len(starts),
+            works=works,
+            layout=layout,
+            values=values,
+            starts=values.clone(),
+            grads=grads,
+            stack=stack,
+            slopes=layout.stacked(grads),
+            optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
+            steps=[0] * len(jobs),
+            tokens=[0] * len(jobs),
+            loss_sum=[0.0] * len(jobs),
+            lr_sum=[0.0] * len(jobs),
         )
 
     def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
         """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
         totals = torch.tensor([sum(batch.counts[k] for batch in micro) for k in range(len(jobs))])
         losses = torch.zeros(len(jobs), dtype=torch.float64)
+        carry.grads.zero_()
         for batch in micro:
             share = torch.tensor(batch.counts, dtype=torch.float64) / totals.clamp(min=1)
-            loss = model.losses(carry.params, batch)
+            loss = model.losses(carry.stack, batch)
             weighted = loss * share.to(loss)
-            weighted.sum().backward()
+            _add_gradients(weighted.sum(), carry)
             losses += weighted.detach().double().cpu()
         for k, job in enumerate(jobs):
             if totals[k] and k not in carry.failed:
                 self._client_step(carry, k, job, float(losses[k]))
                 carry.tokens[k] += sum(batch.client_tokens[k] for batch in micro)
-        for leaf in carry.params.values():
-            leaf.grad = None
         return carry
 
     def finish(self, carry: Carry) -> Sequence[Outcome]:
         """Each client's delta (local - global), mean loss and counts."""
-        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in range(len(carry.starts))]
+        delta = carry.values - carry.starts
+        return [
+            carry.failed[k] if k in carry.failed else self._outcome(carry, k, row) for k, row in enumerate(delta)
+        ]
 
-    def _outcome(self, carry: Carry, k: int) -> Outcome:
-        delta = {name: leaf.detach() - carry.starts[k][name] for name, leaf in carry.views[k].items()}
-        if not tree.finite(delta):
+    def _outcome(self, carry: Carry, k: int, delta: Tensor) -> Outcome:
+        if not tree.finite({"delta": delta}):
             return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
         loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
         counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens")}
-        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
+        moved = Part(carry.layout.client(delta, k))
+        parts = {"delta": moved, "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 
     def _client_step(self, carry: Carry, k: int, job: Job, loss: float) -> None:
         if not math.isfinite(loss):
             carry.failed[k] = f"at step {carry.steps[k]} its loss is {loss}; lower work.lr or set work.clip_norm"
             return
-        grads = {name: _grad(leaf)[k] for name, leaf in carry.params.items()}
+        work, grads = carry.works[k], carry.grads[k]
         with torch.no_grad():
-            grads = job.adjust(grads, carry.views[k])
-            if self.clip_norm is not None:
-                grads = tree.scale(grads, min(1.0, self.clip_norm / max(tree.norm(grads), 1e-300)))
-        lr = self.lr * self.lr_schedule.factor(
+            if job.adjust is not None:
+                own = carry.layout.client(grads, k)
+                for name, grad in job.adjust(own, carry.layout.client(carry.values[k], k)).items():
+                    own[name].copy_(grad)
+            if work.clip_norm is not None:
+                grads.mul_(min(1.0, work.clip_norm / max(tree.norm({"grads": grads}), 1e-300)))
+        lr = work.lr * work.lr_schedule.factor(
             step=carry.steps[k],
-            steps=self.num_steps(len(job.examples)),
+            steps=work.num_steps(len(job.examples)),
             round=job.ctx.round,
             rounds=job.ctx.rounds,
         )
-        for name, view in carry.views[k].items():
-            view.grad = grads[name]
         carry.optimizers[k].param_groups[0]["lr"] = lr
         carry.optimizers[k].step()
-        carry.optimizers[k].zero_grad()
         carry.steps[k] += 1
         carry.loss_sum[k] += loss
         carry.lr_sum[k] += lr
 
-    def _optimizer(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
-        fused = all(leaf.dtype in (torch.float32, torch.float64) for leaf in leaves) and bool(leaves)
+    def _optimizer(self, row: Tensor, grad: Tensor) -> torch.optim.Optimizer:
+        row.grad = grad
+        fused = row.dtype in (torch.float32, torch.float64)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(
-                leaves, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
+                [row], lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
             )
-        return torch.optim.SGD(leaves, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
+        return torch.optim.SGD([row], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
 
 
-def _grad(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+def _add_gradients(loss: Tensor, carry: Carry) -> None:
+    """carry.grads += d loss / d stack. A leaf that the loss does not reach has no gradient."""
+    found = torch.autograd.grad(loss, list(carry.stack.values()), allow_unused=True)
+    pairs = [(slope, new) for slope, new in zip(carry.slopes.values(), found, strict=True) if new is not None]
+    torch._foreach_add_([slope for slope, _ in pairs], [new for _, new in pairs])

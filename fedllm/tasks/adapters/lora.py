@@ -22,6 +22,7 @@ from fedllm.batch import Batch
 from fedllm.errors import ConfigError, nearest
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
+from fedllm.tasks.adapters.low_rank import low_rank
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, current
 from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
@@ -63,7 +64,7 @@ class Lora(Adapter):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def attach(self, base: Base) -> Attached:
-        """Hook the targeted layers of the base model; their names and weights stay as they are.
+        """Extend the targeted layers of the base model; their names and weights stay as they are.
 
         Raises:
             ConfigError: a target selects no layer, or the rank is above a layer's size.
@@ -73,7 +74,7 @@ class Lora(Adapter):
             if self.rank > min(layer.weight.shape):
                 size = "x".join(map(str, layer.weight.shape))
                 raise ConfigError(f"task.adapter.lora.rank is {self.rank}, above the size {size} of layer {name}")
-            layer.register_forward_hook(LowRank(f"{name}.lora_A", f"{name}.lora_B", self.scale, self.dropout))
+            layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[method-assign]
         return AttachedLora(self, Decoder(base), layers)
 
     def _layers(self, model: nn.Module) -> Mapping[str, nn.Linear]:
@@ -90,35 +91,32 @@ class Lora(Adapter):
         return {name: linears[name] for name in linears if name in chosen}
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """A forward hook: adds to a frozen linear layer what the adapters of the current pass give."""
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """The forward pass of a frozen linear layer with what the adapters of the current pass add to it."""
 
-    path_a: str
-    path_b: str
+    layer: nn.Linear
+    path: str
     scale: float
     dropout: float
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Tensor:
         """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
-        now = current()
-        if self.path_b not in now.stack:
-            return output
-        x, y = inputs[0].flatten(0, -2), output.flatten(0, -2)
-        a, b = now.stack[self.path_a].to(x.dtype), now.stack[self.path_b].to(x.dtype)
+        now, frozen = current(), (self.layer.weight, self.layer.bias)
+        b = now.stack.get(f"{self.path}.lora_B")
+        if b is None:
+            return nn.functional.linear(inputs, *frozen)
+        x = inputs.flatten(0, -2)
         sizes = list(now.client_tokens) or [len(x)]
-        pieces = enumerate(zip(torch.split(x, sizes), torch.split(y, sizes), strict=True))
-        # one product per client: what one client holds, a NaN as well, reaches no other
-        sums = [
-            torch.addmm(y_k, self._dropped(x_k, now, k) @ a[k].T, b[k].T, alpha=self.scale) for k, (x_k, y_k) in pieces
-        ]
-        return (sums[0] if len(sums) == 1 else torch.cat(sums)).view_as(output)
+        low = self._dropped(x, now, sizes) if self.dropout and now.dropout else None
+        y = low_rank(x, low, frozen, (now.stack[f"{self.path}.lora_A"], b), sizes, self.scale)
+        return y.view(*inputs.shape[:-1], -1)
 
-    def _dropped(self, x: Tensor, now: Forward, k: int) -> Tensor:
-        if not self.dropout or not now.dropout:
-            return x
-        keep = torch.rand(x.shape, generator=now.dropout[k]) >= self.dropout
-        return x * keep.to(x) / (1 - self.dropout)
+    def _dropped(self, x: Tensor, now: Forward, sizes: list[int]) -> Tensor:
+        """Each client's rows with its own generator's dropout."""
+        pieces = zip(x.split(sizes), now.dropout, strict=True)
+        kept = [torch.rand(x_k.shape, generator=generator) >= self.dropout for x_k, generator in pieces]
+        return x * torch.cat(kept).to(x) / (1 - self.dropout)
 
 
 @dataclass(frozen=True, eq=False)
