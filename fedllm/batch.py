@@ -30,7 +30,8 @@ class Batch:
 
     Shapes: `tokens`, `positions` (T,); `rows` (N,) indices into T of the labelled positions, `targets` (N,),
     `row_sequences` (N,) the sequence of each; `lengths` one per sequence; `counts` sequences per client (K).
-    `dropout` holds one generator per client while it trains and is empty in evaluation.
+    `dropout` holds one generator per client while it trains and is empty in evaluation. `recompute` saves memory: the
+    backward pass computes the layers again.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class Batch:
     targets: Tensor
     row_sequences: Tensor
     dropout: tuple[torch.Generator, ...] = field(default=())
+    recompute: bool = False
 
     @property
     def sequence_clients(self) -> Tensor:
@@ -55,7 +57,9 @@ class Batch:
         return tuple(ends[stop] - ends[start] for start, stop in pairwise(edges))
 
 
-def collate(clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator, ...] = ()) -> Batch:
+def collate(
+    clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator, ...] = (), *, recompute: bool = False
+) -> Batch:
     """Examples of K clients to one batch. A client without examples is idle in this step."""
     examples = [example for client in clients for example in client]
     lengths = tuple(len(example.tokens) for example in examples)
@@ -71,6 +75,7 @@ def collate(clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator
         targets=targets[rows],
         row_sequences=sequences[rows],
         dropout=dropout,
+        recompute=recompute,
     )
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm.aggregate import Aggregator, Sum
+from fedllm.engine import Engine
+from fedllm.engines.batched import Batched
+from fedllm.engines.serial import Serial
 from fedllm.experiment import Schedule, Synchronous
 from fedllm.federation import Federation
 from fedllm.federations.records import PACKAGED
@@ -88,6 +91,7 @@ NOUNS: Mapping[type, Table] = {
     },
     Objective: {"sft": Sft, "lm": Lm},
     Schedule: {"synchronous": Synchronous},
+    Engine: {"serial": Serial, "batched": Batched},
 }
 
 # Keys that may hold a path, each with the names that are none.

@@ -8,9 +8,11 @@ one stack. An evaluation takes the same path and saves no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TypeVar
 
 from fedllm import tree
 from fedllm.aggregate import Session
@@ -21,10 +23,12 @@ from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.stage import Arrival, adjust, arrive, hooked, up
 from fedllm.state import ClientStore
-from fedllm.tasks.model import LoadedModel
+from fedllm.tasks.model import LoadedModel, load
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Local, Part, Request, Update
-from fedllm.work import Job, Outcome, run_work
+from fedllm.work import Facts, Job, Outcome, run_work
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,36 +53,62 @@ class Site:
     sessions: dict[str, Session] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.train: Callable[[Sequence[Job]], Sequence[Outcome]] = self._train
         self.model = self.model.bound(self.experiment.key)
         self.stages = self.experiment.trip
         self.fresh = self.model.fresh(self.experiment.key)
         self.scorer = Scorer.of(self.experiment, self.population)
         self.examples = lru_cache(maxsize=1024)(self._examples)
 
+    @staticmethod
+    def of(experiment: Experiment, folder: Path | None) -> Site:
+        """Load the task and the clients' data. `folder` holds their memories; None keeps them in this process."""
+        store = ClientStore(folder, experiment.limits.keep_last * experiment.limits.checkpoint_every)
+        return Site(experiment, load(experiment.task), experiment.federation.load(experiment.key), store)
+
     def answer(self, name: str, request: Request) -> Update | Failure:
-        """One call to one client. What goes wrong on a client is its failure, not the round's."""
+        """One call to one client."""
+        (answer,) = self.answers(name, [request])
+        return answer
+
+    def answers(self, name: str, requests: Sequence[Request]) -> list[Update | Failure]:
+        """One call to several clients; those that train do so in one stack.
+
+        What goes wrong on a client is its failure, not the round's.
+        """
+        if name == "work":
+            return self._work(requests)
+        return [self._guarded(request, name, partial(self._other, name, request)) for request in requests]
+
+    def _work(self, requests: Sequence[Request]) -> list[Update | Failure]:
+        prepared = [self._guarded(request, "work", partial(self.prepare, request)) for request in requests]
+        ready = [found for found in prepared if isinstance(found, Prepared)]
+        outcomes = iter(self.train([found.job for found in ready]) if ready else ())
+        return [found if isinstance(found, Failure) else self._concluded(found, next(outcomes)) for found in prepared]
+
+    def _train(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        return run_work(self.experiment.work, jobs, self.model)
+
+    def _other(self, name: str, request: Request) -> Update:
+        if name == "evaluate":
+            return self.evaluate(request)
+        handlers = self.experiment.aggregator.handlers()
+        if name not in handlers:
+            known = nearest(name, ["work", "evaluate", *handlers])
+            raise ClientError(f"a client has no answer to the call '{name}'{known}")
+        return handlers[name](request, self.session(request.ctx))
+
+    def _guarded(self, request: Request, name: str, action: Callable[[], Found]) -> Found | Failure:
         client, ctx = str(request.ctx.client), request.ctx
         reason = self.experiment.federation.failure(client, ctx.round, name, ctx.key)
         if reason is not None:
             return Failure(client, ctx.round, reason)
-        own: dict[str, Callable[[Request], Update | Failure]] = {"work": self.work, "evaluate": self.evaluate}
-        others = self.experiment.aggregator.handlers()
-        try:
-            if name in own:
-                return own[name](request)
-            if name not in others:
-                raise ClientError(f"a client has no answer to the call '{name}'{nearest(name, [*own, *others])}")
-            return others[name](request, self.session(ctx))
-        except RunError:  # the disk of this process: no client has failed
-            raise
-        except FedllmError as error:
-            return Failure(client, ctx.round, str(error))
+        return _failing(ctx, action)
 
-    def work(self, request: Request) -> Update | Failure:
-        """Train: a stack of one."""
-        prepared = self.prepare(request)
-        (outcome,) = run_work(self.experiment.work, [prepared.job], self.model)
-        return self.conclude(prepared, outcome)
+    def _concluded(self, prepared: Prepared, outcome: Outcome) -> Update | Failure:
+        if isinstance(outcome, str):
+            return Failure(prepared.client, prepared.local.ctx.round, outcome)
+        return _failing(prepared.local.ctx, partial(self.conclude, prepared, outcome))
 
     def prepare(self, request: Request) -> Prepared:
         """Receive: from a request to a job."""
@@ -98,12 +128,9 @@ class Site:
         )
         return Prepared(client, job, arrival, memories, local)
 
-    def conclude(self, prepared: Prepared, outcome: Outcome) -> Update | Failure:
+    def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
         """Send: from what the work made to a sealed update; the client's memories are saved."""
-        ctx = prepared.local.ctx
-        if isinstance(outcome, str):
-            return Failure(prepared.client, ctx.round, outcome)
-        made, facts = outcome
+        ctx, (made, facts) = prepared.local.ctx, outcome
         update = Update({name: replace(part, tree=tree.to(part.tree, "cpu")) for name, part in made.parts.items()})
         local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
         update, memories = up(self.stages, update, prepared.arrival, prepared.memories, local)
@@ -132,3 +159,13 @@ class Site:
         max_length = self.experiment.work.max_length
         encoded = (self.model.encode(record, max_length) for record in self.population.train[client])
         return tuple(example for example in encoded if example is not None)
+
+
+def _failing(ctx: Ctx, action: Callable[[], Found]) -> Found | Failure:
+    """What an action finds, or the client's failure."""
+    try:
+        return action()
+    except RunError:  # the disk of this process: no client has failed
+        raise
+    except FedllmError as error:
+        return Failure(str(ctx.client), ctx.round, str(error))

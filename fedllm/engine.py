@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 from fedllm.aggregate import Call
 from fedllm.events import Emit
 from fedllm.experiment import Experiment
 
 
-class Engine(Protocol):
-    """Starts workers, answers calls, stops them."""
+class Engine:
+    """Starts workers, answers calls, stops them. A frozen dataclass of settings that change no result."""
 
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> AbstractContextManager[Call]:
         """A call that reaches the clients. `folder` holds the clients' memories; `emit` hears of every message."""
-        ...
+        raise NotImplementedError

@@ -64,6 +64,42 @@ class DataReported(Event):
 
 
 @dataclass(frozen=True)
+class EngineChosen(Event):
+    """Where this process runs the clients, and why there."""
+
+    engine: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EngineStarted(Event):
+    """Workers that train `stack` clients at a time within `memory_budget` bytes. `parameters`: of the base model;
+    `peak`: floating-point operations a second that they reach together in products of its shapes."""
+
+    workers: int
+    stack: int
+    memory_budget: int
+    parameters: int
+    peak: float | None
+
+
+@dataclass(frozen=True)
+class EngineAdjusted(Event):
+    """What an engine did about memory that does not suffice."""
+
+    round: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EngineStopped(Event):
+    """Peak memory of the process in bytes: what the engine's estimates add up to, and what was measured."""
+
+    predicted: int
+    measured: int
+
+
+@dataclass(frozen=True)
 class RoundStarted(Event):
     """The cohort is drawn."""
 

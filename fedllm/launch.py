@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from fedllm import loop
+from fedllm.catalog import name_of
 from fedllm.check import check, check_ranks
 from fedllm.engine import Engine
-from fedllm.engines.catalog import engine_of
+from fedllm.engines.choice import chosen
 from fedllm.errors import FedllmError, RunError
 from fedllm.evaluation.scores import Scorer, check_metrics
-from fedllm.events import DataReported, Emit, Log
+from fedllm.events import DataReported, Emit, EngineChosen, Log
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.folder import Folder, default_folder
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
 from fedllm.session import Session
+from fedllm.spec import Reader
 from fedllm.state import Checkpoints
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tree import Tree
+from fedllm.yamltext import read_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +74,13 @@ def run(
         return Result(folder.path, folder.read_summary(), {} if saved is None else saved.params)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder.path} holds this experiment, unfinished; go on with --resume")
-    chosen, engine_name = engine_of(engine, experiment)
+    asked = engine_of(engine)
     population = experiment.federation.load(experiment.key)
     check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
     Scorer.of(experiment, population)
     model = load(experiment.task)
+    runner, reason = chosen(asked, experiment, model)
+    engine_name = name_of(runner).rpartition(":")[2].lower()
     population = replace(population, report=_data_report(experiment, model, population))
     initial = loop.start(experiment, model.fresh(experiment.key))
     with locked(folder.path), _nothing_half_written(folder, experiment):
@@ -85,15 +90,28 @@ def run(
         ledger = Ledger()
         with closing(Log(folder.events, (ledger, *listeners))) as log:
             session = Session(experiment, folder, model, population, log, ledger, initial)
-            with _stopped(session), chosen.open(experiment, folder.memories, log) as call:
+            with _stopped(session), runner.open(experiment, folder.memories, log) as call:
                 if new:
                     session.begin(engine=engine_name, name=name)
                 else:
                     session.resume(listeners)
+                log(EngineChosen(engine_name, reason))
                 session.rounds(call)
                 session.comparisons()
                 session.finish(engine_name)
         return Result(folder.path, folder.read_summary(), session.state.params)
+
+
+def engine_of(engine: str | Engine) -> Engine | None:
+    """An engine from its name, or from its name with settings (`{batched: {stack: 8}}`); None for "auto".
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    if not isinstance(engine, str):
+        return engine
+    made: Engine | None = None if engine == "auto" else Reader().component(Engine, read_yaml(engine), "engine")
+    return made
 
 
 def _checkpoints(folder: Folder, experiment: Experiment) -> Checkpoints:

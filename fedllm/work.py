@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
@@ -95,28 +94,47 @@ class Work:
         raise NotImplementedError
 
 
-def run_work(work: Work, jobs: Sequence[Job], model: Model) -> Sequence[Outcome]:
-    """The local loop of a stack of clients, to the end of the longest plan."""
-    return work.finish(run_steps(work, jobs, model, work.init(jobs)))
+class Halted(Exception):
+    """The engine is closing: a stack stops between two steps."""
 
 
-def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any) -> Any:
+@dataclass(frozen=True)
+class Pass:
+    """How a stack is trained. `recompute`: save memory (see `Batch`). `going`: asked before each step."""
+
+    recompute: bool = False
+    going: Callable[[], bool] = lambda: True
+
+
+def run_work(work: Work, jobs: Sequence[Job], model: Model, how: Pass = Pass()) -> Sequence[Outcome]:
+    """The local loop of a stack of clients, to the end of the longest plan.
+
+    Raises:
+        Halted: `how.going` said no.
+    """
+    return work.finish(run_steps(work, jobs, model, work.init(jobs), how))
+
+
+def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any, how: Pass = Pass()) -> Any:
     """The steps of one round, from a carry to the next."""
     generators = tuple(job.ctx.rng("dropout") for job in jobs)
+    for micro in batches(work, jobs):
+        if not how.going():
+            raise Halted
+        carry = work.step(
+            carry, [collate(chosen, generators, recompute=how.recompute) for chosen in micro], jobs, model
+        )
+    return carry
+
+
+def batches(work: Work, jobs: Sequence[Job]) -> Iterator[list[list[list[Example]]]]:
+    """For each step, and each of its micro-batches, the examples of each client."""
     plans = [work.suited(job.ctx.profile).plan(len(job.examples), job.ctx) for job in jobs]
-    while True:
-        steps = [next(plan, ()) for plan in plans]
-        if not any(steps):
-            return carry
-        micro = [_collate(jobs, steps, place, generators) for place in range(max(map(len, steps)))]
-        carry = work.step(carry, micro, jobs, model)
-
-
-def _collate(
-    jobs: Sequence[Job], steps: Sequence[Sequence[Sequence[int]]], place: int, generators: tuple[torch.Generator, ...]
-) -> Batch:
-    chosen = [
-        [job.examples[index] for index in (step[place] if place < len(step) else ())]
-        for job, step in zip(jobs, steps, strict=True)
-    ]
-    return collate(chosen, generators)
+    while any(steps := [next(plan, ()) for plan in plans]):
+        yield [
+            [
+                [job.examples[index] for index in (step[place] if place < len(step) else ())]
+                for job, step in zip(jobs, steps, strict=True)
+            ]
+            for place in range(max(map(len, steps)))
+        ]

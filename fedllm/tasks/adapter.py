@@ -69,13 +69,14 @@ class Decoder:
 
     def row(self, stack: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(T, d): the last hidden state of a packed row."""
-        forward = Forward(stack, batch.lengths, batch.client_tokens, batch.dropout)
+        forward = Forward(stack, batch.lengths, batch.client_tokens, batch.dropout, batch.recompute)
         return self._decoded(forward, {"input_ids": batch.tokens}, batch.positions)
 
-    def embedded(self, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
+    def embedded(self, embeddings: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
         """(T, d): the same from the (T, d) input embeddings of a row of sequences, without adapters in the layers."""
         positions = torch.cat([torch.arange(length) for length in lengths])
-        return self._decoded(Forward({}, tuple(lengths)), {"inputs_embeds": embeddings}, positions)
+        forward = Forward({}, tuple(lengths), recompute=recompute)
+        return self._decoded(forward, {"inputs_embeds": embeddings}, positions)
 
     def head(self) -> Tensor:
         """(V, d): the frozen output head."""

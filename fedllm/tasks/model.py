@@ -13,7 +13,7 @@ from torch import Tensor
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
 from fedllm.rng import Key
-from fedllm.tasks import attention
+from fedllm.tasks import attention, recompute
 from fedllm.tasks.adapter import Attached
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses
@@ -135,4 +135,5 @@ def load(task: Task) -> LoadedModel:
     """
     base = load_base(task.model, dtype=task.dtype, device=task.device)
     attention.prepare(base.model, task.model)
+    recompute.prepare(base.model)
     return LoadedModel(task, base, task.adapter.attach(base))

@@ -44,8 +44,9 @@ class _Short(torch.autograd.Function):
         out, kept = q.new_empty(*q.shape[:2], v.shape[2]), []
         for at, end in pairwise([0, *accumulate(lengths)]):
             rows = slice(at * groups, end * groups)
-            scores = torch.baddbmm(bias(end - at, window, groups, q.dtype, q.device), q[:, rows], k[:, at:end].mT,
-                                   alpha=scaling)
+            scores = torch.baddbmm(
+                bias(end - at, window, groups, q.dtype, q.device), q[:, rows], k[:, at:end].mT, alpha=scaling
+            )
             kept.append(scores.softmax(-1))
             torch.bmm(kept[-1], v[:, at:end], out=out[:, rows])
         ctx.save_for_backward(q, k, v, *kept)

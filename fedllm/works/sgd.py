@@ -20,7 +20,7 @@ from fedllm import tree
 from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Part, Update
+from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.stack import Layout, filled
@@ -100,6 +100,10 @@ class Sgd(Work):
         """More micro-batches a step, so that memory stays as it is."""
         return replace(self, lr=lr, accumulation=self.accumulation * times)
 
+    def suited(self, profile: Profile) -> Sgd:
+        """This work as a device of that profile does it."""
+        return self
+
     def num_steps(self, num_examples: int) -> int:
         """Local steps of a round."""
         if self.steps is not None:
@@ -161,9 +165,7 @@ class Sgd(Work):
     def finish(self, carry: Carry) -> Sequence[Outcome]:
         """Each client's delta (local - global), mean loss and counts."""
         delta = carry.values - carry.starts
-        return [
-            carry.failed[k] if k in carry.failed else self._outcome(carry, k, row) for k, row in enumerate(delta)
-        ]
+        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k, row) for k, row in enumerate(delta)]
 
     def _outcome(self, carry: Carry, k: int, delta: Tensor) -> Outcome:
         if not tree.finite({"delta": delta}):

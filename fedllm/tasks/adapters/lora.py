@@ -74,7 +74,7 @@ class Lora(Adapter):
             if self.rank > min(layer.weight.shape):
                 size = "x".join(map(str, layer.weight.shape))
                 raise ConfigError(f"task.adapter.lora.rank is {self.rank}, above the size {size} of layer {name}")
-            layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[method-assign]
+            layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
         return AttachedLora(self, Decoder(base), layers)
 
     def _layers(self, model: nn.Module) -> Mapping[str, nn.Linear]:

@@ -76,7 +76,7 @@ class AttachedPrompt:
         owners = batch.sequence_clients.tolist()
         pieces = zip(owners, words.split(batch.lengths), strict=True)
         row = torch.cat([part for owner, piece in pieces for part in (prompts[owner], piece)])
-        hidden = self.decoder.embedded(row, [size + length for length in batch.lengths])
+        hidden = self.decoder.embedded(row, [size + length for length in batch.lengths], batch.recompute)
         # the t-th real token stands behind its own prompt and those of the sequences before it
         shift = size * (1 + torch.repeat_interleave(torch.arange(len(owners)), torch.tensor(batch.lengths)))
         return hidden[(torch.arange(len(words)) + shift).to(hidden.device)]

@@ -1,0 +1,32 @@
+"""Which engine runs an experiment, and why."""
+
+from __future__ import annotations
+
+from fedllm.engine import Engine
+from fedllm.engines.batched import Batched
+from fedllm.engines.serial import Serial
+from fedllm.errors import CheckError
+from fedllm.experiment import Experiment
+from fedllm.tasks.model import LoadedModel
+
+
+def chosen(engine: Engine | None, experiment: Experiment, model: LoadedModel) -> tuple[Engine, str]:
+    """An engine that can run the experiment, and the reason. None: batched where it can be, else serial.
+
+    Raises:
+        CheckError: the batched engine was asked for, and the clients cannot be stacked.
+    """
+    obstacle = _obstacle(experiment, model)
+    if engine is None:
+        return (Batched(), "its clients can be stacked") if obstacle is None else (Serial(), obstacle)
+    if isinstance(engine, Batched) and obstacle is not None:
+        raise CheckError(f"engine batched: {obstacle}; use --engine serial, or auto")
+    return engine, "it was asked for"
+
+
+def _obstacle(experiment: Experiment, model: LoadedModel) -> str | None:
+    if not experiment.work.batchable:
+        return f"the work {type(experiment.work).__name__} trains one client at a time"
+    if not experiment.task.adapter.stackable:
+        return f"the adapter {type(experiment.task.adapter).__name__} cannot be stacked"
+    return None

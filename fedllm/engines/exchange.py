@@ -1,0 +1,56 @@
+"""One exchange with clients of this process through bytes, so that what is counted is what would be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedllm import wire
+from fedllm.aggregate import Call, Replies
+from fedllm.client import Site
+from fedllm.events import Emit, Wire
+from fedllm.update import Failure, Request, Update
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer as bytes; `parts` are the bytes of its parts, None for a failure."""
+
+    data: bytes
+    parts: Mapping[str, int] | None
+
+
+def answers(site: Site, name: str, sent: Sequence[bytes]) -> list[Reply]:
+    """The clients' side: requests as bytes to replies as bytes."""
+    requests = []
+    for data in sent:
+        request = wire.unpack(data)
+        assert isinstance(request, Request)
+        requests.append(request)
+    return [
+        Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None)
+        for answer in site.answers(name, requests)
+    ]
+
+
+def received(name: str, request: Request, sent: int, reply: Reply, emit: Emit) -> Update | Failure:
+    """The server's side: an answer, and what both messages weighed."""
+    client, round = str(request.ctx.client), request.ctx.round
+    emit(Wire(round, name, client, "down", sent, wire.part_bytes(request)))
+    if reply.parts is not None:
+        emit(Wire(round, name, client, "up", len(reply.data), reply.parts))
+    answer = wire.unpack(reply.data)
+    assert isinstance(answer, Update | Failure)
+    return answer
+
+
+def one_by_one(site: Site, emit: Emit) -> Call:
+    """Calls to a site of this process, one client after another."""
+
+    def call(name: str, requests: Mapping[str, Request]) -> Replies:
+        for client, request in requests.items():
+            data = wire.pack(request)
+            (reply,) = answers(site, name, [data])
+            yield client, received(name, request, len(data), reply, emit)
+
+    return call

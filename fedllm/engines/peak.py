@@ -1,0 +1,37 @@
+"""How fast the workers multiply matrices of the model's own shapes: what a share of the peak is a share of."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS, SECONDS = 512, 0.05
+
+
+def matmul_peak(pool: ThreadPoolExecutor, workers: int, model: PreTrainedModel) -> float:
+    """Floating-point operations a second of all workers together, (512, in) x (in, out) in the model's type, for the
+    largest linear layer but the head."""
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    weight = max((layer.weight for layer in linears), key=torch.Tensor.numel)
+    x = torch.ones(ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+    def measured() -> float:
+        x @ weight.T
+        count, started = 0, perf_counter()
+        while (seconds := perf_counter() - started) < SECONDS:
+            for _ in range(4):
+                x @ weight.T
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            count += 4
+        return 2 * count * ROWS * weight.numel() / seconds
+
+    with torch.no_grad():
+        return sum(job.result() for job in [pool.submit(measured) for _ in range(workers)])
