@@ -27,7 +27,7 @@ from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
 from fedllm.engines.heap import kept_memory
-from fedllm.engines.memory import USABLE, Costs, Gate, free_bytes, parse_bytes
+from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
@@ -72,8 +72,8 @@ class Batched(Engine):
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
-            before = getrusage(RUSAGE_SELF).ru_maxrss * 1024
             costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site.model.device))
+            before = getrusage(RUSAGE_SELF).ru_maxrss * 1024
             crew = Crew(experiment.work, site.model, costs, gate)
             site.train = crew.train
             with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
@@ -85,7 +85,7 @@ class Batched(Engine):
                     pool.shutdown(cancel_futures=True)
                     if shop.started:
                         after = getrusage(RUSAGE_SELF).ru_maxrss * 1024
-                        emit(EngineStopped(before + gate.peak, after))
+                        emit(EngineStopped(before + PRODUCTS + gate.peak, after))
 
     def _budget(self, device: str) -> int:
         if self.memory_budget is not None:

@@ -1,6 +1,7 @@
 """How much memory a stack of clients takes, and how many stacks may run at once.
 
-    stack = copies x parameters x clients + saved(T, sum of L^2) + head      T: tokens, L: lengths, of its largest batch
+    stack = copies x parameters x clients + slack x saved(T, sum of L^2) + head
+    T: tokens, L: lengths of sequences, of its largest batch
 
 What a pass saves for its gradient is measured once on a short row: c0 + c1 T + c2 sum L^2, with and without
 recomputation. `head`: the logits of one chunk.
@@ -29,6 +30,8 @@ from fedllm.work import Job, Work, batches
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 COPIES = 9.0  # of a client's parameters: message, request, start, values, gradients (2), moments (2), reply
+SLACK = 1.2  # a heap has holes
+PRODUCTS = 100 << 20  # what the libraries keep of how they multiply matrices of past shapes
 USABLE = 0.8  # of the memory that is free
 
 
@@ -92,7 +95,7 @@ class Costs:
         rows = sum(int((example.targets >= 0).sum()) for example in examples)
         logits = min(rows, CHUNK) * self.head[0] + 2 * min(rows, PART) * self.head[1]
         whole = self.whole.of(lengths)
-        return logits + (self.recomputed.of(lengths) + whole / self.layers if recompute else whole)
+        return logits + SLACK * (self.recomputed.of(lengths) + whole / self.layers if recompute else whole)
 
 
 def _micro(work: Work, jobs: Sequence[Job]) -> Iterator[list[Example]]:

@@ -136,11 +136,16 @@ def resolve_dtype(dtype: str = "auto", *, device: str = "cpu") -> torch.dtype:
 
 
 def quiet_dependencies() -> None:
-    """Switch off telemetry, progress bars and chatter of the libraries below, unless the user has set them.
+    """Switch off telemetry, progress bars and chatter of the libraries below, and keep their caches small, unless the
+    user has set them.
 
-    It must run before they are imported, since they read these variables once.
+    It must run before they are imported or used, since they read these variables once. Torch and oneDNN each remember
+    how to multiply matrices of a thousand past shapes, a quarter of a megabyte apiece, torch once more for each thread.
+    Rows without padding bring new shapes at every step, and each step repeats its own some thirty times: a few do.
     """
     for variable, value in {
+        "LRU_CACHE_CAPACITY": "1",
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "DISABLE_SAFETENSORS_CONVERSION": "1",  # else transformers asks a web service to convert pickle weights
