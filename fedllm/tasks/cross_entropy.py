@@ -2,66 +2,82 @@
 
     nll_i = logsumexp(W h_i) - (W h_i)[y_i]          d nll_i / d h_i = W^T (softmax(W h_i) - onehot(y_i))
 
+With a soft cap c the logits are z' = c tanh(z / c) of z = W h, and the slope is multiplied by 1 - (z' / c)^2 (Gemma 2).
 With a frozen head the gradient of the hidden state is made in the same pass as the loss; with a trained head the
 chunks are computed again in the backward pass.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CHUNK = 64
 
 
-def row_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def row_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """(N, d) hidden states, (V, d) head, (N,) targets to (N,) negative log-likelihoods in nats, float32 or wider."""
-    losses: Tensor = _RowLosses.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    losses: Tensor = _RowLosses.apply(hidden, head, targets, cap)  # type: ignore[no-untyped-call]
     return losses
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """The bound c of a model's logits, if it has one."""
+    cap: float | None = vars(model.config.get_text_config()).get("final_logit_softcapping")
+    return cap
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(z / c)."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        needs_hidden, needs_head, _ = ctx.needs_input_grad
+        needs_hidden, needs_head, *_ = ctx.needs_input_grad
         slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _chunks(len(targets)):
-            logits = (hidden[rows] @ head.T).to(wide)
+            logits = capped((hidden[rows] @ head.T).to(wide), cap)
             logsum = logits.logsumexp(1)
             losses[rows] = logsum - logits.gather(1, targets[rows, None])[:, 0]
             if slope is not None:
-                slope[rows] = _dlogits(logits, logsum, targets[rows]).to(head.dtype) @ head
-        ctx.one_pass = slope is not None
+                slope[rows] = _dlogits(logits, logsum, targets[rows], cap).to(head.dtype) @ head
+        ctx.one_pass, ctx.cap = slope is not None, cap
         ctx.save_for_backward(*((slope,) if slope is not None else (hidden, head, targets)))
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.one_pass:
             (slope,) = ctx.saved_tensors
-            return (slope * grad[:, None]).to(slope.dtype), None, None
+            return (slope * grad[:, None]).to(slope.dtype), None, None, None
         hidden, head, targets = ctx.saved_tensors
         # the sum over all rows is kept wide, as one product would keep it
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=grad.dtype)
         for rows in _chunks(len(targets)):
-            logits = (hidden[rows] @ head.T).to(grad.dtype)
-            slope = (_dlogits(logits, logits.logsumexp(1), targets[rows]) * grad[rows, None]).to(head.dtype)
+            logits = capped((hidden[rows] @ head.T).to(grad.dtype), ctx.cap)
+            slope = (_dlogits(logits, logits.logsumexp(1), targets[rows], ctx.cap) * grad[rows, None]).to(head.dtype)
             d_hidden[rows] = slope @ head
             d_head += slope.T @ hidden[rows]
-        return d_hidden, d_head.to(head.dtype), None
+        return d_hidden, d_head.to(head.dtype), None, None
 
 
-def _dlogits(logits: Tensor, logsum: Tensor, targets: Tensor) -> Tensor:
-    """softmax - onehot, in the memory of the logits."""
+def _dlogits(logits: Tensor, logsum: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """softmax - onehot, times the slope of the soft cap, in the memory of the logits."""
+    damping = None if cap is None else 1 - (logits / cap).square()
     probabilities = logits.sub_(logsum[:, None]).exp_()
     probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return probabilities
+    return probabilities if damping is None else probabilities.mul_(damping)
 
 
 def _chunks(count: int) -> list[slice]:

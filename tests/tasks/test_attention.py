@@ -17,7 +17,8 @@ from fedllm.batch import Example, collate
 from fedllm.errors import ModelError
 from fedllm.tasks import attention
 from fedllm.tasks.adapter import Decoder
-from fedllm.tasks.attention import attend, prepare
+from fedllm.tasks.architecture import prepare
+from fedllm.tasks.attention import attend
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, computing, current
 from fedllm.tasks.tiny import tiny_tokenizer
