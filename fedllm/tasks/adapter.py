@@ -128,7 +128,7 @@ class Decoder:
         passed = {name: value[None].to(model.device) for name, value in inputs.items()}
         with computing(forward):
             output = self._call(model.base_model, f"{model.base_model_prefix}.", {**passed, "use_cache": False})
-        hidden: Tensor = output.last_hidden_state[0]
+        hidden: Tensor = output.last_hidden_state[0].to(model.dtype)  # Mamba leaves it in float32, whatever its dtype
         return hidden
 
     def _call(self, module: nn.Module, prefix: str, inputs: Mapping[str, Any]) -> Any:

@@ -91,7 +91,7 @@ def _alone(model: PreTrainedModel, row: Tensor, title: str) -> Tensor:
         ) from error
     if not _alike(changed[:, :-1], logits[:, :-1]):
         raise ModelError(f"{title} lets tokens see the ones after them; fedllm trains decoders")
-    if not _alike(capped(hidden @ head.weight.T, softcap(model)), logits):
+    if not _alike(_logits(model, hidden), logits):
         raise ModelError(
             f"{title} makes its logits otherwise than by its output head and a soft cap, which fedllm does not compute"
         )
@@ -106,8 +106,12 @@ def _unlike(model: PreTrainedModel, row: Tensor, alone: Tensor) -> str | None:
     positions = torch.cat([torch.arange(length) for length in PROBE])[None].to(model.device)
     with computing(Forward({}, PROBE)):
         hidden = model.base_model(row, position_ids=positions, use_cache=False).last_hidden_state
-    same = _alike(capped(hidden @ model.get_output_embeddings().weight.T, softcap(model)), alone)
-    return None if same else "a row of sequences gives other values than each alone"
+    return None if _alike(_logits(model, hidden), alone) else "a row of sequences gives other values than each alone"
+
+
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    head = model.get_output_embeddings().weight
+    return capped(hidden.to(head.dtype) @ head.T, softcap(model))
 
 
 def _alike(found: Tensor, expected: Tensor) -> bool:
