@@ -22,7 +22,6 @@ from torch.nn.functional import cross_entropy
 import fedllm
 from fedllm import tree
 from fedllm.batch import IGNORE, Batch, Example, collate
-from fedllm.errors import ModelError
 from fedllm.events import RoundFinished
 from fedllm.rng import Key
 from fedllm.tasks import adapter
@@ -30,7 +29,6 @@ from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import Full
-from fedllm.tasks.architecture import prepare
 from fedllm.tasks.attention import NAME, SHORT
 from fedllm.tasks.current import Forward
 from fedllm.tasks.model import LoadedModel, load
@@ -401,35 +399,3 @@ def test_a_serial_round_is_plain_training(name: str, folder_of: Callable[[str], 
     assert finished.loss == pytest.approx(
         sum(w * loss for w, loss in zip(weights, losses, strict=True)), rel=EXACT[name]
     )
-
-
-# what is refused
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4), "head with a bias"),
-        (transformers.GraniteConfig(**SIZES, logits_scaling=4.0), r"\(granite\) makes its logits otherwise than by"),
-        (transformers.CohereConfig(**SIZES, logit_scale=0.25), r"\(cohere\) makes its logits otherwise than by"),
-        (
-            transformers.Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True),
-            "lets tokens see the ones after them; fedllm trains decoders",
-        ),
-        (transformers.Llama4TextConfig(**SIZES, head_dim=8, intermediate_size_mlp=48), "has no 'language_model'"),
-        (
-            transformers.MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
-            "does not run in torch.float64 on cpu: .*; try another dtype",
-        ),
-    ],
-    ids=["gptj", "granite", "cohere", "bidirectional", "llama4", "mixtral"],
-)
-def test_what_would_be_wrong_in_any_case_is_refused_by_name(config: Any, reason: str) -> None:
-    with pytest.raises(ModelError, match=reason):
-        prepare(build(config), "mine")
-
-
-@pytest.mark.parametrize("name", [*PACKED, *APART])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_changes_nothing(name: str, dtype: torch.dtype) -> None:
-    assert (prepare(build(ALL[name](), dtype), "mine") is None) == (name in PACKED)
