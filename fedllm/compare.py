@@ -71,10 +71,10 @@ class Comparison:
     def _made(self, groups: Mapping[str, Sequence[str]], what: str, *, times: int) -> dict[str, tuple[Scores, float]]:
         """For each group of clients the scores at the best learning rate, and that rate.
 
-        Independent trainings run side by side, one core each, where the adapter lets threads share the model.
+        Independent trainings run side by side, one core each, where threads may share the model.
         """
         rates = self.experiment.evaluation.compare_lr or (self.experiment.work.lr,)
-        workers = (os.cpu_count() or 1) if self.experiment.task.adapter.stackable else 1
+        workers = (os.cpu_count() or 1) if self.model.unstackable is None else 1
         found: dict[str, list[tuple[float, Scores, float]]] = {name: [] for name in groups}
         with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
             jobs = {

@@ -27,6 +27,4 @@ def chosen(engine: Engine | None, experiment: Experiment, model: LoadedModel) ->
 def _obstacle(experiment: Experiment, model: LoadedModel) -> str | None:
     if not experiment.work.batchable:
         return f"the work {type(experiment.work).__name__} trains one client at a time"
-    if not experiment.task.adapter.stackable:
-        return f"the adapter {type(experiment.task.adapter).__name__} cannot be stacked"
-    return None
+    return model.unstackable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from fedllm.batch import Batch
 from fedllm.rng import Key
+from fedllm.tasks.architecture import kept
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, computing
 from fedllm.tree import Tree
@@ -62,21 +63,24 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """The base model's forward passes that the adapters share. `weights` stand in for its own of these names."""
+    """The base model's forward passes that the adapters share. `weights` stand in for its own of these names.
+
+    Sequences share a row, or a padded batch; those of a model that cannot be packed run one by one, without padding.
+    """
 
     base: Base
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def row(self, stack: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """(T, d): the last hidden state of a packed row."""
+        """(T, d): the last hidden state of a row of sequences."""
         forward = Forward(stack, batch.lengths, batch.client_tokens, batch.dropout, batch.recompute)
-        return self._decoded(forward, {"input_ids": batch.tokens}, batch.positions)
+        return self._decoded(forward, "input_ids", batch.tokens, batch.positions)
 
     def embedded(self, embeddings: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
         """(T, d): the same from the (T, d) input embeddings of a row of sequences, without adapters in the layers."""
         positions = torch.cat([torch.arange(length) for length in lengths])
         forward = Forward({}, tuple(lengths), recompute=recompute)
-        return self._decoded(forward, {"inputs_embeds": embeddings}, positions)
+        return self._decoded(forward, "inputs_embeds", embeddings, positions)
 
     def head(self) -> Tensor:
         """(V, d): the frozen output head."""
@@ -91,18 +95,41 @@ class Decoder:
         `inputs`: input_ids (B, L) or inputs_embeds (B, L, d) of what the cache does not hold; `mask` covers all.
         """
         width = next(iter(inputs.values())).shape[1]
+        if self.base.unpackable is not None:
+            real = mask[:, -width:].bool()
+            rows = [{name: value[b, keep][None] for name, value in inputs.items()} for b, keep in enumerate(real)]
+            return self._apart(stack, rows, cache or [{}] * len(rows))
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
         passed = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
         with computing(Forward(stack)):
             output = self._call(self.base.model, "", {**inputs, **passed, "use_cache": True})
         return output.logits[:, -1], output.past_key_values
 
-    def _decoded(self, forward: Forward, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        model, device = self.base.model, self.base.model.device
-        passed = {name: value[None].to(device) for name, value in {**inputs, "position_ids": positions}.items()}
+    def _apart(
+        self, stack: Mapping[str, Tensor], rows: Sequence[Mapping[str, Tensor]], caches: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Sequence[Mapping[str, Any]] | None]:
+        """The same row by row, without padding, each with a cache of its own, or None."""
+        caching = self.base.caching
+        with computing(Forward(stack)):
+            outputs = [
+                self._call(self.base.model, "", {**row, **cache, "use_cache": caching})
+                for row, cache in zip(rows, caches, strict=True)
+            ]
+        return torch.stack([output.logits[0, -1] for output in outputs]), [*map(kept, outputs)] if caching else None
+
+    def _decoded(self, forward: Forward, name: str, row: Tensor, positions: Tensor) -> Tensor:
+        if self.base.unpackable is None:
+            return self._hidden(forward, {name: row, "position_ids": positions})
+        assert forward.lengths is not None and len(forward.client_tokens) <= 1, self.base.unpackable
+        alone = replace(forward, lengths=None, client_tokens=())
+        return torch.cat([self._hidden(alone, {name: sequence}) for sequence in row.split(forward.lengths)])
+
+    def _hidden(self, forward: Forward, inputs: Mapping[str, Tensor]) -> Tensor:
+        model = self.base.model
+        passed = {name: value[None].to(model.device) for name, value in inputs.items()}
         with computing(forward):
             output = self._call(model.base_model, f"{model.base_model_prefix}.", {**passed, "use_cache": False})
-        hidden: Tensor = output.last_hidden_state[0]
+        hidden: Tensor = output.last_hidden_state[0].to(model.dtype)  # Mamba leaves it in float32, whatever its dtype
         return hidden
 
     def _call(self, module: nn.Module, prefix: str, inputs: Mapping[str, Any]) -> Any:

@@ -1,69 +1,33 @@
 """Attention within each sequence of an unpadded row, registered as transformers' attention "fedllm".
 
-Every decoder that goes through transformers' attention interface can use it; `prepare` refuses, by name, a model whose
-other layers mix the sequences of a row. Outside of a packed pass (generation) it is transformers' own "sdpa".
+Every decoder that goes through transformers' attention interface can use it; `architecture.prepare` finds out. Outside
+of a packed pass (generation) it is transformers' own "sdpa".
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fedllm.errors import ModelError
-from fedllm.tasks.current import Forward, computing, current
+from fedllm.tasks.current import current
 from fedllm.tasks.short_attention import bias, short_attention
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "fedllm"
 SHORT = 512  # tokens; up to here plain products beat the fused kernel's backward pass on CPUs
 REFUSED = ("softcap", "s_aux", "position_bias")  # of the attention function
-REFUSED_SETTINGS = ("final_logit_softcapping", "attention_chunk_size")  # of the model's configuration
-LAYERS = frozenset({"full_attention", "sliding_attention"})
-PROBE = (3, 4)  # lengths of two sequences
 
 
-def prepare(model: PreTrainedModel, name: str) -> None:
-    """Make a model use this attention, and compare a packed row of two sequences with each alone.
-
-    Raises:
-        ModelError: the model computes something else there.
-    """
+def register() -> None:
+    """Make this attention known to transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
-    for found in _unknown(model):
-        raise ModelError(f"{name} ({model.config.model_type}) has {found}, which fedllm does not compute")
-    head = model.get_output_embeddings().weight
-    # words, for special tokens are where a 16-bit model's rounding is largest
-    row = (torch.arange(sum(PROBE), device=model.device)[None] + len(head) // 2) % len(head)
-    positions = torch.cat([torch.arange(length) for length in PROBE])[None].to(model.device)
-    with torch.no_grad():
-        alone = torch.cat([model(tokens, use_cache=False).logits for tokens in row.split(PROBE, 1)], 1)
-        model.set_attn_implementation(NAME)
-        with computing(Forward({}, PROBE)):
-            packed = model.base_model(row, position_ids=positions, use_cache=False).last_hidden_state
-        logits = packed @ head.T
-    tolerance = 0.15 if torch.finfo(model.dtype).bits == 16 else 1e-3
-    if not float((logits - alone).norm()) <= tolerance * float(alone.norm()):
-        raise ModelError(
-            f"{name} ({model.config.model_type}) gives other values for a row of sequences than for each alone; fedllm "
-            "trains decoders whose tokens meet only in transformers' attention interface"
-        )
-
-
-def _unknown(model: PreTrainedModel) -> list[str]:
-    """What a short row would not show."""
-    settings = model.config.to_dict()
-    found = [name for name in REFUSED_SETTINGS if settings.get(name)]
-    found += [f"layers of type {kind}" for kind in settings.get("layer_types") or () if kind not in LAYERS]
-    return found if model.get_output_embeddings().bias is None else [*found, "an output head with a bias"]
 
 
 def attend(

@@ -44,7 +44,8 @@ class Base:
     """A loaded base model in eval mode, nothing in it trainable, its key-value cache off.
 
     `folder`: what was loaded; None for a model of the hub and for one that is built in code (`materialise` writes it).
-    `name`: what the experiment asked for. `title`: for people.
+    `name`: what the experiment asked for. `title`: for people. `unpackable`: why its sequences run one at a time; None
+    if they share a row. `caching`: whether they then generate with a cache. (`architecture` finds out.)
     """
 
     model: PreTrainedModel
@@ -52,6 +53,8 @@ class Base:
     folder: Path | None
     name: str
     title: str
+    unpackable: str | None = None
+    caching: bool = True
 
 
 @dataclass(frozen=True)

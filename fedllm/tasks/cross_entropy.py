@@ -2,72 +2,88 @@
 
     nll_i = logsumexp(W h_i) - (W h_i)[y_i]          d nll_i / d h_i = W^T (softmax(W h_i) - onehot(y_i))
 
+With a soft cap c the logits are z' = c tanh(z / c) of z = W h, and the slope is multiplied by 1 - (z' / c)^2 (Gemma 2).
 With a frozen head the gradient of the hidden state is made in the same pass as the loss; with a trained head the
 chunks are computed again in the backward pass.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CHUNK = 128  # rows whose logits exist at once: a product with the head is fast from about here
 PART = 32  # rows whose probabilities exist at once, in float32: they stay in a CPU's cache
 
 
-def row_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def row_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """(N, d) hidden states, (V, d) head, (N,) targets to (N,) negative log-likelihoods in nats, float32 or wider."""
-    losses: Tensor = _RowLosses.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+    losses: Tensor = _RowLosses.apply(hidden, head, targets, cap)  # type: ignore[no-untyped-call]
     return losses
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """The bound c of a model's logits, if it has one."""
+    cap: float | None = vars(model.config.get_text_config()).get("final_logit_softcapping")
+    return cap
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(z / c)."""
+    return logits if cap is None else (logits / cap).tanh() * cap
 
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        needs_hidden, needs_head, _ = ctx.needs_input_grad
+        needs_hidden, needs_head, *_ = ctx.needs_input_grad
         slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _pieces(len(targets), CHUNK):
             logits = hidden[rows] @ head.T
-            losses[rows] = _differentiated(logits, targets[rows], wide)
+            losses[rows] = _differentiated(logits, targets[rows], wide, cap)
             if slope is not None:
                 torch.mm(logits, head, out=slope[rows])
-        ctx.one_pass = slope is not None
+        ctx.one_pass, ctx.cap = slope is not None, cap
         ctx.save_for_backward(*((slope,) if slope is not None else (hidden, head, targets)))
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.one_pass:
             (slope,) = ctx.saved_tensors
-            return (slope * grad[:, None]).to(slope.dtype), None, None
+            return (slope * grad[:, None]).to(slope.dtype), None, None, None
         hidden, head, targets = ctx.saved_tensors
         # the sum over all rows is kept wide, as one product would keep it
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=grad.dtype)
         for rows in _pieces(len(targets), CHUNK):
             slope = hidden[rows] @ head.T
-            _differentiated(slope, targets[rows], grad.dtype)
+            _differentiated(slope, targets[rows], grad.dtype, ctx.cap)
             slope.mul_(grad[rows, None])
             torch.mm(slope, head, out=d_hidden[rows])
             d_head += slope.T @ hidden[rows]
-        return d_hidden, d_head.to(head.dtype), None
+        return d_hidden, d_head.to(head.dtype), None, None
 
 
-def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype) -> Tensor:
-    """(N,) losses of (N, V) logits, which become softmax - onehot in their own memory."""
+def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: float | None) -> Tensor:
+    """(N,) losses of (N, V) logits, which become softmax - onehot, times the cap's slope, in their own memory."""
     losses = torch.empty(len(targets), dtype=wide, device=logits.device)
     for rows in _pieces(len(targets), PART):
-        part, picked = logits[rows], targets[rows, None]
-        probabilities = part.softmax(1, dtype=wide)
+        part = logits[rows] if cap is None else capped(logits[rows].to(wide), cap)
+        picked, probabilities = targets[rows, None], part.softmax(1, dtype=wide)
         # logsumexp = largest logit - log(its probability), which is never below 1 / V
         logsum = part.amax(1).to(wide) - probabilities.amax(1).log()
         losses[rows] = logsum - part.gather(1, picked)[:, 0]
-        part.copy_(probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1)))
+        slope = probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1))
+        logits[rows] = slope if cap is None else slope.mul_(1 - (part / cap).square())
     return losses
 
 

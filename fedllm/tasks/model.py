@@ -13,10 +13,10 @@ from torch import Tensor
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
 from fedllm.rng import Key
-from fedllm.tasks import attention, recompute
+from fedllm.tasks import architecture, recompute
 from fedllm.tasks.adapter import Attached
 from fedllm.tasks.base import Base, load_base
-from fedllm.tasks.cross_entropy import row_losses
+from fedllm.tasks.cross_entropy import row_losses, softcap
 from fedllm.tasks.task import Task
 from fedllm.tasks.template import prompt_text
 from fedllm.tree import Tree, matches
@@ -36,6 +36,14 @@ class LoadedModel:
     def device(self) -> str:
         """Where it computes."""
         return str(self.base.model.device)
+
+    @property
+    def unstackable(self) -> str | None:
+        """Why clients must train one at a time: the adapter or the architecture; None if they can be stacked."""
+        adapter = self.task.adapter
+        if not adapter.stackable:
+            return f"adapter {type(adapter).__name__.lower()} trains one client at a time"
+        return self.base.unpackable
 
     def bound(self, key: Key) -> LoadedModel:
         """This model with the frozen leaves of the run's key."""
@@ -72,7 +80,7 @@ class LoadedModel:
             stack = {**constants, **stack}
         hidden = self.adapter.hidden(stack, batch)
         rows, targets = batch.rows.to(hidden.device), batch.targets.to(hidden.device)
-        return row_losses(hidden[rows], self.adapter.head(stack), targets)
+        return row_losses(hidden[rows], self.adapter.head(stack), targets, softcap(self.base.model))
 
     def encode(self, record: Mapping[str, Any], max_length: int) -> Example | None:
         """A record to an example of the task's objective."""
@@ -130,10 +138,11 @@ def load(task: Task) -> LoadedModel:
     """Load the base model and attach the adapter: once per process and task.
 
     Raises:
-        ModelError: the base model cannot be had, or cannot be trained in packed rows.
+        ModelError: the base model cannot be had, or fedllm does not compute what it does.
         ConfigError: the adapter does not fit it.
     """
     base = load_base(task.model, dtype=task.dtype, device=task.device)
-    attention.prepare(base.model, task.model)
+    unpackable = architecture.prepare(base.model, task.model)
     recompute.prepare(base.model)
+    base = replace(base, unpackable=unpackable, caching=unpackable is None or architecture.caching(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))

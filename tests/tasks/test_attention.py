@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedllm.batch import Example, collate
-from fedllm.errors import ModelError
 from fedllm.tasks import attention
 from fedllm.tasks.adapter import Decoder
-from fedllm.tasks.attention import attend, prepare
+from fedllm.tasks.architecture import prepare
+from fedllm.tasks.attention import attend
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, computing, current
 from fedllm.tasks.tiny import tiny_tokenizer
@@ -189,42 +189,57 @@ def test_a_nan_stays_in_its_sequence(short: int, monkeypatch: pytest.MonkeyPatch
         assert bool(after.grad[:, 5:8].isnan().any())
 
 
-# what is refused
+# what cannot be packed
 
 
-def refused(model: Any) -> str:
-    with pytest.raises(ModelError) as caught:
-        prepare(model, "mine")
-    return str(caught.value)
+def reason(model: Any) -> str:
+    """Why it cannot, after a look at what `prepare` left behind."""
+    before = padded(model, words(LENGTHS))
+    found = prepare(model, "mine")
+    assert found is not None and torch.equal(padded(model, words(LENGTHS)), before)
+    return found
 
 
-def test_models_that_compute_something_else_are_refused_by_name() -> None:
-    gemma2 = {**SIZES, "head_dim": 8}
-    capped = transformers.Gemma2Config(**gemma2)
-    assert "mine (gemma2) has final_logit_softcapping" in refused(build(capped))
-    inner = transformers.Gemma2Config(**gemma2, final_logit_softcapping=None)
-    assert "Gemma2Attention has softcap" in refused(build(inner))
+def test_models_that_compute_something_else_are_told_by_name() -> None:
+    inner = transformers.Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=None)
+    assert "mine (gemma2) cannot train in packed rows: Gemma2Attention has softcap" in reason(build(inner))
     conv = transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"])
-    assert "layers of type conv" in refused(build(conv))
-    biased = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
-    assert "an output head with a bias" in refused(build(biased))
+    assert "layers of type conv" in reason(build(conv))
+    sinks = transformers.GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    assert "GptOssAttention has s_aux" in reason(build(sinks, torch.float32))
+
+
+def test_rotary_embeddings_that_depend_on_the_longest_sequence_are_told() -> None:
+    """Also where each type of layer has its own, and only by name: the probe is too short to show them."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert "rotary embeddings of type dynamic" in reason(
+        build(transformers.LlamaConfig(**SIZES, rope_parameters=dynamic))
+    )
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"full_attention": dynamic, "sliding_attention": plain}
+    found = transformers.Gemma3TextConfig(**SIZES, head_dim=8, rope_parameters=nested)
+    assert "rotary embeddings of type dynamic" in reason(build(found))
+    assert prepare(build(transformers.LlamaConfig(**SIZES, rope_parameters=plain)), "mine") is None
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),  # builds its own mask
-        transformers.GraniteConfig(**SIZES, logits_scaling=4.0),  # divides the logits
+        transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+        transformers.GPTNeoConfig(
+            vocab_size=64, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]
+        ),
     ],
-    ids=["bloom", "granite"],
+    ids=["bloom", "gpt_neo"],
 )
-def test_models_whose_rows_differ_are_refused(config: Any) -> None:
-    assert "gives other values for a row of sequences than for each alone" in refused(build(config))
+def test_attention_outside_of_the_interface_is_told(config: Any) -> None:
+    """GPT-Neo gives the right values even in a row, but one sequence's NaN would reach the others."""
+    assert "its attention does not go through transformers' interface" in reason(build(config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_is_not_refused(dtype: torch.dtype) -> None:
-    prepare(build(ARCHITECTURES["llama"](), dtype), "llama")
+def test_lower_precision_is_packed_as_well(dtype: torch.dtype) -> None:
+    assert prepare(build(ARCHITECTURES["llama"](), dtype), "llama") is None
 
 
 # the pass of a thread

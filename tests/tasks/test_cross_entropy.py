@@ -33,14 +33,27 @@ def test_a_value_by_hand() -> None:
     assert losses.tolist() == pytest.approx([math.log(4), math.log(4 / 3)], abs=1e-15)
 
 
-@given(rows=st.sampled_from([1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]), frozen=st.booleans())
-def test_it_is_cross_entropy_with_its_gradients(rows: int, frozen: bool) -> None:
+def test_a_capped_value_by_hand() -> None:
+    """Logits (0, 2 z) of a cap of z = ln 3 / tanh(2): (0, ln 3)."""
+    cap = math.log(3) / math.tanh(2)
+    head = torch.tensor([[0.0], [2 * cap]], dtype=torch.float64)
+    losses = row_losses(torch.ones(2, 1, dtype=torch.float64), head, torch.tensor([0, 1]), cap)
+    assert losses.tolist() == pytest.approx([math.log(4), math.log(4 / 3)], abs=1e-15)
+
+
+@given(
+    rows=st.sampled_from([1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5]),
+    frozen=st.booleans(),
+    cap=st.none() | st.sampled_from([0.5, 3.0]),
+)
+def test_it_is_cross_entropy_with_its_gradients(rows: int, frozen: bool, cap: float | None) -> None:
     hidden, head, targets = case(rows, frozen=frozen)
     weights = drawn(rows, seed=2)  # each row counts differently
-    losses = row_losses(hidden, head, targets)
+    losses = row_losses(hidden, head, targets, cap)
     (losses * weights).sum().backward()
     other, other_head, _ = case(rows, frozen=frozen)
-    expected = cross_entropy(other @ other_head.T, targets, reduction="none")
+    logits = other @ other_head.T
+    expected = cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets, reduction="none")
     (expected * weights).sum().backward()
     assert torch.allclose(losses, expected, atol=1e-13, rtol=0)
     assert hidden.grad is not None and other.grad is not None

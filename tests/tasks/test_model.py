@@ -19,6 +19,7 @@ from fedllm.batch import IGNORE, Example, collate
 from fedllm.errors import CheckError, ModelError
 from fedllm.rng import Key
 from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.weights import BitFit
 from fedllm.tasks.base import load_base
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.objectives import Lm, Sft
@@ -256,17 +257,22 @@ def test_a_task_is_loaded_once() -> None:
     assert model_of() is not model_of(scope=Scope(freeze=("*lora_A",)))
 
 
-def test_a_model_that_cannot_be_packed_is_refused_when_it_is_loaded(tmp_path: Any) -> None:
-    from transformers import AutoModelForCausalLM, Gemma2Config
+def test_a_model_with_other_logits_is_refused_when_it_is_loaded(tmp_path: Any) -> None:
+    from transformers import AutoModelForCausalLM, GraniteConfig
 
     from fedllm.tasks.tiny import tiny_tokenizer
 
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma2Config(vocab_size=259, num_key_value_heads=1, head_dim=8, **small)
+    config = GraniteConfig(vocab_size=259, num_key_value_heads=1, logits_scaling=4.0, **small)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"gemma2\) has final_logit_softcapping"):
+    with pytest.raises(ModelError, match=r"granite\) makes its logits otherwise"):
         load(Task(str(tmp_path)))
+
+
+def test_what_can_be_stacked_depends_on_the_adapter() -> None:
+    assert model_of().unstackable is None
+    assert load(Task("tiny-llama", adapter=BitFit())).unstackable == "adapter bitfit trains one client at a time"
 
 
 @pytest.mark.model

@@ -24,6 +24,7 @@ from fedllm.errors import ConfigError, nearest
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
+from fedllm.tasks.cross_entropy import capped, softcap
 from fedllm.tasks.current import Forward, computing
 from fedllm.tree import Tree
 
@@ -170,7 +171,7 @@ class AttachedPeft:
         rows = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
         padded = self._padded(params, rows)
         last = torch.stack([hidden[len(row) - 1] for hidden, row in zip(padded, rows, strict=True)])
-        return last @ self.decoder.head().T, None
+        return capped(last @ self.decoder.head().T, softcap(self.decoder.base.model)), None
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """peft's own layout, by peft itself."""
