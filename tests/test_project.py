@@ -21,7 +21,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
-SCRIPTS = ("scripts/install", "scripts/quickstart", "scripts/check", "scripts/test", ".ci/run")
+SCRIPTS = ("scripts/install", "scripts/peers", "scripts/quickstart", "scripts/check", "scripts/test", ".ci/run")
 
 # Names to import that are not the name of the distribution, and what comes with a declared dependency.
 DISTRIBUTION = {
@@ -73,6 +73,12 @@ def test_each_dependency_is_bounded_and_pinned() -> None:
     requirements = [*PROJECT["dependencies"], *(item for extra in EXTRAS.values() for item in extra)]
     assert len(requirements) > 10
     assert list(requirement_faults(requirements, pinned)) == []
+
+
+def test_peers_have_exact_versions_and_the_same_torch() -> None:
+    ours, peers = (pins((ROOT / name).read_text("utf-8")) for name in ("constraints.txt", "constraints-peers.txt"))
+    assert {"flwr", "ray", "trl", "peft", "transformers", "torch", "datasets"} <= peers.keys()
+    assert peers["torch"] == ours["torch"]
 
 
 def test_bad_requirements_are_found() -> None:
@@ -144,7 +150,7 @@ def test_script_is_executable_and_parses(name: str) -> None:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A folder with the scripts and nothing to install, and a `python3` that is too old."""
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "constraints-peers.txt"):
         (tmp_path / name).write_text("")
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     return tmp_path
@@ -209,3 +215,17 @@ def test_install_is_not_done_after_a_failure(clone: Path) -> None:
     stub_venv(clone, "exit 3")
     assert install(clone).returncode == 3
     assert install(clone).returncode == 3
+
+
+def test_peers_are_installed_once_and_again_when_their_versions_change(clone: Path) -> None:
+    calls = clone / "calls"
+    stub_venv(clone, f'echo "$@" >> {calls}')
+    shutil.copytree(clone / ".venv", clone / ".venv-peers")
+    for text in ("torch==1\n", "torch==1\n", "torch==2\n"):
+        (clone / "constraints-peers.txt").write_text(text)
+        done = subprocess.run(["/bin/bash", str(clone / "scripts" / "peers")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    ours, *peers = calls.read_text().splitlines()
+    assert "--constraint constraints.txt" in ours
+    assert len(peers) == 2
+    assert all("--constraint constraints-peers.txt" in call and "flwr[simulation]" in call for call in peers)

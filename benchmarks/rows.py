@@ -1,0 +1,158 @@
+"""The rows of the benchmark of a round: the commands of each, of which the fastest counts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from os import environ
+from pathlib import Path
+from typing import Any
+
+from peak import cores
+
+from fedllm.errors import ConfigError, RunError
+
+HERE = Path(__file__).resolve().parent
+PEERS = HERE.parent / ".venv-peers"
+PAIRS = 3  # measurements of two runs at once
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Files that all rows read. `model`: a folder in transformers' layout; `tail`: the peers' arguments."""
+
+    experiment: Path
+    batches: Path
+    model: Path
+    tail: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One way of running a row. `title` says what is special about it."""
+
+    title: str
+    words: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = field(default=())
+
+
+def peer_shipped(prepared: Prepared) -> list[Command]:
+    """Flower + TRL + PEFT as its users start it: float32, one client at a time, on all cores."""
+    return [_flowertune(prepared, "float32", cores(), keep=False)]
+
+
+def peer(prepared: Prepared) -> list[Command]:
+    """The same stack with what makes it faster: bf16, a client per core, and the model kept from client to client."""
+    ways = (("float32", 1), ("bfloat16", cores()), ("bfloat16", 1))
+    return [*peer_shipped(prepared), *(_flowertune(prepared, dtype, cpus, keep=True) for dtype, cpus in ways)]
+
+
+def trl(prepared: Prepared) -> list[Command]:
+    """TRL's SFTTrainer loop alone, on all cores."""
+    return [_script(prepared, "trl_loop", PEERS / "bin" / "python", "--threads", str(cores()))]
+
+
+def plain(prepared: Prepared) -> list[Command]:
+    """PyTorch + PEFT on one thread and on all cores."""
+    return [_script(prepared, "plain", Path(sys.executable), "--threads", str(n)) for n in sorted({1, cores()})]
+
+
+def serial(prepared: Prepared) -> list[Command]:
+    """fedllm, one client after another, one thread."""
+    return [_federated(prepared, "serial")]
+
+
+def batched(prepared: Prepared) -> list[Command]:
+    """fedllm, stacks of clients on all cores."""
+    return [_federated(prepared, "batched")]
+
+
+ROWS: Mapping[str, Callable[[Prepared], list[Command]]] = {
+    row.__name__: row for row in (peer_shipped, peer, trl, plain, serial, batched)
+}
+NEED_PEERS = ("peer_shipped", "peer", "trl")
+
+
+def check_peers(rows: list[str]) -> None:
+    """Raises ConfigError: a row needs the peers, and they are not installed."""
+    wanted = [row for row in rows if row in NEED_PEERS]
+    if wanted and not (PEERS / ".fedllm-peers").is_file():
+        raise ConfigError(f"{', '.join(wanted)}: the peers are not installed; install them with scripts/peers")
+
+
+def measure(row: str, prepared: Prepared) -> Figures:
+    """The figures of a row's fastest command, and its title as `way`; one that was run before is not run again.
+
+    Raises:
+        RunError: a command failed.
+    """
+    ways = [{**_run(command), "way": command.title} for command in ROWS[row](prepared)]
+    return max(ways, key=lambda figures: figures["client_steps_per_s"])
+
+
+def pair(prepared: Prepared) -> float:
+    """Two batched runs at once, together over one alone; the median of three.
+
+    Raises:
+        RunError: a run failed.
+    """
+    (command,) = batched(prepared)
+    ratios = []
+    for _ in range(PAIRS):
+        alone = _finished(_started(command), command)["mean_client_steps_per_s"]
+        with tempfile.TemporaryDirectory() as folder:
+            met = Command(command.title, (*command.words, "--meet", folder))
+            both = [_started(met), _started(met)]
+            together = sum(_finished(process, met)["mean_client_steps_per_s"] for process in both)
+        ratios.append(together / alone)
+    return statistics.median(ratios)
+
+
+def _flowertune(prepared: Prepared, dtype: str, cpus: int, *, keep: bool) -> Command:
+    """A client per core means one OpenMP thread in each process, which Flower leaves to the user."""
+    one_thread = (("OMP_NUM_THREADS", "1"),) if cpus == 1 else ()
+    settings = ["--dtype", dtype, "--cpus", str(cpus), *(["--keep"] if keep else [])]
+    return _script(prepared, "flowertune", PEERS / "bin" / "python", *settings, variables=one_thread)
+
+
+def _script(
+    prepared: Prepared, name: str, python: Path, *settings: str, variables: tuple[tuple[str, str], ...] = ()
+) -> Command:
+    files = (str(prepared.model), str(prepared.batches))
+    words = (str(python), str(HERE / "peers" / f"{name}.py"), *files, *prepared.tail, *settings)
+    return Command(" ".join([name, *settings]), words, variables)
+
+
+def _federated(prepared: Prepared, engine: str) -> Command:
+    return Command(engine, (sys.executable, str(HERE / "federated.py"), str(prepared.experiment), engine))
+
+
+@cache
+def _run(command: Command) -> Figures:
+    return _finished(_started(command), command)
+
+
+def _started(command: Command) -> subprocess.Popen[str]:
+    variables = {name: value for name, value in environ.items() if name != "OMP_NUM_THREADS"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command.words, env={**variables, **dict(command.variables)}, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def _finished(process: subprocess.Popen[str], command: Command) -> Figures:
+    output, errors = process.communicate()
+    found = [line for line in output.splitlines() if line.startswith('{"round_s"')]
+    if process.returncode or not found:
+        said = [line.strip() for line in errors.splitlines() if line.strip()]
+        raise RunError(f"{command.title} failed ({process.returncode}): {said[-1] if said else 'it said nothing'}")
+    figures: Figures = json.loads(found[-1])
+    return figures

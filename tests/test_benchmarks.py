@@ -1,0 +1,201 @@
+"""The benchmark of a round: its records, that all rows take the same batches, its line of JSON, what it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from fedllm.errors import DataError, RunError
+from fedllm.tasks.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMISED = {
+    *("peer_shipped", "peer", "trl", "plain", "serial", "batched"),
+    *("batched_over_peer_shipped", "batched_over_peer", "batched_over_serial"),
+    *("gemm_peak_gflops", "share_of_peak", "real_tokens_per_step", "page_faults_per_step"),
+}
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of benchmarks/ can be imported, as they are from a script there."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
+
+
+@pytest.mark.slow
+def test_round_prints_what_it_promises(tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl.gz"
+    with gzip.open(records, "wt", encoding="utf-8") as file:  # 3 + 1 + 4 + 1 = 9 tokens: one a byte, and the end token
+        file.writelines(json.dumps({"instruction": "ask", "output": "tell"}) + "\n" for _ in range(8))
+    command = [sys.executable, str(ROOT / "benchmarks" / "round.py"), "--json", "--quick", "--rows", "serial,plain"]
+    command += ["--model", "tiny-llama", "--records", str(records)]
+    core = {min(os.sched_getaffinity(0))}  # threads that wait for each other on a busy machine take minutes
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, core)
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures.keys() >= PROMISED
+    assert figures["records"] == str(records) and figures["failed"] == {}
+    assert figures["serial"] > 0 and figures["plain"] > 0 and figures["gemm_peak_gflops"] > 0
+    assert figures["real_tokens_per_step"] == 18
+    assert figures["real_tokens_per_step_by_row"] == {"plain": 18, "serial": 18}
+    assert [figures[row] for row in ("peer_shipped", "peer", "trl", "batched", "batched_over_serial")] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rows", "serail"], "there is no row 'serail'; did you mean 'serial'?"),
+        (["--rows", "plain", "--records", "no.jsonl"], "there is no file no.jsonl"),
+        (["--rows", "plain", "--steps", "0"], "--steps is 0; it must be 1 or more"),
+        (["--rows", "plain", "--records", str(ROOT / "LICENSE")], "is not a file that ends in .csv"),
+    ],
+)
+def test_round_refuses_in_one_sentence(
+    benchmarks: None, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import round as bench
+
+    assert bench.main(["--model", "tiny-llama", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.splitlines()) == 1
+
+
+def test_peers_that_are_not_installed(
+    benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import round as bench
+    import rows
+
+    monkeypatch.setattr(rows, "PEERS", tmp_path)
+    assert bench.main(["--rows", "peer,serial"]) == 2
+    assert capsys.readouterr().err == "peer: the peers are not installed; install them with scripts/peers\n"
+
+
+def test_handbook_corpus_is_seeded_and_uneven(benchmarks: None) -> None:
+    import corpus
+
+    one, again, other = (list(islice(corpus.handbook_pairs(seed), 200)) for seed in (0, 0, 1))
+    assert one == again != other
+    lines = [completion.count("\n") + 1 for _, completion in one]
+    assert min(lines) == 1 and max(lines) == 12
+    assert 2.9 < sum(lines) / len(lines) < 4.9  # 12 / (1 + 1/2 + ... + 1/12) = 3.87, within four standard errors
+
+
+def test_records_of_three_forms_and_of_none(benchmarks: None, tmp_path: Path) -> None:
+    import corpus
+
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    records = [
+        {"instruction": "do", "input": "this", "output": "done"},
+        {"instruction": "do", "input": "", "output": "done"},
+        {"prompt": "ask", "response": " tell\n"},
+        {"messages": [{"role": role, "content": content} for role, content in turns]},
+    ]
+    file = tmp_path / "records.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)))
+    expected = {("do\nthis", "done"), ("do", "done"), ("ask", "tell"), ("s\na\nb\nc", "d")}
+    assert set(corpus.file_pairs(file, 0)) == expected
+    file.write_text('{"title": "x"}')
+    with pytest.raises(DataError, match=r"records.jsonl:1 holds title; a record needs instruction and output"):
+        list(corpus.file_pairs(file, 0))
+
+
+def test_records_are_chosen_by_length(benchmarks: None) -> None:
+    import corpus
+
+    # one token a byte, the line between prompt and completion, the end token: 4, 9, and 12 cut to 9
+    pairs = [("a", "b"), ("abc", "defg"), ("no room for it", "x"), ("empty", ""), ("abcd", "efghij")]
+    tokenizer = tiny_tokenizer()
+    loose = corpus.chosen(iter(pairs), tokenizer, corpus.Choice(3, 9, fill=False))
+    assert loose == [(pairs[0], 4), (pairs[1], 9), (pairs[4], 9)]
+    full = corpus.chosen(iter(pairs), tokenizer, corpus.Choice(2, 9, fill=True))
+    assert full == [(pairs[1], 9), (pairs[4], 9)]
+    with pytest.raises(DataError, match=r"the records hold 3 that can be used with --max-length 9, but 4 are needed"):
+        corpus.chosen(iter(pairs), tokenizer, corpus.Choice(4, 9, fill=False))
+
+
+def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, tmp_path: Path) -> None:
+    import batches
+    import round as bench
+    from prepare import prepare
+
+    import fedllm
+    from fedllm.tasks.model import load
+    from fedllm.update import Ctx
+
+    options = bench.options_of(["--model", "tiny-llama", "--clients", "3", "--steps", "2", "--rounds", "1"])
+    prepared, facts = prepare(options, tmp_path)
+    work = batches.read(prepared.batches, options.batch)
+    assert (work.rounds, len(work.clients), work.client_steps) == (2, 3, 6)
+    experiment = fedllm.load(prepared.experiment)
+    model, population = load(experiment.task), experiment.federation.load(experiment.key)
+    encode = tiny_tokenizer()
+    for place in range(2):
+        lengths = 0
+        for client, records in population.train.items():
+            ctx = Ctx(place, experiment.key, 3, 3, 2, client=client)
+            plan = [i for step in experiment.work.plan(len(records), ctx) for micro in step for i in micro]
+            ours = [model.encode(records[i], options.max_length).tokens.tolist() for i in plan]
+            rows = work.rows[place][client]
+            theirs = [encode(f"{row['prompt']}{row['completion']}{encode.eos_token}")["input_ids"] for row in rows]
+            assert ours == [tokens[: options.max_length] for tokens in theirs]
+            lengths += sum(map(len, ours))
+        assert lengths / work.client_steps == facts.tokens
+    orders = [work.rows[place][work.clients[0]] for place in range(2)]
+    assert orders[0] != orders[1]  # drawn anew each round
+
+
+def test_ratios_and_share_of_the_peak_by_hand(benchmarks: None) -> None:
+    import round as bench
+    from prepare import Facts
+
+    def row(speed: float, faults: float | None = None) -> dict[str, object]:
+        extra = {} if faults is None else {"page_faults_per_step": faults}
+        return {"client_steps_per_s": speed, "real_tokens_per_step": 100.0, "way": "a", **extra}
+
+    facts = Facts(parameters=10**6, shapes=frozenset(), tokens=100.0)
+    found = bench.summary({"serial": row(4.0), "peer": row(2.0), "batched": row(10.0, 5.0)}, facts, peak=8.0)
+    assert found["batched_over_serial"] == 2.5 and found["batched_over_peer"] == 5
+    assert found["share_of_peak"] == 0.5  # 4 x 1e6 x 100 tokens x 10 a second = 4e9, of 8e9
+    assert found["page_faults_per_step"] == 5
+    assert found["peer_shipped"] is None and found["batched_over_peer_shipped"] is None
+    none = bench.summary({"serial": row(4.0)}, facts, peak=8.0)
+    assert [none[name] for name in ("batched", "batched_over_serial", "share_of_peak")] == [None] * 3
+
+
+def printing(speed: float, code: int = 0) -> tuple[str, ...]:
+    line = json.dumps({"round_s": [1.0], "client_steps_per_s": speed, "mean_client_steps_per_s": speed})
+    text = f"import sys; print('chatter'); print({line!r}); print('why', file=sys.stderr); sys.exit({code})"
+    return sys.executable, "-c", text
+
+
+def test_fastest_way_of_a_row_counts_and_a_failure_is_told(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rows
+
+    ways = [rows.Command("slow", printing(1)), rows.Command("fast", printing(3)), rows.Command("middle", printing(2))]
+    monkeypatch.setattr(rows, "ROWS", {"some": lambda prepared: ways, "bad": lambda prepared: [bad]})
+    bad = rows.Command("broken", printing(9, code=4))
+    assert rows.measure("some", None) == {**rows.measure("some", None), "way": "fast", "client_steps_per_s": 3}
+    with pytest.raises(RunError, match=r"broken failed \(4\): why"):
+        rows.measure("bad", None)
+
+
+def test_two_runs_at_once_are_added_up(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rows
+
+    alone = (8.0, 5.0, 10.0)  # then two at once give 2 x 3: ratios 0.75, 1.2, 0.6
+    speeds = iter([speed for one in alone for speed in (one, 3.0, 3.0)])
+    monkeypatch.setattr(rows, "_started", lambda command: None)
+    monkeypatch.setattr(rows, "_finished", lambda process, command: {"mean_client_steps_per_s": next(speeds)})
+    prepared = rows.Prepared(*(Path("nowhere"),) * 3, tail=())
+    assert rows.pair(prepared) == 0.75
