@@ -17,8 +17,9 @@ from rich.console import Console
 
 import fedllm
 from fedllm import state
+from fedllm.catalog import NOUNS
 from fedllm.cli.display import Display
-from fedllm.engines.catalog import ENGINES
+from fedllm.engine import Engine
 from fedllm.errors import FedllmError
 from fedllm.events import ClientFailed, RoundFinished
 from fedllm.stage import Stage
@@ -209,7 +210,7 @@ def test_verbs_and_engines_that_are_not_there_are_not_listed(here: Path, capsys:
     code, out, err = command(capsys, "run", "--help")
     assert (code, err) == (0, "")
     for engine in ("serial", "batched", "ray", "flare", "flower"):
-        assert (engine in out) == (engine in ENGINES)
+        assert (engine in out) == (engine in NOUNS[Engine])
     code, out, _ = command(capsys, "--help")
     verbs = {line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()}
     assert {"run", "check", "ls", "eval", "chat", "export", "report"} <= verbs
