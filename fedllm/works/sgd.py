@@ -19,27 +19,22 @@ from torch import Tensor
 from fedllm import tree
 from fedllm.batch import Batch
 from fedllm.errors import ConfigError
-from fedllm.tree import Tree
 from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
+from fedllm.works.gradients import surviving
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.stack import Layout, filled
 
 
 @dataclass(eq=False)
 class Carry:
-    """The running state of K clients: (K, P) buffers of their values, starts and gradients.
-
-    `stack` and `slopes` are their (K, ...) leaves: views of `values` that a gradient is taken of, and of `grads`.
-    """
+    """The running state of K clients: (K, P) buffers of their values and starts. `rows[k]` is client k's row."""
 
     works: Sequence[Sgd]
     layout: Layout
     values: Tensor
     starts: Tensor
-    grads: Tensor
-    stack: Tree
-    slopes: Tree
+    rows: Sequence[Tensor]
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
     tokens: list[int]
@@ -128,17 +123,14 @@ class Sgd(Work):
         starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
         layout = Layout.of(starts)
         values = filled(layout, starts)
-        grads = torch.zeros_like(values)
-        stack = {name: leaf.requires_grad_() for name, leaf in layout.stacked(values).items()}
+        rows = list(values)
         return Carry(
             works=works,
             layout=layout,
             values=values,
             starts=values.clone(),
-            grads=grads,
-            stack=stack,
-            slopes=layout.stacked(grads),
-            optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
+            rows=rows,
+            optimizers=[work._optimizer(row) for work, row in zip(works, rows, strict=True)],
             steps=[0] * len(jobs),
             tokens=[0] * len(jobs),
             loss_sum=[0.0] * len(jobs),
@@ -147,18 +139,12 @@ class Sgd(Work):
 
     def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
         """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
-        totals = torch.tensor([sum(batch.counts[k] for batch in micro) for k in range(len(jobs))])
-        losses = torch.zeros(len(jobs), dtype=torch.float64)
-        carry.grads.zero_()
-        for batch in micro:
-            share = torch.tensor(batch.counts, dtype=torch.float64) / totals.clamp(min=1)
-            loss = model.losses(carry.stack, batch)
-            weighted = loss * share.to(loss)
-            _add_gradients(weighted.sum(), carry)
-            losses += weighted.detach().double().cpu()
-        for k, job in enumerate(jobs):
-            if totals[k] and k not in carry.failed:
-                self._client_step(carry, k, job, float(losses[k]))
+        active = [k for k in range(len(jobs)) if k not in carry.failed and any(batch.counts[k] for batch in micro)]
+        losses, grads, failed = surviving(carry.values, carry.layout.stacked, micro, model, carry.failed)
+        carry.failed |= {k: f"at step {carry.steps[k]} {reason}" for k, reason in failed.items()}
+        for k in active:
+            if k not in failed:
+                self._client_step(carry, k, jobs[k], float(losses[k]), grads[k])
                 carry.tokens[k] += sum(batch.client_tokens[k] for batch in micro)
         return carry
 
@@ -177,11 +163,8 @@ class Sgd(Work):
         parts = {"delta": moved, "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 
-    def _client_step(self, carry: Carry, k: int, job: Job, loss: float) -> None:
-        if not math.isfinite(loss):
-            carry.failed[k] = f"at step {carry.steps[k]} its loss is {loss}; lower work.lr or set work.clip_norm"
-            return
-        work, grads = carry.works[k], carry.grads[k]
+    def _client_step(self, carry: Carry, k: int, job: Job, loss: float, grads: Tensor) -> None:
+        work = carry.works[k]
         with torch.no_grad():
             if job.adjust is not None:
                 own = carry.layout.client(grads, k)
@@ -189,6 +172,7 @@ class Sgd(Work):
                     own[name].copy_(grad)
             if work.clip_norm is not None:
                 grads.mul_(min(1.0, work.clip_norm / max(tree.norm({"grads": grads}), 1e-300)))
+        carry.rows[k].grad = grads
         lr = work.lr * work.lr_schedule.factor(
             step=carry.steps[k],
             steps=work.num_steps(len(job.examples)),
@@ -201,18 +185,10 @@ class Sgd(Work):
         carry.loss_sum[k] += loss
         carry.lr_sum[k] += lr
 
-    def _optimizer(self, row: Tensor, grad: Tensor) -> torch.optim.Optimizer:
-        row.grad = grad
+    def _optimizer(self, row: Tensor) -> torch.optim.Optimizer:
         fused = row.dtype in (torch.float32, torch.float64)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(
                 [row], lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
             )
         return torch.optim.SGD([row], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
-
-
-def _add_gradients(loss: Tensor, carry: Carry) -> None:
-    """carry.grads += d loss / d stack. A leaf that the loss does not reach has no gradient."""
-    found = torch.autograd.grad(loss, list(carry.stack.values()), allow_unused=True)
-    pairs = [(slope, new) for slope, new in zip(carry.slopes.values(), found, strict=True) if new is not None]
-    torch._foreach_add_([slope for slope, _ in pairs], [new for _, new in pairs])
