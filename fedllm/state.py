@@ -105,7 +105,7 @@ class Checkpoints:
         try:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return Run(
-                params=tree.branch(trees, "params"),
+                params=tree.bundled(tree.branch(trees, "params")),
                 states=tuple(tree.branch(trees, f"state{place}") for place in range(facts["states"])),
                 round=facts["round"],
                 key=Key(facts["key"]),
