@@ -21,7 +21,7 @@ from fedllm.folder import Folder, default_folder
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
 from fedllm.session import Session
-from fedllm.state import Checkpoints
+from fedllm.state import Checkpoints, Run
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tree import Tree
 
@@ -67,33 +67,45 @@ def run(
     folder = Folder(Path(out) if out is not None else default_folder(experiment, name))
     status = folder.status(experiment)
     if status == "finished":
-        saved = _checkpoints(folder, experiment).load()
-        return Result(folder.path, folder.read_summary(), {} if saved is None else saved.params)
+        return _finished(folder, experiment)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder.path} holds this experiment, unfinished; go on with --resume")
     chosen, engine_name = engine_of(engine, experiment)
-    population = experiment.federation.load(experiment.key)
-    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
-    Scorer.of(experiment, population)
-    model = load(experiment.task)
-    population = replace(population, report=_data_report(experiment, model, population))
-    initial = loop.start(experiment, model.fresh(experiment.key))
+    model, population = _loaded(experiment)
+    start = loop.start(experiment, model.fresh(experiment.key))
     with locked(folder.path), _nothing_half_written(folder, experiment):
         new = not _checkpoints(folder, experiment).rounds()
         if new:
             folder.create(experiment, name)
-        ledger = Ledger()
-        with closing(Log(folder.events, (ledger, *listeners))) as log:
-            session = Session(experiment, folder, model, population, log, ledger, initial)
-            with _stopped(session), chosen.open(experiment, folder.memories, log) as call:
-                if new:
-                    session.begin(engine=engine_name, name=name)
-                else:
-                    session.resume(listeners)
-                session.rounds(call)
-                session.comparisons()
-                session.finish(engine_name)
+        opened = _session(experiment, folder, model, population, start, listeners)
+        with opened as session, chosen.open(experiment, folder.memories, session.log) as call:
+            if new:
+                session.begin(engine=engine_name, name=name)
+            else:
+                session.resume(listeners)
+            session.rounds(call)
+            session.comparisons()
+            session.finish(engine_name)
         return Result(folder.path, folder.read_summary(), session.state.params)
+
+
+def _finished(folder: Folder, experiment: Experiment) -> Result:
+    """What an earlier process has left."""
+    saved = _checkpoints(folder, experiment).load()
+    return Result(folder.path, folder.read_summary(), {} if saved is None else saved.params)
+
+
+def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
+    """Model and data, after all that can be refused about the data without a model.
+
+    Raises:
+        FedllmError: they cannot be had, or do not fit each other.
+    """
+    population = experiment.federation.load(experiment.key)
+    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
+    Scorer.of(experiment, population)
+    model = load(experiment.task)
+    return model, replace(population, report=_data_report(experiment, model, population))
 
 
 def _checkpoints(folder: Folder, experiment: Experiment) -> Checkpoints:
@@ -112,13 +124,23 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
 
 
 @contextmanager
-def _stopped(session: Session) -> Iterator[None]:
-    """Ctrl-C leaves every complete round on the disk."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        session.secure()
-        raise Interrupted(session.folder.path, session.state.round) from None
+def _session(
+    experiment: Experiment,
+    folder: Folder,
+    model: LoadedModel,
+    population: Population,
+    start: Run,
+    listeners: Sequence[Emit],
+) -> Iterator[Session]:
+    """A session that writes the log. Ctrl-C leaves every complete round on the disk."""
+    ledger = Ledger()
+    with closing(Log(folder.events, (ledger, *listeners))) as log:
+        session = Session(experiment, folder, model, population, log, ledger, start)
+        try:
+            yield session
+        except KeyboardInterrupt:
+            session.secure()
+            raise Interrupted(session.folder.path, session.state.round) from None
 
 
 def _data_report(experiment: Experiment, model: LoadedModel, population: Population) -> DataReported:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -85,15 +85,15 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 
 
 def finite(tree: Mapping[str, Tensor]) -> bool:
-    """True if no leaf holds a NaN or an infinity.
+    """True if no leaf holds a NaN or an infinity; both show in a sum, which is several times faster than a look at each
+    value. Values whose sum overflows their type count as infinite."""
+    if isinstance(tree, Bundle) and _all_finite([block.dot(block) for block in tree.blocks]):
+        return True  # where a sum of squares is finite, so is the sum of each leaf; the inverse need not hold
+    return _all_finite([leaf.sum() for leaf in tree.values()])
 
-    Both show in a sum, which is several times faster than a look at each value; that follows where a sum is not finite.
-    """
-    whole = tree.blocks if isinstance(tree, Bundle) else list(tree.values())
-    sums = [leaf.sum().double() for leaf in whole]
-    if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
-        return True
-    return all(bool(torch.isfinite(leaf).all()) for leaf in tree.values())
+
+def _all_finite(sums: Sequence[Tensor]) -> bool:
+    return not sums or bool(torch.isfinite(torch.stack([number.double() for number in sums])).all())
 
 
 def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
