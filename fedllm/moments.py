@@ -66,12 +66,12 @@ def adaptive(
 
 @dataclass(frozen=True)
 class Adaptive(Stage):
-    """What FedAdam and FedYogi share: `adaptive` with a second moment that decays by `beta2`. Not a stage by itself."""
+    """What FedAdam and FedYogi share: `adaptive` with a `beta2` in its second moment. Not a stage by itself."""
 
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
-    server_lr: float = 1e-3
+    beta1: float
+    beta2: float
+    tau: float
+    server_lr: float
 
     def __post_init__(self) -> None:
         check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)

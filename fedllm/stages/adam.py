@@ -28,6 +28,11 @@ class Adam(Adaptive):
         server_lr: length of the server's step.
     """
 
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    server_lr: float = 1e-3
+
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         """The running mean of the squares."""
         return self.beta2 * v + (1 - self.beta2) * square

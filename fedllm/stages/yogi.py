@@ -30,6 +30,11 @@ class Yogi(Adaptive):
         server_lr: length of the server's step.
     """
 
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+    server_lr: float = 1e-3
+
     def second(self, v: Tensor, square: Tensor) -> Tensor:
         """A step of (1 - beta2) Δ² towards the newest square."""
         return v - (1 - self.beta2) * square * torch.sign(v - square)
