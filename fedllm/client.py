@@ -116,7 +116,7 @@ class Site:
         memories = self.store.load(client, ctx.round, len(self.stages))
         local = Local(ctx, fresh=self.fresh)
         params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
-        start = {name: params.get(name, leaf) for name, leaf in self.fresh.items()}
+        start = tree.bundled(tree.over(self.fresh, params))
         # encode and the memories stay on the CPU; what the local steps touch moves to the model
         device = self.model.device
         there = replace(arrival, scratch=tuple(tree.to(scratch, device) for scratch in arrival.scratch))

@@ -24,12 +24,12 @@ import fedllm
 from fedllm.batch import Example
 from fedllm.cache import cache_dir
 from fedllm.config import dump
+from fedllm.disk import write_durably
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, Evaluated, Progress
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
-from fedllm.state import write_durably
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree, add
 from fedllm.update import Ctx

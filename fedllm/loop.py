@@ -123,7 +123,7 @@ def evaluate(
 def start(experiment: Experiment, initial: Tree) -> Run:
     """The state before the first round."""
     shared = {name: leaf for name, leaf in initial.items() if experiment.task.scope.shares(name)}
-    return Run(params=shared, states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
+    return Run(params=tree.bundled(shared), states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
 
 
 def _tree(update: Update, part: str) -> Tree:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.config import experiment_hash
+from fedllm.disk import atomic_folder
 from fedllm.evaluation.scores import LOWER_IS_BETTER
 from fedllm.events import ClientFinished, DataReported, Evaluated, Event, read
 from fedllm.experiment import Experiment
 from fedllm.folder import Folder, write_whole
 from fedllm.stages.keep import Keep
-from fedllm.state import ClientStore, Run, atomic_folder
+from fedllm.state import ClientStore, Run
 from fedllm.tasks.base import Base, materialise
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree

@@ -18,22 +18,24 @@ from torch import Tensor
 
 from fedllm import tree
 from fedllm.batch import Batch
+from fedllm.bundle import copy_into
 from fedllm.errors import ConfigError
+from fedllm.tree import Tree
 from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
 from fedllm.works.gradients import surviving
 from fedllm.works.schedule import LrSchedule
-from fedllm.works.stack import Layout, filled
+from fedllm.works.stack import Layout
 
 
 @dataclass(eq=False)
 class Carry:
-    """The running state of K clients: (K, P) buffers of their values and starts. `rows[k]` is client k's row."""
+    """The running state of K clients. `values` (K, P) holds their weights, `rows[k]` is client k's row of it."""
 
     works: Sequence[Sgd]
     layout: Layout
     values: Tensor
-    starts: Tensor
+    starts: Sequence[Tree]
     rows: Sequence[Tensor]
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
@@ -122,13 +124,13 @@ class Sgd(Work):
         """Stack the starting points and give every client an optimiser on its row."""
         starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
         layout = Layout.of(starts)
-        values = filled(layout, starts)
+        values = layout.filled(starts)
         rows = list(values)
         return Carry(
             works=works,
             layout=layout,
             values=values,
-            starts=values.clone(),
+            starts=starts,
             rows=rows,
             optimizers=[work._optimizer(row) for work, row in zip(works, rows, strict=True)],
             steps=[0] * len(jobs),
@@ -150,17 +152,16 @@ class Sgd(Work):
 
     def finish(self, carry: Carry) -> Sequence[Outcome]:
         """Each client's delta (local - global), mean loss and counts."""
-        delta = carry.values - carry.starts
-        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k, row) for k, row in enumerate(delta)]
+        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in range(len(carry.starts))]
 
-    def _outcome(self, carry: Carry, k: int, delta: Tensor) -> Outcome:
-        if not tree.finite({"delta": delta}):
+    def _outcome(self, carry: Carry, k: int) -> Outcome:
+        delta = tree.sub(carry.layout.client(carry.values[k], k), carry.starts[k])
+        if not tree.finite(delta):
             return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
         loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
         counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens")}
-        moved = Part(carry.layout.client(delta, k))
-        parts = {"delta": moved, "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
+        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 
     def _client_step(self, carry: Carry, k: int, job: Job, loss: float, grads: Tensor) -> None:
@@ -168,8 +169,7 @@ class Sgd(Work):
         with torch.no_grad():
             if job.adjust is not None:
                 own = carry.layout.client(grads, k)
-                for name, grad in job.adjust(own, carry.layout.client(carry.values[k], k)).items():
-                    own[name].copy_(grad)
+                copy_into(own, job.adjust(own, carry.layout.client(carry.values[k], k)))
             if work.clip_norm is not None:
                 grads.mul_(min(1.0, work.clip_norm / max(tree.norm({"grads": grads}), 1e-300)))
         carry.rows[k].grad = grads
