@@ -8,9 +8,8 @@ one stack. An evaluation takes the same path and saves no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from fedllm import tree
 from fedllm.aggregate import Session
@@ -19,12 +18,15 @@ from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
+from fedllm.recent import Recent
 from fedllm.stage import Arrival, adjust, arrive, up
 from fedllm.state import ClientStore
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Local, Part, Request, Update
 from fedllm.work import Job, Outcome, run_work
+
+MOST_TOKENS = 1_000_000  # of the encoded examples that a process keeps: 16 MB, and some more for short ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Site:
         self.stages = self.experiment.trip
         self.fresh = self.model.fresh(self.experiment.key)
         self.scorer = Scorer.of(self.experiment, self.population)
-        self.examples = lru_cache(maxsize=1024)(self._examples)
+        self.examples = Recent(self._examples, _num_tokens, MOST_TOKENS)
 
     def answer(self, name: str, request: Request) -> Update | Failure:
         """One call to one client. What goes wrong on a client is its failure, not the round's."""
@@ -82,6 +84,9 @@ class Site:
 
     def prepare(self, request: Request) -> Prepared:
         """Receive: from a request to a job."""
+        return self._prepared(request, self.examples(str(request.ctx.client)))
+
+    def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
         client, ctx = str(request.ctx.client), request.ctx
         memories = self.store.load(client, ctx.round, len(self.stages))
         local = Local(ctx, fresh=self.fresh)
@@ -93,7 +98,7 @@ class Site:
         job = Job(
             ctx=ctx,
             start=tree.to(start, device),
-            examples=self.examples(client),
+            examples=examples,
             adjust=lambda grads, params: adjust(self.stages, there, grads, params),
         )
         return Prepared(client, job, arrival, memories, local)
@@ -113,7 +118,7 @@ class Site:
 
     def evaluate(self, request: Request) -> Update:
         """Score the parameters on the client's held-out records."""
-        prepared = self.prepare(request)
+        prepared = self._prepared(request, ())
         sums = self.scorer.sums(self.model, prepared.job.start, self.population.heldout[prepared.client])
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
@@ -121,14 +126,17 @@ class Site:
         return self.experiment.aggregator.seal(update, self.session(request.ctx))
 
     def session(self, ctx: Ctx) -> Session:
-        """The client's session of this round; that of an earlier one is dropped."""
-        client = str(ctx.client)
-        held = self.sessions.get(client)
-        if held is None or (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
-            self.sessions[client] = Session(ctx)
-        return self.sessions[client]
+        """The client's session of this round; those of an earlier one are dropped."""
+        held = next(iter(self.sessions.values()), None)
+        if held is not None and (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
+            self.sessions.clear()
+        return self.sessions.setdefault(str(ctx.client), Session(ctx))
 
     def _examples(self, client: str) -> tuple[Example, ...]:
         max_length = self.experiment.work.max_length
         encoded = (self.model.encode(record, max_length) for record in self.population.train[client])
         return tuple(example for example in encoded if example is not None)
+
+
+def _num_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.tokens) for example in examples)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm.batch import Batch, Example, collate
 from fedllm.rng import Key
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Update
+from fedllm.update import Ctx, Profile, Update
 
 Facts = Mapping[str, float]
 Adjust = Callable[[Tree, Tree], Tree]  # (grads, params) -> grads: a client's stage hooks
@@ -70,6 +70,10 @@ class Work:
     def tuned(self, *, lr: float, times: int) -> Work:
         """The same work at another learning rate, with `times` as many examples a step."""
         raise NotImplementedError
+
+    def suited(self, profile: Profile) -> Work:
+        """The same work as far as a client's device differs."""
+        return self
 
     def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
         """For each local step, the examples of each of its micro-batches, drawn with ctx.rng("batches")."""

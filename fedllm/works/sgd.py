@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fedllm import tree
 from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Part, Update
+from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
 from fedllm.works.schedule import LrSchedule
 
@@ -91,6 +91,14 @@ class Sgd(Work):
     def tuned(self, *, lr: float, times: int) -> Sgd:
         """More micro-batches a step, so that memory stays as it is."""
         return replace(self, lr=lr, accumulation=self.accumulation * times)
+
+    def suited(self, profile: Profile) -> Sgd:
+        """With the profile's steps (instead of steps or epochs), batch size and learning rate, where it has them."""
+        set_there = {"batch_size": profile.batch_size, "lr": profile.lr}
+        changes: dict[str, Any] = {name: value for name, value in set_there.items() if value is not None}
+        if profile.steps is not None:
+            changes |= {"steps": profile.steps, "epochs": None}
+        return replace(self, **changes)
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps of a round."""
