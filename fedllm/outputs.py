@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def write_outputs(
     told = DataReported | ClientFinished | Evaluated
     events = [event for _, event in read(folder.events) if isinstance(event, told)]
     figures = summary(experiment, state, engine, seconds, events, model.base.title)
-    write_whole(folder.summary, json.dumps(figures, indent=2) + "\n")
+    text = StringIO()  # json.dumps would hold every word of many clients as an object of its own
+    json.dump(figures, text, indent=2)
+    write_whole(folder.summary, text.getvalue() + "\n")
 
 
 def save_adapter(model: LoadedModel, params: Tree, folder: Path) -> None:
