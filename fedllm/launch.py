@@ -169,12 +169,14 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
     """
     length, cut, dropped = experiment.work.max_length, 0, 0
     for client, records in population.train.items():
-        examples = [model.encode(record, length) for record in records]
-        kept = [example for example in examples if example is not None]
+        kept = 0
+        for record in records:
+            example = model.encode(record, length)
+            kept += example is not None
+            cut += example is not None and example.cut > 0
         if not kept:
             raise RunError(
                 f"no record of {client} keeps a labelled token in {length} tokens; raise the work's max_length"
             )
-        cut += sum(1 for example in kept if example.cut)
-        dropped += len(examples) - len(kept)
+        dropped += len(records) - kept
     return replace(population.report, cut=cut, dropped=dropped)

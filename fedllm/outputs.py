@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,12 @@ def write_outputs(
     save_adapter(model, {**complete, **state.params}, folder.path / "adapter")
     for client, own in personal_leaves(experiment, folder, state).items():
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
-    events = [event for _, event in read(folder.events)]
+    told = DataReported | ClientFinished | Evaluated
+    events = [event for _, event in read(folder.events) if isinstance(event, told)]
     figures = summary(experiment, state, engine, seconds, events, model.base.title)
-    write_whole(folder.summary, json.dumps(figures, indent=2) + "\n")
+    text = StringIO()  # json.dumps would hold every word of many clients as an object of its own
+    json.dump(figures, text, indent=2)
+    write_whole(folder.summary, text.getvalue() + "\n")
 
 
 def save_adapter(model: LoadedModel, params: Tree, folder: Path) -> None:
@@ -71,7 +75,7 @@ def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mappi
 
 
 def summary(
-    experiment: Experiment, state: Run, engine: str, seconds: float, events: list[Event], title: str
+    experiment: Experiment, state: Run, engine: str, seconds: float, events: Sequence[Event], title: str
 ) -> dict[str, Any]:
     """The figures of `summary.json`."""
     totals = state.totals
@@ -103,7 +107,7 @@ def summary(
     }
 
 
-def _clients(events: list[Event], federated: Evaluated | None) -> dict[str, dict[str, Any]]:
+def _clients(events: Sequence[Event], federated: Evaluated | None) -> dict[str, dict[str, Any]]:
     clients: dict[str, dict[str, Any]] = {}
     for event in events:
         if isinstance(event, DataReported):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,8 +98,12 @@ class Sgd(Work):
         return replace(self, lr=lr, accumulation=self.accumulation * times)
 
     def suited(self, profile: Profile) -> Sgd:
-        """This work as a device of that profile does it."""
-        return self
+        """With the profile's steps (instead of steps or epochs), batch size and learning rate, where it has them."""
+        set_there = {"batch_size": profile.batch_size, "lr": profile.lr}
+        changes: dict[str, Any] = {name: value for name, value in set_there.items() if value is not None}
+        if profile.steps is not None:
+            changes |= {"steps": profile.steps, "epochs": None}
+        return replace(self, **changes)
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps of a round."""
