@@ -12,7 +12,7 @@ from typing import Any
 from fedllm.config import experiment_hash
 from fedllm.disk import atomic_folder
 from fedllm.evaluation.scores import LOWER_IS_BETTER
-from fedllm.events import ClientFinished, DataReported, Evaluated, Event, read
+from fedllm.events import ClientFinished, DataReported, EngineStarted, Evaluated, Event, read
 from fedllm.experiment import Experiment
 from fedllm.folder import Folder, write_whole
 from fedllm.stages.keep import Keep
@@ -31,7 +31,7 @@ def write_outputs(
     save_adapter(model, {**complete, **state.params}, folder.path / "adapter")
     for client, own in personal_leaves(experiment, folder, state).items():
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
-    told = DataReported | ClientFinished | Evaluated
+    told = DataReported | ClientFinished | EngineStarted | Evaluated
     events = [event for _, event in read(folder.events) if isinstance(event, told)]
     figures = summary(experiment, state, engine, seconds, events, model.base.title)
     text = StringIO()  # json.dumps would hold every word of many clients as an object of its own
@@ -94,6 +94,7 @@ def summary(
         "seconds_per_round": round(totals.seconds / max(1, state.round), 4),
         "tokens_trained": totals.tokens,
         "tokens_per_second": round(totals.tokens / totals.seconds, 2) if totals.seconds else 0.0,
+        "share_of_peak": share_of_peak(totals.tokens, totals.seconds, events),
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
         "evaluation_bytes": totals.evaluation_bytes,
@@ -105,6 +106,15 @@ def summary(
         "worst": _worst(federated),
         "epsilon": None,
     }
+
+
+def share_of_peak(tokens: int, seconds: float, events: Sequence[Event]) -> float | None:
+    """4 x parameters x tokens a second, the work of a pass forward and back through a frozen model, over what the
+    engine's workers reach in matrix products; None where no engine has measured that."""
+    found = [event for event in events if isinstance(event, EngineStarted)]
+    if not found or not found[-1].peak or not seconds:
+        return None
+    return round(4 * found[-1].parameters * tokens / seconds / found[-1].peak, 4)
 
 
 def _clients(events: Sequence[Event], federated: Evaluated | None) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ def prepare(model: PreTrainedModel) -> int:
     found = [Normed(norm, eps) for norm in norms if (eps := vars(norm).get("variance_epsilon")) is not None]
     same = [normed for normed in found if _is_same(normed)]
     for normed in same:
-        normed.norm.forward = normed  # type: ignore[assignment]
+        normed.norm.forward = normed
     return len(same)
 
 
