@@ -17,18 +17,18 @@ from fedllm.batch import Batch
 from fedllm.tree import Tree
 from fedllm.work import Model
 
+Buffers = tuple[Tensor, Tensor]  # (K, P) values, and their gradient, which is written here
 Stacked = Callable[[Tensor], Tree]  # a (K, P) buffer to its leaves (K, ...)
 
 
-def gradients(values: Tensor, leaves: Stacked, micro: Sequence[Batch], model: Model) -> tuple[Tensor, Tensor]:
-    """(K,) losses, float64 on the CPU, and the (K, P) gradient of their sum at `values` (K, P).
+def gradients(values: Tensor, slope: Tensor, leaves: Stacked, micro: Sequence[Batch], model: Model) -> Tensor:
+    """(K,) losses, float64 on the CPU; `slope` (K, P) becomes the gradient of their sum at `values` (K, P).
 
     A client's loss is the mean over its examples in all micro-batches.
     """
     totals = torch.tensor([batch.counts for batch in micro]).sum(0).clamp(min=1).double()
     stack = {name: leaf.requires_grad_() for name, leaf in leaves(values.detach()).items()}
-    losses, slope = torch.zeros(len(values), dtype=torch.float64), torch.zeros_like(values)
-    into = leaves(slope)
+    losses, into = torch.zeros(len(values), dtype=torch.float64), leaves(slope.zero_())
     for batch in micro:
         loss = model.losses(stack, batch)
         weighted = loss * (torch.tensor(batch.counts) / totals).to(loss)
@@ -36,22 +36,23 @@ def gradients(values: Tensor, leaves: Stacked, micro: Sequence[Batch], model: Mo
         pairs = [(leaf, new) for leaf, new in zip(into.values(), found, strict=True) if new is not None]
         torch._foreach_add_([leaf for leaf, _ in pairs], [new for _, new in pairs])
         losses += weighted.detach().double().cpu()
-    return losses, slope
+    return losses
 
 
 def surviving(
-    values: Tensor, leaves: Stacked, micro: Sequence[Batch], model: Model, failed: Collection[int]
-) -> tuple[Tensor, Tensor, dict[int, str]]:
+    buffers: Buffers, leaves: Stacked, micro: Sequence[Batch], model: Model, failed: Collection[int]
+) -> tuple[Tensor, dict[int, str]]:
     """Losses and gradients of a stack, and why clients fail at this step. The weights of those that do become zeros."""
+    values, slope = buffers
     states = [generator.get_state() for generator in micro[0].dropout]
     reasons: dict[int, str] = {}
     while True:
-        losses, slope = gradients(values, leaves, micro, model)
+        losses = gradients(values, slope, leaves, micro, model)
         finite = torch.isfinite(slope.sum(1)).tolist()
         spoilt = [k for k, loss in enumerate(losses.tolist()) if not (math.isfinite(loss) and finite[k])]
         spoilt = [k for k in spoilt if k not in failed and k not in reasons]
         if not spoilt:
-            return losses, slope, reasons
+            return losses, reasons
         found = {k: _reason(losses[k]) for k in spoilt}
         if len(values) > 1:
             alone = {k: _alone(values, leaves, micro, model, k, states) for k in spoilt}
@@ -68,7 +69,8 @@ def _alone(
     """Why client k fails by itself; None if it does not."""
     _rewind(micro, states)
     own = [batch.only(k) for batch in micro if batch.counts[k]]
-    losses, slope = gradients(values[k : k + 1], leaves, own, model)
+    slope = torch.zeros_like(values[k : k + 1])
+    losses = gradients(values[k : k + 1], slope, leaves, own, model)
     fine = math.isfinite(float(losses[0])) and bool(torch.isfinite(slope.sum()))
     return None if fine else _reason(losses[0])
 

@@ -30,13 +30,13 @@ from fedllm.works.stack import Layout
 
 @dataclass(eq=False)
 class Carry:
-    """The running state of K clients. `values` (K, P) holds their weights, `rows[k]` is client k's row of it."""
+    """The running state of K clients: (K, P) buffers of their weights and gradients."""
 
     works: Sequence[Sgd]
     layout: Layout
     values: Tensor
     starts: Sequence[Tree]
-    rows: Sequence[Tensor]
+    grads: Tensor
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
     tokens: list[int]
@@ -129,14 +129,14 @@ class Sgd(Work):
         starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
         layout = Layout.of(starts)
         values = layout.filled(starts)
-        rows = list(values)
+        grads = torch.zeros_like(values)
         return Carry(
             works=works,
             layout=layout,
             values=values,
             starts=starts,
-            rows=rows,
-            optimizers=[work._optimizer(row) for work, row in zip(works, rows, strict=True)],
+            grads=grads,
+            optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
             steps=[0] * len(jobs),
             tokens=[0] * len(jobs),
             loss_sum=[0.0] * len(jobs),
@@ -146,11 +146,11 @@ class Sgd(Work):
     def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
         """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
         active = [k for k in range(len(jobs)) if k not in carry.failed and any(batch.counts[k] for batch in micro)]
-        losses, grads, failed = surviving(carry.values, carry.layout.stacked, micro, model, carry.failed)
+        losses, failed = surviving((carry.values, carry.grads), carry.layout.stacked, micro, model, carry.failed)
         carry.failed |= {k: f"at step {carry.steps[k]} {reason}" for k, reason in failed.items()}
         for k in active:
             if k not in failed:
-                self._client_step(carry, k, jobs[k], float(losses[k]), grads[k])
+                self._client_step(carry, k, jobs[k], float(losses[k]))
                 carry.tokens[k] += sum(batch.client_tokens[k] for batch in micro)
         return carry
 
@@ -168,15 +168,14 @@ class Sgd(Work):
         parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 
-    def _client_step(self, carry: Carry, k: int, job: Job, loss: float, grads: Tensor) -> None:
-        work = carry.works[k]
+    def _client_step(self, carry: Carry, k: int, job: Job, loss: float) -> None:
+        work, grads = carry.works[k], carry.grads[k]
         with torch.no_grad():
             if job.adjust is not None:
                 own = carry.layout.client(grads, k)
                 copy_into(own, job.adjust(own, carry.layout.client(carry.values[k], k)))
             if work.clip_norm is not None:
                 grads.mul_(min(1.0, work.clip_norm / max(tree.norm({"grads": grads}), 1e-300)))
-        carry.rows[k].grad = grads
         lr = work.lr * work.lr_schedule.factor(
             step=carry.steps[k],
             steps=work.num_steps(len(job.examples)),
@@ -189,7 +188,8 @@ class Sgd(Work):
         carry.loss_sum[k] += loss
         carry.lr_sum[k] += lr
 
-    def _optimizer(self, row: Tensor) -> torch.optim.Optimizer:
+    def _optimizer(self, row: Tensor, grad: Tensor) -> torch.optim.Optimizer:
+        row.grad = grad
         fused = row.dtype in (torch.float32, torch.float64)
         if self.optimizer == "adamw":
             return torch.optim.AdamW(
