@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fedllm.errors import ModelError
 from fedllm.tasks.current import current
 from fedllm.tasks.short_attention import bias, short_attention
+from fedllm.tasks.varlen import fits, varlen_attention
 
 NAME = "fedllm"
 SHORT = 512  # tokens; up to here plain products beat the fused kernel's backward pass on CPUs
@@ -52,6 +53,8 @@ def attend(
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
     scaling, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
+    if fits(query, value):
+        return varlen_attention(query[0], key[0], value[0], lengths, scaling, window)[None], None
     if max(lengths) <= SHORT:
         return short_attention(query[0], key[0], value[0], lengths, scaling, window)[None], None
     rows = zip(*(torch.split(states[0], list(lengths), 1) for states in (query, key, value)), strict=True)
