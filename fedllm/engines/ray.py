@@ -73,16 +73,17 @@ class Ray(Engine):
             ConfigError: the experiment is not one that a file can hold, or there is no room for the actors.
             RunError: Ray cannot be reached, or an actor cannot start.
         """
-        with one_thread(), self.started(experiment) as team, team.serving(experiment, folder, self.stack, emit) as call:
+        _text(experiment)  # before anything starts
+        device = experiment.task.device
+        with one_thread(), self.started(device) as team, team.serving(experiment, folder, self.stack, emit) as call:
             yield call
 
     @contextmanager
-    def started(self, experiment: Experiment) -> Iterator[Team]:
-        """The actors, until closed. They may serve several experiments, one after another."""
+    def started(self, device: str = "auto") -> Iterator[Team]:
+        """The actors, until closed, for tasks on a device. They may serve several experiments, one after another."""
         ray = _imported()
-        _text(experiment)
         with self._connected(ray):
-            team = Team(ray, *self._share(ray.cluster_resources(), experiment.task.device))
+            team = Team(ray, *self._share(ray.cluster_resources(), device))
             try:
                 yield team
             finally:
