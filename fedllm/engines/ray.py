@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,13 +98,14 @@ class Ray(Engine):
         local = {"num_cpus": max(os.cpu_count() or 1, self.actors or 1), "include_dashboard": False}
         place = {"address": "local", **local} if self.address is None else {"address": self.address}
         try:
+            _knock(self.address)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about settings of its own
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
         except (OSError, RuntimeError, ValueError) as error:
             raise RunError(
-                f"Ray cannot be reached at engine.ray.address {self.address or 'local'} ({_brief(error)}); start a "
-                "cluster with: ray start --head"
+                f"engine.ray.address: Ray cannot be reached at {self.address or 'this machine'} ({_brief(error)}); "
+                "start it there with: ray start --head"
             ) from error
         try:
             yield
@@ -153,7 +155,7 @@ class Team:
                 begun = self._ray.get([host.begin.remote(*self._charge) for host in self.hosts])
             except self.lost as error:
                 raise RunError(
-                    f"a Ray actor was lost while it loaded {experiment.task.model} ({_brief(error)})"
+                    f"a Ray actor was lost before it had loaded {experiment.task.model} ({_brief(error)})"
                 ) from None
             for found in begun:
                 if isinstance(found, str):
@@ -206,5 +208,14 @@ def _imported() -> Any:
     return ray
 
 
+def _knock(address: str | None) -> None:
+    """Raises OSError where nobody listens at host:port, for which Ray would wait for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _brief(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    """The last line of what Ray says, where the cause stands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__

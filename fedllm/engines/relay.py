@@ -70,6 +70,7 @@ class Relay:
     stack: int
     talks: bool
     emit: Emit
+    started: bool = False
     moment: tuple[int, Key] | None = None
     homes: dict[int, Any] = field(default_factory=dict)  # stack -> the process that has its clients' sessions
 
@@ -79,7 +80,8 @@ class Relay:
         Raises:
             RunError: what is wrong with a process is wrong with the next one, too.
         """
-        if self.moment is None:
+        if not self.started:
+            self.started = True
             self.emit(EngineStarted(len(self.team.hosts), self.stack, None, self.team.parameters, None))
         todo = self._errands(name, requests)
         under_way = deque(islice(todo, AHEAD * len(self.team.hosts)))
@@ -117,7 +119,7 @@ class Relay:
             try:
                 found = self.team.answer(errand.reference)
             except self.team.lost as error:
-                self._replaced(errand, " ".join(str(error).partition("\n")[0].split()))
+                self._replaced(errand, str(error).partition("\n")[0].rstrip(". "))
                 for other in under_way:
                     if other.place == errand.place:
                         self._send(other)
