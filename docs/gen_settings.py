@@ -90,7 +90,7 @@ def kind(hint: Any) -> str:
     if origin is tuple:
         return f"list of {kind(inner[0])}" if Ellipsis in inner else f"list of {len(inner)}: {kind(inner[0])}"
     if origin is not None and issubclass(origin, Mapping):
-        return "mapping"
+        return f"mapping of text to {kind(inner[1])}" if is_dataclass(inner[1]) else "mapping"
     return PLAIN.get(hint, "a record")
 
 

@@ -56,6 +56,23 @@ class Batch:
         edges = [0, *accumulate(self.counts)]
         return tuple(ends[stop] - ends[start] for start, stop in pairwise(edges))
 
+    def only(self, k: int) -> Batch:
+        """Client k's part, as a stack of one."""
+        edges, sequences = [0, *accumulate(self.client_tokens)], [0, *accumulate(self.counts)]
+        tokens, own = slice(edges[k], edges[k + 1]), slice(sequences[k], sequences[k + 1])
+        mine = (self.rows >= tokens.start) & (self.rows < tokens.stop)
+        return Batch(
+            tokens=self.tokens[tokens],
+            positions=self.positions[tokens],
+            lengths=self.lengths[own],
+            counts=(self.counts[k],),
+            rows=self.rows[mine] - tokens.start,
+            targets=self.targets[mine],
+            row_sequences=self.row_sequences[mine] - own.start,
+            dropout=self.dropout[k : k + 1],
+            recompute=self.recompute,
+        )
+
 
 def collate(
     clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator, ...] = (), *, recompute: bool = False

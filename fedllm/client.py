@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TypeVar
 
 from fedllm import tree
@@ -21,6 +22,7 @@ from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
+from fedllm.recent import Recent
 from fedllm.stage import Arrival, adjust, arrive, hooked, up
 from fedllm.state import ClientStore
 from fedllm.tasks.model import LoadedModel, load
@@ -29,6 +31,8 @@ from fedllm.update import Ctx, Failure, Local, Part, Request, Update
 from fedllm.work import Facts, Job, Outcome, run_work
 
 Found = TypeVar("Found")
+
+MOST_TOKENS = 1_000_000  # of the encoded examples that a process keeps: 16 MB, and some more for short ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +59,11 @@ class Site:
     def __post_init__(self) -> None:
         self.train: Callable[[Sequence[Job]], Sequence[Outcome]] = self._train
         self.model = self.model.bound(self.experiment.key)
+        self.lock = Lock()  # clients may be answered side by side
         self.stages = self.experiment.trip
         self.fresh = self.model.fresh(self.experiment.key)
         self.scorer = Scorer.of(self.experiment, self.population)
-        self.examples = lru_cache(maxsize=1024)(self._examples)
+        self.examples = Recent(self._examples, _num_tokens, MOST_TOKENS)
 
     @staticmethod
     def of(experiment: Experiment, folder: Path | None, model: LoadedModel | None = None) -> Site:
@@ -115,18 +120,21 @@ class Site:
 
     def prepare(self, request: Request) -> Prepared:
         """Receive: from a request to a job."""
+        return self._prepared(request, self.examples(str(request.ctx.client)))
+
+    def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
         client, ctx = str(request.ctx.client), request.ctx
         memories = self.store.load(client, ctx.round, len(self.stages))
         local = Local(ctx, fresh=self.fresh)
         params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
-        start = {name: params.get(name, leaf) for name, leaf in self.fresh.items()}
+        start = tree.bundled(tree.over(self.fresh, params))
         # encode and the memories stay on the CPU; what the local steps touch moves to the model
         device = self.model.device
         there = replace(arrival, scratch=tuple(tree.to(scratch, device) for scratch in arrival.scratch))
         job = Job(
             ctx=ctx,
             start=tree.to(start, device),
-            examples=self.examples(client),
+            examples=examples,
             adjust=(lambda grads, params: adjust(self.stages, there, grads, params)) if hooked(self.stages) else None,
         )
         return Prepared(client, job, arrival, memories, local)
@@ -143,7 +151,7 @@ class Site:
 
     def evaluate(self, request: Request) -> Update:
         """Score the parameters on the client's held-out records."""
-        prepared = self.prepare(request)
+        prepared = self._prepared(request, ())
         sums = self.scorer.sums(self.model, prepared.job.start, self.population.heldout[prepared.client])
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
@@ -151,12 +159,12 @@ class Site:
         return self.experiment.aggregator.seal(update, self.session(request.ctx))
 
     def session(self, ctx: Ctx) -> Session:
-        """The client's session of this round; that of an earlier one is dropped."""
-        client = str(ctx.client)
-        held = self.sessions.get(client)
-        if held is None or (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
-            self.sessions[client] = Session(ctx)
-        return self.sessions[client]
+        """The client's session of this round; those of an earlier one are dropped."""
+        with self.lock:
+            held = next(iter(self.sessions.values()), None)
+            if held is not None and (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
+                self.sessions.clear()
+            return self.sessions.setdefault(str(ctx.client), Session(ctx))
 
     def _examples(self, client: str) -> tuple[Example, ...]:
         max_length = self.experiment.work.max_length
@@ -172,3 +180,7 @@ def _failing(ctx: Ctx, action: Callable[[], Found]) -> Found | Failure:
         raise
     except FedllmError as error:
         return Failure(str(ctx.client), ctx.round, str(error))
+
+
+def _num_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.tokens) for example in examples)

@@ -24,12 +24,12 @@ import fedllm
 from fedllm.batch import Example
 from fedllm.cache import cache_dir
 from fedllm.config import dump
+from fedllm.disk import write_durably
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, Evaluated, Progress
 from fedllm.experiment import Experiment
-from fedllm.federation import Population
-from fedllm.state import write_durably
+from fedllm.federation import Joined, Population
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree, add
 from fedllm.update import Ctx
@@ -121,14 +121,16 @@ class Comparison:
     def _scored(self, model: LoadedModel, params: Tree) -> tuple[Scores, dict[str, Scores]]:
         """One set of parameters on all held-out records: in all, and by client."""
         scorer = Scorer.of(self.experiment, self.population)
-        owned = [(c, record) for c, rows in self.population.heldout.items() for record in scorer.chosen(rows)]
-        records = [record for _, record in owned]
+        owned = {client: scorer.chosen(rows) for client, rows in self.population.heldout.items()}
+        records = Joined(owned.values())
         pairs = scorer.pairs(model, params, records)
         by_client: dict[str, Scores] = {}
-        for client in self.population.clients:
-            mine = [place for place, (owner, _) in enumerate(owned) if owner == client]
-            measured = {metric: [found[place] for place in mine] for metric, found in pairs.items()}
-            by_client[client] = scorer.figures(scorer.add_up([records[place] for place in mine], measured))
+        start = 0
+        for client, rows in owned.items():
+            mine = slice(start, start + len(rows))
+            measured = {metric: found[mine] for metric, found in pairs.items()}
+            by_client[client] = scorer.figures(scorer.add_up(rows, measured))
+            start = mine.stop
         return scorer.figures(scorer.add_up(records, pairs)), by_client
 
     def _loss(self, model: LoadedModel, params: Tree, clients: Sequence[str]) -> float:

@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST_NAMES = 50  # that an error lists
+
 
 class FedllmError(ValueError):
     """Something that a user can mend. The command line prints it and exits with code 2."""
@@ -64,4 +66,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
+    if len(names) > MOST_NAMES:
+        return f"; known: {', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
     return f"; known: {', '.join(names)}" if names else ""

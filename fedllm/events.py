@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ KINDS: dict[str, type[Event]] = {kind(cls): cls for cls in Event.__subclasses__(
 
 def to_json(event: Event) -> dict[str, Any]:
     """An event as the log writes it, without its time."""
-    return {"event": kind(event), **asdict(event)}
+    return {"event": kind(event), **event.__dict__}
 
 
 def from_json(record: Mapping[str, Any]) -> Event | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, overload
 
 from fedllm.events import DataReported
 from fedllm.rng import Key
@@ -25,6 +27,31 @@ class Population:
     def clients(self) -> tuple[str, ...]:
         """All clients, in a fixed order."""
         return tuple(self.train)
+
+
+class Joined(Sequence[Record]):
+    """Several sequences as one, end to end; nothing is copied."""
+
+    def __init__(self, parts: Iterable[Sequence[Record]]) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = list(accumulate(map(len, self._parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = range(len(self))[index]
+        part = bisect_right(self._ends, place)
+        return self._parts[part][place - self._ends[part]]
+
+    def __iter__(self) -> Iterator[Record]:
+        return chain.from_iterable(self._parts)
 
 
 class Federation:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import fedllm
 from fedllm.config import ABOUT, difference, dump, experiment_hash
+from fedllm.disk import sync, write_durably
 from fedllm.errors import ConfigError, RunError
 from fedllm.experiment import Experiment
-from fedllm.state import sync_folder, write_durably
 from fedllm.yamltext import read_yaml, write_yaml
 
 Status = Literal["new", "unfinished", "finished"]
@@ -139,7 +139,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     write_durably(_part(path), text.encode())
     _part(path).replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _part(path: Path) -> Path:

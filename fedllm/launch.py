@@ -23,7 +23,7 @@ from fedllm.ledger import Ledger
 from fedllm.lock import locked
 from fedllm.session import Session
 from fedllm.spec import Reader
-from fedllm.state import Checkpoints
+from fedllm.state import Checkpoints, Run
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tree import Tree
 from fedllm.yamltext import read_yaml
@@ -70,35 +70,28 @@ def run(
     folder = Folder(Path(out) if out is not None else default_folder(experiment, name))
     status = folder.status(experiment)
     if status == "finished":
-        saved = _checkpoints(folder, experiment).load()
-        return Result(folder.path, folder.read_summary(), {} if saved is None else saved.params)
+        return _finished(folder, experiment)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder.path} holds this experiment, unfinished; go on with --resume")
     asked = engine_of(engine)
-    population = experiment.federation.load(experiment.key)
-    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
-    Scorer.of(experiment, population)
-    model = load(experiment.task)
+    model, population = _loaded(experiment)
     runner, reason = chosen(asked, experiment, model)
     engine_name = name_of(runner).rpartition(":")[2].lower()
-    population = replace(population, report=_data_report(experiment, model, population))
-    initial = loop.start(experiment, model.fresh(experiment.key))
+    start = loop.start(experiment, model.fresh(experiment.key))
     with locked(folder.path), _nothing_half_written(folder, experiment):
         new = not _checkpoints(folder, experiment).rounds()
         if new:
             folder.create(experiment, name)
-        ledger = Ledger()
-        with closing(Log(folder.events, (ledger, *listeners))) as log:
-            session = Session(experiment, folder, model, population, log, ledger, initial)
-            with _stopped(session), runner.open(experiment, folder.memories, log) as call:
-                if new:
-                    session.begin(engine=engine_name, name=name)
-                else:
-                    session.resume(listeners)
-                log(EngineChosen(engine_name, reason))
-                session.rounds(call)
-                session.comparisons()
-                session.finish(engine_name)
+        opened = _session(experiment, folder, model, population, start, listeners)
+        with opened as session, runner.open(experiment, folder.memories, session.log) as call:
+            if new:
+                session.begin(engine=engine_name, name=name)
+            else:
+                session.resume(listeners)
+            session.log(EngineChosen(engine_name, reason))
+            session.rounds(call)
+            session.comparisons()
+            session.finish(engine_name)
         return Result(folder.path, folder.read_summary(), session.state.params)
 
 
@@ -112,6 +105,25 @@ def engine_of(engine: str | Engine) -> Engine | None:
         return engine
     made: Engine | None = None if engine == "auto" else Reader().component(Engine, read_yaml(engine), "engine")
     return made
+
+
+def _finished(folder: Folder, experiment: Experiment) -> Result:
+    """What an earlier process has left."""
+    saved = _checkpoints(folder, experiment).load()
+    return Result(folder.path, folder.read_summary(), {} if saved is None else saved.params)
+
+
+def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
+    """Model and data, after all that can be refused about the data without a model.
+
+    Raises:
+        FedllmError: they cannot be had, or do not fit each other.
+    """
+    population = experiment.federation.load(experiment.key)
+    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
+    Scorer.of(experiment, population)
+    model = load(experiment.task)
+    return model, replace(population, report=_data_report(experiment, model, population))
 
 
 def _checkpoints(folder: Folder, experiment: Experiment) -> Checkpoints:
@@ -130,13 +142,23 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
 
 
 @contextmanager
-def _stopped(session: Session) -> Iterator[None]:
-    """Ctrl-C leaves every complete round on the disk."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        session.secure()
-        raise Interrupted(session.folder.path, session.state.round) from None
+def _session(
+    experiment: Experiment,
+    folder: Folder,
+    model: LoadedModel,
+    population: Population,
+    start: Run,
+    listeners: Sequence[Emit],
+) -> Iterator[Session]:
+    """A session that writes the log. Ctrl-C leaves every complete round on the disk."""
+    ledger = Ledger()
+    with closing(Log(folder.events, (ledger, *listeners))) as log:
+        session = Session(experiment, folder, model, population, log, ledger, start)
+        try:
+            yield session
+        except KeyboardInterrupt:
+            session.secure()
+            raise Interrupted(session.folder.path, session.state.round) from None
 
 
 def _data_report(experiment: Experiment, model: LoadedModel, population: Population) -> DataReported:
@@ -147,12 +169,14 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
     """
     length, cut, dropped = experiment.work.max_length, 0, 0
     for client, records in population.train.items():
-        examples = [model.encode(record, length) for record in records]
-        kept = [example for example in examples if example is not None]
+        kept = 0
+        for record in records:
+            example = model.encode(record, length)
+            kept += example is not None
+            cut += example is not None and example.cut > 0
         if not kept:
             raise RunError(
                 f"no record of {client} keeps a labelled token in {length} tokens; raise the work's max_length"
             )
-        cut += sum(1 for example in kept if example.cut)
-        dropped += len(examples) - len(kept)
+        dropped += len(records) - kept
     return replace(population.report, cut=cut, dropped=dropped)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-
-import torch
 
 from fedllm import tree
 from fedllm.aggregate import Call, Replies
@@ -16,6 +14,8 @@ from fedllm.stage import Stage, down, merge
 from fedllm.state import Run
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Request, Update
+
+Figures = Mapping[str, float]
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Watch:
     round: int
     shown: bool  # False where the server must learn nothing but sums
     answered: list[str] = field(default_factory=list)
-    scores: dict[str, Tree] = field(default_factory=dict)
+    scores: dict[str, Figures] = field(default_factory=dict)
 
     def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
         """The replies, unchanged."""
@@ -45,7 +45,7 @@ class Watch:
         figures = _mean(reply, "metrics") if self.shown else {}
         counts = _mean(reply, "counts") if self.shown else {}
         if name == "evaluate":
-            self.scores |= {client: tree.map_leaves(torch.clone, figures)} if self.shown else {}
+            self.scores |= {client: {name: float(leaf) for name, leaf in figures.items()}} if self.shown else {}
         else:
             loss = float(figures["loss"]) if "loss" in figures else None
             tokens = int(counts["tokens"]) if "tokens" in counts else None
@@ -90,13 +90,30 @@ def one_round(
     return after, result
 
 
-def requests_for(experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx) -> dict[str, Request]:
+@dataclass(frozen=True, eq=False)
+class Requests(Mapping[str, Request]):
+    """What each client of a cohort is sent, made when it is asked for: an evaluation asks all clients there are."""
+
+    experiment: Experiment
+    run: Run
+    slots: Mapping[str, int]  # by client
+    everyone: Ctx
+
+    def __getitem__(self, client: str) -> Request:
+        profile = self.experiment.federation.profile(client)
+        ctx = replace(self.everyone, client=client, slot=self.slots[client], profile=profile)
+        return Request(*down(self.experiment.trip, self.run.params, self.run.states, ctx), ctx)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+def requests_for(experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx) -> Requests:
     """What each client of the cohort is sent."""
-    requests = {}
-    for slot, client in enumerate(cohort):
-        ctx = replace(everyone, client=client, slot=slot, profile=experiment.federation.profile(client))
-        requests[client] = Request(*down(experiment.trip, run.params, run.states, ctx), ctx)
-    return requests
+    return Requests(experiment, run, {client: slot for slot, client in enumerate(cohort)}, everyone)
 
 
 def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
@@ -107,7 +124,7 @@ def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
 
 def evaluate(
     run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit
-) -> tuple[Tree, dict[str, Tree]]:
+) -> tuple[Tree, dict[str, Figures]]:
     """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown.
 
     Its round is the number of complete rounds: clients answer with what they remember after them.
@@ -123,7 +140,7 @@ def evaluate(
 def start(experiment: Experiment, initial: Tree) -> Run:
     """The state before the first round."""
     shared = {name: leaf for name, leaf in initial.items() if experiment.task.scope.shares(name)}
-    return Run(params=shared, states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
+    return Run(params=tree.bundled(shared), states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
 
 
 def _tree(update: Update, part: str) -> Tree:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fedllm import tree
 from fedllm.ranges import require
+from fedllm.stage import Stage
 from fedllm.tree import Tree
-from fedllm.update import Update
+from fedllm.update import Ctx, Update
 
 Rule = Callable[[Tree, Tree], tuple[Tree, Tree]]  # (delta, state) -> (step, state)
 Second = Callable[[Tensor, Tensor], Tensor]  # (v, delta squared) -> v
@@ -61,6 +62,28 @@ def adaptive(
         return step, {**state, **tree.join(m=m, v=v)}
 
     return stepped(total, state, rule)
+
+
+@dataclass(frozen=True)
+class Adaptive(Stage):
+    """What FedAdam and FedYogi share: `adaptive` with a `beta2` in its second moment. Not a stage by itself."""
+
+    beta1: float
+    beta2: float
+    tau: float
+    server_lr: float
+
+    def __post_init__(self) -> None:
+        check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
+        require(0 <= self.beta2 <= 1, self, field="beta2", value=self.beta2, allowed="at least 0 and at most 1")
+
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+        """The mean delta becomes the step."""
+        return adaptive(total, state, self.second, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
+
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """The next v, from the old one and the squared delta."""
+        raise NotImplementedError
 
 
 def check_adaptive(owner: object, *, beta1: float, tau: float, server_lr: float) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from fedllm.config import experiment_hash
+from fedllm.disk import atomic_folder
 from fedllm.evaluation.scores import LOWER_IS_BETTER
-from fedllm.events import ClientFinished, DataReported, Evaluated, Event, read
+from fedllm.events import ClientFinished, DataReported, EngineStarted, Evaluated, Event, read
 from fedllm.experiment import Experiment
 from fedllm.folder import Folder, write_whole
 from fedllm.stages.keep import Keep
-from fedllm.state import ClientStore, Run, atomic_folder
+from fedllm.state import ClientStore, Run
 from fedllm.tasks.base import Base, materialise
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
@@ -29,9 +31,12 @@ def write_outputs(
     save_adapter(model, {**complete, **state.params}, folder.path / "adapter")
     for client, own in personal_leaves(experiment, folder, state).items():
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
-    events = [event for _, event in read(folder.events)]
+    told = DataReported | ClientFinished | EngineStarted | Evaluated
+    events = [event for _, event in read(folder.events) if isinstance(event, told)]
     figures = summary(experiment, state, engine, seconds, events, model.base.title)
-    write_whole(folder.summary, json.dumps(figures, indent=2) + "\n")
+    text = StringIO()  # json.dumps would hold every word of many clients as an object of its own
+    json.dump(figures, text, indent=2)
+    write_whole(folder.summary, text.getvalue() + "\n")
 
 
 def save_adapter(model: LoadedModel, params: Tree, folder: Path) -> None:
@@ -70,7 +75,7 @@ def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mappi
 
 
 def summary(
-    experiment: Experiment, state: Run, engine: str, seconds: float, events: list[Event], title: str
+    experiment: Experiment, state: Run, engine: str, seconds: float, events: Sequence[Event], title: str
 ) -> dict[str, Any]:
     """The figures of `summary.json`."""
     totals = state.totals
@@ -89,6 +94,7 @@ def summary(
         "seconds_per_round": round(totals.seconds / max(1, state.round), 4),
         "tokens_trained": totals.tokens,
         "tokens_per_second": round(totals.tokens / totals.seconds, 2) if totals.seconds else 0.0,
+        "share_of_peak": share_of_peak(totals.tokens, totals.seconds, events),
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
         "evaluation_bytes": totals.evaluation_bytes,
@@ -102,7 +108,16 @@ def summary(
     }
 
 
-def _clients(events: list[Event], federated: Evaluated | None) -> dict[str, dict[str, Any]]:
+def share_of_peak(tokens: int, seconds: float, events: Sequence[Event]) -> float | None:
+    """4 x parameters x tokens a second, the work of a pass forward and back through a frozen model, over what the
+    engine's workers reach in matrix products; None where no engine has measured that."""
+    found = [event for event in events if isinstance(event, EngineStarted)]
+    if not found or not found[-1].peak or not seconds:
+        return None
+    return round(4 * found[-1].parameters * tokens / seconds / found[-1].peak, 4)
+
+
+def _clients(events: Sequence[Event], federated: Evaluated | None) -> dict[str, dict[str, Any]]:
     clients: dict[str, dict[str, Any]] = {}
     for event in events:
         if isinstance(event, DataReported):

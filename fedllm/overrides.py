@@ -59,6 +59,9 @@ def _set(hint: Any, old: Any, steps: list[str], value: Any, path: str) -> Any:
         return [*old[:place], changed, *old[place + 1 :]]
     if is_dataclass(hint) and isinstance(hint, type):
         return _in_record(hint, {} if old is None else mapping(old, path), steps, value, path)
+    if get_origin(hint) is Mapping and is_dataclass(inner[1]) and len(steps) > 1:
+        name, entries = ".".join(steps[:-1]), {} if old is None else mapping(old, path)
+        return {**entries, name: _set(inner[1], entries.get(name), steps[-1:], value, dotted(path, name))}
     if get_origin(hint) is Mapping:
         return {**(old or {}), ".".join(steps): value}
     raise ConfigError(f"unknown key '{dotted(path, '.'.join(steps))}': {path} is one value")

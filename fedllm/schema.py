@@ -50,6 +50,8 @@ def _value(hint: Any, nouns: Mapping[type, Table]) -> Schema:
         return {"type": "array", "items": _value(inner[0], nouns)}
     if is_dataclass(hint) and isinstance(hint, type):
         return _record(hint, nouns)
+    if get_origin(hint) is Mapping and is_dataclass(inner[1]):
+        return {"type": "object", "additionalProperties": _value(inner[1], nouns)}
     if hint == tuple[str, ...]:
         return {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     return TypeAdapter(hint).json_schema()

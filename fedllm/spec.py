@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +39,7 @@ class Reader:
             if name not in given and item.default is MISSING and item.default_factory is MISSING:
                 raise ConfigError(f"'{dotted(path, name)}' is missing; set it")
         values = {key: self.value(hints(cls)[key], item, dotted(path, key)) for key, item in given.items()}
-        return _made(lambda: cls(**values), path)
+        return _made(cls, values, path)
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """A value of the type that a field declares."""
@@ -53,6 +53,10 @@ class Reader:
             return tuple(self.value(inner[0], item, f"{path}[{place}]") for place, item in enumerate(value))
         if is_dataclass(hint) and isinstance(hint, type):
             return self.record(hint, value, path)
+        if get_origin(hint) is Mapping and is_dataclass(inner[1]):
+            return {
+                str(key): self.value(inner[1], item, dotted(path, key)) for key, item in mapping(value, path).items()
+            }
         if hint == tuple[str, ...] and isinstance(value, str):
             value = [value]
         if isinstance(value, str) and path in PATHS:
@@ -156,12 +160,13 @@ def _typed(hint: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{path} is {value!r}: {reason[0].lower() + reason[1:]}") from error
 
 
-def _made(make: Callable[[], Any], path: str) -> Any:
-    """Make a record; a component that names its setting without its place is given the place."""
+def _made(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """Make a record; one that names its setting without its place is given the place."""
     try:
-        return make()
+        return cls(**values)
     except ConfigError as error:
-        message, owner = str(error), path.rpartition(".")[2]
-        if path != owner and message.startswith(f"{owner}."):
-            raise ConfigError(f"{path}{message.removeprefix(owner)}") from error
+        message = str(error)
+        for owner in (path.rpartition(".")[2], cls.__name__.lower()):
+            if path != owner and message.startswith(f"{owner}."):
+                raise ConfigError(f"{path}{message.removeprefix(owner)}") from error
         raise

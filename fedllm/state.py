@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from fedllm import tree
+from fedllm.disk import atomic_folder, remove_folder, write_durably
 from fedllm.errors import RunError
 from fedllm.rng import Key
 from fedllm.tree import Tree
@@ -105,7 +105,7 @@ class Checkpoints:
         try:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return Run(
-                params=tree.branch(trees, "params"),
+                params=tree.bundled(tree.branch(trees, "params")),
                 states=tuple(tree.branch(trees, f"state{place}") for place in range(facts["states"])),
                 round=facts["round"],
                 key=Key(facts["key"]),
@@ -206,51 +206,6 @@ class ClientStore:
         return self._folder / client / f"{version:06d}.safetensors"
 
 
-class atomic_folder:
-    """`with atomic_folder(path) as part:` fills `part`, which becomes `path` at the end, whole or not at all."""
-
-    def __init__(self, final: Path) -> None:
-        self._final = final
-        self._part = _hidden(final, "part")
-
-    def __enter__(self) -> Path:
-        try:
-            shutil.rmtree(self._part, ignore_errors=True)
-            self._part.mkdir(parents=True)
-        except OSError as error:
-            raise self._refusal(error) from error
-        return self._part
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            try:
-                sync_folder(self._part)
-                remove_folder(self._final)
-                os.replace(self._part, self._final)
-                sync_folder(self._final.parent)
-                return
-            except OSError as caught:
-                error = caught
-        shutil.rmtree(self._part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self._final} could not be written ({error.strerror or error}); what was written before it is whole: "
-            "make room on the disk, then resume the run"
-        )
-
-
-def remove_folder(folder: Path) -> None:
-    """Take a folder away, if it is there: under its name it is whole or gone, never half of it."""
-    gone = _hidden(folder, "gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
 def read_tree(path: Path, advice: str) -> Tree:
     """The leaves of a safetensors file.
 
@@ -261,24 +216,3 @@ def read_tree(path: Path, advice: str) -> Tree:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, LookupError) as error:
         raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); {advice}") from error
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _hidden(folder: Path, ending: str) -> Path:
-    return folder.with_name(f".{folder.name}.{ending}")

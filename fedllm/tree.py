@@ -2,7 +2,8 @@
 
 A leaf's name is the path of the weight it belongs to, such as
 `model.layers.0.self_attn.q_proj.lora_A`. Several trees travel as one by a prefix
-(`join`, `branch`). Every function returns a new mapping; `add_` alone works in place.
+(`join`, `branch`). No function changes what it is given, but for `add_`, which works in place. A tree that is `bundled`
+lies in blocks of memory, and so does what is made of it value by value.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
+
+from fedllm.bundle import Bundle, bundled, elementwise
+
+__all__ = ["bundled"]
 
 Tree = dict[str, Tensor]
 
@@ -26,36 +31,52 @@ def map_leaves(function: Callable[[Tensor], Tensor], tree: Mapping[str, Tensor])
 
 def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
     """Zeros in the shapes and dtypes of `tree`."""
-    return map_leaves(torch.zeros_like, tree)
+    return elementwise(torch.zeros_like, tree)
 
 
 def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
     """left + scale * right. Leaves that `right` lacks stay as they are; it may hold no others."""
     assert right.keys() <= left.keys(), sorted(right.keys() - left.keys())
+    if scale == 1.0 and isinstance(left, Bundle) and left.alike(right):
+        return elementwise(torch.add, left, right)
     alpha = 1 if scale == 1.0 else scale  # a whole number, for integers take no other
+    # leaf by leaf: in bfloat16 the last values of a tensor are rounded otherwise than the rest, if there is a scale
     return {name: torch.add(leaf, right[name], alpha=alpha) if name in right else leaf for name, leaf in left.items()}
 
 
 def sub(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tree:
     """left - right, over the leaves of `left`."""
-    return {name: torch.sub(leaf, right[name]) for name, leaf in left.items()}
+    return elementwise(torch.sub, left, right)
 
 
 def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
     """factor * tree. A factor of exactly 1 returns the leaves themselves."""
-    return dict(tree) if factor == 1.0 else map_leaves(lambda leaf: leaf * factor, tree)
+    if factor == 1.0:
+        return tree if isinstance(tree, Bundle) else dict(tree)
+    return elementwise(lambda leaf: leaf * factor, tree)
+
+
+def divide(tree: Mapping[str, Tensor], divisor: float) -> Tree:
+    """tree / divisor."""
+    return elementwise(lambda leaf: leaf / divisor, tree)
 
 
 def add_(total: Tree, other: Mapping[str, Tensor]) -> None:
     """total += other, in place. Both hold the same leaves."""
     assert total.keys() == other.keys(), (sorted(total), sorted(other))
+    if isinstance(total, Bundle) and isinstance(other, Bundle) and total.alike(other):
+        for mine, theirs in zip(total.blocks, other.blocks, strict=True):
+            mine.add_(theirs)
+        return
     for name, leaf in total.items():
         leaf.add_(other[name])
 
 
 def to(tree: Mapping[str, Tensor], device: str) -> Tree:
     """The leaves on a device; those that are there already are not copied."""
-    return map_leaves(lambda leaf: leaf.to(device), tree)
+    if isinstance(tree, Bundle) and all(block.device == torch.device(device) for block in tree.blocks):
+        return tree
+    return elementwise(lambda leaf: leaf.to(device), tree)
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
@@ -66,8 +87,13 @@ def norm(tree: Mapping[str, Tensor]) -> float:
 def finite(tree: Mapping[str, Tensor]) -> bool:
     """True if no leaf holds a NaN or an infinity; both show in a sum, which is several times faster than a look at each
     value. Values whose sum overflows their type count as infinite."""
-    sums = [leaf.sum().double() for leaf in tree.values()]
-    return not sums or bool(torch.isfinite(torch.stack(sums)).all())
+    if isinstance(tree, Bundle) and _all_finite([block.dot(block) for block in tree.blocks]):
+        return True  # where a sum of squares is finite, so is the sum of each leaf; the inverse need not hold
+    return _all_finite([leaf.sum() for leaf in tree.values()])
+
+
+def _all_finite(sums: Sequence[Tensor]) -> bool:
+    return not sums or bool(torch.isfinite(torch.stack([number.double() for number in sums])).all())
 
 
 def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
@@ -90,24 +116,37 @@ def num_values(tree: Mapping[str, Tensor]) -> int:
 def stack(trees: Iterable[Mapping[str, Tensor]]) -> Tree:
     """K trees of one shape to one tree whose leaves are (K, ...)."""
     listed = list(trees)
+    if len(listed) == 1 and isinstance(listed[0], Bundle):
+        return listed[0].stacked()
     return {name: torch.stack([tree[name] for tree in listed]) for name in listed[0]}
 
 
 def unstack(stacked: Mapping[str, Tensor], index: int) -> Tree:
     """Client `index`'s view of a stacked tree."""
+    alone = stacked.unstacked() if isinstance(stacked, Bundle) and index == 0 else None
+    if alone is not None:
+        return alone
     return {name: leaf[index] for name, leaf in stacked.items()}
 
 
 def separate(tree: Mapping[str, Tensor]) -> Tree:
     """The same values on the CPU, contiguous, no leaf in another's memory: what can be written to a file."""
-    found: Tree = {}
-    taken: set[int] = set()
-    for name, leaf in tree.items():
-        plain = leaf.detach().cpu().contiguous()
-        memory = plain.untyped_storage().data_ptr()
-        found[name] = plain.clone() if memory in taken else plain
-        taken.add(memory)
+    found = map_leaves(lambda leaf: leaf.detach().cpu().contiguous(), tree)
+    end = 0
+    for name in sorted(found, key=lambda name: found[name].data_ptr()):
+        start, size = found[name].data_ptr(), found[name].nbytes
+        if size and start < end:
+            found[name] = found[name].clone()
+        else:
+            end = max(end, start + size)
     return found
+
+
+def over(base: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Tree:
+    """The leaves of `base`, in its order; those that `changes` has are taken from there."""
+    if isinstance(changes, Bundle) and changes.keys() == base.keys():
+        return changes.ordered(base)
+    return {name: changes.get(name, leaf) for name, leaf in base.items()}
 
 
 def join(**branches: Mapping[str, Tensor]) -> Tree:

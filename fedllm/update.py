@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fedllm.packing import DENSE, Packing
+from fedllm.ranges import require
 from fedllm.rng import Key
 from fedllm.tree import Tree
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What a client's device can do. `rank` None: the adapter's own rank."""
+    """What a client's device can do; what is None is as for everybody.
+
+    Args:
+        rank: of the adapter. device: the name of its class. steps, batch_size, lr: of the work; `steps` stands for the
+            work's `epochs`, too.
+    """
 
     rank: int | None = None
     device: str = "default"
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("steps", 0), ("batch_size", 1)):
+            value = self.__dict__[name]
+            require(value is None or value >= least, self, field=name, value=value, allowed=f"{least} or more")
+        lr = self.lr
+        require(lr is None or 0 <= lr < math.inf, self, field="lr", value=lr, allowed="0 or more and finite")
 
 
 @dataclass(frozen=True)

@@ -32,4 +32,4 @@ def _divided(part: Part) -> Part:
     weight = part.weight
     if not weight:
         return part
-    return replace(part, tree=tree.map_leaves(lambda leaf: leaf / weight, part.tree))
+    return replace(part, tree=tree.divide(part.tree, weight))

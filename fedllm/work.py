@@ -73,13 +73,13 @@ class Work:
         """The same work at another learning rate, with `times` as many examples a step."""
         raise NotImplementedError
 
+    def suited(self, profile: Profile) -> Work:
+        """The same work as far as a client's device differs."""
+        return self
+
     def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
         """For each local step, the examples of each of its micro-batches, drawn with ctx.rng("batches")."""
         raise NotImplementedError
-
-    def suited(self, profile: Profile) -> Work:
-        """This work as a device of that profile does it."""
-        return self
 
     def init(self, jobs: Sequence[Job]) -> Any:
         """A carry for K clients."""

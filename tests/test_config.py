@@ -33,6 +33,7 @@ from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import Full
 from fedllm.tasks.objectives import Lm, Sft
 from fedllm.tasks.task import Scope, Task
+from fedllm.update import Profile
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.sgd import Sgd
 from fedllm.yamltext import read_yaml, write_yaml
@@ -165,7 +166,12 @@ FULL = replace(
     BY_HAND,
     work=Sgd(steps=2),
     stages=(Keep(("*.b",)), Prox(), Uniform()),
-    federation=replace(BY_HAND.federation, failures=(Loss("a", 0),), sampling=UniformSampling(2)),
+    federation=replace(
+        BY_HAND.federation,
+        failures=(Loss("a", 0),),
+        sampling=UniformSampling(2),
+        profiles={"a*": Profile(rank=3, device="phone", steps=3, batch_size=3, lr=0.1)},
+    ),
 )
 ALONE = {"sft", "sum", "synchronous", "epochs"}  # components without settings; and what excludes another setting
 SETTINGS = [(path, value) for path, value in leaves_of(dump(FULL)) if path[-1] not in ALONE]
@@ -247,6 +253,14 @@ WRONG = [
     (shards(clients="4"), "federation.shards.clients is '4'"),
     (shards(heldout=True), "federation.shards.heldout is True"),
     (shards(failures=[{"client": "a", "round": 0, "cal": "w"}]), "unknown key 'federation.shards.failures[0].cal'"),
+    (shards(profiles={"a": {"stps": 2}}), "unknown key 'federation.shards.profiles.a.stps'; did you mean 'steps'?"),
+    (shards(profiles={"a*": {"rank": 0}}), "federation.shards.profiles.a*.rank is 0; it must be 1 or more"),
+    (shards(profiles={"a": {"steps": -1}}), "federation.shards.profiles.a.steps is -1; it must be 0 or more"),
+    (shards(profiles={"a": {"steps": "2"}}), "federation.shards.profiles.a.steps is '2': input should be a valid"),
+    (shards(profiles={"a": {"batch_size": 0}}), "federation.shards.profiles.a.batch_size is 0; it must be 1 or more"),
+    (shards(profiles={"a": {"lr": float("inf")}}), "federation.shards.profiles.a.lr is inf; it must be 0 or more and"),
+    (shards(profiles={"a": 4}), "federation.shards.profiles.a must be a mapping, not 4"),
+    (shards(profiles=["a"]), "federation.shards.profiles must be a mapping, not ['a']"),
     (shards(split={"dirichlet": {"by": "y"}}), "'federation.shards.split.dirichlet.alpha' is missing; set it"),
     ({"stages": "prox"}, "stages must be a list, not 'prox'"),
     ({"stages": ["uniform", "proxy"]}, "stages[1]: unknown stage 'proxy'; did you mean 'prox'?"),
@@ -383,6 +397,8 @@ def test_a_value_that_holds_itself_is_refused():
         ("federation.shards.sampling.uniform=2", lambda e: e.federation.sampling, UniformSampling(2)),
         ("federation.shards.sampling.uniform.cohort=3", lambda e: e.federation.sampling, UniformSampling(3)),
         ("federation.shards.fields.prompt=q", lambda e: e.federation.fields, {"prompt": "q"}),
+        ("federation.shards.profiles={bank: {rank: 2}}", lambda e: e.federation.profile("bank"), Profile(rank=2)),
+        ("federation.shards.profiles.bank.lr=0.5", lambda e: e.federation.profile("bank"), Profile(lr=0.5)),
         ("federation.shards.heldout=0.2", lambda e: e.federation.heldout, 0.2),
         ("evaluation.compare=[]", lambda e: (e.evaluation.compare, e.evaluation.by), ((), "kind")),
         ("evaluation.metrics=[nll]", lambda e: e.evaluation.metrics, ("nll",)),

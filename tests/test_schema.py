@@ -137,6 +137,7 @@ GOOD = [
     {"task": {"model": "m", "adapter": {"peft": {"type": "ia3", "settings": {"a": [1, None]}}}}},
     {"federation": {"shards": {"data": "x", "heldout": 0.5, "fields": {"prompt": "q"}}}},
     {"federation": {"shards": {"data": "x", "failures": [{"client": "a", "round": 0}], "split": {"by": "y"}}}},
+    {"federation": {"shards": {"data": "x", "profiles": {"a*": {"rank": 4, "steps": 2, "lr": 1}, "b": {"lr": None}}}}},
     {"work": {"sgd": {"epochs": 1, "lr": 1, "betas": [0.9, 0.99], "lr_schedule": {"shape": "cosine"}}}},
     {"evaluation": {"metrics": "nll", "every": None, "compare": ["local_only"], "compare_lr": [1, 0.5]}},
 ]
@@ -169,6 +170,9 @@ BAD = [
     {"federation": {"shards": {"data": "x", "fields": {"prompt": 3}}}},
     {"federation": {"shards": {"data": "x", "failures": [{"client": "a"}]}}},
     {"federation": {"shards": {"data": "x", "failures": [{"client": "a", "round": 0, "cal": "w"}]}}},
+    {"federation": {"shards": {"data": "x", "profiles": {"a": {"stps": 2}}}}},
+    {"federation": {"shards": {"data": "x", "profiles": {"a": {"batch_size": 2.5}}}}},
+    {"federation": {"shards": {"data": "x", "profiles": [{"steps": 2}]}}},
     {"federation": {"shards": {"split": {"by": "y"}}}},
     {"federation": {"sherds": "x"}},
     {"work": {"sgd": {"steps": 1, "betas": [0.9]}}},

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm import state, tree
+from fedllm import disk, state, tree
 from fedllm.errors import RunError
 from fedllm.rng import Key
-from fedllm.state import Checkpoints, ClientStore, Run, Totals, atomic_folder
+from fedllm.state import Checkpoints, ClientStore, Run, Totals
 from fedllm.tree import Tree
 
 PARAMS: Tree = {
@@ -130,25 +131,23 @@ def breaking(function: Callable[..., object], fault: BaseException, after: int) 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
-    ("where", "after"),
+    ("where", "name", "after"),
     [
-        ("write_durably", 0),
-        ("write_durably", 1),
-        ("os.replace", 0),
-        ("os.fsync", 0),
-        ("os.fsync", 2),
-        ("sync_folder", 0),
+        (state, "write_durably", 0),
+        (state, "write_durably", 1),
+        (os, "replace", 0),
+        (os, "fsync", 0),
+        (os, "fsync", 2),
+        (disk, "sync", 0),
     ],
 )
 def test_what_breaks_in_the_middle_leaves_the_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, after: int, fault: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, name: str, after: int, fault: str
 ) -> None:
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(at(1))
-    owner, _, name = ("os", "", where[3:]) if where.startswith("os.") else ("state", "", where)
-    module = os if owner == "os" else state
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, breaking(module.__dict__[name], FAULTS[fault], after))
+        patch.setattr(where, name, breaking(where.__dict__[name], FAULTS[fault], after))
         with pytest.raises(RunError if fault == "full disk" else type(FAULTS[fault])) as caught:
             checkpoints.save(at(2))
     if fault == "full disk":
@@ -204,27 +203,6 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path, file: str, co
     ) as caught:
         checkpoints.load()
     assert "\n" not in str(caught.value)
-
-
-def test_atomic_folder_replaces_as_a_whole(tmp_path: Path) -> None:
-    final = tmp_path / "adapter"
-    with atomic_folder(final) as part:
-        (part / "a").write_text("old")
-        assert not final.exists()
-    with pytest.raises(ZeroDivisionError), atomic_folder(final) as part:
-        (part / "b").write_text("new")
-        raise ZeroDivisionError
-    assert [path.name for path in final.iterdir()] == ["a"]
-    with atomic_folder(final) as part:
-        (part / "b").write_text("new")
-    assert [path.name for path in final.iterdir()] == ["b"]
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="adapter could not be written"), atomic_folder(tmp_path / "file" / "adapter"):
-        pass
 
 
 def stores(tmp_path: Path) -> tuple[ClientStore, ClientStore]:

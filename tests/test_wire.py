@@ -100,7 +100,14 @@ CTXS = st.builds(
     rounds=COUNTS,
     client=st.one_of(st.none(), st.text()),
     slot=COUNTS,
-    profile=st.builds(Profile, rank=st.one_of(st.none(), COUNTS), device=st.text()),
+    profile=st.builds(
+        Profile,
+        rank=st.none() | st.integers(1, 2**62),
+        device=st.text(),
+        steps=st.none() | COUNTS,
+        batch_size=st.none() | st.integers(1, 2**62),
+        lr=st.none() | st.floats(0, 1e300),
+    ),
 )
 REQUESTS = st.builds(Request, trees(), st.lists(trees(), max_size=3).map(tuple), CTXS)
 UPDATES = st.builds(Update, st.dictionaries(NAMES, parts(), max_size=3))
@@ -140,6 +147,13 @@ def test_every_message_comes_back_with_the_same_bits(message: wire.Message) -> N
     assert_same(message, back)
     assert sum(wire.part_bytes(message).values()) == len(data) - header_bytes(data)
     assert_same(message, wire.unpack(wire.pack(back)))
+
+
+@settings(max_examples=200)
+@given(trees(), st.text(max_size=9))
+def test_the_file_is_what_safetensors_writes(leaves: Tree, text: str) -> None:
+    held = {f"params/{name}": leaf for name, leaf in leaves.items()}
+    assert wire._file(held, text) == save(tree.separate(held), {"fedllm": text})
 
 
 def test_nothing_collides_whatever_its_name() -> None:
@@ -392,6 +406,15 @@ LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]
     "key is text": (REQUEST, at("ctx", "key", value="7")),
     "no key": (REQUEST, lambda header, tensors: header["ctx"].pop("key")),
     "rank is text": (REQUEST, at("ctx", "profile", value={"rank": "8", "device": "x"})),
+    "rank is 0": (REQUEST, at("ctx", "profile", "rank", value=0)),
+    "steps are a fraction": (REQUEST, at("ctx", "profile", "steps", value=2.5)),
+    "steps are true": (REQUEST, at("ctx", "profile", "steps", value=True)),
+    "steps below 0": (REQUEST, at("ctx", "profile", "steps", value=-1)),
+    "batch size is 0": (REQUEST, at("ctx", "profile", "batch_size", value=0)),
+    "batch size is text": (REQUEST, at("ctx", "profile", "batch_size", value="2")),
+    "lr is text": (REQUEST, at("ctx", "profile", "lr", value="1e-3")),
+    "lr is NaN": (REQUEST, at("ctx", "profile", "lr", value=math.nan)),
+    "lr is infinite": (REQUEST, at("ctx", "profile", "lr", value=math.inf)),
     "reason is a list": (FAILURE, at("failure", "reason", value=["gone"])),
     "failure with values": (FAILURE, put(w=torch.ones(1))),
     "no client": (FAILURE, lambda header, tensors: header["failure"].pop("client")),

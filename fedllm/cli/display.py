@@ -23,7 +23,7 @@ from rich.text import Text
 
 from fedllm.cli.scene import Scene, line, moment, scores_line
 from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
-from fedllm.report.quantity import NOTHING, duration, figure, printable, remaining, size
+from fedllm.report.quantity import NOTHING, duration, figure, part_of_whole, printable, remaining, size
 from fedllm.report.story import COMPARED, by_model
 
 Clock = Callable[[], float]
@@ -159,6 +159,8 @@ def _taken(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     per_round, speed = summary.get("seconds_per_round"), summary.get("tokens_per_second")
     each = "" if per_round is None else f", {duration(per_round)} per round"
     fast = "" if speed is None else f", {figure(round(speed, 1))} per second"
+    share = summary.get("share_of_peak")
+    fast += "" if share is None else f", {part_of_whole(share)} of the matrix peak"
     spelled = {
         "sent": f"{size(summary.get('bytes_up'))} up, {size(summary.get('bytes_down'))} down",
         "evaluation": f"{size(summary.get('evaluation_bytes'))} sent",

@@ -15,6 +15,7 @@ from fedllm.aggregate import Call
 from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.exchange import one_by_one
+from fedllm.engines.heap import kept_memory
 from fedllm.engines.threads import one_thread
 from fedllm.events import Emit
 from fedllm.experiment import Experiment
@@ -27,5 +28,5 @@ class Serial(Engine):
     @contextmanager
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """Load the task and the clients' data; answer calls until closed."""
-        with one_thread():
+        with one_thread(), kept_memory():
             yield one_by_one(Site.of(experiment, folder), emit)

@@ -9,6 +9,7 @@ With `by` each metric is also given over the records of each value of that field
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Scorer:
         """
         by, groups = experiment.evaluation.by, set()
         if by is not None:
-            for client, records in population.heldout.items():
+            distinct = {id(records): (client, records) for client, records in population.heldout.items()}
+            for client, records in distinct.values():
                 for record in records:
                     if by not in record:
                         where = f"a held-out record of {client}"
@@ -59,15 +61,15 @@ class Scorer:
         chosen = self.chosen(records)
         return self.add_up(chosen, self.pairs(model, params, chosen))
 
-    def chosen(self, records: Sequence[Record]) -> list[Record]:
+    def chosen(self, records: Sequence[Record]) -> Sequence[Record]:
         """The first `limit` of a client's records."""
-        return list(records)[: self.evaluation.limit]
+        return records[: self.evaluation.limit]
 
     def pairs(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> dict[str, list[Pair]]:
         """Each metric's value and count of each record."""
         return {metric: METRICS[metric](self, model, params, records) for metric in self._measured()}
 
-    def add_up(self, records: Sequence[Record], measured: Mapping[str, Sequence[Pair]]) -> Tree:
+    def add_up(self, records: Iterable[Record], measured: Mapping[str, Sequence[Pair]]) -> Tree:
         """Sums and counts over records, in all and by group."""
         totals = {name: [0.0, 0.0] for name in self._names()}
         for metric, pairs in measured.items():
@@ -80,11 +82,11 @@ class Scorer:
         leaves |= {f"count/{name}": total[1] for name, total in totals.items()}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in leaves.items()}
 
-    def figures(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def figures(self, sums: Mapping[str, Tensor | float]) -> dict[str, float]:
         """Sums to the metrics that were asked for. A metric that nothing was measured for is left out."""
         found: dict[str, float] = {}
         for name in self._names():
-            count = float(sums.get(f"count/{name}", torch.zeros(())))
+            count = float(sums.get(f"count/{name}", 0.0))
             if count > 0:
                 found[name] = float(sums[f"sum/{name}"]) / count
         metrics = self.evaluation.metrics
@@ -103,21 +105,34 @@ class Scorer:
 
 
 def nll(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
-    """Sum and number of labelled tokens."""
-    examples = [model.encode(record, scorer.max_length) for record in records]
-    names = [
-        None if example is None else (tuple(example.tokens.tolist()), tuple(example.targets.tolist()))
-        for example in examples
-    ]
-    distinct = {name: example for name, example in zip(names, examples, strict=True) if example is not None}
-    losses = model.sequence_nll(params, list(distinct.values()), scorer.evaluation.batch_size)
-    found = {name: (float(row.double().sum()), float(len(row))) for name, row in zip(distinct, losses, strict=True)}
-    return [found.get(name, (0.0, 0.0)) for name in names]
+    """Sum and number of labelled tokens. A record that many clients hold is scored once, batch by batch."""
+    places: dict[bytes, int] = {}  # of each distinct example, by its content
+    owners: list[int | None] = []
+    found: list[Pair] = []
+    waiting: list[Example] = []
+
+    def score() -> None:
+        losses = model.sequence_nll(params, waiting, scorer.evaluation.batch_size)
+        found.extend((float(row.double().sum()), float(len(row))) for row in losses)
+        waiting.clear()
+
+    for record in records:
+        example = model.encode(record, scorer.max_length)
+        if example is None:
+            owners.append(None)
+            continue
+        owners.append(places.setdefault(_content(example), len(places)))
+        if owners[-1] == len(found) + len(waiting):
+            waiting.append(example)
+            if len(waiting) == scorer.evaluation.batch_size:
+                score()
+    score()
+    return [(0.0, 0.0) if place is None else found[place] for place in owners]
 
 
-def _content(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What makes two examples the same, so that a record that many clients hold is scored once."""
-    return tuple(example.tokens.tolist()), tuple(example.targets.tolist())
+def _content(example: Example) -> bytes:
+    """What makes two examples the same."""
+    return hashlib.sha256(torch.stack([example.tokens, example.targets]).numpy().tobytes()).digest()
 
 
 def generated(

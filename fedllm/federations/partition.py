@@ -68,13 +68,15 @@ def column(records: Records, field: str) -> tuple[Value, ...]:
         DataError: a record has no such field, or none that can be a label.
     """
     values: list[Value] = []
+    known: dict[tuple[type, Value], Value] = {}  # equal values are one object: a column may be long
     for number, record in enumerate(records, 1):
         if field not in record:
             raise DataError(f"record {number} has no field '{field}'{nearest(field, record)}")
         value = record[field]
         if value is None or value == "" or isinstance(value, (list, dict)):
             raise DataError(f"field '{field}' of record {number} is {value!r}; it must be text or a number")
-        values.append(value if type(value) is int else str(value))
+        found = value if type(value) is int else str(value)
+        values.append(known.setdefault((type(found), found), found))
     return tuple(values if all(isinstance(value, int) for value in values) else map(str, values))
 
 
@@ -93,23 +95,27 @@ def divergence(labels: Mapping[str, Mapping[str, int]]) -> float:
 
     mean_k JS(p_k, q),   JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2,   H the entropy to base 2;
     each client counts once, whatever its size; q is over all records that clients hold.
+
+    A label that client k lacks adds h(q_l / 2) = (h(q_l) + q_l) / 2 to the first entropy, h(x) = -x log2 x; these are
+    taken from their sums over all labels, so that the work grows with what clients hold and not with clients x labels.
     """
     pooled: Counter[str] = Counter()
     for found in labels.values():
         pooled.update(found)
-    q = _shares(pooled, pooled)
-    return sum(_jensen_shannon(_shares(found, pooled), q) for found in labels.values()) / len(labels)
+    total = sum(pooled.values())
+    q = {name: count / total for name, count in pooled.items()}
+    whole = _entropy(q.values())
+    return sum(_jensen_shannon(found, q, whole) for found in labels.values()) / len(labels)
 
 
-def _shares(found: Mapping[str, int], names: Iterable[str]) -> list[float]:
+def _jensen_shannon(found: Mapping[str, int], q: Mapping[str, float], whole: float) -> float:
     total = sum(found.values())
-    return [found.get(name, 0) / total for name in names]
+    p = {name: count / total for name, count in found.items()}
+    own = [q[name] for name in p]
+    absent = (max(0.0, whole - _entropy(own)) + max(0.0, 1.0 - sum(own))) / 2
+    middle = _entropy((share + q[name]) / 2 for name, share in p.items()) + absent
+    return max(0.0, middle - (_entropy(p.values()) + whole) / 2)
 
 
-def _jensen_shannon(p: Sequence[float], q: Sequence[float]) -> float:
-    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
-    return max(0.0, _entropy(middle) - (_entropy(p) + _entropy(q)) / 2)
-
-
-def _entropy(shares: Sequence[float]) -> float:
+def _entropy(shares: Iterable[float]) -> float:
     return -sum(share * log2(share) for share in shares if share > 0)

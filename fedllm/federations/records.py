@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from string import Formatter
-from typing import Any
+from typing import Any, TypeVar
 
 from fedllm.data import handbook
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.federations import sources
 from fedllm.federations.forms import Record, checked
 from fedllm.federations.sources import Row
+
+Held = TypeVar("Held", bound=Sequence[Record])
 
 __all__ = ["PACKAGED", "Packaged", "Record", "read_records"]
 
@@ -80,14 +82,19 @@ def read_records(source: str, *, fields: Mapping[str, str] | None = None, limit:
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"the limit of records is {limit}; it must be 1 or more")
-    ways = [_way(name, text) for name, text in (fields or {}).items()]
-    records = [_record(row, place, ways) for place, row in islice(_rows(source), limit)]
+    ways = ways_of(fields)
+    return some([record_of(row, place, ways) for place, row in islice(rows_of(source), limit)], source)
+
+
+def some(records: Held, source: str) -> Held:
+    """The records, if there are any."""
     if not records:
         raise DataError(f"{source} holds no records")
     return records
 
 
-def _rows(source: str) -> Iterator[Row]:
+def rows_of(source: str) -> Iterator[Row]:
+    """The rows of a source of any kind."""
     if source in PACKAGED:
         return ((f"{source}, record {number}", row) for number, row in enumerate(PACKAGED[source].rows(), 1))
     if sources.is_file(source):
@@ -96,6 +103,20 @@ def _rows(source: str) -> Iterator[Row]:
         return sources.hub_rows(source)
     known = nearest(source, PACKAGED)
     raise DataError(f"'{source}' is neither packaged data nor a file nor org/name of the hub{known}")
+
+
+def ways_of(fields: Mapping[str, str] | None) -> list[Way]:
+    """How each field that is named is made."""
+    return [_way(name, text) for name, text in (fields or {}).items()]
+
+
+def record_of(row: Record, place: str, ways: Sequence[Way]) -> Record:
+    """A checked record of a row."""
+    made = {way.name: way.value(row, place) for way in ways}
+    record = {**row, **made}
+    if "prompt" in made and "messages" not in made:
+        record.pop("messages", None)  # the source's own turns would win over the prompt that was asked for
+    return checked(record, place)
 
 
 def _way(name: str, text: str) -> Way:
@@ -110,11 +131,3 @@ def _way(name: str, text: str) -> Way:
         if field == "" or form or conversion:
             raise ConfigError(f"{rule}; braces hold the name of a field and nothing else")
     return Way(name, tuple((literal, field) for literal, field, _, _ in parsed), plain=False)
-
-
-def _record(row: Record, place: str, ways: list[Way]) -> Record:
-    made = {way.name: way.value(row, place) for way in ways}
-    record = {**row, **made}
-    if "prompt" in made and "messages" not in made:
-        record.pop("messages", None)  # the source's own turns would win over the prompt that was asked for
-    return checked(record, place)

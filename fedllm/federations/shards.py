@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.events import DataReported
 from fedllm.federation import Federation, Population
+from fedllm.federations.forms import Record
 from fedllm.federations.heldout import hold_out
-from fedllm.federations.partition import partition, report
-from fedllm.federations.records import read_records
+from fedllm.federations.lazy import open_records, view
+from fedllm.federations.partition import Partition, partition, report
 from fedllm.federations.sampling import All, Sampling
 from fedllm.federations.split import Split
 from fedllm.federations.splits.by import By
 from fedllm.federations.splits.iid import Iid
 from fedllm.rng import Key
 from fedllm.update import Profile
+
+ALIKE = Profile()
+Held = dict[str, Sequence[Record]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Shards(Federation):
         heldout: another source, split by the same natural key, or a fraction of each client's records.
         label: the field that the partition report counts; null: the split's own.
         failure_rate, failures: clients that are lost, for simulations.
+        profiles: shell-style pattern over the clients' names to what is different there
+            (`{"cargo*": {rank: 4, steps: 2}}`). Of several that fit a client the longest counts.
     """
 
     data: str
@@ -58,6 +64,7 @@ class Shards(Federation):
     label: str | None = None
     failure_rate: float = 0.0
     failures: tuple[Loss, ...] = ()
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash((self.data, self.clients, self.split, self.sampling, self.heldout))
@@ -74,7 +81,7 @@ class Shards(Federation):
         """Read, split, hold out; once per process, as long as the files stay as they are.
 
         Raises:
-            FedllmError: the data cannot be had or split, or `sampling` or `failures` do not fit the clients.
+            FedllmError: the data cannot be had or split, or a setting does not fit the clients.
         """
         population = _load(self, key, (_stamp(self.data), _stamp(self.heldout)))
         self.sampling.draw(population.clients, key)
@@ -82,6 +89,7 @@ class Shards(Federation):
             if loss.client not in population.train:
                 known = nearest(loss.client, population.clients)
                 raise ConfigError(f"federation.shards.failures: there is no client '{loss.client}'{known}")
+        self._check_profiles(population.clients)
         return population
 
     def sample(self, clients: Sequence[str], round: int, key: Key) -> Sequence[str]:
@@ -98,18 +106,34 @@ class Shards(Federation):
         return None
 
     def profile(self, client: str) -> Profile:
-        """All devices are alike."""
-        return Profile()
+        """By `profiles`; all other devices are alike."""
+        fitting = self._fitting(client)
+        return self.profiles[fitting[0]] if fitting else ALIKE
+
+    def _fitting(self, client: str) -> list[str]:
+        """The patterns that fit a client, the longest first."""
+        return sorted((pattern for pattern in self.profiles if fnmatchcase(client, pattern)), key=len, reverse=True)
+
+    def _check_profiles(self, clients: Sequence[str]) -> None:
+        """Each pattern fits a client, and none has two that say different things with the same right."""
+        where, used = "federation.shards.profiles", set[str]()
+        for client in clients if self.profiles else ():
+            fitting = self._fitting(client)
+            used.update(fitting)
+            if len(fitting) > 1 and len(fitting[0]) == len(fitting[1]):
+                one, two = sorted(fitting[:2])
+                raise ConfigError(f"{where}: '{one}' and '{two}' both fit client '{client}'; name it in full")
+        for pattern in self.profiles:
+            if pattern not in used:
+                raise ConfigError(f"{where}: '{pattern}' fits no client{nearest(pattern, clients)}")
 
 
 @lru_cache(maxsize=4)
 def _load(shards: Shards, key: Key, stamps: tuple[object, ...]) -> Population:
-    records = read_records(shards.data, fields=shards.fields)
+    records = open_records(shards.data, fields=shards.fields)
     parts = partition(records, shards.split, clients=shards.clients, key=key.fold("partition"))
-    train: dict[str, list[dict[str, Any]]] = {c: [records[i] for i in rows] for c, rows in parts.clients.items()}
-    heldout = _heldout(shards, train, key)
-    label = shards.label or shards.split.field
-    _, labels, divergence = report(records, parts, label)
+    train, heldout = _sides(shards, records, parts, key)
+    _, labels, divergence = report(records, parts, shards.label or shards.split.field)
     return Population(
         train=train,
         heldout=heldout,
@@ -132,19 +156,26 @@ def _stamp(source: str | float) -> object:
     return status.st_mtime_ns, status.st_size
 
 
-def _heldout(shards: Shards, train: dict[str, list[dict[str, Any]]], key: Key) -> dict[str, list[dict[str, Any]]]:
-    """Held-out records by client; with a fraction they are taken out of `train`."""
-    if not isinstance(shards.heldout, str):
-        found: dict[str, list[dict[str, Any]]] = {}
-        for client, rows in train.items():
-            kept, out = hold_out(rows, fraction=shards.heldout, key=key.fold("heldout", client))
-            train[client], found[client] = list(kept), list(out)
-        return found
-    records = read_records(shards.heldout, fields=shards.fields)
+def _sides(shards: Shards, records: Sequence[Record], parts: Partition, key: Key) -> tuple[Held, Held]:
+    """Records by client, to train on and held out; with a fraction the latter are taken out of the former."""
+    if isinstance(shards.heldout, str):
+        train: Held = {client: view(records, rows) for client, rows in parts.clients.items()}
+        return train, _other(shards, shards.heldout, train, key)
+    kept: Held = {}
+    out: Held = {}
+    for client, rows in parts.clients.items():
+        sides = hold_out(rows, fraction=shards.heldout, key=key.fold("heldout", client))
+        kept[client], out[client] = view(records, sides[0]), view(records, sides[1])
+    return kept, out
+
+
+def _other(shards: Shards, source: str, train: Held, key: Key) -> Held:
+    """The clients' shares of another source: all of it, or by the same natural key."""
+    records = open_records(source, fields=shards.fields)
     if not isinstance(shards.split, By):
-        return {client: list(records) for client in train}
+        return dict.fromkeys(train, records)
     parts = partition(records, shards.split, clients=None, key=key.fold("partition"))
     strangers = parts.clients.keys() - train.keys()
     if strangers:
-        raise DataError(f"{shards.heldout} holds records of {sorted(strangers)[0]}, who is no client of {shards.data}")
-    return {client: [records[i] for i in parts.clients.get(client, ())] for client in train}
+        raise DataError(f"{source} holds records of {sorted(strangers)[0]}, who is no client of {shards.data}")
+    return {client: view(records, parts.clients.get(client, ())) for client in train}

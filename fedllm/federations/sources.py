@@ -11,9 +11,11 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from fedllm.errors import DataError, MissingExtra, nearest
 from fedllm.federations import tables
@@ -40,12 +42,45 @@ def file_rows(source: str) -> Iterator[Row]:
         raise DataError(f"there is no file {path}{_nearest_file(path)}")
     if _suffix(source) not in READERS or path.is_dir():
         raise DataError(f"{path} is not a file that ends in {', '.join(sorted(READERS))} (all but .parquet also .gz)")
-    try:
+    with _readable(path):
         yield from READERS[_suffix(source)](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def is_lines(source: str) -> bool:
+    """True if a source is a file of JSON lines as they are: not packed, no array."""
+    path = Path(source).expanduser()
+    if _suffix(source) not in (".jsonl", ".json") or path.suffix.lower() == ".gz" or not path.is_file():
+        return False
+    with _readable(path):
+        return _suffix(source) == ".jsonl" or not _is_array(path)
+
+
+def is_text(source: str) -> bool:
+    """True if a source is a file of text: what it holds can be written as JSON."""
+    return is_file(source) and _suffix(source) != ".parquet"
+
+
+def opened(source: str) -> IO[bytes]:
+    """A file, to be read as bytes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = Path(source).expanduser()
+    with _readable(path):
+        return path.open("rb")
+
+
+def placed_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
+    """The rows of a file of JSON lines, each with the byte where its line begins.
+
+    Raises:
+        DataError: the file is damaged, or holds something else than rows.
+    """
+    path = Path(source).expanduser()
+    with _readable(path):
+        for number, start, line in _lines(file, path):
+            yield start, _object(line, f"{path}:{number}", "each line must hold one JSON object")
 
 
 def is_hub(source: str) -> bool:
@@ -77,17 +112,46 @@ def hub_rows(source: str) -> Iterator[Row]:
         yield f"{source}, row {number}", dict(row)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What goes wrong with a file, in a sentence."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
 def _json(path: Path) -> Iterator[Row]:
+    return _json_array(path) if _is_array(path) else _json_lines(path)
+
+
+def _is_array(path: Path) -> bool:
     with _open(path) as file:
-        array = file.read(4096).lstrip().startswith("[")
-    return _json_array(path) if array else _json_lines(path)
+        return file.read(4096).lstrip().startswith("[")
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _object(line, f"{path}:{number}", "each line must hold one JSON object")
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        yield from (row for _, row in placed_rows(str(path), file))
+
+
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, int, str]]:
+    """Number, first byte and text of each line that is not blank."""
+    number = end = 0
+    for piece in file:
+        for line in piece.splitlines(keepends=True):
+            number, start, end = number + 1, end, end + len(line)
+            if number == 1 and line.startswith(BOM_UTF8):
+                start, line = len(BOM_UTF8), line[len(BOM_UTF8) :]
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                at = start + error.start
+                raise DataError(f"{path} is not UTF-8 text (line {number}, byte {at}); save it as UTF-8") from error
+            if text.strip():
+                yield number, start, text
 
 
 def _json_array(path: Path) -> Iterator[Row]:

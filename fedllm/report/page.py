@@ -109,5 +109,5 @@ def _key_figures(story: Story) -> Html:
             before = found["base"].metrics.get(name) if "base" in found else None
             items.append((name, figure(metrics[name]), "" if before is None else f"base {figure(before)}"))
     costs = tables.costs(story)
-    wanted = ("sent up", "sent down", "time", "tokens per second", "epsilon")
+    wanted = ("sent up", "sent down", "time", "tokens per second", "share of the matrix peak", "epsilon")
     return pairs(items + [(name, costs[name], "") for name in wanted if name in costs])

@@ -56,6 +56,11 @@ def remaining(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 59.5 else duration(round(seconds))
 
 
+def part_of_whole(value: float | None) -> str:
+    """0.5 is "50.0 %"."""
+    return NOTHING if value is None else share(value, 1.0)
+
+
 def share(part: float, whole: float) -> str:
     """A percentage with one decimal."""
     return f"{100 * part / whole:.1f} %" if whole else NOTHING

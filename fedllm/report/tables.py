@@ -8,6 +8,7 @@ from typing import Any
 
 from fedllm.events import (
     DataReported,
+    EngineChosen,
     Evaluated,
     RoundFinished,
     RunFinished,
@@ -17,7 +18,7 @@ from fedllm.events import (
 )
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.markup import Html, el, folded, joined, table
-from fedllm.report.quantity import NOTHING, duration, figure, lower_is_better, share, size
+from fedllm.report.quantity import NOTHING, duration, figure, lower_is_better, part_of_whole, share, size
 from fedllm.report.story import COMPARED, Story, client_metrics, client_scores
 
 
@@ -72,13 +73,21 @@ def _described(story: Story) -> dict[str, str]:
     started = story.last(RunStarted)
     known = {
         "base model": story.model,
-        "engine": started.engine if started else NOTHING,
+        "engine": _engine(story),
         "clients": figure(started.clients) if started else NOTHING,
         "trainable parameters": figure(started.trainable) if started else NOTHING,
         "experiment hash": started.experiment_hash[:8] if started else NOTHING,
         "end": ending(story),
     }
     return {**known, **costs(story)}
+
+
+def _engine(story: Story) -> str:
+    """Which engine ran, and why."""
+    started, chosen = story.last(RunStarted), story.last(EngineChosen)
+    if chosen is not None:
+        return f"{chosen.engine} ({chosen.reason})"
+    return started.engine if started else NOTHING
 
 
 def ending(story: Story) -> str:
@@ -105,6 +114,7 @@ def costs(story: Story) -> dict[str, str]:
         "time per round": (duration, pace),
         "tokens trained": (figure, tokens),
         "tokens per second": (figure, round(speed, 1) if speed else None),
+        "share of the matrix peak": (part_of_whole, summary.get("share_of_peak")),
         "peak memory": (size, summary.get("peak_rss_bytes")),
         "epsilon": (figure, summary.get("epsilon")),
         "best round": (figure, summary.get("best_round")),

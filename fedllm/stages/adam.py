@@ -11,15 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedllm import moments
-from fedllm.ranges import require
-from fedllm.stage import Stage
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Update
+from fedllm.moments import Adaptive
 
 
 @dataclass(frozen=True)
-class Adam(Stage):
+class Adam(Adaptive):
     """State: m (from 0) and v (from tau²), in the shapes of the delta.
 
     Neutral, to the bit: `Adam(beta1=0, beta2=1, tau=0.5, server_lr=1)`. With beta2 = 1 v stays tau², the denominator
@@ -37,13 +33,6 @@ class Adam(Stage):
     tau: float = 1e-3
     server_lr: float = 1e-3
 
-    def __post_init__(self) -> None:
-        moments.check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
-        require(0 <= self.beta2 <= 1, self, field="beta2", value=self.beta2, allowed="at least 0 and at most 1")
-
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
-        """The mean delta becomes the step."""
-        return moments.adaptive(total, state, self._second, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
-
-    def _second(self, v: Tensor, square: Tensor) -> Tensor:
+    def second(self, v: Tensor, square: Tensor) -> Tensor:
+        """The running mean of the squares."""
         return self.beta2 * v + (1 - self.beta2) * square

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedllm.cache import cache_dir
+from fedllm.disk import sync
 from fedllm.errors import ModelError
 
 Advance = Callable[[int], None]
@@ -81,9 +82,9 @@ def _build(folder: Path, build: Build) -> None:
         work.mkdir()
         build(out, work)
         for path in (*out.rglob("*"), out):
-            _sync(path)
+            sync(path)
         os.replace(out, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -97,14 +98,6 @@ def _lock(path: Path, name: str) -> Iterator[None]:
             with progress(f"waiting for another process that prepares {name}"):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refuse_if_full(folder: Path, needs: int) -> None:

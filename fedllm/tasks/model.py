@@ -13,7 +13,7 @@ from torch import Tensor
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
 from fedllm.rng import Key
-from fedllm.tasks import architecture, recompute
+from fedllm.tasks import architecture, norms, recompute
 from fedllm.tasks.adapter import Attached
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
@@ -144,5 +144,6 @@ def load(task: Task) -> LoadedModel:
     base = load_base(task.model, dtype=task.dtype, device=task.device)
     unpackable = architecture.prepare(base.model, task.model)
     recompute.prepare(base.model)
+    norms.prepare(base.model)
     base = replace(base, unpackable=unpackable, caching=unpackable is None or architecture.caching(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))

@@ -153,11 +153,13 @@ def _example(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_le
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens += ids
         labels += [labelled] * len(ids)
-    row = torch.tensor(tokens[:max_length], dtype=torch.int64)
-    label = torch.tensor(labels[:max_length], dtype=torch.bool)
     # position t predicts token t + 1; the last one predicts nothing
-    targets = torch.where(label, row, IGNORE).roll(-1)
-    targets[-1:] = IGNORE
-    if not bool((targets != IGNORE).any()):
+    if not any(labels[1:max_length]):
         return None
-    return Example(row, targets, cut=max(0, len(tokens) - max_length))
+    following = zip(tokens[1:max_length], labels[1:max_length], strict=True)
+    targets = [*(token if labelled else IGNORE for token, labelled in following), IGNORE]
+    return Example(
+        torch.tensor(tokens[:max_length], dtype=torch.int64),
+        torch.tensor(targets, dtype=torch.int64),
+        cut=max(0, len(tokens) - max_length),
+    )

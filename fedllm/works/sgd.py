@@ -11,35 +11,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedllm import tree
 from fedllm.batch import Batch
+from fedllm.bundle import copy_into
 from fedllm.errors import ConfigError
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
+from fedllm.works.gradients import surviving
 from fedllm.works.schedule import LrSchedule
-from fedllm.works.stack import Layout, filled
+from fedllm.works.stack import Layout
 
 
 @dataclass(eq=False)
 class Carry:
-    """The running state of K clients: (K, P) buffers of their values, starts and gradients.
-
-    `stack` and `slopes` are their (K, ...) leaves: views of `values` that a gradient is taken of, and of `grads`.
-    """
+    """The running state of K clients: (K, P) buffers of their weights and gradients."""
 
     works: Sequence[Sgd]
     layout: Layout
     values: Tensor
-    starts: Tensor
+    starts: Sequence[Tree]
     grads: Tensor
-    stack: Tree
-    slopes: Tree
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
     tokens: list[int]
@@ -101,8 +98,12 @@ class Sgd(Work):
         return replace(self, lr=lr, accumulation=self.accumulation * times)
 
     def suited(self, profile: Profile) -> Sgd:
-        """This work as a device of that profile does it."""
-        return self
+        """With the profile's steps (instead of steps or epochs), batch size and learning rate, where it has them."""
+        set_there = {"batch_size": profile.batch_size, "lr": profile.lr}
+        changes: dict[str, Any] = {name: value for name, value in set_there.items() if value is not None}
+        if profile.steps is not None:
+            changes |= {"steps": profile.steps, "epochs": None}
+        return replace(self, **changes)
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps of a round."""
@@ -127,17 +128,14 @@ class Sgd(Work):
         """Stack the starting points and give every client an optimiser on its row."""
         starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
         layout = Layout.of(starts)
-        values = filled(layout, starts)
+        values = layout.filled(starts)
         grads = torch.zeros_like(values)
-        stack = {name: leaf.requires_grad_() for name, leaf in layout.stacked(values).items()}
         return Carry(
             works=works,
             layout=layout,
             values=values,
-            starts=values.clone(),
+            starts=starts,
             grads=grads,
-            stack=stack,
-            slopes=layout.stacked(grads),
             optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
             steps=[0] * len(jobs),
             tokens=[0] * len(jobs),
@@ -147,46 +145,35 @@ class Sgd(Work):
 
     def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
         """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
-        totals = torch.tensor([sum(batch.counts[k] for batch in micro) for k in range(len(jobs))])
-        losses = torch.zeros(len(jobs), dtype=torch.float64)
-        carry.grads.zero_()
-        for batch in micro:
-            share = torch.tensor(batch.counts, dtype=torch.float64) / totals.clamp(min=1)
-            loss = model.losses(carry.stack, batch)
-            weighted = loss * share.to(loss)
-            _add_gradients(weighted.sum(), carry)
-            losses += weighted.detach().double().cpu()
-        for k, job in enumerate(jobs):
-            if totals[k] and k not in carry.failed:
-                self._client_step(carry, k, job, float(losses[k]))
+        active = [k for k in range(len(jobs)) if k not in carry.failed and any(batch.counts[k] for batch in micro)]
+        losses, failed = surviving((carry.values, carry.grads), carry.layout.stacked, micro, model, carry.failed)
+        carry.failed |= {k: f"at step {carry.steps[k]} {reason}" for k, reason in failed.items()}
+        for k in active:
+            if k not in failed:
+                self._client_step(carry, k, jobs[k], float(losses[k]))
                 carry.tokens[k] += sum(batch.client_tokens[k] for batch in micro)
         return carry
 
     def finish(self, carry: Carry) -> Sequence[Outcome]:
         """Each client's delta (local - global), mean loss and counts."""
-        delta = carry.values - carry.starts
-        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k, row) for k, row in enumerate(delta)]
+        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in range(len(carry.starts))]
 
-    def _outcome(self, carry: Carry, k: int, delta: Tensor) -> Outcome:
-        if not tree.finite({"delta": delta}):
+    def _outcome(self, carry: Carry, k: int) -> Outcome:
+        delta = tree.sub(carry.layout.client(carry.values[k], k), carry.starts[k])
+        if not tree.finite(delta):
             return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
         loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
         counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens")}
-        moved = Part(carry.layout.client(delta, k))
-        parts = {"delta": moved, "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
+        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 
     def _client_step(self, carry: Carry, k: int, job: Job, loss: float) -> None:
-        if not math.isfinite(loss):
-            carry.failed[k] = f"at step {carry.steps[k]} its loss is {loss}; lower work.lr or set work.clip_norm"
-            return
         work, grads = carry.works[k], carry.grads[k]
         with torch.no_grad():
             if job.adjust is not None:
                 own = carry.layout.client(grads, k)
-                for name, grad in job.adjust(own, carry.layout.client(carry.values[k], k)).items():
-                    own[name].copy_(grad)
+                copy_into(own, job.adjust(own, carry.layout.client(carry.values[k], k)))
             if work.clip_norm is not None:
                 grads.mul_(min(1.0, work.clip_norm / max(tree.norm({"grads": grads}), 1e-300)))
         lr = work.lr * work.lr_schedule.factor(
@@ -209,10 +196,3 @@ class Sgd(Work):
                 [row], lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
             )
         return torch.optim.SGD([row], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
-
-
-def _add_gradients(loss: Tensor, carry: Carry) -> None:
-    """carry.grads += d loss / d stack. A leaf that the loss does not reach has no gradient."""
-    found = torch.autograd.grad(loss, list(carry.stack.values()), allow_unused=True)
-    pairs = [(slope, new) for slope, new in zip(carry.slopes.values(), found, strict=True) if new is not None]
-    torch._foreach_add_([slope for slope, _ in pairs], [new for _, new in pairs])

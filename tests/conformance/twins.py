@@ -157,7 +157,7 @@ class AdamCorrected(Adam):
 
 
 class YogiSign(Yogi):
-    def _second(self, v, square):
+    def second(self, v, square):
         return v + (1 - self.beta2) * square * torch.sign(v - square)
 
 

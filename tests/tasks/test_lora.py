@@ -109,7 +109,8 @@ def test_logits_losses_and_gradients_are_those_of_peft(lora: Lora, dtype: str, t
     }
     grads = gradients(model, [params], batch)
     assert grads.keys() == expected.keys()
-    assert tree.norm(tree.sub(grads, expected)) < tolerance * tree.norm(expected)
+    # in float32 each side is itself about 1e-6 from the gradient in float64
+    assert tree.norm(tree.sub(grads, expected)) < 2 * tolerance * tree.norm(expected)
 
 
 def test_an_adapter_whose_b_is_zero_changes_no_bit_and_one_that_is_trained_does() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,8 +25,8 @@ from fedllm.tasks.base import load_base
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.task import Task
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Update
-from fedllm.work import Facts, Job, Outcome, run_work
+from fedllm.update import Ctx, Profile, Update
+from fedllm.work import Facts, Job, Outcome, Work, run_work
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.sgd import Sgd
 
@@ -41,6 +42,21 @@ WORKS = {
     "clipping": Sgd(lr=0.3, steps=3, batch_size=2, clip_norm=0.05),
     "schedule": Sgd(lr=0.3, steps=5, batch_size=2, lr_schedule=LrSchedule("cosine", warmup=2, floor=0.1)),
 }
+
+
+def test_suited_to_a_device() -> None:
+    work = Sgd("adamw", lr=0.1, epochs=3, batch_size=4, accumulation=2, clip_norm=1.0)
+    assert work.suited(Profile()) == work == work.suited(Profile(rank=2, device="phone"))
+    assert work.suited(Profile(steps=5)) == replace(work, steps=5, epochs=None)
+    assert work.suited(Profile(batch_size=1, lr=0.0)) == replace(work, batch_size=1, lr=0.0)
+    whole = replace(work, epochs=None, steps=7).suited(Profile(steps=0, batch_size=2, lr=0.5))
+    assert whole == Sgd("adamw", lr=0.5, steps=0, batch_size=2, accumulation=2, clip_norm=1.0)
+    assert whole.num_steps(100) == 0 and work.suited(Profile(steps=5)).num_steps(100) == 5
+
+
+def test_another_work_is_the_same_on_every_device() -> None:
+    work = Work()
+    assert work.suited(Profile(steps=5, batch_size=1, lr=0.5)) is work
 
 
 def model_of(adapter: Adapter = LORA, dtype: str = "float64") -> LoadedModel:

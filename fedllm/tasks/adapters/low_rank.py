@@ -4,19 +4,26 @@
     dx = dy W   du = dz A_k               dz = s dy B_k                what dropout left of it
     dA_k = dz^T u   dB_k = s dy^T z
 
-The products with W run over all rows at once; those with A and B run over one client's rows each, so what one client
-holds, a NaN as well, reaches no other. Padding a client's rank with zeros adds zeros.
+The products with W run over all rows at once. Those with A and B are small, and each call costs as much as it computes:
+for few tokens and ranks the factors of all clients are side by side in one product, whose values between a row and
+another client's factors are set to zero (`_Joint`); else each client has products of its own (`_Apart`). A zero times a
+NaN is a NaN, so the joint form keeps clients apart only while all values are finite: `Sgd` sees to that.
+
+Padding a client's rank with zeros adds zeros.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+FEW = 6000  # tokens x rank of a client; up to here what the joint form wastes on a CPU costs less than its calls save
 
 
 def low_rank(
@@ -33,11 +40,14 @@ def low_rank(
         dropped: u; None if it is x. frozen: W (out, in), and the bias (out,) or None.
         factors: A (K, rank, in) and B (K, out, rank), in the type in which they train.
     """
-    y: Tensor = _LowRank.apply(x, dropped, *frozen, *factors, sizes, scale)  # type: ignore[no-untyped-call]
+    rank = factors[0].shape[1]
+    joint = len(sizes) > 1 and (x.is_cuda or len(x) * rank <= FEW)
+    form = _Joint if joint else _Apart
+    y: Tensor = form.apply(x, dropped, *frozen, *factors, tuple(sizes), scale)  # type: ignore[no-untyped-call]
     return y
 
 
-class _LowRank(torch.autograd.Function):
+class _Apart(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -77,6 +87,51 @@ class _LowRank(torch.autograd.Function):
             elif dx is not None:
                 dx[own].addmm_(dz, a[k])
         return dx, du, None, None, da, db, None, None
+
+
+class _Joint(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        sizes: tuple[int, ...],
+        scale: float,
+    ) -> Tensor:
+        clients, rank, _ = a.shape
+        u, others = x if dropped is None else dropped, _others(sizes, rank, x.device)
+        left = a.to(x.dtype).reshape(clients * rank, -1)  # (K rank, in)
+        right = b.transpose(0, 1).to(x.dtype).reshape(-1, clients * rank)  # (out, K rank)
+        z = (u @ left.T).masked_fill_(others, 0)
+        y = torch.nn.functional.linear(x, weight, bias).addmm_(z, right.T, alpha=scale)
+        ctx.save_for_backward(u, weight, left, right, z, others)
+        ctx.clients, ctx.scale = clients, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight, left, right, z, others = ctx.saved_tensors
+        needs_x, needs_dropped, *_ = ctx.needs_input_grad
+        dz = (dy @ right).mul_(ctx.scale).masked_fill_(others, 0)
+        da = (dz.T @ u).view(ctx.clients, -1, u.shape[1])
+        db = (dy.T @ z).mul_(ctx.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1)
+        dx = dy @ weight if needs_x else None
+        if needs_dropped:
+            return dx, dz @ left, None, None, da, db, None, None
+        return None if dx is None else dx.addmm_(dz, left), None, None, None, da, db, None, None
+
+
+@lru_cache(maxsize=16)
+def _others(sizes: tuple[int, ...], rank: int, device: torch.device) -> Tensor:
+    """(T, K rank): True between a row and the factors of another client."""
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    columns = torch.arange(len(sizes)).repeat_interleave(rank)
+    return (owners[:, None] != columns).to(device)
 
 
 def _rows(sizes: Sequence[int]) -> list[slice]:

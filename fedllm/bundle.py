@@ -1,0 +1,129 @@
+"""Trees whose leaves lie together in blocks: what is done to each value takes one call a block, not one a leaf.
+
+    block 0   | leaf 0 | 0 0 | leaf 1 | 0 | leaf 2 |      each leaf begins at a multiple of 64 bytes
+    block 1   | leaf 3 | leaf 4 | 0 0 |
+
+A call costs some microseconds, which a tree of many small leaves would pay for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
+BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which costs more than the calls
+
+Place = tuple[int, tuple[int, ...], tuple[int, ...], int]  # block, shape, strides, offset in the block
+Kind = tuple[torch.dtype, torch.device]
+Leaves = dict[str, Tensor]
+
+
+class Bundle(Leaves):
+    """A tree whose leaves are views of `blocks` (1-d; the leaves of a block share dtype and device).
+
+    It cannot be given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], layout: Mapping[str, Place]) -> None:
+        views = [(block.as_strided, block.storage_offset()) for block in blocks]
+        leaves = ((name, *views[n], shape, strides, at) for name, (n, shape, strides, at) in layout.items())
+        super().__init__({name: view(shape, strides, first + at) for name, view, first, shape, strides, at in leaves})
+        self.blocks, self.layout = blocks, layout
+
+    def alike(self, other: Mapping[str, Tensor]) -> bool:
+        """True if the other one is a bundle with the same leaves at the same places."""
+        if not isinstance(other, Bundle) or not (self.layout is other.layout or self.layout == other.layout):
+            return False
+        return all(
+            mine.dtype == theirs.dtype and mine.device == theirs.device
+            for mine, theirs in zip(self.blocks, other.blocks, strict=True)
+        )
+
+    def ordered(self, names: Iterable[str]) -> Bundle:
+        """The same leaves, listed in another order."""
+        listed = list(names)
+        return self if listed == list(self) else Bundle(self.blocks, {name: self.layout[name] for name in listed})
+
+    def stacked(self) -> Bundle:
+        """A copy whose leaves are (1, ...)."""
+        layout = {
+            name: (n, (1, *shape), (math.prod(shape), *strides), at)
+            for name, (n, shape, strides, at) in self.layout.items()
+        }
+        return Bundle([block.clone() for block in self.blocks], layout)
+
+    def unstacked(self) -> Bundle | None:
+        """The leaves (1, ...) as (...), in the same memory; None if one is of another shape."""
+        if any(shape[:1] != (1,) for _, shape, _, _ in self.layout.values()):
+            return None
+        layout = {name: (n, shape[1:], strides[1:], at) for name, (n, shape, strides, at) in self.layout.items()}
+        return Bundle(self.blocks, layout)
+
+    def __reduce__(self) -> tuple[type[Bundle], tuple[Sequence[Tensor], Mapping[str, Place]]]:
+        return Bundle, (self.blocks, self.layout)  # a deep copy has blocks of its own
+
+    def _refuse(self, *given: object, **named: object) -> NoReturn:
+        raise TypeError("the leaves of a bundle are views of its blocks; change dict(bundle) instead")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+def bundled(tree: Mapping[str, Tensor]) -> Leaves:
+    """A copy of the tree in blocks; the tree itself where its leaves are so large that this saves less than half of the
+    calls. Where a leaf lies depends on the names, shapes and types alone, not on the order in which they come."""
+    if isinstance(tree, Bundle):
+        return tree
+    layout, kinds, sizes = placed({name: (leaf.shape, (leaf.dtype, leaf.device)) for name, leaf in tree.items()})
+    if not tree or len(sizes) * 2 > len(tree):
+        return dict(tree)
+    blocks = [torch.zeros(n, dtype=dtype, device=device) for n, (dtype, device) in zip(sizes, kinds, strict=True)]
+    bundle = Bundle(blocks, layout)
+    for name, leaf in tree.items():
+        bundle[name].copy_(leaf.detach())
+    return bundle
+
+
+def placed(leaves: Mapping[str, tuple[torch.Size, Kind]]) -> tuple[dict[str, Place], list[Kind], list[int]]:
+    """The place of each leaf, and of each block its kind and its size in values."""
+    layout: dict[str, Place] = {}
+    kinds: list[Kind] = []
+    sizes: list[int] = []
+    for name in sorted(leaves, key=lambda name: (str(leaves[name][1][0]), name)):
+        shape, kind = leaves[name]
+        size, bytes_each = shape.numel(), kind[0].itemsize
+        if not sizes or kind != kinds[-1] or (sizes[-1] + size) * bytes_each > BLOCK_BYTES:
+            kinds.append(kind)
+            sizes.append(0)
+        layout[name] = (len(sizes) - 1, tuple(shape), _strides(shape), sizes[-1])
+        sizes[-1] += -(-size * bytes_each // ALIGNMENT) * ALIGNMENT // bytes_each
+    return {name: layout[name] for name in leaves}, kinds, sizes
+
+
+def elementwise(function: Callable[..., Tensor], tree: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> Leaves:
+    """function(leaf, leaf of each other tree, ...) for each leaf of `tree`; one call a block where all are alike.
+
+    What it makes of a value must not depend on the values beside it, nor on their number, to the last bit.
+    """
+    if isinstance(tree, Bundle) and all(tree.alike(other) for other in others):
+        columns = zip(tree.blocks, *(other.blocks for other in others if isinstance(other, Bundle)), strict=True)
+        return Bundle([function(*column) for column in columns], tree.layout)
+    return {name: function(leaf, *(other[name] for other in others)) for name, leaf in tree.items()}
+
+
+def copy_into(tree: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Give the leaves of `tree` the values of the same leaves of `source`, in place."""
+    pairs = ((leaf, source[name]) for name, leaf in tree.items())
+    if isinstance(tree, Bundle) and isinstance(source, Bundle) and tree.alike(source):
+        pairs = zip(tree.blocks, source.blocks, strict=True)  # type: ignore[assignment]
+    for mine, other in pairs:
+        mine.copy_(other)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
