@@ -92,9 +92,10 @@ class EngineAdjusted(Event):
 
 
 @dataclass(frozen=True)
-class EngineStopped(Event):
-    """Peak memory of the process in bytes: what the engine's estimates add up to, and what was measured."""
+class MemoryMeasured(Event):
+    """Peak memory of the process so far, in bytes: what the engine's estimates add up to, and what was measured."""
 
+    round: int
     predicted: int
     measured: int
 

@@ -76,7 +76,7 @@ def run(
     asked = engine_of(engine)
     model, population = _loaded(experiment)
     runner, reason = chosen(asked, experiment, model)
-    engine_name = name_of(runner).rpartition(":")[2].lower()
+    engine_name = name_of(runner).replace(":", ".").rpartition(".")[2].lower()
     start = loop.start(experiment, model.fresh(experiment.key))
     with locked(folder.path), _nothing_half_written(folder, experiment):
         new = not _checkpoints(folder, experiment).rounds()

@@ -31,7 +31,7 @@ from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, par
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
-from fedllm.events import Emit, EngineAdjusted, EngineStarted, EngineStopped
+from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
 from fedllm.update import Request
 
@@ -78,19 +78,16 @@ class Batched(Engine):
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
             costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site.model.device))
-            before = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+            before = PRODUCTS + getrusage(RUSAGE_SELF).ru_maxrss * 1024
             crew = Crew(experiment.work, site.model, costs, gate)
             site.train = crew.train
             with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
-                shop = Shop(site, crew, pool, workers, self.stack or STACK.get(kind, 4), emit)
+                shop = Shop(site, crew, pool, workers, self.stack or STACK.get(kind, 4), before, emit)
                 try:
                     yield shop.call
                 finally:
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)
-                    if shop.started:
-                        after = getrusage(RUSAGE_SELF).ru_maxrss * 1024
-                        emit(EngineStopped(before + PRODUCTS + gate.peak, after))
 
     def _budget(self, device: str) -> int:
         if self.memory_budget is not None:
@@ -100,13 +97,14 @@ class Batched(Engine):
 
 @dataclass(eq=False)
 class Shop:
-    """Answers calls with the workers of a pool."""
+    """Answers calls with the workers of a pool. `before`: bytes of the process without any stack."""
 
     site: Site
     crew: Crew
     pool: ThreadPoolExecutor
     workers: int
     stack: int
+    before: int
     emit: Emit
     started: bool = field(default=False)
 
@@ -128,6 +126,10 @@ class Shop:
             for request, sent, reply in zip(part, sizes, replies, strict=True):
                 yield str(request.ctx.client), received(name, request, sent, reply, self.emit)
             under_way.extend(islice(todo, 1))
+        if name == "work" and requests:
+            round = next(iter(requests.values())).ctx.round
+            measured = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+            self.emit(MemoryMeasured(round, self.before + self.crew.gate.peak, measured))
 
     def _submitted(
         self, name: str, part: Sequence[Request]

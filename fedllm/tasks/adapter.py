@@ -100,7 +100,9 @@ class Decoder:
             rows = [{name: value[b, keep][None] for name, value in inputs.items()} for b, keep in enumerate(real)]
             return self._apart(stack, rows, cache or [{}] * len(rows))
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        passed = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
+        # an index, for a slice is not contiguous, and its product with the head would copy the head for every row
+        last = torch.tensor([width - 1], device=mask.device)
+        passed = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "logits_to_keep": last}
         with computing(Forward(stack)):
             output = self._call(self.base.model, "", {**inputs, **passed, "use_cache": True})
         return output.logits[:, -1], output.past_key_values

@@ -42,7 +42,7 @@ def test_a_run_shows_reports_and_is_shown_again(here: Path, capsys: Captured) ->
     assert (code, err) == (0, "")
     (folder,) = (here / "runs").iterdir()
     assert folder.name == f"mine-{experiment_hash(small('people.jsonl', rounds=2))[:8]}"
-    for line in ("mine · tiny random Llama · serial: 2 rounds, 3 clients", "round 1/2", "round 2/2", "federated"):
+    for line in ("mine · tiny random Llama · batched: 2 rounds, 3 clients", "round 1/2", "round 2/2", "federated"):
         assert line in out
     assert f"Report: runs/{folder.name}/report.html" in out
     assert f"fedllm chat runs/{folder.name} --compare" in out
@@ -83,7 +83,7 @@ def test_ctrl_c_prints_the_line_that_resumes(here: Path, capsys: Captured, monke
 
     code, out, err = command(capsys, *line[1:])
     assert (code, err) == (0, "")
-    assert "mine · tiny random Llama · serial" in out and "round 3/3" in out and "round 1/3" not in out
+    assert "mine · tiny random Llama · batched" in out and "round 3/3" in out and "round 1/3" not in out
     assert rounds_run_again(here / "two words") == []
     assert command(capsys, "run", *words[:2], "--out", "whole")[0] == 0
     assert adapter_hash(here / "two words") == adapter_hash(here / "whole")

@@ -309,14 +309,14 @@ def test_a_loss_that_is_no_number_costs_one_client_one_round(data: Path, tmp_pat
 
 
 def test_a_run_in_which_every_loss_explodes_ends_where_it_began(data: Path, tmp_path: Path) -> None:
-    result = fedllm.run(small(data, work__sgd__lr=1e38, rounds=2), out=tmp_path / "run")
+    result = fedllm.run(small(data, work__sgd__lr=1e300, rounds=2), out=tmp_path / "run")
     assert equal(result.params, fedllm.run(small(data, rounds=0), out=tmp_path / "start").params)
     notes = [event.note for event in events(tmp_path / "run") if isinstance(event, RoundFinished)]
     assert notes == ["0 of 3 answered: an empty round"] * 2
 
 
 def test_a_comparison_that_fails_does_not_take_the_run_with_it(data: Path, tmp_path: Path) -> None:
-    experiment = small(data, rounds=1, evaluation__compare=["local_only"], evaluation__compare_lr=[1e38])
+    experiment = small(data, rounds=1, evaluation__compare=["local_only"], evaluation__compare_lr=[1e300])
     result = fedllm.run(experiment, out=tmp_path / "run")
     assert result.summary["eval"]["federated"] is not None
     assert result.summary["eval"]["local_only"] is None

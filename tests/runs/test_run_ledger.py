@@ -41,7 +41,7 @@ def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, m
 
     pack = wire.pack
     monkeypatch.setattr(wire, "pack", packed)
-    fedllm.run(small(data, rounds=2), out=tmp_path / "run")
+    fedllm.run(small(data, rounds=2), out=tmp_path / "run", engine="serial")  # one message after another
     messages = [event for event in events(tmp_path / "run") if isinstance(event, Wire)]
     assert len(messages) == len(payloads) == 2 * 2 * (3 + 3)  # rounds x directions x (work and evaluate of 3 clients)
     for message, payload in zip(messages, payloads, strict=True):
