@@ -13,6 +13,7 @@ from typing import Any
 from fedllm.aggregate import Aggregator, Sum
 from fedllm.engine import Engine
 from fedllm.engines.batched import Batched
+from fedllm.engines.ray import Ray
 from fedllm.engines.serial import Serial
 from fedllm.experiment import Schedule, Synchronous
 from fedllm.federation import Federation
@@ -91,7 +92,7 @@ NOUNS: Mapping[type, Table] = {
     },
     Objective: {"sft": Sft, "lm": Lm},
     Schedule: {"synchronous": Synchronous},
-    Engine: {"serial": Serial, "batched": Batched},
+    Engine: {"serial": Serial, "batched": Batched, "ray": Ray},
 }
 
 # Keys that may hold a path, each with the names that are none.

@@ -66,10 +66,13 @@ class Site:
         self.examples = Recent(self._examples, _num_tokens, MOST_TOKENS)
 
     @staticmethod
-    def of(experiment: Experiment, folder: Path | None) -> Site:
-        """Load the task and the clients' data. `folder` holds their memories; None keeps them in this process."""
+    def of(experiment: Experiment, folder: Path | None, model: LoadedModel | None = None) -> Site:
+        """Load the task, unless `model` is it, and the clients' data.
+
+        `folder` holds the clients' memories; None keeps them in this process.
+        """
         store = ClientStore(folder, experiment.limits.keep_last * experiment.limits.checkpoint_every)
-        return Site(experiment, load(experiment.task), experiment.federation.load(experiment.key), store)
+        return Site(experiment, model or load(experiment.task), experiment.federation.load(experiment.key), store)
 
     def answer(self, name: str, request: Request) -> Update | Failure:
         """One call to one client."""

@@ -73,19 +73,19 @@ class EngineChosen(Event):
 
 @dataclass(frozen=True)
 class EngineStarted(Event):
-    """Workers that train `stack` clients at a time within `memory_budget` bytes. `parameters`: of the base model;
-    `peak`: floating-point operations a second that they reach together in products of its shapes."""
+    """Workers that train `stack` clients at a time within `memory_budget` bytes; None: no budget. `parameters`: of the
+    base model; `peak`: floating-point operations a second that they reach together in products of its shapes."""
 
     workers: int
     stack: int
-    memory_budget: int
+    memory_budget: int | None
     parameters: int
     peak: float | None
 
 
 @dataclass(frozen=True)
 class EngineAdjusted(Event):
-    """What an engine did about memory that does not suffice."""
+    """What an engine did about memory that does not suffice, or about a process that was lost."""
 
     round: int
     text: str

@@ -10,11 +10,15 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+from fedllm.engines.ray import Ray, Team
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fedllm", deadline=None)
@@ -31,6 +35,23 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("FEDLLM_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """Two actors of a Ray with one more core, for as many runs as need them; skipped where Ray is not installed."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("ray-cache")))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no advice about it
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init(address="local", num_cpus=3, object_store_memory=10**8, **quiet)
+    try:
+        with Ray(actors=2).started("cpu") as made:
+            yield made
+    finally:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

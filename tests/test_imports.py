@@ -1,6 +1,7 @@
 """The import contract: which module of fedllm may import which, read from the source without running it.
 
-A module is named by its first name below `fedllm`: `fedllm.stages.prox` is `stages`. It may import modules of its own
+A module is named by its first name below `fedllm`: `fedllm.stages.prox` is `stages`; unless the list of layers names it
+with its folder, as `engines.ray`. It may import modules of its own
 layer or of a lower one. Imports inside functions and under TYPE_CHECKING count.
 """
 
@@ -26,7 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("loop", "check", "client", "state", "wire", "engine"),
     ("engines",),
-    ("config", "catalog", "presets", "schema", "spec", "overrides"),
+    # What starts clients in another process hands it text, which is read there: `host`, and the engine that does so.
+    ("config", "catalog", "presets", "schema", "spec", "overrides", "host", "engines.ray"),
     ("folder", "lock", "ledger", "best", "outputs", "compare", "session", "finished", "launch", "export"),
     ("report", "audits", "explain"),
     ("__init__",),
@@ -69,8 +71,9 @@ class Module:
 
 
 def top_of(name: str) -> str:
-    """`fedllm.stages.prox` -> `stages`; `fedllm` itself -> `__init__`."""
-    return name.split(".")[1] if "." in name else "__init__"
+    """`fedllm.stages.prox` -> `stages`; `fedllm` itself -> `__init__`; what LAYERS lists with its folder -> that."""
+    _, _, inner = name.partition(".")
+    return inner if inner in RANK else inner.split(".")[0] or "__init__"
 
 
 def modules_of(sources: Mapping[str, str]) -> dict[str, Module]:

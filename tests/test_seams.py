@@ -61,7 +61,7 @@ def spec(folder: Path, clients: Sequence[str] = CLIENTS, **changes: Any) -> dict
 
 
 @dataclass
-class Seen:
+class Seen(Engine):
     """The serial engine, and what it handed to the server."""
 
     replies: list[tuple[str, int, str, Update | Failure]] = field(default_factory=list)

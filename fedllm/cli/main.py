@@ -25,7 +25,7 @@ USAGE = typer.BadParameter.__mro__[1]  # click's UsageError, whether typer impor
 File = Annotated[str, typer.Argument(help="An experiment file, or a packaged recipe (fedllm ls recipes).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as in work.sgd.lr=1e-3")]
 What = Annotated[str, typer.Argument(help="methods, stages, aggregators, works, models, data, recipes or schema.")]
-ENGINES = "auto, serial, batched, or a name with settings: '{batched: {stack: 8}}'."
+ENGINES = "auto, serial, batched, ray, or one with settings: '{batched: {stack: 8}}'."
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
@@ -33,9 +33,7 @@ RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 def run(
     file: File,
     overrides: Overrides = None,
-    engine: Annotated[
-        str, typer.Option(help="auto, serial, batched, or with settings: '{batched: {stack: 8}}'.")
-    ] = "auto",
+    engine: Annotated[str, typer.Option(help=ENGINES)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-HASH8.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
 ) -> None:

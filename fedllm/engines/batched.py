@@ -61,6 +61,11 @@ class Batched(Engine):
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
 
+    @property
+    def stacks(self) -> bool:
+        """Always."""
+        return True
+
     @contextmanager
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """Load the task and the clients' data; start the workers; answer calls until closed.

@@ -14,13 +14,13 @@ def chosen(engine: Engine | None, experiment: Experiment, model: LoadedModel) ->
     """An engine that can run the experiment, and the reason. None: batched where it can be, else serial.
 
     Raises:
-        CheckError: the batched engine was asked for, and the clients cannot be stacked.
+        CheckError: an engine that stacks clients was asked for, and they cannot be stacked.
     """
     obstacle = _obstacle(experiment, model)
     if engine is None:
         return (Batched(), "its clients can be stacked") if obstacle is None else (Serial(), obstacle)
-    if isinstance(engine, Batched) and obstacle is not None:
-        raise CheckError(f"engine batched: {obstacle}; use --engine serial, or auto")
+    if engine.stacks and obstacle is not None:
+        raise CheckError(f"engine {type(engine).__name__.lower()}: {obstacle}; use --engine serial, or auto")
     return engine, "it was asked for"
 
 

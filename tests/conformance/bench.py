@@ -1,6 +1,6 @@
 """Two clients of unequal size who train a tiny model in float64, and the same clients without any of fedllm's trip.
 
-`Bench.run` is the real thing: check, serial engine, wire, loop, checkpoints. `descend` and `trained` are the local work
+`Bench.run` is the real thing: check, engine, wire, loop, checkpoints. `descend` and `trained` are the local work
 alone, for textbook loops beside it. Everything is remembered, so a run that several checks need is made once.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from fedllm import launch
 from fedllm.batch import collate
 from fedllm.client import Prepared, Site
+from fedllm.engine import Engine
+from fedllm.engines.serial import Serial
 from fedllm.events import CheckpointSaved, Event
 from fedllm.experiment import Evaluation, Experiment, Limits
 from fedllm.federations.shards import Loss, Shards
@@ -56,6 +58,7 @@ class Course:
 @dataclass(eq=False)
 class Bench:
     folder: Path
+    engine: Engine = Serial()
     courses: dict[tuple[object, ...], Course] = field(default_factory=dict)
     model: LoadedModel = field(init=False)
 
@@ -97,10 +100,10 @@ class Bench:
                 raise KeyboardInterrupt
 
         try:
-            launch.run(experiment, engine="serial", out=out, listeners=(stop,))
+            launch.run(experiment, engine=self.engine, out=out, listeners=(stop,))
             assert stop_after is None, "the run was not stopped"
         except launch.Interrupted:
-            launch.run(experiment, engine="serial", out=out, resume=True)
+            launch.run(experiment, engine=self.engine, out=out, resume=True)
         saved = Checkpoints(out / "checkpoints", 9)
         return Course(out, tuple(run for n in range(ROUNDS + 1) if (run := saved.load(n)) is not None))
 

@@ -16,7 +16,7 @@ from fedllm.spec import Reader
 from fedllm.stage import merge, up
 from fedllm.stages.uniform import Uniform
 from fedllm.update import Ctx, Local, Part, Update
-from tests.conformance.bench import ROUNDS, UNEQUAL, Bench, flat, sent_by
+from tests.conformance.bench import ROUNDS, UNEQUAL, Bench, Course, flat, sent_by
 from tests.conformance.books import fedavg, play
 from tests.conformance.table import Case
 
@@ -182,10 +182,24 @@ CHECKS: dict[str, Callable[[Case, Bench], None]] = {
     )
 }
 
+WHOLE_RUNS = (  # those that hold a run against something else
+    neutral_is_fedavg.__name__,
+    settings_matter.__name__,
+    equals_its_paper.__name__,
+    empty_rounds_are_harmless.__name__,
+    resumes_to_the_bit.__name__,
+)
+
 
 def distance(one: Tensor, two: Tensor) -> float:
     """Relative to the second."""
     return float((one - two).norm() / two.norm())
+
+
+def memories(course: Course) -> dict[str, bytes]:
+    """What all clients remember at the end, as files."""
+    folder = course.folder / "checkpoints" / "clients"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 def storages(trees: Iterable[Mapping[str, Tensor]]) -> set[int]:

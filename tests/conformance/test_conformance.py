@@ -1,19 +1,19 @@
-"""Every stage of the catalog under every check of the suite; and every check under stages that are broken."""
+"""Every stage of the catalog under every check of the suite, on every engine; every check under stages that are broken.
+
+Checks of a client alone have no engine. Those of whole runs are made on each: with stacks of one client they must hold
+to the bit, as on the serial engine.
+"""
 
 from __future__ import annotations
 
 import pytest
 
+from fedllm import tree
 from fedllm.catalog import STAGES, name_of
-from tests.conformance.bench import Bench
-from tests.conformance.suite import CHECKS
+from tests.conformance.bench import flat
+from tests.conformance.suite import CHECKS, WHOLE_RUNS, distance, memories
 from tests.conformance.table import CASES
 from tests.conformance.twins import TWINS
-
-
-@pytest.fixture(scope="session")
-def bench(tmp_path_factory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("conformance"))
 
 
 def test_every_stage_is_on_the_list():
@@ -32,6 +32,28 @@ def test_a_stage_has_neutral_settings_or_says_why_not():
 @pytest.mark.parametrize("stage", CASES)
 def test_stage(stage, check, bench):
     CHECKS[check](CASES[stage], bench)
+
+
+@pytest.mark.parametrize("check", WHOLE_RUNS)
+@pytest.mark.parametrize("stage", CASES)
+def test_stage_on_other_engines(stage, check, other):
+    CHECKS[check](CASES[stage], other)
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_engines_go_the_same_way_to_the_bit(stage, other, bench):
+    reference, course = bench.run(CASES[stage].trip()), other.run(CASES[stage].trip())
+    for one, two in zip(reference.after, course.after, strict=True):
+        assert tree.equal(one.params, two.params) and all(map(tree.equal, one.states, two.states))
+    assert memories(reference) == memories(course)
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_stacks_differ_from_one_client_at_a_time_in_the_last_digits(stage, stacked, bench):
+    reference, course = bench.run(CASES[stage].trip()), stacked.run(CASES[stage].trip())
+    for one, two in zip(reference.after, course.after, strict=True):
+        start = flat(reference.after[0].params)
+        assert distance(flat(two.params) - start, flat(one.params) - start) < 1e-9 or one.round == 0
 
 
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: type(twin.stage).__name__)

@@ -24,6 +24,7 @@ import yaml
 from fedllm import catalog, config, wire
 from fedllm.aggregate import Aggregator, Call, Replies
 from fedllm.client import Site
+from fedllm.engine import Engine
 from fedllm.errors import RunError
 from fedllm.events import Emit, Wire
 from fedllm.experiment import Experiment
@@ -38,7 +39,7 @@ DOUBLES: Mapping[type, Mapping[str, type]] = {Stage: {"rounding": Rounding}, Agg
 
 
 @dataclass(frozen=True)
-class Processes:
+class Processes(Engine):
     """The engine."""
 
     @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 import fedllm
 from fedllm.aggregate import Call, Replies
+from fedllm.engine import Engine
 from fedllm.engines.serial import Serial
 from fedllm.events import (
     CheckpointSaved,
@@ -138,7 +139,7 @@ class StopAt:
 
 
 @dataclass(eq=False)
-class Spy:
+class Spy(Engine):
     """The serial engine, remembering what was asked and answered."""
 
     asked: list[tuple[str, Request]] = field(default_factory=list)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import fedllm
 from fedllm.config import experiment_hash
+from fedllm.engine import Engine
 from fedllm.errors import RunError
 from fedllm.events import RoundFinished, RoundStarted, RunStarted
 from fedllm.experiment import Experiment
@@ -149,16 +151,16 @@ def test_what_fails_before_the_first_checkpoint_leaves_nothing(data: Path, tmp_p
 
 
 def test_engine_and_folder_are_no_part_of_the_hash(data: Path, tmp_path: Path) -> None:
-    class Renamed:
+    class Renamed(Engine):
         """The serial engine under another name."""
 
-        def open(self, *arguments: object) -> object:
+        def open(self, *arguments: Any) -> Any:
             from fedllm.engines.serial import Serial
 
-            return Serial().open(*arguments)  # type: ignore[arg-type]
+            return Serial().open(*arguments)
 
     one = fedllm.run(small(data, rounds=1), out=tmp_path / "a", engine="serial")
-    two = fedllm.run(small(data, rounds=1), out=tmp_path / "b", engine=Renamed())  # type: ignore[arg-type]
+    two = fedllm.run(small(data, rounds=1), out=tmp_path / "b", engine=Renamed())
     assert one.summary["experiment_hash"] == two.summary["experiment_hash"]
     assert (one.summary["engine"], two.summary["engine"]) == ("serial", "renamed")
     assert adapter_hash(one.folder) == adapter_hash(two.folder)

@@ -1,0 +1,46 @@
+"""The Ray engine with actors that outlive a run: starting them takes longer than a run of a test does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.aggregate import Call
+from fedllm.engine import Engine
+from fedllm.engines.ray import Team
+from fedllm.engines.threads import one_thread
+from fedllm.events import Emit
+from fedllm.experiment import Experiment
+from fedllm.host import Host
+
+
+@dataclass(frozen=True)
+class Kept(Engine):
+    """The engine."""
+
+    team: Team
+    stack: int = 1
+
+    @contextmanager
+    def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
+        """As the Ray engine, once its actors are there."""
+        with one_thread(), self.team.serving(experiment, folder, self.stack, emit) as call:
+            yield call
+
+
+# What a test has an actor do, with Ray's `__ray_call__`.
+
+
+def pid(host: Host) -> int:
+    """The process."""
+    return os.getpid()
+
+
+def learn_doubles(host: Host) -> None:
+    """Let experiments of this actor name the doubles."""
+    from tests.doubles.processes import know_doubles
+
+    know_doubles()
