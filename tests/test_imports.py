@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fedllm"
 
 # Lowest first. A new module is added here, in the lowest layer that it can live in.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("tree", "rng", "errors", "packing", "events", "cache", "ranges", "data", "yamltext"),
+    ("tree", "rng", "errors", "packing", "events", "cache", "ranges", "data", "yamltext", "heap"),
     ("privacy", "secagg"),
     ("update", "batch"),
     ("stage", "work", "aggregate", "moments", "weights", "federation"),

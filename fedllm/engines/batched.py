@@ -26,7 +26,7 @@ from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
-from fedllm.engines.heap import kept_memory
+from fedllm.heap import kept_memory
 from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
@@ -36,6 +36,7 @@ from fedllm.experiment import Experiment
 from fedllm.update import Request
 
 STACK = {"cpu": 4, "cuda": 16}
+LOOKED_AT = 100  # clients, before the first round; one that comes later and does not fit ends the run then
 SIDE_BY_SIDE = {"work": True, "evaluate": False}  # calls that clients answer at the same time, and whether in stacks
 
 
@@ -66,7 +67,7 @@ class Batched(Engine):
         """Load the task and the clients' data; start the workers; answer calls until closed.
 
         Raises:
-            RunError: the memory budget is below one client.
+            RunError: the memory budget is below one of the first clients.
         """
         with one_thread(), kept_memory():
             site = Site.of(experiment, folder)
@@ -75,6 +76,7 @@ class Batched(Engine):
             costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site.model.device))
             before = getrusage(RUSAGE_SELF).ru_maxrss * 1024
             crew = Crew(experiment.work, site.model, costs, gate)
+            crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
             with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
                 shop = Shop(site, crew, pool, workers, self.stack or STACK.get(kind, 4), emit)

@@ -182,9 +182,7 @@ class Gate:
         me = object()
         with self._changed:
             self._waiting.append(me)
-            self._changed.wait_for(
-                lambda: self._waiting[0] is me and (not self.used or self.used + need <= self.budget)
-            )
+            self._changed.wait_for(lambda: self._waiting[0] is me and self._fits(need))
             self._waiting.pop(0)
             self.used += need
             self.peak = max(self.peak, self.used)
