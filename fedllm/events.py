@@ -93,7 +93,8 @@ class EngineAdjusted(Event):
 
 @dataclass(frozen=True)
 class EngineStopped(Event):
-    """Peak memory of the process in bytes: what the engine's estimates add up to, and what was measured."""
+    """Peak memory of the process in bytes, on the device where it computes: what the engine's estimates add up to, and
+    what was measured."""
 
     predicted: int
     measured: int

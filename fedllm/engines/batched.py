@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 
@@ -27,7 +26,7 @@ from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
 from fedllm.heap import kept_memory
-from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes
+from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes, taken_bytes
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
@@ -74,7 +73,7 @@ class Batched(Engine):
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
             costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site.model.device))
-            before = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+            now, before = taken_bytes(site.model.device)
             crew = Crew(experiment.work, site.model, costs, gate)
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
@@ -86,8 +85,8 @@ class Batched(Engine):
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)
                     if shop.started:
-                        after = getrusage(RUSAGE_SELF).ru_maxrss * 1024
-                        emit(EngineStopped(before + PRODUCTS + gate.peak, after))
+                        _, after = taken_bytes(site.model.device)
+                        emit(EngineStopped(max(before, now + PRODUCTS + gate.peak), after))
 
     def _budget(self, device: str) -> int:
         if self.memory_budget is not None:
