@@ -14,13 +14,27 @@ from typing import Any
 import fedllm
 from fedllm.aggregate import Call, Replies
 from fedllm.engines.serial import Serial
-from fedllm.events import CheckpointSaved, Emit, Event, Progress, Resumed, RoundStarted, read, to_json
+from fedllm.events import (
+    CheckpointSaved,
+    Emit,
+    EngineAdjusted,
+    EngineChosen,
+    EngineStarted,
+    EngineStopped,
+    Event,
+    Progress,
+    Resumed,
+    RoundStarted,
+    read,
+    to_json,
+)
 from fedllm.experiment import Experiment
 from fedllm.report.story import effective
 from fedllm.update import Request, Update
 
 SIZES = {"ann": 6, "ben": 3, "cid": 2}
 CLOCK = ("seconds", "seconds_per_round", "tokens_per_second", "peak_rss_bytes")
+OF_A_PROCESS = (Resumed, Progress, EngineChosen, EngineStarted, EngineAdjusted, EngineStopped)
 STATEFUL = {
     "stages": [{"scaffold": {}}, {"momentum": {"beta": 0.5}}, {"top_k": {"fraction": 0.3}}, "uniform"],
     "scope": {"share": ["*lora_A"]},
@@ -89,8 +103,8 @@ def events(folder: Path) -> list[Event]:
 
 
 def story(folder: Path) -> list[dict[str, Any]]:
-    """The events that count, without times and without the marks of a resume."""
-    kept = [event for event in effective(events(folder)) if not isinstance(event, Resumed | Progress)]
+    """The events that count, without times, without the marks of a resume and without what each process says of itself."""
+    kept = [event for event in effective(events(folder)) if not isinstance(event, OF_A_PROCESS)]
     return [{key: value for key, value in to_json(event).items() if key != "seconds"} for event in kept]
 
 
