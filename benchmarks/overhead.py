@@ -22,9 +22,9 @@ from bare import BareLoop
 from fedllm import loop, wire
 from fedllm.client import Site
 from fedllm.config import load
-from fedllm.engines.heap import kept_memory
 from fedllm.events import Event
 from fedllm.experiment import Experiment
+from fedllm.heap import kept_memory
 from fedllm.state import Checkpoints, ClientStore
 from fedllm.tasks.base import materialise
 from fedllm.tasks.model import load as load_model

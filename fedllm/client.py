@@ -139,6 +139,12 @@ class Site:
         )
         return Prepared(client, job, arrival, memories, local)
 
+    def first_job(self, client: str) -> Job:
+        """What a client will have to do in a round, for estimates: the first round, from the initial values."""
+        profile = self.experiment.federation.profile(client)
+        ctx = Ctx(0, self.experiment.key, 1, 1, client=client, profile=profile)
+        return Job(ctx, self.fresh, self.examples(client))
+
     def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
         """Send: from what the work made to a sealed update; the client's memories are saved."""
         ctx, (made, facts) = prepared.local.ctx, outcome

@@ -93,7 +93,8 @@ class EngineAdjusted(Event):
 
 @dataclass(frozen=True)
 class MemoryMeasured(Event):
-    """Peak memory of the process so far, in bytes: what the engine's estimates add up to, and what was measured."""
+    """Peak memory of the process so far in bytes, on the device where it computes: what the engine's estimates add up
+    to, and what was measured."""
 
     round: int
     predicted: int

@@ -13,11 +13,11 @@ import torch
 from fedllm import config
 from fedllm.client import Site
 from fedllm.engines.exchange import answers
-from fedllm.engines.heap import kept_memory
 from fedllm.engines.relay import Answer
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.experiment import Experiment
+from fedllm.heap import kept_memory
 
 
 class Host:

@@ -18,7 +18,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fedllm"
 
 # Lowest first. A new module is added here, in the lowest layer that it can live in.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("bundle", "tree", "rng", "errors", "packing", "events", "cache", "disk", "ranges", "data", "yamltext", "recent"),
+    (
+        "bundle",
+        "tree",
+        "rng",
+        "errors",
+        "packing",
+        "events",
+        "cache",
+        "disk",
+        "ranges",
+        "data",
+        "yamltext",
+        "recent",
+        "heap",
+    ),
     ("privacy", "secagg"),
     ("update", "batch"),
     ("stage", "work", "aggregate", "moments", "weights", "federation"),

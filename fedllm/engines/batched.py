@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 
@@ -26,16 +25,17 @@ from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
-from fedllm.engines.heap import kept_memory
-from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes
+from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes, taken_bytes
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
+from fedllm.heap import kept_memory
 from fedllm.update import Request
 
 STACK = {"cpu": 4, "cuda": 16}
+LOOKED_AT = 100  # clients, before the first round; one that comes later and does not fit ends the run then
 SIDE_BY_SIDE = {"work": True, "evaluate": False}  # calls that clients answer at the same time, and whether in stacks
 
 
@@ -71,18 +71,19 @@ class Batched(Engine):
         """Load the task and the clients' data; start the workers; answer calls until closed.
 
         Raises:
-            RunError: the memory budget is below one client.
+            RunError: the memory budget is below one of the first clients.
         """
         with one_thread(), kept_memory():
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
             costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site.model.device))
-            before = PRODUCTS + getrusage(RUSAGE_SELF).ru_maxrss * 1024
+            taken = taken_bytes(site.model.device)
             crew = Crew(experiment.work, site.model, costs, gate)
+            crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
             with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
-                shop = Shop(site, crew, pool, workers, self.stack or STACK.get(kind, 4), before, emit)
+                shop = Shop(site, crew, pool, workers, self.stack or STACK.get(kind, 4), taken, emit)
                 try:
                     yield shop.call
                 finally:
@@ -97,14 +98,14 @@ class Batched(Engine):
 
 @dataclass(eq=False)
 class Shop:
-    """Answers calls with the workers of a pool. `before`: bytes of the process without any stack."""
+    """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, now and at most."""
 
     site: Site
     crew: Crew
     pool: ThreadPoolExecutor
     workers: int
     stack: int
-    before: int
+    taken: tuple[int, int]
     emit: Emit
     started: bool = field(default=False)
 
@@ -128,8 +129,8 @@ class Shop:
             under_way.extend(islice(todo, 1))
         if name == "work" and requests:
             round = next(iter(requests.values())).ctx.round
-            measured = getrusage(RUSAGE_SELF).ru_maxrss * 1024
-            self.emit(MemoryMeasured(round, self.before + self.crew.gate.peak, measured))
+            predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.crew.gate.peak)
+            self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
     def _submitted(
         self, name: str, part: Sequence[Request]

@@ -7,7 +7,7 @@ cut in halves. Memory that runs out all the same is caught, and the stack is rep
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from fedllm.errors import RunError
 from fedllm.tasks.model import LoadedModel
 from fedllm.work import Job, Outcome, Pass, Work, run_work
 
-GIGA = 10**9
+MEGA = 10**6
 
 
 @dataclass(eq=False)
@@ -30,6 +30,17 @@ class Crew:
     gate: Gate
     notes: list[str] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
+
+    def admit(self, jobs: Iterable[Job]) -> None:
+        """Look whether each of some clients fits, before anything is trained.
+
+        Raises:
+            RunError: one of them alone does not fit; names the neediest.
+        """
+        needs = {str(job.ctx.client): self.costs.of(self.work, [job], recompute=True) for job in jobs}
+        client = max(needs, key=needs.__getitem__)
+        if needs[client] > self.gate.budget:
+            raise self._too_small(client, needs[client])
 
     def train(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """A stack of clients, in order.
@@ -57,11 +68,7 @@ class Crew:
 
     def _halves(self, jobs: Sequence[Job], names: str, need: int) -> Sequence[Outcome]:
         if len(jobs) == 1:
-            raise RunError(
-                f"client {names} needs {_size(need)} of memory for one local step, and the budget is "
-                f"{_size(self.gate.budget)}; raise engine.batched.memory_budget to {_size(need)}, or lower the work's "
-                "batch_size or max_length"
-            )
+            raise self._too_small(names, need)
         self._note(f"the stack of {names} does not fit {_size(self.gate.budget)}: it is cut in halves")
         half = len(jobs) // 2
         return [*self.train(jobs[:half]), *self.train(jobs[half:])]
@@ -81,9 +88,17 @@ class Crew:
             torch.cuda.empty_cache()
         return None
 
+    def _too_small(self, client: str, need: int) -> RunError:
+        return RunError(
+            f"client {client} needs {_size(need)} of memory for one local step, and the budget is "
+            f"{_size(self.gate.budget)}; raise engine.batched.memory_budget to {_size(need)}, or lower the work's "
+            "batch_size or max_length"
+        )
+
     def _note(self, text: str) -> None:
         self.notes.append(text)
 
 
 def _size(count: int) -> str:
-    return f"{count / GIGA:.3f}GB"
+    """Rounded up: a budget of what is written here suffices."""
+    return f"{-(-count // MEGA) / 1000:.3f}GB"

@@ -156,6 +156,21 @@ def free_bytes(device: str) -> int:
     return max(0, min(bounds))
 
 
+def taken_bytes(device: str) -> tuple[int, int]:
+    """Memory that this process takes on the device where it computes: now, and at most so far.
+
+    Not getrusage's peak, which a process inherits from the one that started it.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak, peak
+    found = dict(re.findall(r"^(VmHWM|VmRSS):\s*(\d+) kB", status.read_text(), re.MULTILINE))
+    return int(found["VmRSS"]) * 1024, int(found["VmHWM"]) * 1024
+
+
 def _available() -> int:
     info = Path("/proc/meminfo")
     match = re.search(r"^MemAvailable:\s*(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
@@ -182,9 +197,7 @@ class Gate:
         me = object()
         with self._changed:
             self._waiting.append(me)
-            self._changed.wait_for(
-                lambda: self._waiting[0] is me and (not self.used or self.used + need <= self.budget)
-            )
+            self._changed.wait_for(lambda: self._waiting[0] is me and self._fits(need))
             self._waiting.pop(0)
             self.used += need
             self.peak = max(self.peak, self.used)

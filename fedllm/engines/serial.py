@@ -15,10 +15,10 @@ from fedllm.aggregate import Call
 from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.exchange import one_by_one
-from fedllm.engines.heap import kept_memory
 from fedllm.engines.threads import one_thread
 from fedllm.events import Emit
 from fedllm.experiment import Experiment
+from fedllm.heap import kept_memory
 
 
 @dataclass(frozen=True)

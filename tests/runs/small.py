@@ -18,6 +18,7 @@ from fedllm.engines.serial import Serial
 from fedllm.events import (
     CheckpointSaved,
     Emit,
+    EngineAdjusted,
     EngineChosen,
     EngineStarted,
     Event,
@@ -34,7 +35,7 @@ from fedllm.update import Request, Update
 
 SIZES = {"ann": 6, "ben": 3, "cid": 2}
 CLOCK = ("seconds", "seconds_per_round", "tokens_per_second", "peak_rss_bytes")
-OF_A_PROCESS = Resumed | Progress | EngineChosen | EngineStarted | MemoryMeasured
+OF_A_PROCESS = (Resumed, Progress, EngineChosen, EngineStarted, EngineAdjusted, MemoryMeasured)
 STATEFUL = {
     "stages": [{"scaffold": {}}, {"momentum": {"beta": 0.5}}, {"top_k": {"fraction": 0.3}}, "uniform"],
     "scope": {"share": ["*lora_A"]},
@@ -103,7 +104,7 @@ def events(folder: Path) -> list[Event]:
 
 
 def story(folder: Path) -> list[dict[str, Any]]:
-    """The events that count, without times and without the marks of a resume and of a process."""
+    """The events that count, without times, without the marks of a resume and without what each process says of itself."""
     kept = [event for event in effective(events(folder)) if not isinstance(event, OF_A_PROCESS)]
     return [{key: value for key, value in to_json(event).items() if key != "seconds"} for event in kept]
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Frozen = tuple[Tensor, Tensor | None]
 FEW = 6000  # tokens x rank of a client; up to here what the joint form wastes on a CPU costs less than its calls save
 
 
 def low_rank(
     x: Tensor,
     dropped: Tensor | None,
-    frozen: tuple[Tensor, Tensor | None],
+    frozen: Frozen,
     factors: tuple[Tensor, Tensor],
     sizes: Sequence[int],
     scale: float,
@@ -43,7 +44,7 @@ def low_rank(
     rank = factors[0].shape[1]
     joint = len(sizes) > 1 and (x.is_cuda or len(x) * rank <= FEW)
     form = _Joint if joint else _Apart
-    y: Tensor = form.apply(x, dropped, *frozen, *factors, tuple(sizes), scale)  # type: ignore[no-untyped-call]
+    y: Tensor = form.apply(x, dropped, *factors, frozen, tuple(sizes), scale)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -53,19 +54,18 @@ class _Apart(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
         a: Tensor,
         b: Tensor,
-        sizes: Sequence[int],
+        frozen: Frozen,
+        sizes: tuple[int, ...],
         scale: float,
     ) -> Tensor:
         u, a, b = x if dropped is None else dropped, a.to(x.dtype), b.to(x.dtype)
-        y, low = torch.nn.functional.linear(x, weight, bias), []
+        y, low = torch.nn.functional.linear(x, *frozen), []
         for k, own in enumerate(_rows(sizes)):
             low.append(u[own] @ a[k].T)
             y[own].addmm_(low[k], b[k].T, alpha=scale)
-        ctx.save_for_backward(u, weight, a, b, *low)
+        ctx.save_for_backward(u, frozen[0], a, b, *low)
         ctx.sizes, ctx.scale = sizes, scale
         return y
 
@@ -86,7 +86,7 @@ class _Apart(torch.autograd.Function):
                 torch.mm(dz, a[k], out=du[own])
             elif dx is not None:
                 dx[own].addmm_(dz, a[k])
-        return dx, du, None, None, da, db, None, None
+        return dx, du, da, db, None, None, None
 
 
 class _Joint(torch.autograd.Function):
@@ -95,10 +95,9 @@ class _Joint(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
         a: Tensor,
         b: Tensor,
+        frozen: Frozen,
         sizes: tuple[int, ...],
         scale: float,
     ) -> Tensor:
@@ -107,8 +106,8 @@ class _Joint(torch.autograd.Function):
         left = a.to(x.dtype).reshape(clients * rank, -1)  # (K rank, in)
         right = b.transpose(0, 1).to(x.dtype).reshape(-1, clients * rank)  # (out, K rank)
         z = (u @ left.T).masked_fill_(others, 0)
-        y = torch.nn.functional.linear(x, weight, bias).addmm_(z, right.T, alpha=scale)
-        ctx.save_for_backward(u, weight, left, right, z, others)
+        y = torch.nn.functional.linear(x, *frozen).addmm_(z, right.T, alpha=scale)
+        ctx.save_for_backward(u, frozen[0], left, right, z, others)
         ctx.clients, ctx.scale = clients, scale
         return y
 
@@ -122,8 +121,8 @@ class _Joint(torch.autograd.Function):
         db = (dy.T @ z).mul_(ctx.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1)
         dx = dy @ weight if needs_x else None
         if needs_dropped:
-            return dx, dz @ left, None, None, da, db, None, None
-        return None if dx is None else dx.addmm_(dz, left), None, None, None, da, db, None, None
+            return dx, dz @ left, da, db, None, None, None
+        return None if dx is None else dx.addmm_(dz, left), None, da, db, None, None, None
 
 
 @lru_cache(maxsize=16)

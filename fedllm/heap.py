@@ -1,0 +1,45 @@
+"""The C library's heap: one of all threads, and freed memory kept while an engine is open.
+
+A local step frees and takes the same blocks again and again. glibc gives large ones back to the system each time, and
+each page of a new one costs a fault. It also has heaps of several threads apart; what one worker has freed would then
+not be there for the next, and workers that take turns would need as much as workers side by side. Elsewhere than on
+glibc nothing changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # names of mallopt in malloc.h
+LARGEST = 32 << 20  # bytes; glibc refuses a larger threshold
+NEVER = (1 << 31) - 1
+
+
+def one_heap() -> None:
+    """All threads that start from now on share one heap, unless there are several already. To the end of the process:
+    glibc does not take that back."""
+    _glibc("mallopt")(ARENA_MAX, 1)
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Blocks of up to 32 MiB come from the heap, which is not trimmed until the end."""
+    mallopt = _glibc("mallopt")
+    mallopt(MMAP_THRESHOLD, LARGEST)
+    mallopt(TRIM_THRESHOLD, NEVER)
+    try:
+        yield
+    finally:
+        mallopt(TRIM_THRESHOLD, 128 << 10)  # glibc's default
+        _glibc("malloc_trim")(0)
+
+
+def _glibc(name: str) -> Callable[..., int]:
+    """A function of glibc; elsewhere one that does nothing."""
+    try:
+        function: Callable[..., int] = ctypes.CDLL(None)[name]
+    except (AttributeError, TypeError):  # another C library; no such handle on Windows
+        return lambda *args: 0
+    return function

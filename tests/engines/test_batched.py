@@ -1,0 +1,240 @@
+"""The batched engine gives what the serial one gives: client by client, in every order, for any number of workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import fedllm
+from fedllm import tree
+from fedllm.engines.batched import Batched
+from fedllm.engines.serial import Serial
+from fedllm.events import ClientFailed, Event
+from fedllm.stage import Stage
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.prox import Prox
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.top_k import TopK
+from fedllm.stages.uniform import Uniform
+from fedllm.state import Checkpoints, ClientStore
+from fedllm.tasks import attention
+from fedllm.tasks.adapter import Adapter
+from fedllm.tasks.adapters import lora
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.update import Failure, Update
+from fedllm.works.sgd import Sgd
+from tests.engines.cohort import (
+    ADAMW,
+    CLIENTS,
+    LORA,
+    SGD,
+    Own,
+    Slice,
+    Spoil,
+    Watched,
+    apart,
+    experiment,
+    farthest,
+    same,
+    sent,
+    write_records,
+)
+
+SOFT = SoftPrompt(tokens=3)
+RANKS = {"ann": 4, "ben": 1, "cid": 2, "dot": 4, "eve": 3}
+
+
+def full_trip(work: Sgd) -> list[Stage]:
+    """State on the server and on the clients, hooks in each step, and what may flip on a rounding."""
+    allow = () if work.rule == "sgd" else (work.rule,)
+    return [Momentum(beta=0.5), Scaffold(allow), Prox(0.1), TopK(0.3), Uniform()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data") / "people.jsonl")
+
+
+@pytest.fixture(scope="module")
+def serial(data: Path) -> Callable[..., Mapping[Any, Update | Failure]]:
+    """What the serial engine sends, worked out once per setting."""
+    known: dict[str, Mapping[Any, Update | Failure]] = {}
+
+    def of(**settings: Any) -> Mapping[Any, Update | Failure]:
+        key = repr(sorted(settings.items(), key=lambda item: item[0]))
+        if key not in known:
+            known[key] = sent(Serial(), experiment(data, **settings))
+        return known[key]
+
+    return of
+
+
+# the same updates
+
+
+@pytest.mark.parametrize("work", [SGD, ADAMW], ids=["momentum", "adamw"])
+@pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "soft"])
+def test_whole_runs_with_state_everywhere(data: Path, tmp_path: Path, adapter: Adapter, work: Sgd) -> None:
+    """Equal ranks: server momentum, SCAFFOLD, Prox and top-k. The second round starts from what the first one made."""
+    made = experiment(data, adapter=adapter, work=work, stages=full_trip(work))
+    one, other = Watched(Serial()), Watched(Batched(stack=2, workers=2))
+    expected = fedllm.run(made, engine=one, out=tmp_path / "serial")
+    found = fedllm.run(made, engine=other, out=tmp_path / "batched")
+    assert len(one.sent) == 2 * len(CLIENTS)
+    assert farthest(other.sent, one.sent) < 1e-9
+    assert tree.norm(tree.sub(found.params, expected.params)) < 1e-9 * tree.norm(expected.params)
+
+
+@pytest.mark.parametrize("work", [SGD, ADAMW], ids=["momentum", "adamw"])
+def test_mixed_ranks_one_update_at_a_time(serial: Any, data: Path, work: Sgd) -> None:
+    settings: dict[str, Any] = {"work": work, "ranks": RANKS, "stages": (Slice(), Prox(0.1), TopK(0.3), Uniform())}
+    expected, found = serial(**settings), sent(Batched(stack=3, workers=2), experiment(data, **settings))
+    assert farthest(found, expected) < 1e-9
+    for (_, client), reply in found.items():
+        assert isinstance(reply, Update)
+        shapes = {leaf.shape[0 if name.endswith("lora_A") else 1] for name, leaf in reply.parts["delta"].tree.items()}
+        assert shapes == {RANKS[client]}
+
+
+@pytest.mark.parametrize("adapter", [LORA, SOFT, Lora(rank=4, dropout=0.3)], ids=["lora", "soft", "dropout"])
+@pytest.mark.parametrize("stack", [1, 2, 3, 4])
+def test_stacks_of_any_size(serial: Any, data: Path, adapter: Adapter, stack: int) -> None:
+    expected = serial(adapter=adapter)
+    found = sent(Batched(stack=stack, workers=2), experiment(data, adapter=adapter))
+    assert farthest(found, expected) < 1e-9
+    if stack == 1:
+        assert all(same(found[key], expected[key]) for key in expected), "to the bit"
+
+
+@pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "soft"])
+def test_float32_with_sgd(serial: Any, data: Path, adapter: Adapter) -> None:
+    settings: dict[str, Any] = {"adapter": adapter, "dtype": "float32", "stages": (Prox(0.1), Uniform())}
+    assert farthest(sent(Batched(workers=2), experiment(data, **settings)), serial(**settings)) < 1e-5
+    alone = sent(Batched(stack=1, workers=2), experiment(data, **settings))
+    assert all(same(alone[key], reply) for key, reply in serial(**settings).items())
+
+
+OWN = (
+    *(("ann", "lr", 0.2), ("ann", "batch_size", 3), ("ben", "epochs", 2), ("ben", "batch_size", 1)),
+    *(("cid", "steps", 5), ("cid", "accumulation", 2), ("dot", "epochs", 1), ("dot", "clip_norm", 0.1)),
+    *(("eve", "optimizer", "adamw"), ("eve", "momentum", 0.0), ("eve", "lr", 0.01)),
+)
+
+
+def test_devices_with_ranks_batches_steps_and_rates_of_their_own(serial: Any, data: Path) -> None:
+    own = Own(lr=0.05, steps=3, batch_size=2, max_length=48, momentum=0.9, own=OWN)
+    settings: dict[str, Any] = {"work": own, "ranks": RANKS, "stages": (Slice(), Prox(0.1), Uniform())}
+    expected, found = serial(**settings), sent(Batched(stack=4, workers=2), experiment(data, **settings))
+    assert farthest(found, expected) < 1e-9
+    counts = {client: expected[0, client].parts["counts"].tree for client in CLIENTS}
+    assert [int(counts[client]["steps"]) for client in CLIENTS] == [3, 6, 5, 3, 3]
+    assert [found[0, client].parts["counts"].tree for client in CLIENTS] == list(counts.values())
+
+
+# a comparison that would not see a mistake proves nothing
+
+
+def swapped(*args: Any) -> Tensor:
+    """The adapters of two clients of a stack change places."""
+    x, dropped, frozen, (a, b), sizes, scale = args
+    return real_low_rank(x, dropped, frozen, (a.flip(0), b.flip(0)), sizes, scale)
+
+
+def crossing(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *args: Any) -> Tensor:
+    """A sequence sees those before it in its row."""
+    return real_attention(query, key, value, (sum(lengths),), *args)
+
+
+real_low_rank, real_attention = lora.low_rank, attention.short_attention
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"), [(lora, "low_rank", swapped), (attention, "short_attention", crossing)]
+)
+def test_a_wrong_engine_is_seen(
+    serial: Any, data: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wrong: Any
+) -> None:
+    settings: dict[str, Any] = {"work": Sgd(lr=0.05, steps=2, batch_size=1, max_length=48)}
+    expected = serial(**settings)
+    monkeypatch.setattr(module, name, wrong)
+    found = sent(Batched(stack=2, workers=1), experiment(data, **settings))
+    # eve is alone in its stack, with one sequence in it
+    assert max(apart(found[key], expected[key]) for key in expected if key[1] != "eve") > 1e-3
+    assert all(same(found[round, "eve"], expected[round, "eve"]) for round in (0, 1))
+
+
+# the same bits
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_number_of_workers(data: Path, tmp_path: Path, dtype: str) -> None:
+    """Parameters, the server's states and the clients' memories after two rounds."""
+    made = experiment(data, dtype=dtype, work=ADAMW, stages=full_trip(ADAMW))
+    digests = []
+    for workers in (1, 2, 5):
+        folder = tmp_path / str(workers)
+        fedllm.run(made, engine=Batched(stack=2, workers=workers), out=folder)
+        run = Checkpoints(folder / "checkpoints", 2).load()
+        store = ClientStore(folder / "checkpoints" / "clients")
+        assert run is not None and run.round == 2
+        kept = [memory for client in CLIENTS for memory in store.load(client, 2, len(made.trip))]
+        assert sum(map(bool, kept)) == 2 * len(CLIENTS)
+        digests.append([tree.digest(part) for part in (run.params, *run.states, *kept)])
+    assert digests[0] == digests[1] == digests[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "soft"])
+def test_a_clients_data_changes_no_bit_of_another(data: Path, tmp_path: Path, adapter: Adapter, dtype: str) -> None:
+    other = write_records(tmp_path / "people.jsonl", changed="cid")
+    before, after = (
+        sent(Batched(stack=3, workers=2), experiment(path, adapter=adapter, dtype=dtype)) for path in (data, other)
+    )
+    assert {key[1] for key in before if not same(before[key], after[key])} == {"cid"}
+    assert not any(same(before[round, "cid"], after[round, "cid"]) for round in (0, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "soft"])
+def test_a_client_that_turns_nan_is_lost_by_name_and_alone(
+    data: Path, tmp_path: Path, adapter: Adapter, dtype: str
+) -> None:
+    made = [
+        experiment(data, adapter=adapter, dtype=dtype, stages=(Spoil(client), Uniform())) for client in (None, "ben")
+    ]
+    well, ill = (sent(Batched(stack=3, workers=2), settings) for settings in made)
+    assert {key[1] for key in well if not same(well[key], ill[key])} == {"ben"}
+    told: list[Event] = []
+    fedllm.run(made[1], engine=Batched(stack=3, workers=2), out=tmp_path / "run", listeners=[told.append])
+    lost = [event for event in told if isinstance(event, ClientFailed)]
+    assert [(event.round, event.client) for event in lost] == [(0, "ben"), (1, "ben")]
+    assert lost[0].reason == "at step 1 its loss is nan; lower work.lr or set work.clip_norm"
+    run = Checkpoints(tmp_path / "run" / "checkpoints", 2).load()
+    assert run is not None and math.isfinite(tree.norm(run.params))
+
+
+def test_a_learning_rate_that_is_too_large_fails_its_device_alone(data: Path) -> None:
+    own = Own(lr=0.05, steps=3, batch_size=2, max_length=48)
+    wild = Own(lr=0.05, steps=3, batch_size=2, max_length=48, own=(("ben", "lr", 1e30),))
+    well, ill = (
+        sent(Batched(stack=3, workers=2), experiment(data, dtype="float32", work=work)) for work in (own, wild)
+    )
+    assert {key[1] for key in well if not same(well[key], ill[key])} == {"ben"}
+    assert isinstance(ill[0, "ben"], Failure)
+
+
+# a model of a real size
+
+
+@pytest.mark.model
+def test_smollm2_in_float32(smollm2: str, data: Path) -> None:
+    settings: dict[str, Any] = {"model": smollm2, "work": Sgd(lr=0.05, steps=2, batch_size=1, max_length=48)}
+    made = experiment(data, dtype="float32", **settings)
+    one, other = (sent(engine, made, cohort=CLIENTS[:3]) for engine in (Serial(), Batched(stack=3, workers=2)))
+    assert farthest(other, one) < 1e-5
