@@ -152,7 +152,7 @@ def test_below_one_client_names_a_budget_that_works(made: Any) -> None:
 
 
 def raises(error: BaseException, times: int, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Any]]:
-    """The first attempts run out of memory, after a step. What was attempted: clients, and whether with recomputation."""
+    """The first attempts run out of memory, after a step. What was attempted: clients, and with recomputation?"""
     tried: list[Sequence[Any]] = []
     real = crew.run_work
 
