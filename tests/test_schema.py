@@ -255,7 +255,10 @@ def test_schema_and_loader_agree_on_files_with_one_fault(data):
 
 def test_editors_can_complete_every_name():
     text = json.dumps(SCHEMA)
-    for name in [*METHODS, *(name for table in NOUNS.values() for name in table)]:
+    for name in [
+        *METHODS,
+        *(name for noun, table in NOUNS.items() if noun is not Engine for name in table),
+    ]:  # no file names one
         assert f'"{name}"' in text
     stages = SCHEMA["properties"]["stages"]["items"]["anyOf"]
     assert {next(iter(option["properties"])) for option in stages[1:]} == NOUNS[Stage].keys()
