@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fedllm.config import build, dump, load
     from fedllm.experiment import Experiment
     from fedllm.launch import Result, run
+    from fedllm.works.per_example import per_example_gradients
 
-__all__ = ["Experiment", "Result", "build", "dump", "load", "run"]
+__all__ = ["Experiment", "Result", "build", "dump", "load", "per_example_gradients", "run"]
 
 _PLACES = {
     "build": "fedllm.config",
@@ -24,6 +25,7 @@ _PLACES = {
     "Experiment": "fedllm.experiment",
     "Result": "fedllm.launch",
     "run": "fedllm.launch",
+    "per_example_gradients": "fedllm.works.per_example",
 }
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import fedllm
 from fedllm.catalog import METHODS, NOUNS
 from fedllm.config import build, dump, parse, schema
+from fedllm.engine import Engine
 from fedllm.errors import ConfigError
 from fedllm.stage import Stage
 from tests.strategies import PLAIN, experiments

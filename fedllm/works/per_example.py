@@ -1,0 +1,38 @@
+"""The gradient of each example by itself, all in one pass: a stack whose clients are the examples.
+
+    g_i = d loss(example i) / d params        i = 1 ... N
+
+This is what clipping each example's gradient needs (differential privacy at example level).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedllm.batch import Example, collate
+from fedllm.tree import Tree
+from fedllm.work import Model
+
+
+def per_example_gradients(model: Model, params: Tree, examples: Sequence[Example]) -> tuple[Tree, Tensor]:
+    """One client's examples to (N, ...) gradients of its leaves and (N,) losses.
+
+    Exact: each example has its own products with the adapter, or is kept apart by zeros in joint ones. Memory grows
+    with N times the size of the adapter, so take examples by the dozen.
+
+    Args:
+        model: a loaded task whose adapter can be stacked. params: unstacked leaves. A leaf that the loss does not reach
+            has a gradient of zeros.
+    """
+    count = len(examples)
+    stack = {name: leaf.detach().expand(count, *leaf.shape).requires_grad_() for name, leaf in params.items()}
+    losses = model.losses(stack, collate([[example] for example in examples]))
+    found = torch.autograd.grad(losses.sum(), list(stack.values()), allow_unused=True)
+    grads = {
+        name: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if grad is None else grad
+        for (name, leaf), grad in zip(stack.items(), found, strict=True)
+    }
+    return grads, losses.detach()
