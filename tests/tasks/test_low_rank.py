@@ -23,12 +23,8 @@ def drawn(*shape: int, seed: int) -> Tensor:
 def textbook(x: Tensor, u: Tensor, frozen: Any, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
     """Client by client."""
     y = torch.nn.functional.linear(x, *frozen)
-    return torch.cat(
-        [
-            y_k + SCALE * u_k @ a_k.T @ b_k.T
-            for y_k, u_k, a_k, b_k in zip(y.split(sizes), u.split(sizes), a, b, strict=True)
-        ]
-    )
+    each = zip(y.split(sizes), u.split(sizes), a, b, strict=True)
+    return torch.cat([y_k + SCALE * u_k @ a_k.T @ b_k.T for y_k, u_k, a_k, b_k in each])
 
 
 @given(
