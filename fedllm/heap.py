@@ -1,9 +1,9 @@
-"""The C library's heap: one of all threads, and freed memory kept while an engine is open.
+"""The C library's heap: freed memory kept while an engine is open, and one heap of all threads where memory is scarce.
 
 A local step frees and takes the same blocks again and again. glibc gives large ones back to the system each time, and
-each page of a new one costs a fault. It also has heaps of several threads apart; what one worker has freed would then
-not be there for the next, and workers that take turns would need as much as workers side by side. Elsewhere than on
-glibc nothing changes.
+each page of a new one costs a fault. It also has heaps of several threads apart: what one worker has freed is not there
+for the next, and workers that take turns need as much as workers side by side. One heap mends that, but two workers
+that share it lose a seventh of their speed to its lock. Elsewhere than on glibc nothing changes.
 """
 
 from __future__ import annotations

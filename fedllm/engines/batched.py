@@ -25,13 +25,13 @@ from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
-from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, free_bytes, parse_bytes, taken_bytes
+from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, address_space, free_bytes, parse_bytes, taken_bytes
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
-from fedllm.heap import kept_memory
+from fedllm.heap import kept_memory, one_heap
 from fedllm.update import Request
 
 STACK = {"cpu": 4, "cuda": 16}
@@ -46,7 +46,8 @@ class Batched(Engine):
     Args:
         stack: clients a stack; results depend on it within rounding, on nothing else here. Default 4, on a GPU 16.
         workers: threads. Default one a core, on a GPU one.
-        memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start.
+        memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
+            budget, or a limit on the process's address space, the workers share one heap: smaller, and slower.
     """
 
     stack: int | None = None
@@ -73,6 +74,8 @@ class Batched(Engine):
         Raises:
             RunError: the memory budget is below one of the first clients.
         """
+        if self.memory_budget is not None or address_space() is not None:
+            one_heap()
         with one_thread(), kept_memory():
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type

@@ -145,15 +145,21 @@ def free_bytes(device: str) -> int:
     """Memory that this process may still take, on the device where it computes."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     bounds = [_available()]
-    if limit != resource.RLIM_INFINITY:
+    limit = address_space()
+    if limit is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
         bounds.append(limit - pages * resource.getpagesize())
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()) != "max":
         bounds.append(int(most) - int((group / "memory.current").read_text()))
     return max(0, min(bounds))
+
+
+def address_space() -> int | None:
+    """The limit on this process's address space in bytes, if it has one."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def taken_bytes(device: str) -> tuple[int, int]:

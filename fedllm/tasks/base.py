@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedllm.errors import ConfigError, ModelError, nearest
-from fedllm.heap import one_heap
 from fedllm.tasks.cache import build_once
 from fedllm.tasks.gguf import convert
 from fedllm.tasks.packaged import fetch
@@ -74,7 +73,6 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> Base:
     Raises ModelError: unknown name, files that are missing or of another kind, a download that fails.
     """
     quiet_dependencies()
-    one_heap()
     place = resolve_device(device)
     alias = ALIASES.get(name)
     if alias is not None:
