@@ -121,17 +121,17 @@ class Shop:
             return
         size = self.stack if SIDE_BY_SIDE[name] else 1
         todo = (self._submitted(name, part) for part in _cut(requests, size))
-        under_way = deque(islice(todo, self.workers + 1))
+        under_way, round = deque(islice(todo, self.workers + 1)), 0
         while under_way:
             part, sizes, future = under_way.popleft()
+            round = part[0].ctx.round
             replies = future.result()
             while self.crew.notes:
-                self.emit(EngineAdjusted(part[0].ctx.round, self.crew.notes.pop(0)))
+                self.emit(EngineAdjusted(round, self.crew.notes.pop(0)))
             for request, sent, reply in zip(part, sizes, replies, strict=True):
                 yield str(request.ctx.client), received(name, request, sent, reply, self.emit)
             under_way.extend(islice(todo, 1))
         if name == "work" and requests:
-            round = next(iter(requests.values())).ctx.round
             predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.crew.gate.peak)
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 

@@ -81,8 +81,8 @@ class _Short(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layout, heads, n = ctx.layout, ctx.heads, len(ctx.layout.groups)
-        q, k, v, kept = (ctx.saved_tensors[at : at + n] for at in range(0, 4 * n, n))
+        layout, heads, saved, n = ctx.layout, ctx.heads, ctx.saved_tensors, len(ctx.layout.groups)
+        q, k, v, kept = (saved[at : at + n] for at in range(0, 4 * n, n))
         dq, dk, dv = [], [], []
         for q_n, k_n, v_n, p, do in zip(q, k, v, kept, _grouped(grad.transpose(0, 1), layout, heads), strict=True):
             dv.append(torch.bmm(p.mT, do))

@@ -154,7 +154,7 @@ told = []
 work = Sgd(lr=1e-3, steps=2, batch_size=settings["batch"], max_length=settings["length"])
 made = experiment(settings["data"], model=settings["model"], dtype=settings["dtype"], work=work)
 sent(Batched(stack=settings["stack"], workers=settings["workers"]), made, cohort=settings["cohort"], told=told)
-(stopped,) = [event for event in told if isinstance(event, MemoryMeasured)]
+*_, stopped = [event for event in told if isinstance(event, MemoryMeasured)]
 print(json.dumps([stopped.predicted, stopped.measured]))
 """
 

@@ -167,7 +167,8 @@ def test_an_actor_that_cannot_write_ends_the_run(data: Path, team: Team, tmp_pat
 
 
 LIFE = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
+from pathlib import Path
 import ray
 from fedllm import launch
 from fedllm.engines.ray import Ray
@@ -182,12 +183,21 @@ def press(event):
         os.kill(process, signal.SIGSTOP)  # so that it is waited for
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
 try:
     with Ray(actors=1).started() as team:
         process = ray.get(team.hosts[0].__ray_call__.remote(pid))
         launch.run(stateful(data, rounds=2), engine=Kept(team), out=out, listeners=[press])
 except launch.Interrupted as stopped:
-    print(stopped.rounds, ray.is_initialized(), os.path.exists(f"/proc/{process}"))
+    patience = time.monotonic() + 60  # the system ends it in its own time
+    while lives(process) and time.monotonic() < patience:
+        time.sleep(0.1)
+    print(stopped.rounds, ray.is_initialized(), lives(process))
 """
 
 
