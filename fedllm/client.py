@@ -145,6 +145,15 @@ class Site:
         ctx = Ctx(0, self.experiment.key, 1, 1, client=client, profile=profile)
         return Job(ctx, self.fresh, self.examples(client))
 
+    def tokens(self, ctx: Ctx) -> int:
+        """Tokens that a client will train on in its round; 0 if its data cannot be had, which it says when asked."""
+        try:
+            examples = self.examples(str(ctx.client))
+        except FedllmError:
+            return 0
+        plan = self.experiment.work.suited(ctx.profile).plan(len(examples), ctx)
+        return sum(len(examples[index].tokens) for step in plan for batch in step for index in batch)
+
     def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
         """Send: from what the work made to a sealed update; the client's memories are saved."""
         ctx, (made, facts) = prepared.local.ctx, outcome

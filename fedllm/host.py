@@ -12,7 +12,7 @@ import torch
 
 from fedllm import config
 from fedllm.client import Site
-from fedllm.engines.exchange import answers
+from fedllm.engines.exchange import replies
 from fedllm.engines.relay import Answer
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError, FedllmError
@@ -57,7 +57,7 @@ class Host:
             return self.trouble
         try:
             with one_thread(), kept_memory():
-                return [(reply.data, reply.parts) for reply in answers(self.site, name, sent)]
+                return [(reply.data, reply.parts) for reply in replies(self.site, name, sent)]
         except (torch.OutOfMemoryError, MemoryError) as error:
             reason = " ".join(str(error).split())[:200]
             return f"another process ran out of memory ({reason}); lower the engine's stack or the work's batch_size"

@@ -1,7 +1,7 @@
 """Stacks of clients over one frozen model, a worker thread a core: the serial engine's results, several times faster.
 
-A cohort is cut into stacks of a fixed size, in its order, so that the bits do not depend on the workers. Workers take
-stacks from a queue, each with one intra-op thread: torch gives up the interpreter lock inside its operators, and
+A cohort is dealt into stacks of a fixed size, whatever the workers, so that the bits do not depend on them. Workers
+take stacks from a queue, each with one intra-op thread: torch gives up the interpreter lock inside its operators, and
 nothing waits at a barrier. Replies come in request order from a bounded window.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from fedllm import wire
 from fedllm.aggregate import Call, Replies
 from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
+from fedllm.engines.deal import HAND, deal
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
 from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, address_space, free_bytes, parse_bytes, taken_bytes
 from fedllm.engines.peak import matmul_peak
@@ -35,6 +35,7 @@ from fedllm.heap import kept_memory, one_heap
 from fedllm.update import Request
 
 STACK = {"cpu": 4, "cuda": 16}
+FEWEST = {"cpu": 2, "cuda": 1}  # stacks of a cohort, unless the size of a stack is set
 LOOKED_AT = 100  # clients, before the first round; one that comes later and does not fit ends the run then
 SIDE_BY_SIDE = {"work": True, "evaluate": False}  # calls that clients answer at the same time, and whether in stacks
 
@@ -44,7 +45,8 @@ class Batched(Engine):
     """The batched engine.
 
     Args:
-        stack: clients a stack; results depend on it within rounding, on nothing else here. Default 4, on a GPU 16.
+        stack: clients a stack, at most; results depend on it within rounding, on nothing else here. Default 4, or fewer
+            so that there are two stacks; on a GPU 16.
         workers: threads. Default one a core, on a GPU one.
         memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
             budget, or a limit on the process's address space, the workers share one heap: smaller, and slower.
@@ -86,7 +88,8 @@ class Batched(Engine):
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
             with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
-                shop = Shop(site, crew, pool, workers, self.stack or STACK.get(kind, 4), taken, emit)
+                stack, fewest = (self.stack, 1) if self.stack else (STACK.get(kind, 4), FEWEST.get(kind, 1))
+                shop = Shop(site, crew, pool, workers, stack, fewest, taken, emit)
                 try:
                     yield shop.call
                 finally:
@@ -99,6 +102,15 @@ class Batched(Engine):
         return int(USABLE * free_bytes(device))
 
 
+@dataclass(frozen=True, eq=False)
+class Errand:
+    """A client that is asked: its reply is at `place` among those of its stack."""
+
+    request: Request
+    stack: Future[list[Reply]]
+    place: int
+
+
 @dataclass(eq=False)
 class Shop:
     """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, now and at most."""
@@ -108,38 +120,42 @@ class Shop:
     pool: ThreadPoolExecutor
     workers: int
     stack: int
+    fewest: int
     taken: tuple[int, int]
     emit: Emit
     started: bool = field(default=False)
 
     def call(self, name: str, requests: Mapping[str, Request]) -> Replies:
-        """Replies in request order; at most workers + 1 stacks are under way."""
+        """Replies in request order, from a bounded window: a hand is dealt when workers + 1 stacks are left."""
         if not self.started:
             self._start()
         if name not in SIDE_BY_SIDE:
             yield from one_by_one(self.site, self.emit)(name, requests)
             return
-        size = self.stack if SIDE_BY_SIDE[name] else 1
-        todo = (self._submitted(name, part) for part in _cut(requests, size))
-        under_way, round = deque(islice(todo, self.workers + 1)), 0
-        while under_way:
-            part, sizes, future = under_way.popleft()
-            round = part[0].ctx.round
-            replies = future.result()
+        size, round = self.stack if SIDE_BY_SIDE[name] else 1, 0
+        hands, under_way = _cut(requests, HAND * size), deque[Errand]()
+        while True:
+            while len(under_way) <= self.workers * size and (hand := next(hands, None)):
+                under_way.extend(self._submitted(name, hand, size))
+            if not under_way:
+                break
+            errand = under_way.popleft()
+            round, replies = errand.request.ctx.round, errand.stack.result()
             while self.crew.notes:
                 self.emit(EngineAdjusted(round, self.crew.notes.pop(0)))
-            for request, sent, reply in zip(part, sizes, replies, strict=True):
-                yield str(request.ctx.client), received(name, request, sent, reply, self.emit)
-            under_way.extend(islice(todo, 1))
+            yield str(errand.request.ctx.client), received(name, errand.request, replies[errand.place], self.emit)
         if name == "work" and requests:
             predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.crew.gate.peak)
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
-    def _submitted(
-        self, name: str, part: Sequence[Request]
-    ) -> tuple[Sequence[Request], list[int], Future[list[Reply]]]:
-        sent = [wire.pack(request) for request in part]
-        return part, [len(data) for data in sent], self.pool.submit(answers, self.site, name, sent)
+    def _submitted(self, name: str, hand: Sequence[Request], size: int) -> list[Errand]:
+        """In the hand's order. Of errands of one stack, each takes its own reply."""
+        loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in hand]
+        errands: dict[int, Errand] = {}
+        for stack in deal(loads, size, self.fewest):
+            future = self.pool.submit(answers, self.site, name, [hand[at] for at in stack])
+            errands |= {at: Errand(hand[at], future, place) for place, at in enumerate(stack)}
+        return [errands[at] for at in range(len(hand))]
 
     def _start(self) -> None:
         self.started = True

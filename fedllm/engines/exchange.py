@@ -14,13 +14,20 @@ from fedllm.update import Failure, Request, Update
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer as bytes; `parts` are the bytes of its parts, None for a failure."""
+    """A client's answer as bytes; `parts` are the bytes of its parts, None for a failure. `sent`: bytes of the
+    request."""
 
     data: bytes
     parts: Mapping[str, int] | None
+    sent: int
 
 
-def answers(site: Site, name: str, sent: Sequence[bytes]) -> list[Reply]:
+def answers(site: Site, name: str, requests: Sequence[Request]) -> list[Reply]:
+    """The way to the clients and back: requests to replies, both as bytes in between."""
+    return replies(site, name, [wire.pack(request) for request in requests])
+
+
+def replies(site: Site, name: str, sent: Sequence[bytes]) -> list[Reply]:
     """The clients' side: requests as bytes to replies as bytes."""
     requests = []
     for data in sent:
@@ -28,15 +35,15 @@ def answers(site: Site, name: str, sent: Sequence[bytes]) -> list[Reply]:
         assert isinstance(request, Request)
         requests.append(request)
     return [
-        Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None)
-        for answer in site.answers(name, requests)
+        Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None, len(data))
+        for answer, data in zip(site.answers(name, requests), sent, strict=True)
     ]
 
 
-def received(name: str, request: Request, sent: int, reply: Reply, emit: Emit) -> Update | Failure:
+def received(name: str, request: Request, reply: Reply, emit: Emit) -> Update | Failure:
     """The server's side: an answer, and what both messages weighed."""
     client, round = str(request.ctx.client), request.ctx.round
-    emit(Wire(round, name, client, "down", sent, wire.part_bytes(request)))
+    emit(Wire(round, name, client, "down", reply.sent, wire.part_bytes(request)))
     if reply.parts is not None:
         emit(Wire(round, name, client, "up", len(reply.data), reply.parts))
     answer = wire.unpack(reply.data)
@@ -49,8 +56,7 @@ def one_by_one(site: Site, emit: Emit) -> Call:
 
     def call(name: str, requests: Mapping[str, Request]) -> Replies:
         for client, request in requests.items():
-            data = wire.pack(request)
-            (reply,) = answers(site, name, [data])
-            yield client, received(name, request, len(data), reply, emit)
+            (reply,) = answers(site, name, [request])
+            yield client, received(name, request, reply, emit)
 
     return call

@@ -40,7 +40,7 @@ class Ray(Engine):
     """The Ray engine.
 
     Args:
-        stack: clients a stack. 1 gives the serial engine's bits; more, those of the batched engine's stacks.
+        stack: clients a stack. 1 gives the serial engine's bits; more, the same within rounding.
         actors: default one a core, or as many as the GPUs hold.
         gpus_per_actor: may be a fraction. Default 1 where Ray sees GPUs and the task may use them, else 0.
         address: of a running cluster, or "auto". Default a Ray of this machine, from the run's start to its end. A Ray

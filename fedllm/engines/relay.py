@@ -1,7 +1,7 @@
 """Calls to clients in other processes: stacks under way, each to the process where its clients' sessions are.
 
-The clients at the places s i to s i + s - 1 of a cohort are stack i, as the batched engine cuts them, and belong to
-process i modulo the number of processes. Replies come in request order from a bounded window.
+The clients at the places s i to s i + s - 1 of a cohort are stack i, and belong to process i modulo the number of
+processes. Replies come in request order from a bounded window.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Relay:
         while under_way:
             replies = self._replies(under_way)
             errand = under_way.popleft()
-            for request, data, reply in zip(errand.requests, errand.sent, replies, strict=True):
-                yield str(request.ctx.client), received(name, request, len(data), reply, self.emit)
+            for request, reply in zip(errand.requests, replies, strict=True):
+                yield str(request.ctx.client), received(name, request, reply, self.emit)
             under_way.extend(islice(todo, 1))
 
     def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[Errand]:
@@ -126,9 +126,9 @@ class Relay:
                 continue
             if isinstance(found, str):
                 raise RunError(found)
-            return [Reply(data, parts) for data, parts in found]
+            return [Reply(*told, len(sent)) for told, sent in zip(found, errand.sent, strict=True)]
         failures = (Failure(str(r.ctx.client), r.ctx.round, errand.reason) for r in errand.requests)
-        return [Reply(wire.pack(failure), None) for failure in failures]
+        return [Reply(wire.pack(failure), None, len(sent)) for failure, sent in zip(failures, errand.sent, strict=True)]
 
     def _replaced(self, errand: Errand, why: str) -> None:
         # an actor works in the order in which it was asked: the first stack is the one that it had in hand

@@ -28,13 +28,12 @@ def gradients(values: Tensor, slope: Tensor, leaves: Stacked, micro: Sequence[Ba
     """
     totals = torch.tensor([batch.counts for batch in micro]).sum(0).clamp(min=1).double()
     stack = {name: leaf.requires_grad_() for name, leaf in leaves(values.detach()).items()}
-    losses, into = torch.zeros(len(values), dtype=torch.float64), leaves(slope.zero_())
-    for batch in micro:
+    losses, into = torch.zeros(len(values), dtype=torch.float64), list(leaves(slope).values())
+    for number, batch in enumerate(micro):
         loss = model.losses(stack, batch)
         weighted = loss * (torch.tensor(batch.counts) / totals).to(loss)
-        found = torch.autograd.grad(weighted.sum(), list(stack.values()), allow_unused=True)
-        pairs = [(leaf, new) for leaf, new in zip(into.values(), found, strict=True) if new is not None]
-        torch._foreach_add_([leaf for leaf, _ in pairs], [new for _, new in pairs])
+        found = torch.autograd.grad(weighted.sum(), list(stack.values()), materialize_grads=True)
+        (torch._foreach_add_ if number else torch._foreach_copy_)(into, found)
         losses += weighted.detach().double().cpu()
     return losses
 

@@ -15,6 +15,7 @@ import pytest
 import fedllm
 from fedllm import loop, tree
 from fedllm.engines.batched import Batched
+from fedllm.engines.deal import HAND
 from fedllm.engines.serial import Serial
 from fedllm.events import (
     ClientFailed,
@@ -71,7 +72,7 @@ class Counted(dict[str, Request]):
 
 @pytest.mark.parametrize(("stack", "workers"), [(1, 1), (1, 2), (2, 1), (2, 3)])
 def test_replies_come_in_request_order_from_a_bounded_window(data: Path, stack: int, workers: int) -> None:
-    """An aggregator that takes one reply after another sees at most workers + 1 stacks on their way."""
+    """An aggregator that takes one reply after another sees at most workers + 1 stacks, and a hand, on their way."""
     made = experiment(data)
     run = loop.start(made, begun(made))
     with Batched(stack=stack, workers=workers).open(made, None, lambda event: None) as call:
@@ -82,8 +83,7 @@ def test_replies_come_in_request_order_from_a_bounded_window(data: Path, stack: 
         order = []
         for place, (client, _) in enumerate(call("work", requests)):
             order.append(client)
-            done = place // stack
-            assert requests.taken <= min(10, (done + workers + 1) * stack)
+            assert requests.taken <= min(10, place + workers * stack + HAND * stack)
     assert order == [*CLIENTS[::-1]] * 2 and requests.taken == 10
 
 

@@ -128,14 +128,15 @@ def test_layers_computed_twice(made: Any) -> None:
 
 
 def test_halves(made: Any) -> None:
-    """Stacks of four in halves are stacks of two; the last client is alone either way."""
+    """A stack of four in halves is two stacks of two."""
     room = Room(made)
     budget = int(1.05 * room.largest(2, recompute=True))
     assert budget < room.largest(4, recompute=True)
-    found, notes = trained(made, budget, stack=4)
+    found, notes = trained(made, budget, stack=4, cohort=CLIENTS[:4])
     assert any(re.fullmatch(r"the stack of ann, ben, cid, dot does not fit .*: it is cut in halves", n) for n in notes)
-    twos, _ = trained(made, None, stack=2)
-    assert all_same(found, twos)
+    halves = [trained(made, None, stack=2, cohort=pair)[0] for pair in (CLIENTS[:2], CLIENTS[2:4])]
+    first_round = {key: reply for half in halves for key, reply in half.items() if key[0] == 0}
+    assert len(first_round) == 4 and all_same({key: found[key] for key in first_round}, first_round)
 
 
 def test_below_one_client_names_a_budget_that_works(made: Any) -> None:

@@ -1,0 +1,85 @@
+"""Stacks with as much to do each, whatever the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.client import Site
+from fedllm.engines.batched import Batched
+from fedllm.engines.deal import deal
+from fedllm.errors import ClientError
+from fedllm.events import ClientFinished, Event
+from fedllm.rng import Key
+from fedllm.update import Ctx, Profile
+from fedllm.works.sgd import Sgd
+from tests.engines.cohort import CLIENTS, experiment, sent, write_records
+
+LOADS = st.lists(st.integers(0, 10**6), max_size=40)
+
+
+@given(LOADS, st.integers(1, 9), st.integers(1, 4))
+def test_everyone_once_in_stacks_that_are_not_too_large(loads: list[int], size: int, fewest: int) -> None:
+    stacks = deal(loads, size, fewest)
+    assert sorted(place for stack in stacks for place in stack) == list(range(len(loads)))
+    assert all(0 < len(stack) <= size and stack == sorted(stack) for stack in stacks)
+    assert len(stacks) >= min(fewest, len(loads))
+    sums = [sum(loads[place] for place in stack) for stack in stacks]
+    assert sums == sorted(sums, reverse=True)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=2), st.integers(1, 4))
+def test_two_stacks_differ_by_one_client_at_most(pair: list[int], size: int) -> None:
+    """The greedy bound: before the last client was dealt to it, the fuller stack was the emptier one."""
+    loads = pair * size
+    first, second = (sum(loads[place] for place in stack) for stack in deal(loads, len(loads), 2))
+    assert first - second <= max(loads)
+
+
+@pytest.mark.parametrize(
+    ("clients", "size", "fewest", "lengths"),
+    [
+        (4, 4, 1, [4]),
+        (4, 4, 2, [2, 2]),
+        (1, 4, 2, [1]),
+        (8, 4, 2, [4, 4]),
+        (10, 4, 2, [2, 2, 3, 3]),  # four stacks and not three: two workers end together
+        (16, 4, 2, [4, 4, 4, 4]),
+        (0, 4, 2, []),
+    ],
+)
+def test_as_few_as_hold_all_and_a_power_of_two(clients: int, size: int, fewest: int, lengths: list[int]) -> None:
+    assert sorted(map(len, deal([7] * clients, size, fewest))) == lengths
+
+
+def test_by_hand() -> None:
+    """9 + 6 + 5 against 8 + 7 + 1; then 9 and 7 change places, and both have 18."""
+    assert deal([5, 9, 1, 7, 6, 8], 3) == [[0, 3, 4], [1, 2, 5]]
+
+
+def test_loads_are_the_tokens_that_the_round_trains_on(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "people.jsonl")
+    made = experiment(path, work=Sgd(lr=0.1, steps=3, batch_size=2))
+    told: list[Event] = []
+    sent(Batched(stack=2, workers=1), made, told=told)
+    site = Site.of(made, None)
+    for event in told:
+        if isinstance(event, ClientFinished):
+            ctx = Ctx(event.round, made.key, 5, 5, 2, client=event.client)
+            assert site.tokens(ctx) == event.tokens
+    assert site.tokens(Ctx(0, Key(0), 1, 1, client=CLIENTS[0], profile=Profile(steps=0))) == 0
+
+
+def test_a_client_whose_data_cannot_be_had_weighs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = experiment(write_records(tmp_path / "people.jsonl"))
+    site, ctx = Site.of(made, None), Ctx(0, made.key, 1, 1, client=CLIENTS[0])
+    assert site.tokens(ctx) > 0
+
+    def lost(client: str) -> None:
+        raise ClientError("its file is gone")
+
+    monkeypatch.setattr(site, "examples", lost)
+    assert site.tokens(ctx) == 0
