@@ -19,7 +19,7 @@ import fedllm
 from fedllm.tasks.model import load
 from fedllm.tree import num_bytes
 experiment = fedllm.load("quickstart", json.loads(sys.argv[1]))
-result = fedllm.run(experiment, out=sys.argv[2])
+result = fedllm.run(experiment, engine="serial", out=sys.argv[2])
 base = load(experiment.task).base.model
 weights = sum(p.numel() * p.element_size() for p in base.parameters())
 print(json.dumps({

@@ -152,9 +152,9 @@ def test_the_server_is_told_no_client_alone(tmp_path: Path) -> None:
 def test_the_masks_of_a_lost_client_stay_without_the_last_call(plain: tuple[Result, Seen], tmp_path: Path) -> None:
     reference, _ = plain
     experiment = masked(config.build(spec(tmp_path)), unmask=False)
-    whole = run(experiment, out=tmp_path / "whole")  # with nobody lost the masks cancel by themselves
-    assert outcome(whole) == outcome(run(config.build(spec(tmp_path)), out=tmp_path / "plain"))
-    wrong = run(lose(experiment, LOST), out=tmp_path / "wrong")
+    whole = run(experiment, engine="serial", out=tmp_path / "whole")  # with nobody lost the masks cancel by themselves
+    assert outcome(whole) == outcome(run(config.build(spec(tmp_path)), engine="serial", out=tmp_path / "plain"))
+    wrong = run(lose(experiment, LOST), engine="serial", out=tmp_path / "wrong")
     assert outcome(wrong)[1][0] == outcome(reference)[1][0]  # the first round lost nobody
     error = max(float((wrong.params[name] - leaf).abs().max()) for name, leaf in reference.params.items())
     assert error > 1e3
@@ -176,11 +176,11 @@ def test_clients_may_be_lost_in_any_call(losses: list[Loss], clients: int, tmp_p
     )
     if Loss("ben", 0, "unmask") in losses:
         with pytest.raises(ClientError, match="ben did not unmask"):
-            run(lose(masked(experiment), *losses), out=tmp_path / "run")
+            run(lose(masked(experiment), *losses), engine="serial", out=tmp_path / "run")
         return
-    result = run(lose(masked(experiment), *losses), out=tmp_path / "run")
+    result = run(lose(masked(experiment), *losses), engine="serial", out=tmp_path / "run")
     gone = [replace(loss, call="work") for loss in losses]
-    assert outcome(result) == outcome(run(lose(experiment, *gone), out=tmp_path / "plain"))
+    assert outcome(result) == outcome(run(lose(experiment, *gone), engine="serial", out=tmp_path / "plain"))
     events = [event for _, event in read(result.folder / "events.jsonl")]
     assert [event.client for event in events if isinstance(event, ClientFailed)] == [loss.client for loss in losses]
     assert [event.clients for event in events if isinstance(event, RoundFinished)] == [clients]

@@ -3,10 +3,10 @@
     P = softmax(s Q K^T + bias)    O = P V           bias: 0 where a position sees another one, else minus infinity
     dV = P^T dO    dP = dO V^T    dS = P (dP - rowsum(P dP))    dQ = s dS K    dK = s dS^T Q
 
-The g query heads of a key head become g rows for each of its positions. Sequences are padded with zeros to a few
-lengths, and those of one length share a batched product: a causal mask hides the padding from every real position. The
-probabilities are kept for the gradient; on a CPU this beats the fused kernel, which computes them again, as long as
-they are few.
+The g query heads of a key head become g rows for each of its positions. Sequences are padded to a few lengths, and
+those of one length share a batched product. Padding repeats the sequence's first position: a causal mask hides it from
+every real one, and its dO is zero. The probabilities are kept for the gradient; on a CPU this beats the fused kernel,
+which computes them again, as long as they are few.
 """
 
 from __future__ import annotations
@@ -28,91 +28,123 @@ def short_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, window: int | None
 ) -> Tensor:
     """(heads, T, d) queries, (key heads, T, d) keys and (key heads, T, e) values of a row to (T, heads, e)."""
-    layout = _layout(tuple(lengths), query.device)
-    out: Tensor = _Short.apply(query, key, value, layout, scaling, window)  # type: ignore[no-untyped-call]
+    out: Tensor = _Short.apply(query, key, value, tuple(lengths), scaling, window)  # type: ignore[no-untyped-call]
     return out
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How the sequences of a row are grouped. `groups`: (sequences, padded length) of each group; `rows` (R,): the
-    position that stands at each padded place, T for none; `places` (T,): the padded place of each position."""
+    """How the sequences of a row are grouped. `groups`: (sequences, padded length) of each group. `rows` (R,): the
+    position that stands at each padded place, a sequence's first where there is none; `real` (R,): whether there is."""
 
     groups: Sequence[tuple[int, int]]
     rows: Tensor
-    places: Tensor
+    real: Tensor
 
 
 @lru_cache(maxsize=16)
-def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
-    total, starts = sum(lengths), [0, *accumulate(lengths)]
+def _layout(lengths: tuple[int, ...]) -> Layout:
+    starts = [0, *accumulate(lengths)]
     by_length: dict[int, list[int]] = {}
     for sequence, length in enumerate(lengths):
         by_length.setdefault(-(-length // STEP) * STEP, []).append(sequence)
-    rows = []
-    for size, members in by_length.items():
-        for sequence in members:
-            own = torch.arange(starts[sequence], starts[sequence + 1])
-            rows.append(torch.cat([own, torch.full((size - len(own),), total)]))
-    found = torch.cat(rows)
-    real = (found < total).nonzero().reshape(-1)
-    places = torch.empty(total, dtype=torch.long)
-    places[found[real]] = real
-    groups = [(len(members), size) for size, members in by_length.items()]
-    return Layout(groups, found.to(device), places.to(device))
+    places = [
+        (torch.arange(size), starts[sequence], lengths[sequence])
+        for size, members in by_length.items()
+        for sequence in members
+    ]
+    real = [place < length for place, _, length in places]
+    rows = [start + torch.where(inside, place, 0) for (place, start, _), inside in zip(places, real, strict=True)]
+    return Layout([(len(members), size) for size, members in by_length.items()], torch.cat(rows), torch.cat(real))
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order of products: of the R H places (group, sequence, key head, place, query head of the key head), which
+    row of the T H rows (position, head) stands there (`rows`), and which hold none (`empty`); of each of the T H rows,
+    where it stands (`places`)."""
+
+    rows: Tensor
+    empty: Tensor
+    places: Tensor
+
+
+@lru_cache(maxsize=32)
+def _order(lengths: tuple[int, ...], heads: int, groups: int, device: torch.device) -> Order:
+    layout, many = _layout(lengths), heads * groups
+    head = torch.arange(many).view(1, heads, 1, groups)
+    rows, real, at = [], [], 0
+    for count, size in layout.groups:
+        here = slice(at, at := at + count * size)
+        rows.append((layout.rows[here].view(count, 1, size, 1) * many + head).reshape(-1))
+        real.append(layout.real[here].view(count, 1, size, 1).expand(count, heads, size, groups).reshape(-1))
+    found, filled = torch.cat(rows), torch.cat(real)
+    places = torch.empty(sum(lengths) * many, dtype=torch.long)
+    places[found[filled]] = filled.nonzero()[:, 0]
+    return Order(found.to(device), (~filled).nonzero()[:, 0].to(device), places.to(device))
 
 
 class _Short(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: tuple[int, ...],
+        scaling: float,
+        window: int | None,
     ) -> Tensor:
-        heads, groups = len(key), len(query) // len(key)
-        q, k, v = (_grouped(states, layout, heads) for states in (query, key, value))
-        outs, kept = [], []
-        for q_n, k_n, v_n in zip(q, k, v, strict=True):
-            mask = bias(k_n.shape[1], window, groups, q_n.dtype, q_n.device)
+        heads, per = len(key), len(query) // len(key)
+        spread, own = (_order(lengths, heads, n, query.device) for n in (per, 1))
+        q, k, v = _split(query, spread, lengths, per), _split(key, own, lengths, 1), _split(value, own, lengths, 1)
+        out, kept = query.new_empty(len(spread.rows), value.shape[2]), []
+        for q_n, k_n, v_n, out_n in zip(q, k, v, _pieces(out, lengths, heads, per), strict=True):
+            mask = bias(k_n.shape[1], window, per, q_n.dtype, q_n.device)
             kept.append(torch.baddbmm(mask, q_n, k_n.mT, alpha=scaling).softmax(-1))
-            outs.append(torch.bmm(kept[-1], v_n))
+            torch.bmm(kept[-1], v_n, out=out_n)
         ctx.save_for_backward(*q, *k, *v, *kept)
-        ctx.layout, ctx.scaling, ctx.heads = layout, scaling, heads
-        return _ungrouped(outs, layout, heads)
+        ctx.lengths, ctx.scaling, ctx.heads, ctx.per = lengths, scaling, heads, per
+        return _joined(out, spread, heads * per)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layout, heads, saved, n = ctx.layout, ctx.heads, ctx.saved_tensors, len(ctx.layout.groups)
+        lengths, heads, per, saved = ctx.lengths, ctx.heads, ctx.per, ctx.saved_tensors
+        n = len(saved) // 4
         q, k, v, kept = (saved[at : at + n] for at in range(0, 4 * n, n))
-        dq, dk, dv = [], [], []
-        for q_n, k_n, v_n, p, do in zip(q, k, v, kept, _grouped(grad.transpose(0, 1), layout, heads), strict=True):
-            dv.append(torch.bmm(p.mT, do))
+        spread, own = (_order(lengths, heads, n, grad.device) for n in (per, 1))
+        slope = grad.reshape(-1, grad.shape[2]).index_select(0, spread.rows).index_fill_(0, spread.empty, 0)
+        dq, dk, dv = (
+            grad.new_empty(len(order.rows), size)
+            for order, size in ((spread, q[0].shape[2]), (own, q[0].shape[2]), (own, grad.shape[2]))
+        )
+        pieces = (_pieces(states, lengths, heads, g) for states, g in ((slope, per), (dq, per), (dk, 1), (dv, 1)))
+        for q_n, k_n, v_n, p, do, dq_n, dk_n, dv_n in zip(q, k, v, kept, *pieces, strict=True):
+            torch.bmm(p.mT, do, out=dv_n)
             ds = torch._softmax_backward_data(torch.bmm(do, v_n.mT), p, -1, p.dtype).mul_(ctx.scaling)
-            dq.append(torch.bmm(ds, k_n))
-            dk.append(torch.bmm(ds.mT, q_n))
-        return *(_ungrouped(states, layout, heads).transpose(0, 1) for states in (dq, dk, dv)), None, None, None
+            torch.bmm(ds, k_n, out=dq_n)
+            torch.bmm(ds.mT, q_n, out=dk_n)
+        found = (_joined(dq, spread, heads * per), _joined(dk, own, heads), _joined(dv, own, heads))
+        return *(states.transpose(0, 1) for states in found), None, None, None
 
 
-def _grouped(states: Tensor, layout: Layout, heads: int) -> list[Tensor]:
-    """(heads * g, T, d) to (sequences * heads, length * g, d) for each group, zeros where there is no position."""
-    many, _, size = states.shape
-    row = torch.cat([states.transpose(0, 1).reshape(-1, many * size), states.new_zeros(1, many * size)])
-    padded = row.index_select(0, layout.rows).split([count * length for count, length in layout.groups])
-    return [
-        piece.view(count, length, heads, -1, size).transpose(1, 2).reshape(count * heads, -1, size)
-        for piece, (count, length) in zip(padded, layout.groups, strict=True)
-    ]
+def _split(states: Tensor, order: Order, lengths: tuple[int, ...], per: int) -> list[Tensor]:
+    """(heads * per, T, d) to (sequences * heads, length * per, d) for each group."""
+    rows = states.transpose(0, 1).reshape(-1, states.shape[2])
+    return _pieces(rows.index_select(0, order.rows), lengths, len(states) // per, per)
 
 
-def _ungrouped(pieces: Sequence[Tensor], layout: Layout, heads: int) -> Tensor:
-    """Back to (T, heads * g, d)."""
-    size = pieces[0].shape[2]
-    row = torch.cat(
-        [
-            piece.view(count, heads, length, -1, size).transpose(1, 2).reshape(count * length, -1)
-            for piece, (count, length) in zip(pieces, layout.groups, strict=True)
-        ]
-    )
-    return row.index_select(0, layout.places).view(len(layout.places), -1, size)
+def _pieces(rows: Tensor, lengths: tuple[int, ...], heads: int, per: int) -> list[Tensor]:
+    """Views of the padded rows, one for each group."""
+    groups = _layout(lengths).groups
+    pieces = rows.split([count * heads * size * per for count, size in groups])
+    return [piece.view(count * heads, size * per, -1) for piece, (count, size) in zip(pieces, groups, strict=True)]
+
+
+def _joined(rows: Tensor, order: Order, heads: int) -> Tensor:
+    """Padded rows back to (T, heads, d)."""
+    return rows.index_select(0, order.places).view(-1, heads, rows.shape[1])
 
 
 @lru_cache(maxsize=256)

@@ -159,7 +159,7 @@ class Sgd(Work):
         return [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in range(len(carry.starts))]
 
     def _outcome(self, carry: Carry, k: int) -> Outcome:
-        delta = tree.sub(carry.layout.client(carry.values[k], k), carry.starts[k])
+        delta = carry.layout.moved(carry.values[k], k, carry.starts[k])
         if not tree.finite(delta):
             return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from fedllm import tree
 from fedllm.bundle import Bundle, Place, copy_into, placed
 from fedllm.tree import Tree
 
@@ -55,8 +57,20 @@ class Layout:
         dtype, device = self.kind
         buffer = torch.zeros(len(trees), self.starts[-1], dtype=dtype, device=device)
         for k, params in enumerate(trees):
-            copy_into(self.client(buffer[k], k), params)
+            if self._placed(params):
+                for mine, theirs in zip(self._blocks(buffer[k]), params.blocks, strict=True):
+                    mine.copy_(theirs)
+            else:
+                copy_into(self.client(buffer[k], k), params)
         return buffer
+
+    def moved(self, row: Tensor, k: int, start: Tree) -> Tree:
+        """Client k's (P,) row minus its start, in its own shapes."""
+        if not self._placed(start):
+            return tree.sub(self.client(row, k), start)
+        return Bundle(
+            [mine - theirs for mine, theirs in zip(self._blocks(row), start.blocks, strict=True)], self.places
+        )
 
     def stacked(self, buffer: Tensor) -> Tree:
         """Views (K, *shape) of a (K, P) buffer."""
@@ -68,7 +82,15 @@ class Layout:
 
     def client(self, row: Tensor, k: int) -> Tree:
         """Views of client k's (P,) row, in its own shapes."""
-        whole = Bundle([row[start:end] for start, end in pairwise(self.starts)], self.places)
+        whole = Bundle(self._blocks(row), self.places)
         if self.own[k] == self.shapes:
             return whole
         return {name: leaf[tuple(map(slice, self.own[k][name]))] for name, leaf in whole.items()}
+
+    def _blocks(self, row: Tensor) -> list[Tensor]:
+        return [row[start:end] for start, end in pairwise(self.starts)]
+
+    def _placed(self, params: Tree) -> TypeGuard[Bundle]:
+        """Whether its leaves lie in blocks as the row's do, so that no view of a leaf is needed."""
+        same = isinstance(params, Bundle) and (params.layout is self.places or params.layout == self.places)
+        return same and all((block.dtype, block.device) == self.kind for block in params.blocks)  # type: ignore[attr-defined]
