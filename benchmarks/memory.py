@@ -1,6 +1,12 @@
-"""Peak memory of a serial run: SmolLM2 (or another model), batches of 6 x 64 tokens, in a process of its own.
+"""Peak memory of SmolLM2 (or another model): of a serial run, and of 16 clients on the batched engine.
 
-The bound is the base's weights + the adapters + 1.2 GB, half of which is torch and transformers themselves.
+Each figure comes from a process of its own. The serial run has batches of 6 x 64 tokens; its bound is the base's
+weights + the adapters + 1.2 GB, half of which is torch and transformers themselves. The 16 clients have 2 x 256 tokens;
+their bound is 1.5 times
+
+    one serial client + 16 adapters with AdamW's two states + workers x stack x the activations of one client,
+
+where the activations are what a serial client takes at most beyond one without local steps.
 """
 
 from __future__ import annotations
@@ -11,54 +17,83 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ALLOWANCE = 1.2e9
+FACTOR = 1.5
+CLIENTS = 16
 PROGRAM = """
 import json, sys
 import fedllm
+from fedllm.events import EngineStarted
 from fedllm.tasks.model import load
 from fedllm.tree import num_bytes
-experiment = fedllm.load("quickstart", json.loads(sys.argv[1]))
-result = fedllm.run(experiment, engine="serial", out=sys.argv[2])
+overrides, engine, out = json.loads(sys.argv[1])
+experiment, told = fedllm.load("quickstart", overrides), []
+result = fedllm.run(experiment, engine=engine, out=out, listeners=[told.append])
 base = load(experiment.task).base.model
-weights = sum(p.numel() * p.element_size() for p in base.parameters())
+started = [event for event in told if isinstance(event, EngineStarted)]
 print(json.dumps({
     "peak_rss_bytes": result.summary["peak_rss_bytes"],
-    "base_bytes": weights,
+    "base_bytes": sum(p.numel() * p.element_size() for p in base.parameters()),
     "adapter_bytes": num_bytes(result.params),
     "heavy_modules": [name for name in ("datasets", "pandas", "plotly") if name in sys.modules],
+    "side_by_side": max((event.workers * event.stack for event in started), default=1),
 }))
 """
 
 
-def main() -> None:
-    """Print the figures; the last line is JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="bfloat16")
-    options = parser.parse_args()
+def measured(options: argparse.Namespace, engine: str, clients: int, work: str, repeats: int) -> dict[str, Any]:
+    """The figures of a run in which each client has the same records of `repeats` times seven words."""
     with tempfile.TemporaryDirectory() as folder:
-        lines = [json.dumps({"organisation": "a", "text": "one two three four five six seven " * 12})] * 24
         data = Path(folder, "data.jsonl")
-        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "one two three four five six seven " * repeats
+        rows = [json.dumps({"organisation": f"c{n:02}", "text": text}) + "\n" for n in range(clients)]
+        data.write_text("".join(rows * 24), encoding="utf-8")
         overrides = [
             f"task.model={options.model}",
             f"task.dtype={options.dtype}",
             "task.objective=lm",
             f"federation.shards={{data: {data}, heldout: 0.0, split: {{by: organisation}}}}",
-            "work.sgd={optimizer: adamw, lr: 1e-3, steps: 3, batch_size: 6, max_length: 64}",
-            "evaluation={metrics: [nll]}",
+            f"work.sgd={{optimizer: adamw, lr: 1e-3, {work}}}",
+            "evaluation={metrics: []}",
             "rounds=2",
         ]
-        command = [sys.executable, "-c", PROGRAM, json.dumps(overrides), str(Path(folder, "run"))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stderr)
-    figures = json.loads(done.stdout.splitlines()[-1])
+        arguments = json.dumps([overrides, engine, str(Path(folder, "run"))])
+        done = subprocess.run([sys.executable, "-c", PROGRAM, arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def sixteen(options: argparse.Namespace) -> dict[str, float]:
+    """The batched engine's peak beside its bound."""
+    work = "steps: {steps}, batch_size: 2, max_length: 256"
+    idle, one = (measured(options, "serial", 1, work.format(steps=steps), 48) for steps in (0, 3))
+    many = measured(options, "batched", CLIENTS, work.format(steps=3), 48)
+    activations = one["peak_rss_bytes"] - idle["peak_rss_bytes"]
+    parts = one["peak_rss_bytes"] + 3 * CLIENTS * one["adapter_bytes"] + many["side_by_side"] * activations
+    return {
+        "batched_peak_rss_bytes": many["peak_rss_bytes"],
+        "one_client_bytes": one["peak_rss_bytes"],
+        "activation_bytes": activations,
+        "batched_bound_bytes": FACTOR * parts,
+        "batched_share_of_bound": many["peak_rss_bytes"] / (FACTOR * parts),
+    }
+
+
+def main() -> None:
+    """Print the figures; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    figures = measured(options, "serial", 1, "steps: 3, batch_size: 6, max_length: 64", 12)
     bound = figures["base_bytes"] + figures["adapter_bytes"] + ALLOWANCE
-    figures |= {"bound_bytes": bound, "share_of_bound": figures["peak_rss_bytes"] / bound}
+    figures |= {"bound_bytes": bound, "share_of_bound": figures["peak_rss_bytes"] / bound, **sixteen(options)}
     for name, value in figures.items():
-        print(f"{name:20} {value}")
+        print(f"{name:24} {value}")
     print(json.dumps({"benchmark": "memory", "dtype": options.dtype, **figures}))
 
 

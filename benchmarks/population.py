@@ -105,7 +105,7 @@ def measure(engine: str, few: Path, many: Path, options: argparse.Namespace) -> 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", default="serial,batched", help="those that this version lacks are left out")
+    parser.add_argument("--engines", default="serial,batched", help="separated by commas")
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--cohort", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=12)
@@ -115,14 +115,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Print the figures; the last line is JSON."""
-    from fedllm.engines.catalog import ENGINES
-
     options, figures = parsed(), dict[str, Any]()
     with tempfile.TemporaryDirectory() as folder:
         few = write_records(Path(folder, "few.jsonl"), options.clients // 10, options.records)
         many = write_records(Path(folder, "many.jsonl"), options.clients, options.records)
         for engine in options.engines.split(","):
-            found = measure(engine, few, many, options) if engine in ENGINES else "this version has no such engine"
+            found = measure(engine, few, many, options)
             if isinstance(found, str):
                 print(f"{engine}: left out: {found}", flush=True)
                 continue

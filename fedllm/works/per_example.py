@@ -30,9 +30,5 @@ def per_example_gradients(model: Model, params: Tree, examples: Sequence[Example
     count = len(examples)
     stack = {name: leaf.detach().expand(count, *leaf.shape).requires_grad_() for name, leaf in params.items()}
     losses = model.losses(stack, collate([[example] for example in examples]))
-    found = torch.autograd.grad(losses.sum(), list(stack.values()), allow_unused=True)
-    grads = {
-        name: torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if grad is None else grad
-        for (name, leaf), grad in zip(stack.items(), found, strict=True)
-    }
-    return grads, losses.detach()
+    grads = torch.autograd.grad(losses.sum(), list(stack.values()), materialize_grads=True)
+    return dict(zip(stack, grads, strict=True)), losses.detach()

@@ -1,0 +1,68 @@
+"""How far the batched engine's updates are from the serial engine's, by type and local optimiser.
+
+Each of four clients trains from the same parameters on either engine; its difference is the 2-norm of delta - delta
+over that of the serial delta, and the largest over the clients counts. Records and settings are those of round.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from prepare import prepare
+from torch import Tensor
+
+from fedllm import loop, tree
+from fedllm.config import load
+from fedllm.engine import Engine
+from fedllm.engines.batched import Batched
+from fedllm.engines.serial import Serial
+from fedllm.experiment import Experiment
+from fedllm.tasks.model import load as load_model
+from fedllm.update import Ctx, Update
+
+WAYS = [(dtype, optimizer) for dtype in ("float32", "bfloat16") for optimizer in ("sgd", "adamw")]
+
+
+def deltas(engine: Engine, experiment: Experiment) -> dict[str, dict[str, Tensor]]:
+    """What each client sends in the first round."""
+    clients = experiment.federation.load(experiment.key).clients
+    state = loop.start(experiment, load_model(experiment.task).fresh(experiment.key))
+    everyone = Ctx(0, experiment.key, len(clients), len(clients), experiment.rounds)
+    with engine.open(experiment, None, lambda event: None) as call:
+        replies = dict(call("work", loop.requests_for(experiment, state, clients, everyone)))
+    return {name: dict(reply.parts["delta"].tree) for name, reply in replies.items() if isinstance(reply, Update)}
+
+
+def farthest(found: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> float:
+    """The largest relative difference over the clients."""
+    assert found.keys() == expected.keys()
+    return max(tree.norm(tree.sub(found[name], mine)) / tree.norm(mine) for name, mine in expected.items())
+
+
+def main() -> None:
+    """Print the figures; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--records", type=Path)
+    parser.add_argument("--steps", type=int, default=4)
+    options = parser.parse_args()
+    same = {"clients": 4, "batch": 2, "max_length": 256, "fill": False, "seed": 0, "rounds": 0}
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, _ = prepare(argparse.Namespace(**vars(options), **same), Path(folder))
+        for dtype, optimizer in WAYS:
+            lr = 0.05 if optimizer == "sgd" else 1e-3
+            changes = [f"task.dtype={dtype}", f"work.sgd.optimizer={optimizer}", f"work.sgd.lr={lr}"]
+            experiment = load(prepared.experiment, changes)
+            serial = deltas(Serial(), experiment)
+            figures[f"{dtype}_{optimizer}"] = farthest(deltas(Batched(stack=4), experiment), serial)
+    for name, value in figures.items():
+        print(f"{name:20} {value:.2e}")
+    print(json.dumps({"benchmark": "differences", "model": options.model, "steps": options.steps, **figures}))
+
+
+if __name__ == "__main__":
+    main()
