@@ -149,8 +149,9 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> str:
 def _example(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
     tokens: list[int] = []
     labels: list[bool] = []
-    for text, labelled in pieces:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = [text for text, _ in pieces]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    for ids, (_, labelled) in zip(encoded, pieces, strict=True):
         tokens += ids
         labels += [labelled] * len(ids)
     # position t predicts token t + 1; the last one predicts nothing
