@@ -31,7 +31,7 @@ from fedllm.work import Job, Work, batches
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 COPIES = 9.0  # of a client's parameters: message, request, start, values, gradients (2), moments (2), reply
 SLACK = 1.2  # a heap has holes
-PRODUCTS = 100 << 20  # what the libraries keep of how they multiply matrices of past shapes
+PRODUCTS = 70 << 20  # what the libraries keep of how they multiply matrices of past shapes
 USABLE = 0.8  # of the memory that is free
 
 
