@@ -67,13 +67,13 @@ def run(
     """
     check(experiment)
     check_metrics(experiment.evaluation)
+    asked = engine_of(engine)
     folder = Folder(Path(out) if out is not None else default_folder(experiment, name))
     status = folder.status(experiment)
     if status == "finished":
         return _finished(folder, experiment)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder.path} holds this experiment, unfinished; go on with --resume")
-    asked = engine_of(engine)
     model, population = _loaded(experiment)
     runner, reason = chosen(asked, experiment, model)
     engine_name = name_of(runner).replace(":", ".").rpartition(".")[2].lower()

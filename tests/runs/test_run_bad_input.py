@@ -175,6 +175,8 @@ def test_names_that_do_not_exist(here: Path, finished: fedllm.Result, capsys: py
     assert "did you mean 'serial'" in refused(capsys, "run", "mine.yaml", "--engine", "seriall")
     assert "did you mean 'methods'" in refused(capsys, "ls", "method")
     assert "did you mean 'merged'" in refused(capsys, "export", finished.folder, "--to", "merge")
+    resolved = finished.folder / "experiment.yaml"
+    assert "did you mean 'batched'" in refused(capsys, "run", resolved, "--engine", "batchd", "--out", finished.folder)
     for verb in ("eval", "chat", "report"):
         assert "nowhere" in refused(capsys, verb, "nowhere")
     assert "nowhere" in refused(capsys, "export", "nowhere", "--to", "peft")
