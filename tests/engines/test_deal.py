@@ -12,9 +12,8 @@ from fedllm.client import Site
 from fedllm.engines.batched import Batched
 from fedllm.engines.deal import deal
 from fedllm.errors import ClientError
-from fedllm.events import ClientFinished, Event
 from fedllm.rng import Key
-from fedllm.update import Ctx, Profile
+from fedllm.update import Ctx, Profile, Update
 from fedllm.works.sgd import Sgd
 from tests.engines.cohort import CLIENTS, experiment, sent, write_records
 
@@ -63,13 +62,12 @@ def test_by_hand() -> None:
 def test_loads_are_the_tokens_that_the_round_trains_on(tmp_path: Path) -> None:
     path = write_records(tmp_path / "people.jsonl")
     made = experiment(path, work=Sgd(lr=0.1, steps=3, batch_size=2))
-    told: list[Event] = []
-    sent(Batched(stack=2, workers=1), made, told=told)
-    site = Site.of(made, None)
-    for event in told:
-        if isinstance(event, ClientFinished):
-            ctx = Ctx(event.round, made.key, 5, 5, 2, client=event.client)
-            assert site.tokens(ctx) == event.tokens
+    site, found = Site.of(made, None), sent(Batched(stack=2, workers=1), made)
+    assert len(found) == 2 * len(CLIENTS)
+    for (round, client), reply in found.items():
+        assert isinstance(reply, Update)
+        ctx = Ctx(round, made.key, 5, 5, 2, client=client)
+        assert site.tokens(ctx) == int(reply.parts["counts"].tree["tokens"]) > 0
     assert site.tokens(Ctx(0, Key(0), 1, 1, client=CLIENTS[0], profile=Profile(steps=0))) == 0
 
 
