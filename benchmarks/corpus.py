@@ -13,6 +13,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]  # prompt, completion
 MOST_FACTS = 12
+MOST_LOOKED_AT = 1000  # pairs for one that is taken
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def chosen(pairs: Iterator[Pair], tokenizer: PreTrainedTokenizerBase, choice: Ch
         DataError: there are too few.
     """
     found: list[tuple[Pair, int]] = []
-    for prompt, completion in pairs:
+    for prompt, completion in islice(pairs, MOST_LOOKED_AT * choice.num):
         record = {"prompt": prompt, "response": completion}
         example = encode_response(record, tokenizer, "plain", choice.max_length) if completion else None
         if example is not None and (len(example.tokens) == choice.max_length or not choice.fill):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import corpus
+import shapes
 from rows import Prepared
 from torch import nn
 
@@ -34,6 +35,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Prepared, Facts]
         FedllmError: the records or the model cannot be had.
     """
     pairs = corpus.file_pairs(options.records, options.seed) if options.records else corpus.handbook_pairs(options.seed)
+    if options.shape is not None:
+        options.model = str(shapes.write(options.shape, folder / options.shape, options.device))
     base = load_base(options.model, dtype="bfloat16", device="cpu")
     choice = corpus.Choice(options.clients * options.steps * options.batch, options.max_length, options.fill)
     chosen = corpus.chosen(pairs, base.tokenizer, choice)
@@ -48,15 +51,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Prepared, Facts]
         shapes=frozenset((layer.in_features, layer.out_features) for layer in linears),
         tokens=sum(tokens for _, tokens in chosen) / (options.clients * options.steps),
     )
-    return Prepared(experiment, batches, materialise(base), tail), facts
+    return Prepared(experiment, batches, materialise(base), tail, options.device), facts
 
 
 def experiment_of(options: argparse.Namespace, clients: Path) -> dict[str, Any]:
     """fedllm's experiment: the first round is warm-up, and nothing is held out or evaluated."""
     lora = {"rank": RANK, "alpha": ALPHA, "targets": "all_linear"}
     sgd = {"optimizer": "adamw", "lr": LR, "steps": options.steps, "batch_size": options.batch}
+    task = {"model": options.model, "adapter": {"lora": lora}, "template": "plain", "dtype": "bfloat16"}
     return {
-        "task": {"model": options.model, "adapter": {"lora": lora}, "template": "plain", "dtype": "bfloat16"},
+        "task": {**task, "device": options.device},
         "federation": {"shards": {"data": str(clients), "heldout": 0.0, "split": {"by": "client"}}},
         "work": {"sgd": {**sgd, "max_length": options.max_length}},
         "method": "fedavg",

@@ -2,11 +2,13 @@
 
     python benchmarks/round.py --json [--records FILE] [--clients 16] [--pair]
     python benchmarks/round.py --json --rows plain,serial,batched --clients 16 --batch 1 --max-length 64 --fill
+    python benchmarks/round.py --json --rows plain,serial,batched --clients 32 --fill --device cuda --shape llama-1b
 
 All rows (rows.py) take the same batches of the same records for the same number of steps: LoRA on every linear layer,
 AdamW at a constant rate. Each runs in a process of its own, one at a time; its best round after a warm-up counts.
-`share_of_peak` is 4 x parameters x useful tokens/s of the batched row over the peak of bf16 products on all cores:
-2 forward, 2 backward, and no gradient of the frozen base. Tokens and page faults are per client and step.
+`share_of_peak` is 4 x parameters x useful tokens/s of the batched row over the peak of bf16 products on all cores, or
+on the GPU: 2 forward, 2 backward, and no gradient of the frozen base. Tokens and page faults are per client and step.
+With --shape the weights are random: where no model can be downloaded, it takes just as long.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import argparse
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peak import cores, gemm_peak
 from prepare import Facts, prepare
-from rows import ROWS, Figures, Prepared, check_peers, measure, pair
+from rows import NEED_PEERS, ROWS, Figures, Prepared, check_peers, measure, pair
+from shapes import SHAPES
 
 from fedllm.errors import ConfigError, FedllmError, RunError, nearest
+from fedllm.tasks.base import resolve_device
 
 QUICK = {"clients": 2, "steps": 2, "rounds": 1}
 NUMBERS = {  # default and meaning
@@ -39,10 +44,12 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     """The command line.
 
     Raises:
-        ConfigError: an unknown row, or a number below 1.
+        ConfigError: an unknown row, shape or device, or a number below 1.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--shape", help=f"a model of random weights in place of --model: {', '.join(SHAPES)}")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; the peers run on the CPU alone")
     parser.add_argument("--records", type=Path, help="a file of records instead of those made from the handbook")
     parser.add_argument("--rows", default=",".join(ROWS), help="separated by commas; default: %(default)s")
     for name, (default, meaning) in NUMBERS.items():
@@ -58,6 +65,11 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     for row in options.rows:
         if row not in ROWS:
             raise ConfigError(f"--rows: there is no row '{row}'{nearest(row, ROWS)}")
+        if row in NEED_PEERS and options.device != "cpu":
+            raise ConfigError(f"--device {options.device}: {row} runs on the CPU alone; leave it out of --rows")
+    if options.shape is not None and options.shape not in SHAPES:
+        raise ConfigError(f"--shape: there is no shape '{options.shape}'{nearest(options.shape, SHAPES)}")
+    resolve_device(options.device)
     for name in NUMBERS:
         if (value := vars(options)[name.replace("-", "_")]) < 1:
             raise ConfigError(f"--{name} is {value}; it must be 1 or more")
@@ -106,9 +118,10 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         prepared, facts = prepare(options, Path(folder))
         rows = max(1, round(4 * facts.tokens))  # of a stack of four clients
-        before = gemm_peak(facts.shapes, rows, torch.bfloat16)
+        peak_of = partial(gemm_peak, facts.shapes, rows, torch.bfloat16, options.device)
+        before = peak_of()
         found, failed = measured(options, prepared)
-        peak = max(before, gemm_peak(facts.shapes, rows, torch.bfloat16))
+        peak = max(before, peak_of())
         together = pair(prepared) if options.pair and "batched" not in failed else None
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "quick", "pair")}
     settings["records"] = str(options.records or "handbook")

@@ -27,12 +27,14 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Files that all rows read. `model`: a folder in transformers' layout; `tail`: the peers' arguments."""
+    """Files that all rows read. `model`: a folder in transformers' layout; `tail`: the peers' arguments; `device`: of
+    the rows without peers."""
 
     experiment: Path
     batches: Path
     model: Path
     tail: tuple[str, ...]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ def trl(prepared: Prepared) -> list[Command]:
 
 
 def plain(prepared: Prepared) -> list[Command]:
-    """PyTorch + PEFT on one thread and on all cores."""
-    return [_script(prepared, "plain", Path(sys.executable), "--threads", str(n)) for n in sorted({1, cores()})]
+    """PyTorch + PEFT on one thread and on all cores, or on a GPU."""
+    threads = sorted({1, cores()}) if prepared.device == "cpu" else [1]
+    ways = [("--threads", str(n), "--device", prepared.device) for n in threads]
+    return [_script(prepared, "plain", Path(sys.executable), *way) for way in ways]
 
 
 def serial(prepared: Prepared) -> list[Command]:

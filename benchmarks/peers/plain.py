@@ -30,15 +30,15 @@ def padded(
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of `options.batch` rows, filled up on the right to the longest of each."""
     pairs = [encoded(row, tokenizer, options.max_length) for row in rows]
-    filler = tokenizer.eos_token_id  # masked, so any token will do
+    filler, device = tokenizer.eos_token_id, options.device  # masked, so any token will do
     for at in range(0, len(pairs), options.batch):
         batch = pairs[at : at + options.batch]
         width = max(len(tokens) for tokens, _ in batch)
         gaps = [width - len(tokens) for tokens, _ in batch]
         yield {
-            "input_ids": torch.tensor([t + [filler] * g for (t, _), g in zip(batch, gaps, strict=True)]),
-            "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
-            "labels": torch.tensor([y + [IGNORE] * g for (_, y), g in zip(batch, gaps, strict=True)]),
+            "input_ids": torch.tensor([t + [filler] * g for (t, _), g in zip(batch, gaps, strict=True)], device=device),
+            "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps], device=device),
+            "labels": torch.tensor([y + [IGNORE] * g for (_, y), g in zip(batch, gaps, strict=True)], device=device),
         }
 
 
@@ -46,28 +46,29 @@ def trained(model: PeftModel, steps: Iterator[dict[str, Tensor]], options: argpa
     """One client's steps with an AdamW of its own; the number of tokens, padding left out."""
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
     optimizer = torch.optim.AdamW(leaves, lr=options.lr, weight_decay=0.0, fused=True)
-    tokens = 0
+    tokens = torch.zeros((), dtype=torch.long, device=options.device)
     for batch in steps:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        with torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        tokens += int(batch["attention_mask"].sum())
-    return tokens
+        tokens += batch["attention_mask"].sum()
+    return int(tokens)
 
 
 def main() -> None:
     """Run all rounds; the last line is JSON."""
     parser = batches.arguments(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     work = batches.read(options.batches, options.batch)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     lora = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
+    model = get_peft_model(base, lora).to(options.device)
     leaves = [leaf for leaf in model.parameters() if leaf.requires_grad]
 
     def one_round(place: int) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedllm.batch import Example, collate
 from fedllm.errors import ConfigError
 from fedllm.tasks.attention import SHORT
-from fedllm.tasks.cross_entropy import CHUNK, PART
+from fedllm.tasks.cross_entropy import pieces
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree, num_bytes, stack
 from fedllm.work import Job, Work, batches
@@ -65,17 +65,19 @@ class Saved:
 @dataclass(frozen=True)
 class Costs:
     """What a stack takes. `whole` and `recomputed`: without and with recomputation; `layer`: the share of one layer,
-    which recomputation holds at a time; `head`: bytes of one row's logits in the head's type and in float32."""
+    which recomputation holds at a time; `head`: bytes of one row's logits in the head's type and in float32; `rows`:
+    how many of each exist at once."""
 
     whole: Saved
     recomputed: Saved
     layers: int
     head: tuple[int, int]
+    rows: tuple[int, int]
 
     @staticmethod
     def measured(model: LoadedModel, params: Tree) -> Costs:
         """Measure what a pass keeps."""
-        head = model.adapter.head(stack([params]))
+        head = model.adapter.head(stack([params])).to(model.device)  # a trained head comes with the parameters
         layers = len({name for name, _ in model.base.model.named_modules() if re.fullmatch(r".*layers\.\d+", name)})
         wide = torch.promote_types(head.dtype, torch.float32).itemsize
         return Costs(
@@ -83,6 +85,7 @@ class Costs:
             recomputed=_fitted(model, params, recompute=True),
             layers=max(1, layers),
             head=(len(head) * head.element_size(), len(head) * wide),
+            rows=pieces(head),
         )
 
     def of(self, work: Work, jobs: Sequence[Job], *, recompute: bool) -> int:
@@ -93,7 +96,7 @@ class Costs:
     def _batch(self, examples: Sequence[Example], recompute: bool) -> float:
         lengths = [len(example.tokens) for example in examples]
         rows = sum(int((example.targets >= 0).sum()) for example in examples)
-        logits = min(rows, CHUNK) * self.head[0] + 2 * min(rows, PART) * self.head[1]
+        logits = min(rows, self.rows[0]) * self.head[0] + 2 * min(rows, self.rows[1]) * self.head[1]
         whole = self.whole.of(lengths)
         return logits + SLACK * (self.recomputed.of(lengths) + whole / self.layers if recompute else whole)
 
@@ -116,7 +119,7 @@ def _fitted(model: LoadedModel, params: Tree, *, recompute: bool) -> Saved:
 
 def _kept(model: LoadedModel, params: Tree, lengths: Sequence[int], recompute: bool) -> int:
     """Bytes of all tensors that one pass keeps, each piece of memory once, the model's and the adapter's not at all."""
-    leaves = {name: leaf[None].clone().requires_grad_() for name, leaf in params.items()}
+    leaves = {name: leaf[None].to(model.device, copy=True).requires_grad_() for name, leaf in params.items()}
     tensors = [*model.base.model.parameters(), *model.base.model.buffers(), *leaves.values(), *model.constants.values()]
     known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}

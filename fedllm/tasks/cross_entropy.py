@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 CHUNK = 256  # rows whose logits exist at once: a product with the head is fast from about here
 FEW = 4  # rows: from here on a product over the vocabulary is added up in blocks
 PART = 32  # rows whose probabilities exist at once, in float32: they stay in a CPU's cache
+WIDE = 1 << 27  # logits that exist at once on a GPU, which small pieces leave idle
 
 
 def row_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """(N, d) hidden states, (V, d) head, (N,) targets to (N,) negative log-likelihoods in nats, float32 or wider."""
     losses: Tensor = _RowLosses.apply(hidden, head, targets, cap)  # type: ignore[no-untyped-call]
     return losses
+
+
+def pieces(head: Tensor) -> tuple[int, int]:
+    """Rows whose logits exist at once, and rows whose float32 probabilities do."""
+    if not head.is_cuda:
+        return CHUNK, PART
+    rows = max(CHUNK, WIDE // len(head))
+    return rows, rows
 
 
 def softcap(model: PreTrainedModel) -> float | None:
@@ -47,9 +56,9 @@ class _RowLosses(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
-        for rows in _pieces(len(targets), CHUNK):
+        for rows in _cut(len(targets), pieces(head)[0]):
             logits = hidden[rows] @ head.T
-            losses[rows] = _differentiated(logits, targets[rows], wide, cap)
+            losses[rows] = _differentiated(logits, targets[rows], wide, cap, pieces(head)[1])
             if slope is not None:
                 slope[rows] = _times_head(logits, head)
         ctx.one_pass, ctx.cap = slope is not None, cap
@@ -65,19 +74,19 @@ class _RowLosses(torch.autograd.Function):
         hidden, head, targets = ctx.saved_tensors
         # the sum over all rows is kept wide, as one product would keep it
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=grad.dtype)
-        for rows in _pieces(len(targets), CHUNK):
+        for rows in _cut(len(targets), pieces(head)[0]):
             slope = hidden[rows] @ head.T
-            _differentiated(slope, targets[rows], grad.dtype, ctx.cap)
+            _differentiated(slope, targets[rows], grad.dtype, ctx.cap, pieces(head)[1])
             slope.mul_(grad[rows, None])
             d_hidden[rows] = _times_head(slope, head)
             d_head += slope.T @ hidden[rows]
         return d_hidden, d_head.to(head.dtype), None, None
 
 
-def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: float | None) -> Tensor:
+def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: float | None, part_rows: int) -> Tensor:
     """(N,) losses of (N, V) logits, which become softmax - onehot, times the cap's slope, in their own memory."""
     losses = torch.empty(len(targets), dtype=wide, device=logits.device)
-    for rows in _pieces(len(targets), PART):
+    for rows in _cut(len(targets), part_rows):
         part = logits[rows] if cap is None else capped(logits[rows].to(wide), cap)
         picked, probabilities = targets[rows, None], part.softmax(1, dtype=wide)
         # logsumexp = largest logit - log(its probability), which is never below 1 / V
@@ -96,5 +105,5 @@ def _times_head(slope: Tensor, head: Tensor) -> Tensor:
     return (padded @ head)[:rows]
 
 
-def _pieces(count: int, size: int) -> list[slice]:
+def _cut(count: int, size: int) -> list[slice]:
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]

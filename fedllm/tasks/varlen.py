@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -13,13 +14,13 @@ from torch import Tensor
 
 @lru_cache(maxsize=1)
 def kernel() -> Callable[..., Any] | None:
-    """The kernel; None in a torch that has none yet."""
+    """The kernel; None in a torch that has none yet, or one without a scale and a window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     found: Callable[..., Any] = varlen_attn
-    return found
+    return found if set(inspect.signature(found).parameters) >= {"scale", "window_size"} else None
 
 
 def fits(query: Tensor, value: Tensor) -> bool:
@@ -34,7 +35,12 @@ def varlen_attention(
     """(heads, T, d) queries, (key heads, T, d) keys and values of a row to (T, heads, d)."""
     run = kernel()
     assert run is not None, "see fits"
-    edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    edges = _edges(tuple(lengths), query.device)
+    shared, grouped = len(query) // len(key), {}
+    if shared > 1 and "enable_gqa" in inspect.signature(run).parameters:
+        grouped = {"enable_gqa": True}
+    elif shared > 1:  # an older kernel: each head gets a key of its own
+        key, value = (states.repeat_interleave(shared, 0) for states in (key, value))
     rows = (states.transpose(0, 1).contiguous() for states in (query, key, value))
     out: Tensor = run(
         *rows,
@@ -44,6 +50,12 @@ def varlen_attention(
         max(lengths),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # to the left, and causal
-        enable_gqa=len(key) < len(query),
+        **grouped,
     )
     return out
+
+
+@lru_cache(maxsize=64)
+def _edges(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """(S + 1,): where each sequence begins, and the end. Kept, for a copy to the GPU waits for all that it does."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -104,6 +104,7 @@ def experiment(
     *,
     adapter: Adapter = LORA,
     dtype: Any = "float64",
+    device: str = "cpu",
     work: Work = SGD,
     stages: Sequence[Stage] = (Uniform(),),
     ranks: Mapping[str, int] | None = None,
@@ -112,7 +113,7 @@ def experiment(
     """Two rounds of the five clients."""
     federation = Devices(str(data), split=By("who"), heldout=0.0, ranks=tuple((ranks or {}).items()))
     return Experiment(
-        task=Task(settings.pop("model", "tiny-llama"), adapter=adapter, dtype=dtype, device="cpu"),
+        task=Task(settings.pop("model", "tiny-llama"), adapter=adapter, dtype=dtype, device=device),
         federation=settings.pop("federation", federation),
         work=work,
         stages=tuple(stages),

@@ -24,7 +24,7 @@ def documented(
     *,
     scale: float,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """(T, heads, d): position by position."""
     assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k
@@ -41,15 +41,32 @@ def documented(
     return out
 
 
+def older(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """The kernel of torch 2.11, which knows no heads that share a key."""
+    return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [documented, older])
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_kernel_is_asked_for_our_attention(
-    window: int | None, groups: int, monkeypatch: pytest.MonkeyPatch
+    window: int | None, groups: int, kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drawn(heads: int, seed: int) -> Tensor:
         return torch.randn(heads, 12, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-    monkeypatch.setattr(varlen, "kernel", lambda: documented)
+    monkeypatch.setattr(varlen, "kernel", lambda: kernel)
     states: Any = drawn(2 * groups, 0), drawn(2, 1), drawn(2, 2)
     found = varlen.varlen_attention(*states, (5, 1, 6), 0.3, window)
     assert torch.allclose(found, short_attention(*states, (5, 1, 6), 0.3, window), atol=1e-12)
