@@ -148,17 +148,16 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _example(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
     tokens: list[int] = []
-    labels: list[bool] = []
+    labels: list[int] = []
     texts = [text for text, _ in pieces]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     for ids, (_, labelled) in zip(encoded, pieces, strict=True):
         tokens += ids
-        labels += [labelled] * len(ids)
+        labels += ids if labelled else [IGNORE] * len(ids)
     # position t predicts token t + 1; the last one predicts nothing
-    if not any(labels[1:max_length]):
+    targets = [*labels[1:max_length], IGNORE]
+    if targets.count(IGNORE) == len(targets):
         return None
-    following = zip(tokens[1:max_length], labels[1:max_length], strict=True)
-    targets = [*(token if labelled else IGNORE for token, labelled in following), IGNORE]
     return Example(
         torch.tensor(tokens[:max_length], dtype=torch.int64),
         torch.tensor(targets, dtype=torch.int64),

@@ -7,7 +7,7 @@ Clients whose leaves differ in size (ranks of a low-rank adapter) are padded wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
@@ -40,17 +40,17 @@ class Layout:
     @staticmethod
     def of(trees: Sequence[Tree]) -> Layout:
         """The layout of K trees with the same names."""
+        first = trees[0]
+        tensors = first.blocks if isinstance(first, Bundle) else list(first.values())
+        dtypes = {tensor.dtype for tensor in tensors} or {torch.float32}
+        kind = reduce(torch.promote_types, dtypes), (tensors or [torch.zeros(0)])[0].device
+        if len(dtypes) == 1 and isinstance(first, Bundle) and all(first.alike(other) for other in trees):
+            shapes = {name: torch.Size(shape) for name, (_, shape, _, _) in first.layout.items()}
+            return Layout([shapes] * len(trees), shapes, first.layout, _edges(map(len, first.blocks)), kind)
         own = [{name: leaf.shape for name, leaf in params.items()} for params in trees]
         shapes = {name: torch.Size(map(max, zip(*(shapes[name] for shapes in own), strict=True))) for name in own[0]}
-        dtypes = {leaf.dtype for leaf in trees[0].values()} or {torch.float32}
-        device = next(iter(trees[0].values()), torch.zeros(0)).device
-        kind = reduce(torch.promote_types, dtypes) if len(dtypes) > 1 else next(iter(dtypes)), device
-        first = trees[0]
-        if len(dtypes) == 1 and isinstance(first, Bundle) and all(first.alike(other) for other in trees):
-            places, sizes = first.layout, [len(block) for block in first.blocks]
-        else:
-            places, _, sizes = placed({name: (shape, kind) for name, shape in shapes.items()})
-        return Layout(own, shapes, places, [0, *accumulate(sizes)], kind)
+        places, _, sizes = placed({name: (shape, kind) for name, shape in shapes.items()})
+        return Layout(own, shapes, places, _edges(sizes), kind)
 
     def filled(self, trees: Sequence[Tree]) -> Tensor:
         """A (K, P) buffer that holds K trees, zeros elsewhere."""
@@ -94,3 +94,7 @@ class Layout:
         """Whether its leaves lie in blocks as the row's do, so that no view of a leaf is needed."""
         same = isinstance(params, Bundle) and (params.layout is self.places or params.layout == self.places)
         return same and all((block.dtype, block.device) == self.kind for block in params.blocks)  # type: ignore[attr-defined]
+
+
+def _edges(sizes: Iterable[int]) -> list[int]:
+    return [0, *accumulate(sizes)]
