@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 from fedllm import config
-from fedllm.catalog import METHODS, NOUNS, name_of
+from fedllm.catalog import METHODS, NOUNS, Method, name_of
 from fedllm.experiment import Experiment
 
 if TYPE_CHECKING:
@@ -121,10 +121,15 @@ def methods() -> str:
     """Every preset and what it sets."""
     rows = [
         f"| `{name}` | `{yaml.safe_dump(list(method.stages), default_flow_style=True).strip()}` "
-        f"| {f'`{method.adapter}`' if method.adapter else ''} | {method.paper} |"
+        f"| {f'`{method.adapter}`' if method.adapter else ''} | {scope_of(method)} | {method.paper} |"
         for name, method in METHODS.items()
     ]
-    return "\n".join(["| method | stages | adapter | paper |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| method | stages | adapter | scope | paper |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def scope_of(method: Method) -> str:
+    """What a method sets of `task.scope`."""
+    return ", ".join(f"`{key}: [{', '.join(value)}]`" for key, value in method.scope.items())
 
 
 def recipe(name: str) -> str:

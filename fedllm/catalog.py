@@ -106,12 +106,16 @@ PATHS: Mapping[str, Collection[str]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """A preset: what a method's name sets, and where it comes from. `adapter` is the kind that it needs, if any."""
+    """A preset: what a method's name sets, and where it comes from.
+
+    `adapter`: the kind that it needs, if any. `scope`: keys of `task.scope`.
+    """
 
     stages: tuple[Mapping[str, Mapping[str, Any]] | str, ...]
     paper: str
     adapter: str | None = None
     aggregator: str = "sum"
+    scope: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     summary: str = field(default="")
 
 
@@ -126,6 +130,18 @@ METHODS: Mapping[str, Method] = {
     "fedyogi": Method(("yogi", "by_examples"), _REDDI),
     "feddyn": Method(("dyn", "uniform"), "Acar et al. 2021, arXiv:2111.04263"),
     "fedit": Method(("by_examples",), "Zhang et al. 2024, arXiv:2305.05644", adapter="lora"),
+    "ffa_lora": Method(
+        ("by_examples",), "Sun et al. 2024, arXiv:2403.12313", adapter="lora", scope={"freeze": ("*lora_A",)}
+    ),
+    "rolora": Method(
+        ("by_examples",),
+        "Chen et al. 2025, arXiv:2502.01755",
+        adapter="lora",
+        scope={"alternate": ("*lora_B", "*lora_A")},
+    ),
+    "fedsa_lora": Method(
+        ("by_examples",), "Guo et al. 2024, arXiv:2410.01463", adapter="lora", scope={"share": ("*lora_A",)}
+    ),
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
 }
 

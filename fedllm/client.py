@@ -127,7 +127,7 @@ class Site:
         memories = self.store.load(client, ctx.round, len(self.stages))
         local = Local(ctx, fresh=self.fresh)
         params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
-        start = tree.bundled(tree.over(self.fresh, params))
+        start, held = self._split(tree.over(self.fresh, params), ctx.round)
         # encode and the memories stay on the CPU; what the local steps touch moves to the model
         device = self.model.device
         there = replace(arrival, scratch=tuple(tree.to(scratch, device) for scratch in arrival.scratch))
@@ -136,8 +136,16 @@ class Site:
             start=tree.to(start, device),
             examples=examples,
             adjust=(lambda grads, params: adjust(self.stages, there, grads, params)) if hooked(self.stages) else None,
+            held=tree.to(held, device),
         )
         return Prepared(client, job, arrival, memories, local)
+
+    def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
+        """The leaves that train in a round, and the others."""
+        moves = self.experiment.task.scope.moves
+        held = {name: leaf for name, leaf in params.items() if not moves(name, round)}
+        start = {name: leaf for name, leaf in params.items() if name not in held} if held else params
+        return tree.bundled(start), held
 
     def first_job(self, client: str) -> Job:
         """What a client will have to do in a round, for estimates: the first round, from the initial values."""
@@ -167,7 +175,9 @@ class Site:
     def evaluate(self, request: Request) -> Update:
         """Score the parameters on the client's held-out records."""
         prepared = self._prepared(request, ())
-        sums = self.scorer.sums(self.model, prepared.job.start, self.population.heldout[prepared.client])
+        sums = self.scorer.sums(
+            self.model, {**prepared.job.held, **prepared.job.start}, self.population.heldout[prepared.client]
+        )
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
         update, _ = up(self.stages, update, prepared.arrival, prepared.memories, local)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ def expand(
     del expanded["method"]
     if method.adapter is not None:
         expanded["task"] = _with_adapter(name, method.adapter, spec.get("task", {}))
+    if method.scope:
+        expanded["task"] = _with_scope(name, method.scope, expanded.get("task", {}))
     return expanded, name
 
 
@@ -91,3 +93,20 @@ def _with_adapter(name: str, kind: str, task: Any) -> Any:
             "leave out one of the two"
         )
     return {**task, "adapter": given}
+
+
+def _with_scope(name: str, sets: Mapping[str, Sequence[str]], task: Any) -> Any:
+    """The task with what the method sets of its scope."""
+    if not isinstance(task, Mapping):
+        return task
+    given = task.get("scope") or {}
+    if not isinstance(given, Mapping):
+        return task
+    for key, patterns in sets.items():
+        found = given.get(key, patterns)
+        if ([found] if isinstance(found, str) else list(found)) != list(patterns):
+            raise ConfigError(
+                f"method {name} sets task.scope.{key} to {list(patterns)}, but the file sets it to {found}; "
+                "leave out one of the two"
+            )
+    return {**task, "scope": {**given, **{key: list(patterns) for key, patterns in sets.items()}}}

@@ -8,7 +8,7 @@ The serial engine is K = 1. `run_work` is the whole local loop; it is the only c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -44,13 +44,15 @@ class Model(Protocol):
 class Job:
     """One client's share of a stack. `start` may have leaves in any float type; examples are encoded.
 
-    `adjust`: its stages' `grads` hooks; None if there are none.
+    `adjust`: its stages' `grads` hooks; None if there are none. `held`: leaves that the passes need, and that do not
+    train in this round.
     """
 
     ctx: Ctx
     start: Tree
     examples: Sequence[Example]
     adjust: Adjust | None = None
+    held: Tree = field(default_factory=dict)
 
 
 class Work:

@@ -44,9 +44,10 @@ def listing(what: str) -> None:
 
 def _methods() -> Rows:
     for name, method in METHODS.items():
-        adapter = f"task.adapter: {method.adapter}; " if method.adapter else ""
+        task = f"task.adapter: {method.adapter}; " if method.adapter else ""
+        task += "".join(f"task.scope.{key}: [{', '.join(value)}]; " for key, value in method.scope.items())
         stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
-        yield name, f"{adapter}stages: [{stages}]; aggregator: {method.aggregator}", method.paper
+        yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}", method.paper
 
 
 def _classes(noun: type) -> Callable[[], Rows]:

@@ -60,13 +60,16 @@ class LoadedModel:
         leaves = self.adapter.fresh(key.fold("adapter"))
         some = ", ".join([*list(leaves)[:2], "..."][: len(leaves)]) or "none"
         scope = self.task.scope
-        for name, patterns in (("train", scope.train), ("share", scope.share), ("freeze", scope.freeze)):
-            for pattern in patterns:
+        for name in ("train", "share", "freeze", "alternate"):
+            for pattern in vars(scope)[name]:
                 if leaves and not any(matches(leaf, [pattern.removeprefix("!")]) for leaf in leaves):
                     raise CheckError(f"task.scope.{name}: '{pattern}' fits no leaf of the adapter (its leaves: {some})")
         trained = {name: leaf for name, leaf in leaves.items() if scope.trains(name)}
         if not trained:
             raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its leaves: {some})")
+        for turn, pattern in enumerate(scope.alternate):
+            if not any(scope.moves(name, turn) for name in trained):
+                raise CheckError(f"task.scope.alternate: nothing trains in the turn of '{pattern}'; leave it out")
         return trained
 
     def losses(self, stack: Tree, batch: Batch) -> Tensor:

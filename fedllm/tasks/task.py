@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fedllm.errors import ConfigError
 from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.objectives import Objective, Sft
@@ -20,11 +21,18 @@ class Scope:
         train: leaves that train. freeze: leaves that do not, although `train` fits them; they keep their initial
             values, which every client knows from the run's key, and are never sent.
         share: leaves that are sent and averaged; the rest stays on its client.
+        alternate: patterns that take turns: round r trains and sends, of the leaves that fit one of them, those of the
+            (r mod n)-th alone. The others stand where the server has them.
     """
 
     train: tuple[str, ...] = ("*",)
     share: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
+    alternate: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.alternate) == 1:
+            raise ConfigError("task.scope.alternate holds one pattern; give two or more, which take turns")
 
     def trains(self, name: str) -> bool:
         """True if the leaf trains."""
@@ -33,6 +41,12 @@ class Scope:
     def shares(self, name: str) -> bool:
         """True if the leaf is sent."""
         return matches(name, self.share)
+
+    def moves(self, name: str, round: int) -> bool:
+        """True if the leaf trains in this round."""
+        if not self.alternate or not matches(name, self.alternate):
+            return True
+        return matches(name, [self.alternate[round % len(self.alternate)]])
 
 
 @dataclass(frozen=True)

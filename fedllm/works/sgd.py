@@ -23,7 +23,7 @@ from fedllm.errors import ConfigError
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
-from fedllm.works.gradients import surviving
+from fedllm.works.gradients import Stack, surviving
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.stack import Layout
 
@@ -36,6 +36,7 @@ class Carry:
     layout: Layout
     values: Tensor
     starts: Sequence[Tree]
+    held: Tree  # (K, ...): leaves that stand still
     grads: Tensor
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
@@ -135,6 +136,7 @@ class Sgd(Work):
             layout=layout,
             values=values,
             starts=starts,
+            held=_stacked([job.held for job in jobs]),
             grads=grads,
             optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
             steps=[0] * len(jobs),
@@ -146,7 +148,8 @@ class Sgd(Work):
     def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
         """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
         active = [k for k in range(len(jobs)) if k not in carry.failed and any(batch.counts[k] for batch in micro)]
-        losses, failed = surviving((carry.values, carry.grads), carry.layout.stacked, micro, model, carry.failed)
+        stack = Stack(carry.values, carry.grads, carry.layout.stacked, carry.held)
+        losses, failed = surviving(stack, micro, model, carry.failed)
         carry.failed |= {k: f"at step {carry.steps[k]} {reason}" for k, reason in failed.items()}
         for k in active:
             if k not in failed:
@@ -196,3 +199,10 @@ class Sgd(Work):
                 [row], lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
             )
         return torch.optim.SGD([row], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
+
+
+def _stacked(trees: Sequence[Tree]) -> Tree:
+    if not trees[0]:
+        return {}
+    layout = Layout.of(trees)
+    return layout.stacked(layout.filled(trees))

@@ -24,6 +24,7 @@ from fedllm.stages.yogi import Yogi
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import Full
+from fedllm.tasks.task import Scope
 
 EXPANSIONS = {
     "fedavg": (ByExamples(),),
@@ -35,7 +36,15 @@ EXPANSIONS = {
     "fedyogi": (Yogi(beta1=0.9, beta2=0.99, tau=1e-3, server_lr=1e-3), ByExamples()),
     "feddyn": (Dyn(alpha=0.01), Uniform()),
     "fedit": (ByExamples(),),
+    "ffa_lora": (ByExamples(),),
+    "rolora": (ByExamples(),),
+    "fedsa_lora": (ByExamples(),),
     "full": (ByExamples(),),
+}
+SCOPES = {
+    "ffa_lora": Scope(freeze=("*lora_A",)),
+    "rolora": Scope(alternate=("*lora_B", "*lora_A")),
+    "fedsa_lora": Scope(share=("*lora_A",)),
 }
 ADAPTERS = {"fedit": Lora(), "full": Full()}
 PARTS = {
@@ -59,6 +68,7 @@ def test_a_name_sets_its_stages_aggregator_and_adapter_and_nothing_else(method):
     experiment = made(method)
     assert experiment.stages == EXPANSIONS[method]
     assert experiment.task.adapter == ADAPTERS.get(method, Lora())
+    assert experiment.task.scope == SCOPES.get(method, Scope())
     check(experiment)
     differing = {key for key, value in dump(experiment).items() if value != dump(plain)[key]}
     assert differing <= {"stages", "task"}
@@ -94,12 +104,14 @@ def test_a_method_that_is_wrong_is_refused(method, message):
 
 
 FULL, LORA, NEITHER = ({"task": {"model": "m", "adapter": kind}} for kind in ("full", {"lora": 4}, {}))
+FROZEN_B = {"task": {"model": "m", "scope": {"freeze": "*lora_B", "share": "*"}}}
 CONFLICTS = [
     ("fedprox", {"stages": ["by_examples"]}, "sets stages to [{'prox': {}}, {'by_examples': {}}]", "['by_examples']"),
     ({"fedprox": {"mu": 1}}, {"stages": [{"prox": 2}, "by_examples"]}, "[{'prox': {'mu': 1}}", "[{'prox': 2}"),
     ("fedit", FULL, "needs the adapter lora", "task.adapter to full"),
     ("full", LORA, "needs the adapter full", "task.adapter to lora"),
     ("fedit", NEITHER, "needs the adapter lora", "task.adapter to {}"),
+    ("ffa_lora", FROZEN_B, "sets task.scope.freeze to ['*lora_A']", "it to *lora_B"),
 ]
 
 
@@ -127,6 +139,7 @@ def test_an_unknown_aggregator_beside_a_method_is_refused():
         ({"fedprox": {"mu": 1}}, {"stages": [{"prox": {"mu": 1.0}}, "by_examples"]}),
         ("fedavg", {"aggregator": "sum"}),
         ("full", {"task": {"model": "tiny-llama", "adapter": {"full": None}}}),
+        ("ffa_lora", {"task": {"model": "tiny-llama", "scope": {"freeze": "*lora_A"}}}),
     ],
 )
 def test_the_same_said_twice_is_accepted(method, changes):
@@ -168,28 +181,28 @@ def data(tmp_path):
     return tmp_path / "data.jsonl"
 
 
-def assert_nine_methods(results):
+def assert_other_methods(results):
     same = {pair for pair in combinations(sorted(results), 2) if tree.equal(results[pair[0]], results[pair[1]])}
     assert same == {("fedavg", "fedit")}
 
 
-def test_ten_names_are_nine_methods(data, tmp_path):
+def test_all_names_but_one_are_methods_of_their_own(data, tmp_path):
     """fedit is FedAvg on LoRA, to the bit; all others end at other weights, in pairs."""
     lora = {"lora": {"rank": 2, "alpha": 4}}
     results = {
         method: two_rounds(method, tmp_path / method, data, adapter="full" if method == "full" else lora)
         for method in METHODS
     }
-    assert_nine_methods(results)
+    assert_other_methods(results)
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_ten_names_are_nine_methods_on_smollm2(data, tmp_path, smollm2):
+def test_all_names_but_one_are_methods_of_their_own_on_smollm2(data, tmp_path, smollm2):
     """`full` trains the norms alone here, and comes last, so that the model is loaded once for each of two adapters."""
     lora = {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}
     results = {}
     for method in sorted(METHODS, key=lambda name: name == "full"):
         choice = {"adapter": "full", "scope": {"train": ["*norm*"]}} if method == "full" else {"adapter": lora}
         results[method] = two_rounds(method, tmp_path / method, data, model=smollm2, template="plain", **choice)
-    assert_nine_methods(results)
+    assert_other_methods(results)

@@ -73,15 +73,17 @@ class _Apart(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, a, b, *low = ctx.saved_tensors
-        needs_x, needs_dropped, *_ = ctx.needs_input_grad
+        needs_x, needs_dropped, needs_a, needs_b, *_ = ctx.needs_input_grad
         dx = dy @ weight if needs_x else None
         du = torch.empty_like(u) if needs_dropped else None
-        da, db = torch.empty_like(a), torch.empty_like(b)
+        da, db = torch.empty_like(a) if needs_a else None, torch.empty_like(b) if needs_b else None
         for k, own in enumerate(_rows(ctx.sizes)):
             dy_k = dy[own]
-            torch.mm(dy_k.T, low[k], out=db[k]).mul_(ctx.scale)
+            if db is not None:
+                torch.mm(dy_k.T, low[k], out=db[k]).mul_(ctx.scale)
             dz = (dy_k @ b[k]).mul_(ctx.scale)
-            torch.mm(dz.T, u[own], out=da[k])
+            if da is not None:
+                torch.mm(dz.T, u[own], out=da[k])
             if du is not None:
                 torch.mm(dz, a[k], out=du[own])
             elif dx is not None:
@@ -115,10 +117,10 @@ class _Joint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, left, right, z, others = ctx.saved_tensors
-        needs_x, needs_dropped, *_ = ctx.needs_input_grad
+        needs_x, needs_dropped, needs_a, needs_b, *_ = ctx.needs_input_grad
         dz = (dy @ right).mul_(ctx.scale).masked_fill_(others, 0)
-        da = (dz.T @ u).view(ctx.clients, -1, u.shape[1])
-        db = (dy.T @ z).mul_(ctx.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1)
+        da = (dz.T @ u).view(ctx.clients, -1, u.shape[1]) if needs_a else None
+        db = (dy.T @ z).mul_(ctx.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1) if needs_b else None
         dx = dy @ weight if needs_x else None
         if needs_dropped:
             return dx, dz @ left, da, db, None, None, None
