@@ -33,6 +33,8 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -67,6 +69,8 @@ STAGES: Table = {
     "by_examples": ByExamples,
     "uniform": Uniform,
     "quantize": Quantize,
+    "lora_pad": LoraPad,
+    "lora_stack": LoraStack,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
@@ -141,6 +145,16 @@ METHODS: Mapping[str, Method] = {
     ),
     "fedsa_lora": Method(
         ("by_examples",), "Guo et al. 2024, arXiv:2410.01463", adapter="lora", scope={"share": ("*lora_A",)}
+    ),
+    "zero_padding": Method(
+        ("lora_pad", "by_examples"), "the baseline of Cho et al. 2024, arXiv:2401.06432", adapter="lora"
+    ),
+    "rbla": Method(
+        ({"lora_pad": {"mean": "contributors"}}, "by_examples"), "Chen et al. 2024, arXiv:2408.08699", adapter="lora"
+    ),
+    "flexlora": Method(("lora_stack", "by_examples"), "Bai et al. 2024, arXiv:2402.11505", adapter="lora"),
+    "raflora": Method(
+        ({"lora_stack": {"mean": "contributors"}}, "by_examples"), "2026, arXiv:2602.13486", adapter="lora"
     ),
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
 }

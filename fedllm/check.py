@@ -7,6 +7,7 @@ bounds      what is bounded stays bounded, and holds every part
 integers    what yields them stands last, and is there if the aggregator adds integers
 secrecy     the server is shown sums, and no sum from which one client's update can be read
 shapes      kept leaves, and ranks that differ between clients, need an update of the right shape
+factors     what works on both factors of an adapter finds both
 optimisers  control terms go with the local rule that they are derived for
 """
 
@@ -41,6 +42,7 @@ def check(experiment: Experiment) -> None:
     _integers(experiment)
     _secrecy(experiment)
     _shapes(experiment)
+    _factors(experiment)
     _optimizers(experiment)
 
 
@@ -61,13 +63,22 @@ def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None
     client, own = next(iter(others.items()))
     mixed = f"federation: client {client} has rank {own}, but task.adapter is {_name(adapter)}"
     mixed += f" of rank {rank}" if rank is not None else ", which has no rank"
-    if not any(stage.reshapes for stage in experiment.trip):
+    if rank is not None and (above := [name for name, other in others.items() if other is not None and other > rank]):
+        raise CheckError(
+            f"federation: client {above[0]} has rank {others[above[0]]}, above the rank {rank} of task.adapter; raise "
+            "task.adapter.lora.rank, or lower the client's"
+        )
+    if not any(stage.unequal for stage in experiment.trip):
         raise CheckError(
             f"{mixed}, and the part 'delta' has the shape of the parameters, so that their updates cannot be added; "
-            "give all clients the adapter's rank, or add a stage that brings updates to one shape"
+            "give all clients the adapter's rank, or add a stage that brings updates to one shape, as lora_pad does"
         )
+    if experiment.task.scope.freeze:
+        raise CheckError(f"{mixed}, and task.scope.freeze holds leaves at the adapter's rank; leave it out")
     for stage in experiment.trip:
-        if stage.makes and not stage.reshapes:
+        if stage.first:
+            raise CheckError(f"{mixed}, and {_name(stage)} keeps leaves of the adapter's rank; leave it out")
+        if stage.makes and not stage.unequal:
             part = sorted(stage.makes)[0]
             raise CheckError(f"{mixed}, and {_name(stage)} makes the part '{part}' in the shape of the parameters")
 
@@ -213,6 +224,22 @@ def _shapes(experiment: Experiment) -> None:
                 raise CheckError(
                     f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} turns the update "
                     "into another shape that needs them; leave out one of the two"
+                )
+
+
+def _factors(experiment: Experiment) -> None:
+    task = experiment.task
+    for stage in (stage for stage in experiment.trip if stage.both_factors):
+        if not isinstance(task.adapter, Lora):
+            raise CheckError(
+                f"stages: {_name(stage)} works on the factors of lora, but task.adapter is "
+                f"{_name(task.adapter)}; use lora"
+            )
+        for key in ("freeze", "alternate"):
+            if vars(task.scope)[key]:
+                raise CheckError(
+                    f"stages: {_name(stage)} works on both factors of lora, but task.scope.{key} lets one of them "
+                    "stand still; leave out one of the two"
                 )
 
 

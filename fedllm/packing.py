@@ -1,7 +1,8 @@
-"""How a part's values are laid out on the wire: dense, sparse, or in a few bits.
+"""How a part's values are laid out on the wire: dense, sparse, in a few bits, or as a window.
 
     low bit   value = code * scale of its block      codes in -L..L, L = 2^(bits-1) - 1; bits = 1: -1 or +1
     sparse    positions (int32) and values of the entries that are not zero
+    window    the values of a box (a range of each axis) outside of which all are zero
 
 Packing loses nothing: a stage puts values on the grid, the wire only writes the codes.
 """
@@ -14,19 +15,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+Window = tuple[tuple[int, int], ...]  # the range of each axis
+
 
 @dataclass(frozen=True)
 class Packing:
-    """`bits` with one scale per block of `block` values of a leaf, or `sparse`; neither is dense."""
+    """`bits` with one scale per block of `block` values of a leaf, or `sparse`, or a box of each leaf in `windows`;
+    none of them is dense."""
 
     sparse: bool = False
     bits: int | None = None
     block: int = 128
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    windows: Mapping[str, Window] = field(default_factory=dict)
 
 
 DENSE = Packing()
 SPARSE = Packing(sparse=True)
+
+
+def inside(leaf: Tensor, window: Window) -> Tensor:
+    """The view of a leaf's window."""
+    return leaf[tuple(slice(*edges) for edges in window)]
 
 
 def levels(bits: int) -> int:

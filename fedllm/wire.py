@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedllm import packing, tree
 from fedllm.errors import WireError
-from fedllm.packing import Packing
+from fedllm.packing import Packing, Window
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Request, Update
 
@@ -53,13 +53,14 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _Part:
-    """A part without its values. `shapes` are those of the packed leaves."""
+    """A part without its values. `shapes` are those of the packed leaves, `windows` the boxes of those with one."""
 
     weight: Weight | None
     sparse: bool = False
     bits: Literal[8, 4, 1] | None = None
     block: Annotated[int, Field(ge=1)] = 128
     shapes: dict[str, list[Count]] = field(default_factory=dict)
+    windows: dict[str, list[list[Count]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def unpack(data: bytes) -> Message:
 def part_bytes(message: Message) -> dict[str, int]:
     """Bytes of the values per part, as they stand on the wire; headers are not in them.
 
-    A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales.
+    A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales; one with a
+    window as much as the window.
     """
     if isinstance(message, Request):
         sizes = {"params": tree.num_bytes(message.params), "extras": sum(map(tree.num_bytes, message.extras))}
@@ -160,6 +162,8 @@ def part_bytes(message: Message) -> dict[str, int]:
 
 
 def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
+    if name in form.windows:
+        return tree.num_bytes({name: packing.inside(leaf, form.windows[name])})
     if form.sparse:
         return int(torch.count_nonzero(leaf)) * (4 + leaf.element_size())
     if form.bits is not None and name in form.scales:
@@ -169,6 +173,9 @@ def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
 
 def _without_values(part: Part) -> _Part:
     form = part.packing
+    if form.windows:
+        shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in form.windows}
+        return _Part(part.weight, shapes=shapes, windows={name: [*map(list, form.windows[name])] for name in shapes})
     if form.sparse:
         return _Part(part.weight, sparse=True, shapes={name: list(leaf.shape) for name, leaf in part.tree.items()})
     if form.bits is None:
@@ -184,7 +191,11 @@ def _laid_out(place: int, part: Part) -> Iterator[tuple[str, Tensor]]:
     for name, held in part.tree.items():
         leaf = held.detach().cpu()
         key = f"part{place}/{name}"
-        if form.sparse:
+        if name in form.windows:
+            box = packing.inside(leaf, form.windows[name])
+            assert int(box.count_nonzero()) == int(leaf.count_nonzero()), f"{key} has values outside of its window"
+            yield key, box
+        elif form.sparse:
             assert leaf.numel() < 1 << 31, "a position is an int32"
             flat = leaf.reshape(-1)
             index = flat.nonzero().reshape(-1)
@@ -219,10 +230,12 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
             return Request(params, extras, header.ctx)
         case _Update():
             entries = header.parts.values()
-            zeros = sum(math.prod(shape) for entry in entries if entry.sparse for shape in entry.shapes.values())
+            unfolded = [entry for entry in entries if entry.sparse or entry.windows]
+            zeros = sum(math.prod(shape) for entry in unfolded for shape in entry.shapes.values())
             _demand(zeros <= max(MOST_VALUES, MOST_VALUES_PER_BYTE * size), f"it would unfold to {zeros} values")
             parts = {name: _part(place, entry, tensors) for place, (name, entry) in enumerate(header.parts.items())}
-            known = sum(len(part.tree) for part in parts.values()) + sum(len(entry.shapes) for entry in entries)
+            paired = sum(len(entry.shapes) for entry in entries if not entry.windows)  # two tensors a leaf
+            known = sum(len(part.tree) for part in parts.values()) + paired
             _demand(known == len(tensors), "it holds values that belong to no part")
             return Update(parts)
         case _Failure():
@@ -233,14 +246,35 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
 def _part(place: int, entry: _Part, tensors: Tree) -> Part:
     leaves = tree.branch(tensors, f"part{place}")
     scales: Tree = {}
+    _demand(not entry.windows or entry.windows.keys() == entry.shapes.keys(), "a window has no shape")
+    windows: dict[str, Window] = {}
     for name, shape in entry.shapes.items():
-        if entry.sparse:
+        if entry.windows:
+            windows[name] = _window(entry.windows[name], shape)
+            leaves[name] = _placed(leaves[name], windows[name], shape)
+        elif entry.sparse:
             leaves[name] = _spread(leaves[name], tensors[f"index{place}/{name}"], shape)
         else:
             scales[name] = tensors[f"scale{place}/{name}"]
             leaves[name] = _decoded(leaves[name], scales[name], shape, entry)
     _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
-    return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales))
+    return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales, windows))
+
+
+def _window(edges: Sequence[Sequence[int]], shape: Sequence[int]) -> Window:
+    """A box that lies in a leaf of this shape."""
+    pairs = len(edges) == len(shape) and all(len(pair) == 2 for pair in edges)
+    within = pairs and all(pair[0] <= pair[1] <= size for pair, size in zip(edges, shape, strict=True))
+    _demand(within, "a window does not lie in its leaf")
+    return tuple((pair[0], pair[1]) for pair in edges)
+
+
+def _placed(values: Tensor, window: Window, shape: Sequence[int]) -> Tensor:
+    """A leaf of zeros with `values` in its window."""
+    _demand(list(values.shape) == [stop - start for start, stop in window], "a window does not have its values")
+    dense = torch.zeros(tuple(shape), dtype=values.dtype)
+    packing.inside(dense, window).copy_(values)
+    return dense
 
 
 def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:

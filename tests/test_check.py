@@ -93,6 +93,7 @@ class Grid(Stage):
 @dataclass(frozen=True)
 class Product(Stage):
     reshapes: ClassVar[bool] = True
+    unequal: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

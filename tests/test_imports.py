@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rng",
         "errors",
         "packing",
+        "factors",
         "events",
         "cache",
         "disk",

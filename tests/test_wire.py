@@ -76,9 +76,23 @@ def quantized(draw: st.DrawFn) -> tuple[Tree, Packing]:
 
 
 @st.composite
+def windowed(draw: st.DrawFn, weight: float | None) -> Part:
+    """Leaves that are zero outside of a box."""
+    held, windows = draw(trees()), {}
+    for name, leaf in held.items():
+        windows[name] = tuple(tuple(sorted(draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in leaf.shape)
+        cut = torch.zeros_like(leaf)
+        packing.inside(cut, windows[name]).copy_(packing.inside(leaf, windows[name]))
+        held[name] = cut
+    return Part(held, weight, Packing(windows=windows))
+
+
+@st.composite
 def parts(draw: st.DrawFn) -> Part:
     weight = draw(st.one_of(st.none(), st.just(0.0), st.floats(0, 1e300)))
-    kind = draw(st.sampled_from(["dense", "sparse", "bits"]))
+    kind = draw(st.sampled_from(["dense", "sparse", "bits", "window"]))
+    if kind == "window":
+        return draw(windowed(weight))
     if kind == "bits":
         held, form = draw(quantized())
         return Part(held, weight, form)
@@ -131,6 +145,7 @@ def assert_same(one: wire.Message, two: wire.Message) -> None:
                 assert same_bits(part.tree, other.tree), name
                 assert (part.packing.sparse, part.packing.bits) == (other.packing.sparse, other.packing.bits)
                 assert same_bits(dict(part.packing.scales), dict(other.packing.scales))
+                assert part.packing.windows == other.packing.windows
         case _:
             assert isinstance(one, Failure) and one == two
 
@@ -206,6 +221,7 @@ def test_what_is_unpacked_is_writable_and_owns_its_memory(form: str) -> None:
         (Part({"w": torch.eye(10, dtype=torch.float64), "z": torch.zeros(99)}, packing=SPARSE), 10 * (4 + 8)),
         (Part({"w": torch.eye(9, dtype=torch.int8)}, packing=SPARSE), 9 * (4 + 1)),
         (Part({"w": -torch.zeros(9)}, packing=SPARSE), 0),
+        (Part({"w": torch.eye(9)[:, :2]}, packing=Packing(windows={"w": ((0, 2), (0, 2))})), 4 * 4),
     ],
 )
 def test_sizes_by_hand(part: Part, size: int) -> None:
@@ -242,6 +258,11 @@ def test_values_off_their_grid_are_not_rounded_in_silence() -> None:
         wire.pack(Update({"d": Part({"w": torch.tensor([1.0, 0.0])}, 1.0, one)}))
 
 
+def test_values_outside_of_their_window_are_not_dropped_in_silence() -> None:
+    with pytest.raises(AssertionError, match="outside of its window"):
+        wire.pack(Update({"d": Part({"w": torch.eye(3)}, 1.0, Packing(windows={"w": ((0, 2), (0, 3))}))}))
+
+
 EXAMPLES: tuple[wire.Message, ...] = (
     Request({"w": torch.ones(3, 2)}, ({"c": torch.ones(2)}, {}), Ctx(1, Key(2), 3, 4, client="Zoë")),
     Update(
@@ -251,6 +272,7 @@ EXAMPLES: tuple[wire.Message, ...] = (
                 {"w": torch.tensor([2.0, -4.0])}, 1.0, Packing(bits=4, block=2, scales={"w": torch.tensor([2.0])})
             ),
             "counts": Part({"n": torch.tensor(3)}, 0.0),
+            "box": Part({"w": torch.eye(3)[:, :2]}, 1.0, Packing(windows={"w": ((0, 2), (0, 2))})),
         }
     ),
     Failure("a", 1, "gone"),
@@ -394,6 +416,18 @@ LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]
     "scales are integers": (UPDATE, put(scale1__w=torch.ones(1, dtype=torch.int64))),
     "scale without a dimension": (UPDATE, put(scale1__w=torch.tensor(1.0))),
     "no scales": (UPDATE, lambda header, tensors: tensors.pop("scale1/w")),
+    "window too large": (UPDATE, at("parts", "box", "windows", "w", value=[[0, 4], [0, 2]])),
+    "window elsewhere": (UPDATE, at("parts", "box", "windows", "w", value=[[0, 3], [0, 2]])),
+    "window falls": (UPDATE, at("parts", "box", "windows", "w", value=[[2, 0], [0, 2]])),
+    "window below 0": (UPDATE, at("parts", "box", "windows", "w", value=[[-1, 1], [0, 2]])),
+    "window is flat": (UPDATE, at("parts", "box", "windows", "w", value=[[0, 2]])),
+    "window is a corner": (UPDATE, at("parts", "box", "windows", "w", value=[[2], [2]])),
+    "window is empty": (UPDATE, at("parts", "box", "windows", "w", value=[[], []])),
+    "window of three": (UPDATE, at("parts", "box", "windows", "w", value=[[0, 1, 2], [0, 2]])),
+    "window is text": (UPDATE, at("parts", "box", "windows", "w", value=[["0", "2"], [0, 2]])),
+    "window of another": (UPDATE, at("parts", "box", "windows", value={"v": [[0, 2], [0, 2]]})),
+    "no windows": (UPDATE, lambda header, tensors: header["parts"]["box"].pop("windows")),
+    "huge leaf of a window": (UPDATE, at("parts", "box", "shapes", "w", value=[2**40, 2])),
     "value too many": (UPDATE, put(part9__w=torch.ones(2))),
     "value outside": (UPDATE, put(w=torch.ones(2))),
     "extras left out": (REQUEST, at("extras", value=[])),

@@ -22,6 +22,7 @@ class Book:
     settings: Any = None
     names: list[str] = field(default_factory=list)  # of each entry of the vector, its leaf
     held: dict[str, Tensor] = field(default_factory=dict)
+    tree: Any = None  # from a vector to its leaves
 
     def get(self, name: str, like: Tensor, value: float = 0.0) -> Tensor:
         return self.held.setdefault(name, torch.full_like(like, value))
@@ -41,10 +42,15 @@ class Book:
     def step(self, mean: Tensor, clients: int) -> Tensor:
         return mean
 
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        """The server's step from (weight, what was sent)."""
+        return self.step(sum(w * d for w, d in sent) / sum(w for w, _ in sent), len(sent))
+
 
 def play(book: Book, bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
     """The parameters after each round."""
     x, after = bench.fresh(), []
+    book.tree = bench.tree
     book.names = [name for name, leaf in bench.tree(x).items() for _ in range(leaf.numel())]
     for r in range(ROUNDS):
         sent = []
@@ -52,8 +58,7 @@ def play(book: Book, bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
             start = book.start(k, x)
             delta = bench.descend(k, r, start, lambda g, y, k=k, x=x: book.correct(k, g, y, x), sizes)
             sent.append((book.weight(examples), book.send(k, delta, x)))
-        mean = sum(w * d for w, d in sent) / sum(w for w, _ in sent)
-        x = x + book.step(mean, len(sizes))
+        x = x + book.combined(sent, x)
         after.append(x)
     return after
 
@@ -182,3 +187,23 @@ class AdamBook(AdaptiveBook):
 class YogiBook(AdaptiveBook):
     def second(self, v: Tensor, d: Tensor) -> Tensor:
         return v - (1 - self.settings.beta2) * d**2 * torch.sign(v - d**2)
+
+
+class FlexLoraBook(Book):
+    """The server's factors are the best of their rank for the mean of the clients' products, made and cut densely."""
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        total = sum(w for w, _ in sent)
+        old, news = self.tree(x), [(w / total, self.tree(x + d)) for w, d in sent]
+        step = {}
+        for layer in {name.removesuffix(".lora_A") for name in old if name.endswith(".lora_A")}:
+            mean = sum(p * new[f"{layer}.lora_B"] @ new[f"{layer}.lora_A"] for p, new in news)
+            u, s, v = torch.linalg.svd(mean)
+            rank = len(old[f"{layer}.lora_A"])
+            u, v, root = u[:, :rank], v[:rank], s[:rank].sqrt()
+            for j in range(rank):
+                sign = u[u[:, j].abs().argmax(), j].sign()
+                u[:, j], v[j] = u[:, j] * sign, v[j] * sign
+            step[f"{layer}.lora_A"] = root[:, None] * v - old[f"{layer}.lora_A"]
+            step[f"{layer}.lora_B"] = u * root - old[f"{layer}.lora_B"]
+        return torch.cat([step[name].reshape(-1) for name in sorted(step)])

@@ -10,6 +10,8 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -81,4 +83,6 @@ CASES: dict[str, Case] = {
     "by_examples": Case(ByExamples(), books.Book, neutral=ByExamples()),
     "uniform": Case(Uniform(), books.UniformBook, neutral=Uniform(), sizes=EQUAL),
     "quantize": Case(Quantize(bits=4), rounding=1 / 7),
+    "lora_pad": Case(LoraPad(), books.Book, neutral=LoraPad()),  # of unequal ranks: tests/stages/test_lora_ranks.py
+    "lora_stack": Case(LoraStack(), books.FlexLoraBook, keeps_space=False),
 }

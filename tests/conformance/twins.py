@@ -16,6 +16,8 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -235,6 +237,30 @@ def _mapped(update, function):
     return update.having("delta", replace(part, tree={n: function(n, leaf) for n, leaf in part.tree.items()}))
 
 
+class LoraPadBare(LoraPad):
+    """Leaves its marks in the total."""
+
+    def decode(self, total, params, state, ctx):
+        return total, state
+
+
+class LoraStackTwice(LoraStack):
+    """Weighs the columns, too."""
+
+    def encode(self, update, scratch, memory, local):
+        update, memory = super().encode(update, scratch, memory, local)
+        columns = update.parts.get("columns")
+        return (update if columns is None else update.having("columns", replace(columns, weight=None))), memory
+
+
+class LoraStackShaped(LoraStack):
+    """Sends the factors a second time, in the delta."""
+
+    def encode(self, update, scratch, memory, local):
+        changed, memory = super().encode(update, scratch, memory, local)
+        return (changed.having("delta", update.parts["delta"]) if "delta" in update.parts else changed), memory
+
+
 class QuantizeUnscaled(Quantize):
     """Sends codes, not values."""
 
@@ -299,6 +325,9 @@ TWINS = (
     Twin("by_examples", ByExamplesUnguarded(), "empty_rounds_are_harmless"),
     Twin("uniform", UniformByExamples(), "equals_its_paper"),
     Twin("uniform", UniformCut(), "declares_its_shape"),
+    Twin("lora_pad", LoraPadBare(), "takes_out_what_it_makes"),
+    Twin("lora_stack", LoraStackTwice(), "equals_its_paper"),
+    Twin("lora_stack", LoraStackShaped(), "declares_its_shape"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),
     Twin("quantize", QuantizeOffGrid(bits=4), "survives_the_wire"),

@@ -16,6 +16,8 @@ from fedllm.stages.adagrad import Adagrad
 from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
+from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
 from fedllm.stages.scaffold import Scaffold
@@ -39,6 +41,10 @@ EXPANSIONS = {
     "ffa_lora": (ByExamples(),),
     "rolora": (ByExamples(),),
     "fedsa_lora": (ByExamples(),),
+    "zero_padding": (LoraPad(), ByExamples()),
+    "rbla": (LoraPad("contributors"), ByExamples()),
+    "flexlora": (LoraStack(), ByExamples()),
+    "raflora": (LoraStack("contributors"), ByExamples()),
     "full": (ByExamples(),),
 }
 SCOPES = {
@@ -46,7 +52,8 @@ SCOPES = {
     "rolora": Scope(alternate=("*lora_B", "*lora_A")),
     "fedsa_lora": Scope(share=("*lora_A",)),
 }
-ADAPTERS = {"fedit": Lora(), "full": Full()}
+ADAPTERS = {"full": Full()}
+SAME = ({"fedavg", "fedit", "zero_padding", "rbla"}, {"flexlora", "raflora"})  # where all clients have one rank
 PARTS = {
     "task": {"model": "tiny-llama"},
     "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
@@ -183,10 +190,10 @@ def data(tmp_path):
 
 def assert_other_methods(results):
     same = {pair for pair in combinations(sorted(results), 2) if tree.equal(results[pair[0]], results[pair[1]])}
-    assert same == {("fedavg", "fedit")}
+    assert same == {pair for names in SAME for pair in combinations(sorted(names), 2)}
 
 
-def test_all_names_but_one_are_methods_of_their_own(data, tmp_path):
+def test_names_are_methods_of_their_own(data, tmp_path):
     """fedit is FedAvg on LoRA, to the bit; all others end at other weights, in pairs."""
     lora = {"lora": {"rank": 2, "alpha": 4}}
     results = {
@@ -198,7 +205,7 @@ def test_all_names_but_one_are_methods_of_their_own(data, tmp_path):
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_all_names_but_one_are_methods_of_their_own_on_smollm2(data, tmp_path, smollm2):
+def test_names_are_methods_of_their_own_on_smollm2(data, tmp_path, smollm2):
     """`full` trains the norms alone here, and comes last, so that the model is loaded once for each of two adapters."""
     lora = {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}
     results = {}

@@ -18,6 +18,8 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -31,7 +33,7 @@ from tests.papers.quadratics import federate, leaves
 
 STAGES = [
     Adagrad(), Adam(), ByExamples(), Dyn(alpha=1.0), Keep(("*lora_B",)), Momentum(), Nesterov(), Prox(),
-    Quantize(bits=8), Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
+    LoraPad(), LoraStack(), Quantize(bits=8), Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
 ]  # fmt: skip
 CTX = Ctx(round=0, key=Key(1), cohort=2, population=2, client="0")
 LOCAL = Local(CTX, {"examples": 3.0, "steps": 2, "lr_sum": 0.2, "tokens": 8}, leaves(0.5))
@@ -113,7 +115,8 @@ def test_what_it_makes_it_takes_out_again(stage):
     stages, course = trained(stage)
     made = {name for update in course.sent for name in update.parts} - {"delta", "metrics"}
     assert made == stage.makes
-    zeros = Update({name: Part(tree.zeros_like(leaves(0.0)), 0.0) for name in ("delta", *stage.makes)})
+    sent = course.sent[-1].parts
+    zeros = Update({name: Part(tree.zeros_like(sent[name].tree), 0.0) for name in ("delta", *stage.makes)})
     total, _ = merge(stages, zeros, course.params, course.states, CTX)
     assert total.parts.keys() == {"delta"}
 

@@ -1,0 +1,82 @@
+"""Unequal ranks by zero padding: a client trains the first components, and the mean is taken component by component.
+
+    padded         A <- sum_k p_k pad(A_k)            a client counts with zeros where it has no component
+    contributors   A_j <- sum_{k: r_k > j} p_k A_kj / sum_{k: r_k > j} p_k        j: a component; B alike
+
+padded: the baseline of Cho et al. 2024 (HetLoRA), arXiv 2401.06432, and Wang et al. 2024 (FLoRA), arXiv 2409.05976.
+contributors: Chen et al. 2024 (RBLA), arXiv 2408.08699; the masked mean of HAFLQ, arXiv 2411.06581.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedllm import factors
+from fedllm.packing import SPARSE
+from fedllm.stage import Stage
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Local, Part, Update
+
+
+@dataclass(frozen=True)
+class LoraPad(Stage):
+    """Sends each client as many components as its profile's rank. Part "holders": ones for the components that it has.
+
+    A component that nobody has in a round is multiplied by 0 (padded) or stands (contributors). Neutral, to the bit:
+    clients of one rank.
+
+    Args:
+        mean: `padded`, or `contributors` alone.
+    """
+
+    mean: Literal["padded", "contributors"] = "padded"
+
+    makes: ClassVar[frozenset[str]] = frozenset({"holders"})
+    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
+    unequal: ClassVar[bool] = True
+
+    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+        """The first components."""
+        return factors.sliced(params, ctx.profile.rank), {}
+
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+        """Fill up with zeros, which are not sent."""
+        part = update.parts.get("delta")
+        if part is None:
+            return update, memory
+        padded, packing = factors.padded(part.tree, local.fresh)
+        packing = SPARSE if part.packing.sparse else packing
+        holders = {name: _ones(name, leaf, local.fresh[name]) for name, leaf in part.tree.items() if _is_factor(name)}
+        update = update.having("delta", replace(part, tree=padded, packing=packing))
+        return update.having("holders", Part(holders)), memory
+
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+        """From the mean of the padded deltas to the step of each component."""
+        part, holders = total.parts.get("delta"), total.parts.get("holders")
+        if part is None or holders is None:
+            return total, state
+        step = {
+            name: self._step(name, leaf, params[name], holders.tree[name]) if name in holders.tree else leaf
+            for name, leaf in part.tree.items()
+        }
+        return total.without("holders").having("delta", replace(part, tree=step)), state
+
+    def _step(self, name: str, delta: Tensor, param: Tensor, share: Tensor) -> Tensor:
+        """`share` (rank,): the weights of those who have the component, over all weights."""
+        along = share if name.endswith(factors.B) else share[:, None]
+        if self.mean == "padded":
+            return delta + (along - 1) * param
+        return torch.where(along > 0, delta / along, 0)
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((factors.A, factors.B))
+
+
+def _ones(name: str, leaf: Tensor, whole: Tensor) -> Tensor:
+    axis = 1 if name.endswith(factors.B) else 0
+    return (torch.arange(whole.shape[axis]) < leaf.shape[axis]).to(leaf.dtype)

@@ -1,0 +1,106 @@
+"""Unequal ranks by the singular values of the mean of the products: FlexLoRA, and raFLoRA.
+
+    P = sum_k p_k B_k A_k = [B_1 .. B_K] [p_1 A_1; ..; p_K A_K]        B, A <- U sqrt(S), sqrt(S) V^T of P's largest
+
+Each client is sent as many components, the largest first, as its rank. What it sends is its factors, in its own rows of
+a stack of zeros, so that a sum is a concatenation; the zeros are not sent.
+
+    contributors   the j-th component of client k counts p_k / sum_{l: r_l > j} p_l in place of p_k (raFLoRA), so that
+                   components that few clients have are not damped
+
+Bai et al. 2024 (FlexLoRA), arXiv 2402.11505; raFLoRA 2026, arXiv 2602.13486.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedllm import factors
+from fedllm.packing import Packing, Window
+from fedllm.stage import Stage
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Local, Part, Update
+
+
+@dataclass(frozen=True)
+class LoraStack(Stage):
+    """Part "rows": A of each client, weighed. Part "columns": the transposed B, a plain sum. Part "holders": ones for
+    the components that a client has.
+
+    The server needs the factors of all clients, so whoever sees the sum sees each. No settings give FedAvg: the mean of
+    the products is none of the factors.
+
+    Args:
+        mean: over `all` clients, or for each component over its `contributors` alone.
+    """
+
+    mean: Literal["all", "contributors"] = "all"
+
+    makes: ClassVar[frozenset[str]] = frozenset({"rows", "columns", "holders"})
+    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
+    reshapes: ClassVar[bool] = True
+    unequal: ClassVar[bool] = True
+    both_factors: ClassVar[bool] = True
+    shows_each: ClassVar[bool] = True
+
+    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+        """The largest components."""
+        return factors.sliced(params, ctx.profile.rank), {}
+
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+        """Remember where the client starts."""
+        return params, params
+
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+        """The client's factors in its rows of the stack; other leaves stay in the delta."""
+        part = update.parts.get("delta")
+        if part is None:
+            return update, memory
+        rows: Tree = {}
+        columns: Tree = {}
+        holders: Tree = {}
+        windows: dict[str, Window] = {}
+        for layer in factors.layers(part.tree):
+            b, a = (s + d for s, d in zip(factors.pair(scratch, layer), factors.pair(part.tree, layer), strict=True))
+            most = len(local.fresh[f"{layer}.{factors.A}"])
+            first = local.ctx.slot * most
+            rows[layer], columns[layer] = (_among(leaf, first, local.ctx.cohort * most) for leaf in (a, b.T))
+            windows[layer] = ((first, first + len(a)), (0, -1))
+            holders[layer] = (torch.arange(most) < len(a)).to(a.dtype)
+        rest = {name: leaf for name, leaf in part.tree.items() if name.rpartition(".")[0] not in rows}
+        update = update.having("delta", replace(part, tree=rest)).having("holders", Part(holders))
+        update = update.having("rows", Part(rows, packing=_windows(rows, windows)))
+        return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), memory
+
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+        """From the stack to the best factors of its product."""
+        part, rows = total.parts.get("delta"), total.parts.get("rows")
+        if part is None or rows is None:
+            return total, state
+        columns, holders = total.parts["columns"].tree, total.parts["holders"].tree
+        step = dict(part.tree)
+        for layer, a in rows.tree.items():
+            old_b, old_a = factors.pair(params, layer)
+            if self.mean == "contributors":
+                share = holders[layer].repeat(len(a) // len(old_a))[:, None]
+                a = torch.where(share > 0, a / share, 0)
+            new_b, new_a = factors.truncated(columns[layer].T, a, len(old_a), f"round {ctx.round}, {layer}")
+            step |= factors.named(layer, new_b - old_b, new_a - old_a)
+        for name in self.makes:
+            total = total.without(name)
+        return total.having("delta", replace(part, tree=step)), state
+
+
+def _among(block: Tensor, first: int, count: int) -> Tensor:
+    """(count, n): a block's rows from `first` on, zeros elsewhere."""
+    whole = block.new_zeros(count, block.shape[1])
+    whole[first : first + len(block)] = block
+    return whole
+
+
+def _windows(leaves: Tree, windows: dict[str, Window]) -> Packing:
+    return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})

@@ -1,0 +1,339 @@
+"""Clients of unequal ranks: the server's factors against closed forms, on layers that are not square."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedllm import factors, launch, tree, wire
+from fedllm.aggregate import Sum
+from fedllm.check import check, check_ranks
+from fedllm.engines.batched import Batched
+from fedllm.engines.ray import Team
+from fedllm.engines.serial import Serial
+from fedllm.errors import CheckError, RunError
+from fedllm.events import CheckpointSaved, Event
+from fedllm.experiment import Demands, Experiment, Limits
+from fedllm.federations.shards import Shards
+from fedllm.federations.splits.by import By
+from fedllm.rng import Key
+from fedllm.stage import Arrival, Stage, down, merge, up
+from fedllm.stages.by_examples import ByExamples
+from fedllm.stages.keep import Keep
+from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_stack import LoraStack
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.uniform import Uniform
+from fedllm.tasks.adapters.weights import Full
+from fedllm.tasks.task import Scope
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Local, Part, Profile, Request, Update
+from tests.doubles.kept import Kept
+from tests.engines.cohort import experiment, write_records
+
+LAYERS = {"q": (192, 576), "down": (576, 1536)}  # out, in
+RANKS, EXAMPLES = (4, 8, 16), (5, 3, 11)
+WEIGHTS = [n / sum(EXAMPLES) for n in EXAMPLES]
+
+
+def drawn(rank: int, seed: int) -> Tree:
+    generator = torch.Generator().manual_seed(seed)
+    found: Tree = {}
+    for layer, (size_out, size_in) in LAYERS.items():
+        b, a = (torch.randn(*shape, generator=generator) / 8 for shape in ((size_out, rank), (rank, size_in)))
+        found |= factors.named(layer, b, a)
+    return found
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of clients whose factors after training are given."""
+
+    server: Tree
+    after: Sequence[Tree]
+    stage: Stage
+    examples: Sequence[int] = EXAMPLES
+
+    def trip(self) -> tuple[Stage, ...]:
+        return (self.stage, ByExamples())
+
+    def sent(self, k: int) -> Update:
+        ctx = Ctx(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=self.profile(k))
+        params, extras = down(self.trip(), self.server, ({}, {}), ctx)
+        request = wire.unpack(wire.pack(Request(params, extras, ctx)))
+        assert isinstance(request, Request)
+        scratch = tuple(stage.receive(request.params, {}, {}, Local(ctx))[1] for stage in self.trip())
+        delta = tree.sub(self.after[k], request.params)
+        local = Local(ctx, {"examples": self.examples[k]}, fresh=self.server)
+        arrival = Arrival(scratch, (frozenset(), frozenset()))
+        update, _ = up(self.trip(), Update({"delta": Part(delta)}), arrival, ({}, {}), local)
+        return update
+
+    def profile(self, k: int) -> Profile:
+        return Profile(rank=len(next(leaf for name, leaf in self.after[k].items() if name.endswith("lora_A"))))
+
+    def result(self) -> Tree:
+        """The server's parameters after the round; every message goes over the wire."""
+
+        def call(name, requests):
+            for k in range(len(self.after)):
+                yield str(k), wire.unpack(wire.pack(self.sent(k)))
+
+        total = Sum().reduce(call, {})
+        total, _ = merge(self.trip(), total, self.server, ({}, {}), Ctx(0, Key(0), len(self.after), len(self.after)))
+        assert total.parts.keys() == {"delta"}
+        return tree.add(self.server, total.parts["delta"].tree)
+
+
+def a_round(stage: Stage) -> Round:
+    return Round(drawn(max(RANKS), 0), [drawn(rank, seed) for seed, rank in enumerate(RANKS, 1)], stage)
+
+
+def product(leaves: Tree, layer: str) -> Tensor:
+    b, a = factors.pair(leaves, layer)
+    return b.double() @ a.double()
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def mean_of_products(round: Round, layer: str) -> Tensor:
+    return sum(p * product(leaves, layer) for p, leaves in zip(WEIGHTS, round.after, strict=True))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_flexlora_is_the_truncated_svd_of_the_mean_of_the_products(layer: str) -> None:
+    round = a_round(LoraStack())
+    found, mean = round.result(), mean_of_products(round, layer)
+    u, s, v = torch.linalg.svd(mean, full_matrices=False)
+    for rank in RANKS:  # what a client of this rank is sent
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert off(product(factors.sliced(found, rank), layer), best) < 1e-6
+        left = float((mean - product(factors.sliced(found, rank), layer)).norm())
+        assert left == pytest.approx(float(s[rank:].norm()), rel=1e-6), "Eckart and Young"
+    b, a = factors.pair(found, layer)
+    assert torch.allclose(b.norm(dim=0), a.norm(dim=1), rtol=1e-5), "both have the roots of the singular values"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_flexlora_of_all_ranks_together_is_exact(layer: str) -> None:
+    """With room for 4 + 8 + 16 components nothing is cut off."""
+    round = replace(a_round(LoraStack()), server=drawn(28, 0))
+    assert off(product(round.result(), layer), mean_of_products(round, layer)) < 1e-6
+
+
+class DividedTwice(LoraStack):
+    """Weighs the columns, too."""
+
+    def encode(self, update, scratch, memory, local):
+        update, memory = super().encode(update, scratch, memory, local)
+        return update.having("columns", replace(update.parts["columns"], weight=None)), memory
+
+
+class Transposed(LoraStack):
+    """Takes the columns for those of another client."""
+
+    def decode(self, total, params, state, ctx):
+        columns = total.parts["columns"]
+        turned = {name: leaf.roll(16, 0) for name, leaf in columns.tree.items()}
+        return super().decode(total.having("columns", replace(columns, tree=turned)), params, state, ctx)
+
+
+@pytest.mark.parametrize("broken", [DividedTwice(), Transposed()])
+def test_a_stack_that_is_wrong_is_caught(broken: Stage) -> None:
+    round = replace(a_round(broken), server=drawn(28, 0))
+    assert off(product(round.result(), "down"), mean_of_products(round, "down")) > 0.1
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_raflora_counts_each_component_over_those_who_have_it(layer: str) -> None:
+    round = a_round(LoraStack("contributors"))
+    mean = torch.zeros(LAYERS[layer], dtype=torch.float64)
+    for low, high in ((0, 4), (4, 8), (8, 16)):  # partitions of the ranks
+        having = [k for k, rank in enumerate(RANKS) if rank >= high]
+        for k in having:
+            b, a = (leaf.double() for leaf in factors.pair(round.after[k], layer))
+            mean += WEIGHTS[k] / sum(WEIGHTS[j] for j in having) * b[:, low:high] @ a[low:high]
+    u, s, v = torch.linalg.svd(mean, full_matrices=False)
+    assert off(product(round.result(), layer), (u[:, :16] * s[:16]) @ v[:16]) < 1e-6
+
+
+@pytest.mark.parametrize("mean", ["padded", "contributors"])
+@pytest.mark.parametrize("name", ["q.lora_A", "q.lora_B", "down.lora_A", "down.lora_B"])
+def test_padding_by_hand(mean: str, name: str) -> None:
+    round = a_round(LoraPad(mean))  # type: ignore[arg-type]
+    found = round.result()[name]
+    found = found.T if name.endswith("B") else found
+    for j in range(16):
+        having = [k for k, rank in enumerate(RANKS) if rank > j]
+        whole = sum(WEIGHTS[k] for k in having) if mean == "contributors" else 1
+        leaves = {k: round.after[k][name].double() for k in having}
+        components = {k: leaf[:, j] if name.endswith("B") else leaf[j] for k, leaf in leaves.items()}
+        expected = sum(WEIGHTS[k] / whole * component for k, component in components.items())
+        assert off(found[j], expected) < 1e-6  # type: ignore[arg-type]
+
+
+def test_zero_padding_is_not_the_mean_of_the_products() -> None:
+    round = a_round(LoraPad())
+    assert off(product(round.result(), "q"), mean_of_products(round, "q")) > 0.1
+
+
+def test_a_component_that_nobody_has_stands_or_goes() -> None:
+    few = Round(drawn(16, 0), [drawn(4, 1), drawn(4, 2)], LoraPad("contributors"), (1, 2))
+    assert torch.equal(few.result()["q.lora_A"][4:], few.server["q.lora_A"][4:])
+    assert not replace(few, stage=LoraPad()).result()["q.lora_A"][4:].any()
+
+
+@pytest.mark.parametrize("stage", [LoraPad(), LoraStack()])
+def test_bytes_are_those_of_the_clients_own_ranks(stage: Stage) -> None:
+    round, sizes = a_round(stage), sum(size_out + size_in for size_out, size_in in LAYERS.values())
+    for k, rank in enumerate(RANKS):
+        held = wire.part_bytes(round.sent(k))
+        marks = held.pop("holders")
+        assert sum(held.values()) == 4 * rank * sizes, "rank x (in + out) float32 a layer"
+        assert marks <= 4 * 16 * 2 * len(LAYERS)
+        ctx = Ctx(0, Key(0), 3, 3, client=str(k), profile=Profile(rank=rank))
+        params, _ = down(round.trip(), round.server, ({}, {}), ctx)
+        assert tree.num_bytes(params) == 4 * rank * sizes
+
+
+@pytest.mark.parametrize("stage", [LoraPad(), LoraPad("contributors"), LoraStack(), LoraStack("contributors")])
+def test_the_order_of_the_clients_does_not_matter(stage: Stage) -> None:
+    round = a_round(stage)
+    turned = replace(round, after=round.after[::-1], examples=EXAMPLES[::-1])
+    for layer in LAYERS:
+        assert off(product(turned.result(), layer), product(round.result(), layer)) < 1e-5
+
+
+def energy_above(stage: Stage, rank: int = 2, rounds: int = 20) -> float:
+    """The share of the global product's energy beyond the smallest rank, where all clients pull towards one target.
+
+    The target has eight components of one size; a client moves its product a third of the way to the best that its rank
+    can hold.
+    """
+    generator = torch.Generator().manual_seed(3)
+    b, a, left, right = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 24, 40, 24))
+    target = torch.linalg.qr(left)[0] @ torch.linalg.qr(right)[0].T
+    server, eye = factors.named("w", 0.1 * b, 0.1 * a.T), torch.eye(24).double()
+    for _ in range(rounds):
+        after = []
+        for own in (rank, rank, rank, rank, 8):
+            b, a = factors.pair(factors.sliced(server, own), "w")
+            pulled = torch.cat([b * 2 / 3, target / 3], 1), torch.cat([a, eye])
+            after.append(factors.named("w", *factors.truncated(*pulled, own, "w")))
+        server = Round(server, after, stage, (1,) * 5).result()
+    values = torch.linalg.svdvals(product(server, "w")).square()
+    return float(values[rank:].sum() / values.sum())
+
+
+def test_raflora_keeps_energy_above_the_smallest_rank_that_flexlora_loses() -> None:
+    flex, ra = energy_above(LoraStack()), energy_above(LoraStack("contributors"))
+    assert ra > 1.5 * flex, (ra, flex)
+
+
+# Whole runs.
+
+PROFILES = {"ann": Profile(rank=4), "ben": Profile(rank=1), "c*": Profile(rank=2), "dot": Profile(rank=3)}
+STAGES = [LoraPad(), LoraPad("contributors"), LoraStack(), LoraStack("contributors")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data") / "people.jsonl")
+
+
+def made(data: Path, *stages: Stage, rounds: int = 3, **settings) -> Experiment:
+    federation = Shards(str(data), split=By("who"), heldout=0.0, profiles=PROFILES)
+    return experiment(data, stages=stages, rounds=rounds, limits=Limits(keep_last=9), federation=federation, **settings)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=repr)
+def test_every_engine_gives_the_same(stage: Stage, data: Path, tmp_path: Path, team: Team) -> None:
+    exp = made(data, stage, ByExamples())
+    serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial")
+    batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched")
+    ray = launch.run(exp, engine=Kept(team), out=tmp_path / "ray")
+    assert tree.equal(dict(ray.params), dict(serial.params))
+    for layer in factors.layers(serial.params):
+        assert off(product(dict(batched.params), layer), product(dict(serial.params), layer)) < 1e-9
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("stage", STAGES, ids=repr)
+def test_a_run_resumes_to_the_bit(stage: Stage, stop_after: int, data: Path, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, CheckpointSaved) and event.round == stop_after:
+            raise KeyboardInterrupt
+
+    exp = made(data, stage, ByExamples())
+    whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole").params
+    with pytest.raises(launch.Interrupted):
+        launch.run(exp, engine=Serial(), out=tmp_path / "cut", listeners=[stop])
+    assert tree.equal(dict(launch.run(exp, engine=Serial(), out=tmp_path / "cut", resume=True).params), dict(whole))
+
+
+@pytest.mark.parametrize(
+    ("stages", "settings", "message"),
+    [
+        ((LoraStack(), Uniform()), {"demands": Demands(secrecy=True)}, "sum adds up updates that the server can read"),
+        (
+            (LoraStack(), Uniform()),
+            {"adapter": Full()},
+            "lora_stack works on the factors of lora, but task.adapter is full",
+        ),
+        (
+            (Keep(("*.layers.0.*",)), LoraStack(), Uniform()),
+            {},
+            "keep keeps leaves on the client, but lora_stack turns",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(data: Path, stages, settings, message: str) -> None:
+    with pytest.raises(CheckError, match=message):
+        check(made(data, *stages, **settings))
+
+
+@pytest.mark.parametrize(("key", "pattern"), [("freeze", ("*lora_A",)), ("alternate", ("*lora_A", "*lora_B"))])
+def test_a_factor_that_stands_still_is_refused(data: Path, key: str, pattern: tuple[str, ...]) -> None:
+    exp = made(data, LoraStack(), Uniform())
+    with pytest.raises(CheckError, match=f"lora_stack works on both factors of lora, but task.scope.{key}"):
+        check(replace(exp, task=replace(exp.task, scope=Scope(**{key: pattern}))))
+
+
+@pytest.mark.parametrize(
+    ("stages", "profile", "scope", "message"),
+    [
+        (
+            (LoraPad(), Uniform()),
+            Profile(rank=5),
+            Scope(),
+            "client b has rank 5, above the rank 4 of task.adapter; raise",
+        ),
+        ((LoraPad(), Uniform()), Profile(rank=2), Scope(freeze=("*lora_A",)), "task.scope.freeze holds leaves at"),
+        (
+            (Keep(("*lora_B",)), LoraPad(), Uniform()),
+            Profile(rank=2),
+            Scope(),
+            "keep keeps leaves of the adapter's rank",
+        ),
+        ((LoraPad(), Scaffold(), Uniform()), Profile(rank=2), Scope(), "scaffold makes the part 'control'"),
+    ],
+)
+def test_unequal_ranks_that_cannot_be_are_refused(data: Path, stages, profile, scope, message: str) -> None:
+    exp = made(data, *stages)
+    with pytest.raises(CheckError, match=message):
+        check_ranks(replace(exp, task=replace(exp.task, scope=scope)), {"a": Profile(), "b": profile})
+
+
+def test_an_svd_of_nan_is_refused_by_name() -> None:
+    spoilt = a_round(LoraStack())
+    spoilt.after[1]["down.lora_A"][3, 5] = math.nan
+    with pytest.raises(RunError, match=r"round 0, down: the sum of the clients' products holds values that"):
+        spoilt.result()
