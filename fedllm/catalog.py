@@ -33,6 +33,7 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
@@ -69,6 +70,7 @@ STAGES: Table = {
     "by_examples": ByExamples,
     "uniform": Uniform,
     "quantize": Quantize,
+    "lora_fair": LoraFair,
     "lora_pad": LoraPad,
     "lora_stack": LoraStack,
 }
@@ -146,6 +148,7 @@ METHODS: Mapping[str, Method] = {
     "fedsa_lora": Method(
         ("by_examples",), "Guo et al. 2024, arXiv:2410.01463", adapter="lora", scope={"share": ("*lora_A",)}
     ),
+    "lora_fair": Method(("lora_fair", "by_examples"), "Bian et al. 2024, arXiv:2411.14961", adapter="lora"),
     "zero_padding": Method(
         ("lora_pad", "by_examples"), "the baseline of Cho et al. 2024, arXiv:2401.06432", adapter="lora"
     ),

@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("privacy", "secagg"),
     ("update", "batch"),
-    ("stage", "work", "aggregate", "moments", "weights", "federation"),
+    ("stage", "work", "aggregate", "moments", "weights", "federation", "blocks"),
     ("stages", "works", "aggregators", "federations", "tasks"),
     ("experiment",),
     ("evaluation",),

@@ -17,10 +17,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from fedllm import factors
-from fedllm.packing import Packing, Window
+from fedllm import blocks, factors
 from fedllm.stage import Stage
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Local, Part, Update
@@ -60,21 +58,8 @@ class LoraStack(Stage):
         part = update.parts.get("delta")
         if part is None:
             return update, memory
-        rows: Tree = {}
-        columns: Tree = {}
-        holders: Tree = {}
-        windows: dict[str, Window] = {}
-        for layer in factors.layers(part.tree):
-            b, a = (s + d for s, d in zip(factors.pair(scratch, layer), factors.pair(part.tree, layer), strict=True))
-            most = len(local.fresh[f"{layer}.{factors.A}"])
-            first = local.ctx.slot * most
-            rows[layer], columns[layer] = (_among(leaf, first, local.ctx.cohort * most) for leaf in (a, b.T))
-            windows[layer] = ((first, first + len(a)), (0, -1))
-            holders[layer] = (torch.arange(most) < len(a)).to(a.dtype)
-        rest = {name: leaf for name, leaf in part.tree.items() if name.rpartition(".")[0] not in rows}
-        update = update.having("delta", replace(part, tree=rest)).having("holders", Part(holders))
-        update = update.having("rows", Part(rows, packing=_windows(rows, windows)))
-        return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), memory
+        update, held = blocks.stacked(update, part, scratch, local)
+        return update.having("holders", Part(held)), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
         """From the stack to the best factors of its product."""
@@ -93,14 +78,3 @@ class LoraStack(Stage):
         for name in self.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)), state
-
-
-def _among(block: Tensor, first: int, count: int) -> Tensor:
-    """(count, n): a block's rows from `first` on, zeros elsewhere."""
-    whole = block.new_zeros(count, block.shape[1])
-    whole[first : first + len(block)] = block
-    return whole
-
-
-def _windows(leaves: Tree, windows: dict[str, Window]) -> Packing:
-    return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})

@@ -207,3 +207,20 @@ class FlexLoraBook(Book):
             step[f"{layer}.lora_A"] = root[:, None] * v - old[f"{layer}.lora_A"]
             step[f"{layer}.lora_B"] = u * root - old[f"{layer}.lora_B"]
         return torch.cat([step[name].reshape(-1) for name in sorted(step)])
+
+
+class LoraFairBook(Book):
+    """The mean of A, and the B that solves the regularised least squares as torch does, made densely."""
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        total = sum(w for w, _ in sent)
+        old, news = self.tree(x), [(w / total, self.tree(x + d)) for w, d in sent]
+        means = {name: sum(p * new[name] for p, new in news) for name in old}
+        for layer in {name.removesuffix(".lora_A") for name in old if name.endswith(".lora_A")}:
+            a, b = means[f"{layer}.lora_A"], means[f"{layer}.lora_B"]
+            gap = sum(p * new[f"{layer}.lora_B"] @ new[f"{layer}.lora_A"] for p, new in news) - b @ a
+            root = self.settings.penalty**0.5 * torch.eye(len(a), dtype=a.dtype)
+            known = torch.cat([a.T, root])  # (in + rank, rank)
+            wanted = torch.cat([gap.T, gap.new_zeros(len(a), len(b))])
+            means[f"{layer}.lora_B"] = b + torch.linalg.lstsq(known, wanted).solution.T
+        return torch.cat([(means[name] - old[name]).reshape(-1) for name in sorted(old)])

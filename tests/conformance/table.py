@@ -10,6 +10,7 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
@@ -84,5 +85,6 @@ CASES: dict[str, Case] = {
     "uniform": Case(Uniform(), books.UniformBook, neutral=Uniform(), sizes=EQUAL),
     "quantize": Case(Quantize(bits=4), rounding=1 / 7),
     "lora_pad": Case(LoraPad(), books.Book, neutral=LoraPad()),  # of unequal ranks: tests/stages/test_lora_ranks.py
+    "lora_fair": Case(LoraFair(penalty=0.3), books.LoraFairBook, keeps_space=False),
     "lora_stack": Case(LoraStack(), books.FlexLoraBook, keeps_space=False),
 }

@@ -16,6 +16,7 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
@@ -244,6 +245,13 @@ class LoraPadBare(LoraPad):
         return total, state
 
 
+class LoraFairBlind(LoraFair):
+    """Corrects nothing."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "penalty", 1e30)
+
+
 class LoraStackTwice(LoraStack):
     """Weighs the columns, too."""
 
@@ -326,6 +334,7 @@ TWINS = (
     Twin("uniform", UniformByExamples(), "equals_its_paper"),
     Twin("uniform", UniformCut(), "declares_its_shape"),
     Twin("lora_pad", LoraPadBare(), "takes_out_what_it_makes"),
+    Twin("lora_fair", LoraFairBlind(), "equals_its_paper"),
     Twin("lora_stack", LoraStackTwice(), "equals_its_paper"),
     Twin("lora_stack", LoraStackShaped(), "declares_its_shape"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),

@@ -16,6 +16,7 @@ from fedllm.stages.adagrad import Adagrad
 from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
+from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
@@ -41,6 +42,7 @@ EXPANSIONS = {
     "ffa_lora": (ByExamples(),),
     "rolora": (ByExamples(),),
     "fedsa_lora": (ByExamples(),),
+    "lora_fair": (LoraFair(penalty=0.01), ByExamples()),
     "zero_padding": (LoraPad(), ByExamples()),
     "rbla": (LoraPad("contributors"), ByExamples()),
     "flexlora": (LoraStack(), ByExamples()),

@@ -1,0 +1,57 @@
+"""Low-rank factors of a cohort side by side, so that a sum of updates is a concatenation.
+
+    rows      (K rank, in)     client k's A in the rows of its slot, weighed: after the sum p_k A_k
+    columns   (K rank, out)    its transposed B there, a plain sum
+    columns^T rows = sum_k p_k B_k A_k
+
+Zeros fill the other slots; they are not sent. Whoever sees the sum sees each client's factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedllm import factors
+from fedllm.packing import Packing, Window
+from fedllm.tree import Tree
+from fedllm.update import Local, Part, Update
+
+
+def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Update, Tree]:
+    """The delta's factors in parts "rows" and "columns"; other leaves stay in it.
+
+    Args:
+        part: the delta. start: where the client began; its factors are start + delta.
+
+    Returns:
+        The update; and for each layer (rank of the adapter,), ones for the components that the client has.
+    """
+    rows: Tree = {}
+    columns: Tree = {}
+    holders: Tree = {}
+    windows: dict[str, Window] = {}
+    for layer in factors.layers(part.tree):
+        b, a = (s + d for s, d in zip(factors.pair(start, layer), factors.pair(part.tree, layer), strict=True))
+        most = len(local.fresh[f"{layer}.{factors.A}"])
+        first = local.ctx.slot * most
+        rows[layer], columns[layer] = (_among(leaf, first, local.ctx.cohort * most) for leaf in (a, b.T))
+        windows[layer] = ((first, first + len(a)), (0, -1))
+        holders[layer] = (torch.arange(most) < len(a)).to(a.dtype)
+    rest = {name: leaf for name, leaf in part.tree.items() if name.rpartition(".")[0] not in rows}
+    update = update.having("delta", replace(part, tree=rest))
+    update = update.having("rows", Part(rows, packing=_windows(rows, windows)))
+    return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), holders
+
+
+def _among(block: Tensor, first: int, count: int) -> Tensor:
+    """(count, n): a block's rows from `first` on, zeros elsewhere."""
+    whole = block.new_zeros(count, block.shape[1])
+    whole[first : first + len(block)] = block
+    return whole
+
+
+def _windows(leaves: Tree, windows: dict[str, Window]) -> Packing:
+    return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})
