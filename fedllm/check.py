@@ -8,6 +8,7 @@ integers    what yields them stands last, and is there if the aggregator adds in
 secrecy     the server is shown sums, and no sum from which one client's update can be read
 shapes      kept leaves, and ranks that differ between clients, need an update of the right shape
 factors     what works on both factors of an adapter finds both
+bases       what speaks of single entries of the factors finds them in one basis in all rounds
 optimisers  control terms go with the local rule that they are derived for
 """
 
@@ -43,6 +44,7 @@ def check(experiment: Experiment) -> None:
     _secrecy(experiment)
     _shapes(experiment)
     _factors(experiment)
+    _bases(stages)
     _optimizers(experiment)
 
 
@@ -78,6 +80,11 @@ def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None
     for stage in experiment.trip:
         if stage.first:
             raise CheckError(f"{mixed}, and {_name(stage)} keeps leaves of the adapter's rank; leave it out")
+        if stage.needs_equal:
+            raise CheckError(
+                f"{mixed}, and {_name(stage)} is right only if every client counts the same in each component; give "
+                "all clients the adapter's rank"
+            )
         if stage.makes and not stage.unequal:
             part = sorted(stage.makes)[0]
             raise CheckError(f"{mixed}, and {_name(stage)} makes the part '{part}' in the shape of the parameters")
@@ -240,6 +247,26 @@ def _factors(experiment: Experiment) -> None:
                 raise CheckError(
                     f"stages: {_name(stage)} works on both factors of lora, but task.scope.{key} lets one of them "
                     "stand still; leave out one of the two"
+                )
+
+
+def _bases(stages: Sequence[Stage]) -> None:
+    for place, rebasing in enumerate(stages):
+        if not rebasing.rebases:
+            continue
+        for stage in stages[:place]:
+            if stage.needs_basis:
+                raise CheckError(
+                    f"stages: {_name(stage)} is right only while an entry of lora_A or lora_B stands for the same in "
+                    f"all rounds, but {_name(rebasing)} writes their product in another basis after each; leave out "
+                    "one of the two"
+                )
+        for stage in stages[place + 1 :]:
+            if stage.needs_basis and rebasing.makes:
+                parts = ", ".join(f"'{part}'" for part in sorted(rebasing.makes))
+                raise CheckError(
+                    f"stages: {_name(stage)} stands behind {_name(rebasing)}, which takes lora_A and lora_B out of the "
+                    f"delta (into {parts}), so that it would not see them; leave out one of the two"
                 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class Adaptive(Stage):
     beta2: float
     tau: float
     server_lr: float
+
+    needs_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)

@@ -1,4 +1,4 @@
-"""How a part's values are laid out on the wire: dense, sparse, in a few bits, or as a window.
+"""How a part's values are laid out on the wire: dense, sparse, in a few bits, or as a window, also of few bits.
 
     low bit   value = code * scale of its block      codes in -L..L, L = 2^(bits-1) - 1; bits = 1: -1 or +1
     sparse    positions (int32) and values of the entries that are not zero
@@ -20,8 +20,10 @@ Window = tuple[tuple[int, int], ...]  # the range of each axis
 
 @dataclass(frozen=True)
 class Packing:
-    """`bits` with one scale per block of `block` values of a leaf, or `sparse`, or a box of each leaf in `windows`;
-    none of them is dense."""
+    """`bits` with one scale per block of `block` values of a leaf, or `sparse`; none of them is dense.
+
+    Of a leaf in `windows` only a box is laid out, densely or in `bits`: the values of its blocks are the box's.
+    """
 
     sparse: bool = False
     bits: int | None = None
@@ -34,9 +36,18 @@ DENSE = Packing()
 SPARSE = Packing(sparse=True)
 
 
-def inside(leaf: Tensor, window: Window) -> Tensor:
-    """The view of a leaf's window."""
-    return leaf[tuple(slice(*edges) for edges in window)]
+def inside(leaf: Tensor, window: Window | None) -> Tensor:
+    """The view of a leaf's window. None: the leaf."""
+    return leaf if window is None else leaf[tuple(slice(*edges) for edges in window)]
+
+
+def among_zeros(box: Tensor, window: Window | None, shape: torch.Size) -> Tensor:
+    """A leaf of zeros with `box` in its window. None: the box is the leaf."""
+    if window is None:
+        return box
+    whole = box.new_zeros(shape)
+    inside(whole, window).copy_(box)
+    return whole
 
 
 def levels(bits: int) -> int:

@@ -54,6 +54,8 @@ class Stage:
     reshapes: ClassVar[bool] = False  # the delta no longer has the shape of the parameters
     unequal: ClassVar[bool] = False  # brings updates of clients of unequal ranks to one shape
     both_factors: ClassVar[bool] = False  # works on lora_A and lora_B of a layer together
+    rebases: ClassVar[bool] = False  # after its decode an entry of the parameters stands for something else than before
+    needs_basis: ClassVar[bool] = False  # right only while an entry of the parameters stands for the same in all rounds
     shows_each: ClassVar[bool] = False  # a sum of its parts still shows every client's own
     needs_equal: ClassVar[bool] = False  # right only if every client weighs the same
     equal: ClassVar[bool] = False  # of a weigher: every client weighs the same

@@ -88,11 +88,13 @@ class Part:
 
     weight None: the WEIGH stage decides. w > 0: its own weight. 0: a plain sum, never divided.
     From the WEIGH stage on the tree is weight * values, until its `decode` divides by the sum.
+    exact: marks, a few values that no stage may round; a note for the client's own stages, which is not sent.
     """
 
     tree: Tree
     weight: float | None = None
     packing: Packing = DENSE
+    exact: bool = False
 
 
 @dataclass(frozen=True)

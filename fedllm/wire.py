@@ -53,7 +53,10 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _Part:
-    """A part without its values. `shapes` are those of the packed leaves, `windows` the boxes of those with one."""
+    """A part without its values. `shapes` are those of the packed leaves, `windows` the boxes of those with one.
+
+    With `bits` every packed leaf is in codes, and they are those of its box; without, a packed leaf has a box.
+    """
 
     weight: Weight | None
     sparse: bool = False
@@ -148,7 +151,7 @@ def part_bytes(message: Message) -> dict[str, int]:
     """Bytes of the values per part, as they stand on the wire; headers are not in them.
 
     A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales; one with a
-    window as much as the window.
+    window as much as the values of the window.
     """
     if isinstance(message, Request):
         sizes = {"params": tree.num_bytes(message.params), "extras": sum(map(tree.num_bytes, message.extras))}
@@ -162,10 +165,9 @@ def part_bytes(message: Message) -> dict[str, int]:
 
 
 def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
-    if name in form.windows:
-        return tree.num_bytes({name: packing.inside(leaf, form.windows[name])})
     if form.sparse:
         return int(torch.count_nonzero(leaf)) * (4 + leaf.element_size())
+    leaf = packing.inside(leaf, form.windows.get(name))
     if form.bits is not None and name in form.scales:
         return -(-leaf.numel() * form.bits // 8) + tree.num_bytes({name: form.scales[name]})
     return tree.num_bytes({name: leaf})
@@ -173,29 +175,25 @@ def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
 
 def _without_values(part: Part) -> _Part:
     form = part.packing
-    if form.windows:
-        shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in form.windows}
-        return _Part(part.weight, shapes=shapes, windows={name: [*map(list, form.windows[name])] for name in shapes})
     if form.sparse:
         return _Part(part.weight, sparse=True, shapes={name: list(leaf.shape) for name, leaf in part.tree.items()})
-    if form.bits is None:
-        return _Part(part.weight)
-    assert form.bits in (8, 4, 1), form.bits
-    shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in form.scales}
-    return _Part(part.weight, bits=form.bits, block=form.block, shapes=shapes)  # type: ignore[arg-type]
+    assert form.bits in (8, 4, 1, None), form.bits
+    packed = form.windows if form.bits is None else form.scales
+    shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in packed}
+    windows = {name: [*map(list, form.windows[name])] for name in shapes if name in form.windows}
+    return _Part(part.weight, False, form.bits, form.block, shapes, windows)  # type: ignore[arg-type]
 
 
 def _laid_out(place: int, part: Part) -> Iterator[tuple[str, Tensor]]:
     """The tensors that stand for a part on the wire."""
     form = part.packing
     for name, held in part.tree.items():
-        leaf = held.detach().cpu()
+        whole = held.detach().cpu()
         key = f"part{place}/{name}"
-        if name in form.windows:
-            box = packing.inside(leaf, form.windows[name])
-            assert int(box.count_nonzero()) == int(leaf.count_nonzero()), f"{key} has values outside of its window"
-            yield key, box
-        elif form.sparse:
+        leaf = whole if form.sparse else packing.inside(whole, form.windows.get(name))
+        kept = leaf is whole or int(leaf.count_nonzero()) == int(whole.count_nonzero())
+        assert kept, f"{key} has values outside of its window"
+        if form.sparse:
             assert leaf.numel() < 1 << 31, "a position is an int32"
             flat = leaf.reshape(-1)
             index = flat.nonzero().reshape(-1)
@@ -234,7 +232,7 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
             zeros = sum(math.prod(shape) for entry in unfolded for shape in entry.shapes.values())
             _demand(zeros <= max(MOST_VALUES, MOST_VALUES_PER_BYTE * size), f"it would unfold to {zeros} values")
             parts = {name: _part(place, entry, tensors) for place, (name, entry) in enumerate(header.parts.items())}
-            paired = sum(len(entry.shapes) for entry in entries if not entry.windows)  # two tensors a leaf
+            paired = sum(len(entry.shapes) for entry in entries if entry.sparse or entry.bits)  # two tensors a leaf
             known = sum(len(part.tree) for part in parts.values()) + paired
             _demand(known == len(tensors), "it holds values that belong to no part")
             return Update(parts)
@@ -246,17 +244,17 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
 def _part(place: int, entry: _Part, tensors: Tree) -> Part:
     leaves = tree.branch(tensors, f"part{place}")
     scales: Tree = {}
-    _demand(not entry.windows or entry.windows.keys() == entry.shapes.keys(), "a window has no shape")
-    windows: dict[str, Window] = {}
+    _demand(entry.windows.keys() <= entry.shapes.keys(), "a window has no shape")
+    windows = {name: _window(edges, entry.shapes[name]) for name, edges in entry.windows.items()}
     for name, shape in entry.shapes.items():
-        if entry.windows:
-            windows[name] = _window(entry.windows[name], shape)
-            leaves[name] = _placed(leaves[name], windows[name], shape)
-        elif entry.sparse:
+        box = [stop - start for start, stop in windows[name]] if name in windows else shape
+        if entry.sparse:
             leaves[name] = _spread(leaves[name], tensors[f"index{place}/{name}"], shape)
-        else:
+        elif entry.bits is not None:
             scales[name] = tensors[f"scale{place}/{name}"]
-            leaves[name] = _decoded(leaves[name], scales[name], shape, entry)
+            leaves[name] = _decoded(leaves[name], scales[name], box, entry)
+        _demand(list(leaves[name].shape) == box, "a window does not have its values")
+        leaves[name] = packing.among_zeros(leaves[name], windows.get(name), torch.Size(shape))
     _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
     return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales, windows))
 
@@ -267,14 +265,6 @@ def _window(edges: Sequence[Sequence[int]], shape: Sequence[int]) -> Window:
     within = pairs and all(pair[0] <= pair[1] <= size for pair, size in zip(edges, shape, strict=True))
     _demand(within, "a window does not lie in its leaf")
     return tuple((pair[0], pair[1]) for pair in edges)
-
-
-def _placed(values: Tensor, window: Window, shape: Sequence[int]) -> Tensor:
-    """A leaf of zeros with `values` in its window."""
-    _demand(list(values.shape) == [stop - start for start, stop in window], "a window does not have its values")
-    dense = torch.zeros(tuple(shape), dtype=values.dtype)
-    packing.inside(dense, window).copy_(values)
-    return dense
 
 
 def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
@@ -94,6 +95,20 @@ class Grid(Stage):
 class Product(Stage):
     reshapes: ClassVar[bool] = True
     unequal: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Turn(Stage):
+    """Writes the factors in another basis; `delta` stays what it is."""
+
+    rebases: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Away(Turn):
+    """Takes them out of the delta, too."""
+
+    makes: ClassVar[frozenset[str]] = frozenset({"rows"})
 
 
 @dataclass(frozen=True)
@@ -284,6 +299,16 @@ RULES = {
         r"keep keeps leaves on the client \(task.scope.share asks for it\), but product",
         of(Prox(), Uniform(), share="*lora_A"),
     ),
+    "single entries before another basis": (
+        of(Prox(), Momentum(), Turn(), Uniform()),
+        "momentum is right only while an entry of lora_A or lora_B stands for the same in all rounds, but turn writes",
+        of(Prox(), Turn(), Momentum(), Uniform()),
+    ),
+    "single entries that are gone": (
+        of(Prox(), Away(), TopK(0.5), Uniform()),
+        r"top_k stands behind away, which takes lora_A and lora_B out of the delta \(into 'rows'\), so that it would",
+        of(Away(), Prox(), Uniform(), Quantize(8)),
+    ),
     "SCAFFOLD and AdamW": (
         of(Scaffold(), Uniform(), work=Sgd(optimizer="adamw", steps=1)),
         r"scaffold is derived for plain SGD, but work uses adamw: .* permit it with scaffold: \{allow: \[adamw\]\}",
@@ -348,6 +373,7 @@ def ranked(*stages: Stage, adapter=LORA) -> Experiment:
         (ranked(Uniform()), "client b has rank 4, but task.adapter is lora of rank 8, and the part 'delta'"),
         (ranked(Product(), Scaffold(), Uniform()), "rank 4, .* scaffold makes the part 'control' in the shape"),
         (ranked(Uniform(), adapter=Full()), "client b has rank 4, but task.adapter is full, which has no rank"),
+        (ranked(Dyn(), LoraPad(), Uniform()), "rank 4, .* dyn is right only if every client counts the same in each"),
     ],
 )  # fmt: skip
 def test_mixed_ranks_need_an_update_of_one_shape(refused, message):
@@ -359,6 +385,8 @@ def test_ranks_that_are_the_adapters_or_brought_to_one_shape_pass():
     check_ranks(ranked(Uniform()), {"a": PLAIN_RANK, "b": Profile(rank=8)})
     check_ranks(ranked(Scaffold(), Uniform()), {"a": PLAIN_RANK, "b": Profile(rank=8)})
     check_ranks(ranked(Product(), Uniform()), {"a": PLAIN_RANK, "b": LOW_RANK})
+    check_ranks(ranked(Momentum(), LoraPad(), Uniform()), {"a": PLAIN_RANK, "b": LOW_RANK})
+    check_ranks(ranked(Dyn(), LoraPad(), Uniform()), {"a": PLAIN_RANK, "b": Profile(rank=8)})
     check_ranks(ranked(Uniform(), adapter=Full()), {"a": PLAIN_RANK})
 
 

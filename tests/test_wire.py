@@ -88,11 +88,27 @@ def windowed(draw: st.DrawFn, weight: float | None) -> Part:
 
 
 @st.composite
+def windowed_bits(draw: st.DrawFn, weight: float | None) -> Part:
+    """Leaves on a grid, some of them at a place among zeros."""
+    boxes, form = draw(quantized())
+    held, windows = dict(boxes), {}
+    for name in form.scales:
+        if draw(st.booleans()):
+            first = draw(st.lists(st.integers(0, 3), min_size=boxes[name].dim(), max_size=boxes[name].dim()))
+            windows[name] = tuple((at, at + size) for at, size in zip(first, boxes[name].shape, strict=True))
+            shape = torch.Size(stop + draw(st.integers(0, 2)) for _, stop in windows[name])
+            held[name] = packing.among_zeros(boxes[name], windows[name], shape)
+    return Part(held, weight, replace(form, windows=windows))
+
+
+@st.composite
 def parts(draw: st.DrawFn) -> Part:
     weight = draw(st.one_of(st.none(), st.just(0.0), st.floats(0, 1e300)))
-    kind = draw(st.sampled_from(["dense", "sparse", "bits", "window"]))
+    kind = draw(st.sampled_from(["dense", "sparse", "bits", "window", "window of bits"]))
     if kind == "window":
         return draw(windowed(weight))
+    if kind == "window of bits":
+        return draw(windowed_bits(weight))
     if kind == "bits":
         held, form = draw(quantized())
         return Part(held, weight, form)
@@ -231,6 +247,17 @@ def test_sizes_by_hand(part: Part, size: int) -> None:
     assert len(data) - header_bytes(data) == size
 
 
+def test_a_window_of_few_bits_by_hand() -> None:
+    """3 x 5 values of 4 bits in a leaf of 8 x 6: 8 bytes of codes, two to a byte, and 4 for the scale of one block."""
+    form = Packing(bits=4, block=16, scales={"w": torch.tensor([2.0])}, windows={"w": ((4, 7), (1, 6))})
+    leaf = packing.among_zeros(torch.full((3, 5), -6.0), form.windows["w"], torch.Size([8, 6]))
+    assert leaf.sum() == -90 and leaf[:4].count_nonzero() == 0 and leaf[:, 0].count_nonzero() == 0
+    update = Update({"d": Part({"w": leaf}, 1.0, form)})
+    data = wire.pack(update)
+    assert wire.part_bytes(update) == {"d": 12} and len(data) - header_bytes(data) == 12
+    assert_same(update, wire.unpack(data))
+
+
 @pytest.mark.parametrize("bits", [8, 4, 1])
 @pytest.mark.parametrize(("count", "block"), [(256, 128), (257, 128), (1, 128), (1000, 64), (0, 128)])
 def test_sizes_of_few_bits(bits: int, count: int, block: int) -> None:
@@ -263,6 +290,7 @@ def test_values_outside_of_their_window_are_not_dropped_in_silence() -> None:
         wire.pack(Update({"d": Part({"w": torch.eye(3)}, 1.0, Packing(windows={"w": ((0, 2), (0, 3))}))}))
 
 
+BOX_OF_BITS = Packing(bits=4, block=2, scales={"w": torch.ones(2)}, windows={"w": ((0, 2), (0, 2))})
 EXAMPLES: tuple[wire.Message, ...] = (
     Request({"w": torch.ones(3, 2)}, ({"c": torch.ones(2)}, {}), Ctx(1, Key(2), 3, 4, client="Zoë")),
     Update(
@@ -273,6 +301,7 @@ EXAMPLES: tuple[wire.Message, ...] = (
             ),
             "counts": Part({"n": torch.tensor(3)}, 0.0),
             "box": Part({"w": torch.eye(3)[:, :2]}, 1.0, Packing(windows={"w": ((0, 2), (0, 2))})),
+            "low box": Part({"w": torch.eye(3)[:, :2]}, 1.0, BOX_OF_BITS),
         }
     ),
     Failure("a", 1, "gone"),

@@ -52,7 +52,7 @@ class LoraPad(Stage):
         packing = SPARSE if part.packing.sparse else packing
         holders = {name: _ones(name, leaf, local.fresh[name]) for name, leaf in part.tree.items() if _is_factor(name)}
         update = update.having("delta", replace(part, tree=padded, packing=packing))
-        return update.having("holders", Part(holders)), memory
+        return update.having("holders", Part(holders, exact=True)), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
         """From the mean of the padded deltas to the step of each component."""

@@ -43,6 +43,7 @@ class LoraStack(Stage):
     reshapes: ClassVar[bool] = True
     unequal: ClassVar[bool] = True
     both_factors: ClassVar[bool] = True
+    rebases: ClassVar[bool] = True
     shows_each: ClassVar[bool] = True
 
     def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
@@ -59,7 +60,7 @@ class LoraStack(Stage):
         if part is None:
             return update, memory
         update, held = blocks.stacked(update, part, scratch, local)
-        return update.having("holders", Part(held)), memory
+        return update.having("holders", Part(held, exact=True)), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
         """From the stack to the best factors of its product."""

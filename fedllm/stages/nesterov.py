@@ -8,6 +8,7 @@ Douillard et al. 2023, arXiv 2311.08105. The same steps as torch.optim.SGD(neste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedllm import moments, tree
 from fedllm.ranges import require
@@ -27,6 +28,8 @@ class Nesterov(Stage):
 
     server_lr: float = 0.7
     momentum: float = 0.9
+
+    needs_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         moments.check_server_lr(self, self.server_lr)

@@ -14,22 +14,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.packing import SPARSE, Packing, blocks, levels, values
+from fedllm.packing import SPARSE, Packing, among_zeros, blocks, inside, levels, values
 from fedllm.ranges import require
 from fedllm.stage import Bracket, Norm, Stage
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Local, Part, Update
 
-EXACT = frozenset({"metrics", "counts"})  # figures about the work: a few values, sent in full
+FIGURES = frozenset({"metrics", "counts"})  # figures about the work: a few values, sent in full
 
 
 @dataclass(frozen=True)
 class Quantize(Stage):
-    """Rounds every floating leaf of every part but the figures; leaves of fewer than 32 bits become float32.
+    """Rounds every floating leaf of every part but the figures and marks; leaves of fewer than 32 bits become float32.
 
     Declared rounding: an entry moves by at most one grid step, which is scale for 8 and 4 bits and 2 scale for 1 bit.
-    A sparse part stays sparse at any width: its zeros stay zeros, its entries go to the grid, and the wire writes
-    them in full, so that nothing is saved beyond the sparsity. No setting is neutral: leave the stage out.
+    Of a leaf with a window the values inside are rounded, and nothing else is sent. A sparse part stays sparse at any
+    width: its zeros stay zeros, its entries go to the grid, and the wire writes them in full, so that nothing is saved
+    beyond the sparsity. No setting is neutral to the bit (`block: 1` is in the last digits): leave the stage out.
 
     Args:
         bits: 8, 4 or 1 for each value; and one scale for each block.
@@ -50,21 +51,26 @@ class Quantize(Stage):
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
         """Put the values on the grid that their packing names."""
         parts = {
-            name: part if name in EXACT else self._rounded(name, part, local.ctx) for name, part in update.parts.items()
+            name: part if part.exact or name in FIGURES else self._rounded(name, part, local.ctx)
+            for name, part in update.parts.items()
         }
         return Update(parts), memory
 
     def _rounded(self, part_name: str, part: Part, ctx: Ctx) -> Part:
-        leaves, scales = dict(part.tree), {}
+        leaves, scales, windows = dict(part.tree), {}, part.packing.windows
         for name, leaf in part.tree.items():
             if leaf.is_floating_point():
                 # One generator a leaf: the draws do not depend on the order of a tree.
                 generator = ctx.rng(f"quantize/{part_name}/{name}")
-                rows = blocks(leaf if leaf.dtype == torch.float64 else leaf.float(), self.block)
+                window = windows.get(name)
+                box = inside(leaf if leaf.dtype == torch.float64 else leaf.float(), window)
+                rows = blocks(box, self.block)
                 codes, scales[name] = self._codes(rows, generator)
                 codes = codes * (rows != 0) if part.packing.sparse else codes
-                leaves[name] = values(codes, scales[name], leaf.shape)
-        form = SPARSE if part.packing.sparse else Packing(bits=self.bits, block=self.block, scales=scales)
+                leaves[name] = among_zeros(values(codes, scales[name], box.shape), window, leaf.shape)
+        boxes = {name: window for name, window in windows.items() if name in scales}
+        form = Packing(bits=self.bits, block=self.block, scales=scales, windows=boxes)
+        form = SPARSE if part.packing.sparse else form
         return replace(part, tree=leaves, packing=form)
 
     def _codes(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

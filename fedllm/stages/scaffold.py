@@ -34,6 +34,7 @@ class Scaffold(Stage):
 
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
     makes: ClassVar[frozenset[str]] = frozenset({"control"})
+    needs_basis: ClassVar[bool] = True
 
     @property
     def optimizers(self) -> frozenset[str]:

@@ -35,6 +35,7 @@ class TopK(Stage):
     feedback: bool = True
 
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
+    needs_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         allowed = "above 0 and at most 1"

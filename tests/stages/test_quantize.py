@@ -143,6 +143,42 @@ def test_a_sparse_part_stays_sparse_with_its_zeros(bits):
     assert tree.equal(arrived.parts["delta"].tree, part.tree)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_only_the_window_is_rounded_and_sent(bits):
+    generator = torch.Generator().manual_seed(2)
+    box, window = torch.randn(5, 30, generator=generator, dtype=torch.float64), ((10, 15), (0, 30))
+    leaf = packing.among_zeros(box, window, torch.Size([40, 30]))
+    part = rounded(Quantize(bits=bits, block=64), leaf, packing=packing.Packing(windows={"w": window}))
+    alone = rounded(Quantize(bits=bits, block=64), box)
+    assert torch.equal(packing.inside(part.tree["w"], window), alone.tree["w"])
+    assert int(part.tree["w"].count_nonzero()) == int(alone.tree["w"].count_nonzero()) > 0, "zeros elsewhere"
+    sizes = [wire.part_bytes(Update({"delta": made})) for made in (part, alone)]
+    assert sizes[0] == sizes[1] == {"delta": -(-150 * bits // 8) + 8 * 3}
+    arrived = wire.unpack(wire.pack(Update({"delta": part})))
+    assert isinstance(arrived, Update)
+    assert tree.equal(arrived.parts["delta"].tree, part.tree)
+
+
+def test_a_product_of_two_parts_is_right_in_the_mean():
+    """Rows and columns of a stack draw apart: E[Q(b) Q(a)] = b a. Drawn together, it would be 1 for halves."""
+    half, draws = torch.tensor([0.5, 1.0], dtype=torch.float64), 4000
+    update, made = Update({"rows": Part({"w": half}, 1.0), "columns": Part({"w": half}, 0.0)}), []
+    for index in range(draws):
+        sent, _ = Quantize(bits=1).encode(update, {}, {}, Local(replace(CTX, round=index)))
+        made.append([sent.parts[name].tree["w"][0] for name in ("rows", "columns")])
+    rows, columns = torch.tensor(made, dtype=torch.float64).T
+    assert abs(float((rows * columns).mean()) - 0.25) < 5 * (1 - 0.25**2) ** 0.5 / draws**0.5
+    assert float((rows * rows).mean()) == 1, "the same draw twice"
+
+
+def test_marks_are_exact_and_say_so():
+    marks = {"w": torch.tensor([1.0, 1.0, 0.0])}
+    update = Update({"holders": Part(marks, 3.0, exact=True), "other": Part(marks, 3.0)})
+    sent, _ = Quantize(bits=1).encode(update, {}, {}, Local(CTX))
+    assert tree.equal(sent.parts["holders"].tree, marks)
+    assert sent.parts["other"].tree["w"][2] != 0, "one bit has no zero"
+
+
 def test_half_precision_becomes_float32_so_that_the_codes_survive():
     leaf = torch.linspace(-1, 1, 300).to(torch.bfloat16)
     part = rounded(Quantize(bits=8), leaf)

@@ -1,0 +1,148 @@
+"""The table of LoRA aggregations and what goes with them, written into its page when the site is built.
+
+MkDocs runs this file as a hook. A row is a method of the catalog that needs the adapter lora; a column is a stage that
+may be put beside it, or clients of unequal ranks. What a cell says is what `check` says of the two together, and the
+tests run every cell: see `tests/compat`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedllm import config
+from fedllm.catalog import METHODS, name_of
+from fedllm.check import check, check_ranks
+from fedllm.errors import CheckError
+from fedllm.experiment import Experiment
+from fedllm.stage import Bracket, Stage
+from fedllm.stages.adagrad import Adagrad
+from fedllm.stages.adam import Adam
+from fedllm.stages.dyn import Dyn
+from fedllm.stages.momentum import Momentum
+from fedllm.stages.nesterov import Nesterov
+from fedllm.stages.prox import Prox
+from fedllm.stages.quantize import Quantize
+from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.top_k import TopK
+from fedllm.stages.uniform import Uniform
+from fedllm.stages.yogi import Yogi
+from fedllm.update import Profile
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+PLACE = "<!-- compatibility -->"
+RANKS = "unequal ranks"
+PARTNERS: tuple[Stage, ...] = (
+    *(Momentum(), Adagrad(), Adam(), Yogi(), Nesterov()),
+    *(Prox(), Scaffold(), Dyn(), TopK(0.1), Quantize(4)),
+)
+EQUAL_WEIGHTS = (Scaffold, Dyn)  # as their own presets have them
+PROFILES = {"bank": Profile(), "clinic": Profile(rank=4)}
+SPEC = {
+    "task": {"model": "tiny-llama", "dtype": "float64"},
+    "federation": {"shards": {"data": "quickstart"}},
+    "work": {"sgd": {"lr": 0.1, "steps": 2, "batch_size": 2, "max_length": 32}},
+}
+
+
+class Cell(NamedTuple):
+    """A method beside a partner. `experiment` is one that `check` lets pass; None: refused, for a reason."""
+
+    experiment: Experiment | None = None
+    reason: str = ""
+
+
+def aggregations() -> list[str]:
+    """The rows: every method that needs the adapter lora."""
+    return [name for name, method in METHODS.items() if method.adapter == "lora"]
+
+
+def columns() -> list[str]:
+    """The partners' names, and the unequal ranks."""
+    return [*map(name_of, PARTNERS), RANKS]
+
+
+def alone(method: str) -> Experiment:
+    """A method as its preset has it."""
+    return config.build({**SPEC, "method": method})
+
+
+def cell(method: str, column: str) -> Cell:
+    """What `check` says. The reason is that of the partner's first place."""
+    if column == RANKS:
+        return _with_ranks(alone(method))
+    (partner,) = (stage for stage in PARTNERS if name_of(stage) == column)
+    return beside(alone(method), partner)
+
+
+def beside(experiment: Experiment, partner: Stage) -> Cell:
+    """The partner among the stages of its bracket: at the first of its places that `check` lets pass."""
+    reasons = []
+    for stages in placed(weighed(experiment, partner).stages, partner):
+        try:
+            check(replace(experiment, stages=stages))
+        except CheckError as error:
+            reasons.append(str(error))
+        else:
+            return Cell(replace(experiment, stages=stages))
+    return Cell(reason=reasons[0])
+
+
+def weighed(experiment: Experiment, partner: Stage) -> Experiment:
+    """The experiment, all clients weighing the same beside a partner whose preset has it so."""
+    if not isinstance(partner, EQUAL_WEIGHTS):
+        return experiment
+    equal = (Uniform() if stage.bracket is Bracket.WEIGH else stage for stage in experiment.stages)
+    return replace(experiment, stages=tuple(equal))
+
+
+def placed(stages: Sequence[Stage], partner: Stage) -> Iterator[tuple[Stage, ...]]:
+    """A list of stages with one more, at each place of its bracket, the outermost first."""
+    first = sum(stage.bracket < partner.bracket for stage in stages)
+    last = sum(stage.bracket <= partner.bracket for stage in stages)
+    for place in range(first, last + 1):
+        yield (*stages[:place], partner, *stages[place:])
+
+
+def _with_ranks(experiment: Experiment) -> Cell:
+    try:
+        check(experiment)
+        check_ranks(experiment, PROFILES)
+    except CheckError as error:
+        return Cell(reason=str(error))
+    return Cell(experiment)
+
+
+def table() -> str:
+    """Markdown: the table, and its reasons by number."""
+    reasons: list[str] = []
+    lines = [f"| method | {' | '.join(columns())} |", "| --- " * (1 + len(columns())) + "|"]
+    for method in aggregations():
+        cells = [_words(cell(method, column), column, reasons) for column in columns()]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    listed = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *listed])
+
+
+def _words(found: Cell, column: str, reasons: list[str]) -> str:
+    if found.experiment is not None:
+        return "yes"
+    reason = found.reason.replace(column, "STAGE")
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"no ({reasons.index(reason) + 1})"
+
+
+def filled(markdown: str) -> str:
+    """A page with its table."""
+    return markdown.replace(PLACE, table()) if PLACE in markdown else markdown
+
+
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write the table where a page asks for it."""
+    return filled(markdown)
