@@ -251,22 +251,21 @@ def _factors(experiment: Experiment) -> None:
 
 
 def _bases(stages: Sequence[Stage]) -> None:
-    for place, rebasing in enumerate(stages):
-        if not rebasing.rebases:
-            continue
-        for stage in stages[:place]:
-            if stage.needs_basis:
+    for place, stage in enumerate(stages):
+        for before in stages[:place]:
+            if stage.rebases and before.needs_basis:
                 raise CheckError(
-                    f"stages: {_name(stage)} is right only while an entry of lora_A or lora_B stands for the same in "
-                    f"all rounds, but {_name(rebasing)} writes their product in another basis after each; leave out "
-                    "one of the two"
+                    f"stages: {_name(before)} is right only while an entry of lora_A or lora_B stands for the same in "
+                    f"all rounds, but {_name(stage)} writes their product in another basis after each; leave out one "
+                    "of the two"
                 )
-        for stage in stages[place + 1 :]:
-            if stage.needs_basis and rebasing.makes:
-                parts = ", ".join(f"'{part}'" for part in sorted(rebasing.makes))
+        for behind in stages[place + 1 :]:
+            if stage.reshapes and stage.makes and behind.needs_basis:
+                parts = ", ".join(f"'{part}'" for part in sorted(stage.makes))
                 raise CheckError(
-                    f"stages: {_name(stage)} stands behind {_name(rebasing)}, which takes lora_A and lora_B out of the "
-                    f"delta (into {parts}), so that it would not see them; leave out one of the two"
+                    f"stages: {_name(behind)} stands behind {_name(stage)}, which takes lora_A and lora_B out of the "
+                    f"delta (into {parts}), so that it would not see them; put it before {_name(stage)}, or leave out "
+                    "one of the two"
                 )
 
 

@@ -105,9 +105,10 @@ class Turn(Stage):
 
 
 @dataclass(frozen=True)
-class Away(Turn):
-    """Takes them out of the delta, too."""
+class Away(Stage):
+    """Takes the factors out of the delta."""
 
+    reshapes: ClassVar[bool] = True
     makes: ClassVar[frozenset[str]] = frozenset({"rows"})
 
 
@@ -307,7 +308,7 @@ RULES = {
     "single entries that are gone": (
         of(Prox(), Away(), TopK(0.5), Uniform()),
         r"top_k stands behind away, which takes lora_A and lora_B out of the delta \(into 'rows'\), so that it would",
-        of(Away(), Prox(), Uniform(), Quantize(8)),
+        of(Prox(), TopK(0.5), Away(), Uniform()),
     ),
     "SCAFFOLD and AdamW": (
         of(Scaffold(), Uniform(), work=Sgd(optimizer="adamw", steps=1)),

@@ -53,6 +53,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "ffa_lora": ONE_SHAPE,
     "rolora": ONE_SHAPE,
     "fedsa_lora": ONE_SHAPE,
+    "lora_fair": ONE_SHAPE,
     "zero_padding": {},
     "rbla": {},
     "flexlora": ONE_BASIS,
@@ -202,6 +203,21 @@ def test_the_page_holds_every_cell() -> None:
 # Why what is refused is refused.
 
 
+@pytest.mark.parametrize("method", pages.aggregations())
+def test_a_method_says_whether_it_writes_factors_in_another_basis(method: str, bench: Bench, middle: Tree) -> None:
+    """Where it does not, factors that begin with another sign end with another sign, round by round."""
+    experiment = bench.ready(pages.alone(method))
+    initial = load(experiment.task).bound(experiment.key).fresh(experiment.key)
+    start = {**initial, **{name: leaf for name, leaf in middle.items() if name in initial}}
+    layers = factors.layers(initial)  # those of which a client trains both sides
+    one, two = (course(experiment, leaves) for leaves in (start, mirrored(start, layers)))
+    declared = any(stage.rebases for stage in experiment.stages)
+    if declared:
+        assert distance(products(one), products(two)) < 1e-9, "another sign is another result, whatever the basis"
+    turned = distance(mirrored(one, layers), two)
+    assert turned > 1e-6 if declared else turned < 1e-9, f"rebases is {declared}, but the factors turn by {turned:.1e}"
+
+
 def behind(experiment: Experiment, stage: Stage) -> Experiment:
     """With the stage behind the aggregation's own, where `check` does not let it stand."""
     *before, weigher = experiment.stages
@@ -212,14 +228,18 @@ def in_front(experiment: Experiment, stage: Stage) -> Experiment:
     return replace(experiment, stages=(stage, *experiment.stages))
 
 
-def mirrored(leaves: Tree) -> Tree:
-    """The same products B A, the first component of each layer with the other sign on both sides."""
+def mirrored(leaves: Tree, layers: Sequence[str]) -> Tree:
+    """The same products B A, the first component of each layer with the other sign on both sides, as far as they are
+    among the leaves."""
     found = {name: leaf.clone() for name, leaf in leaves.items()}
-    for layer in factors.layers(found):
-        b, a = factors.pair(found, layer)
-        b[:, 0] *= -1
-        a[0] *= -1
+    for layer in layers:
+        for first in (found[name].T if name.endswith("B") else found[name] for name in sides(layer) if name in found):
+            first[0] *= -1
     return found
+
+
+def sides(layer: str) -> tuple[str, str]:
+    return f"{layer}.{factors.A}", f"{layer}.{factors.B}"
 
 
 def products(leaves: Tree) -> Tree:
@@ -236,7 +256,7 @@ def middle(bench: Bench) -> Tree:
 
 def apart(experiment: Experiment, middle: Tree) -> float:
     """How far the products end from each other when the same ones are written in two ways at the start."""
-    one, two = (products(course(experiment, leaves)) for leaves in (middle, mirrored(middle)))
+    one, two = (products(course(experiment, leaves)) for leaves in (middle, mirrored(middle, factors.layers(middle))))
     return distance(one, two)
 
 
@@ -253,11 +273,12 @@ def test_what_is_refused_before_a_stack_would_see_it(name: str, bench: Bench, mi
     assert apart(wrong, middle) > 1e-6
 
 
+@pytest.mark.parametrize("stage", ["lora_stack", "lora_fair"])
 @pytest.mark.parametrize("name", ONE_BASIS)
-def test_what_stands_behind_a_stack_is_refused(name: str) -> None:
-    equal = pages.weighed(pages.alone("flexlora"), CASES[name].stage)
-    with pytest.raises(CheckError, match=f"{name} stands behind lora_stack, which takes lora_A and lora_B out of the"):
-        check(behind(equal, CASES[name].stage))
+def test_what_stands_behind_a_stack_is_refused(name: str, stage: str) -> None:
+    plain = pages.weighed(pages.alone("flexlora" if stage == "lora_stack" else stage), CASES[name].stage)
+    with pytest.raises(CheckError, match=f"{name} stands behind {stage}, which takes lora_A and lora_B out of the"):
+        check(behind(plain, CASES[name].stage))
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_BASIS if name != "dyn"])  # dyn still pulls
