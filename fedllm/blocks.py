@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedllm import factors
-from fedllm.packing import Packing, Window
+from fedllm.packing import Box, Packing
 from fedllm.tree import Tree
 from fedllm.update import Local, Part, Update
 
@@ -32,7 +32,7 @@ def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Upda
     rows: Tree = {}
     columns: Tree = {}
     holders: Tree = {}
-    windows: dict[str, Window] = {}
+    windows: dict[str, Box] = {}
     for layer in factors.layers(part.tree):
         b, a = (s + d for s, d in zip(factors.pair(start, layer), factors.pair(part.tree, layer), strict=True))
         most = len(local.fresh[f"{layer}.{factors.A}"])
@@ -53,5 +53,5 @@ def _among(block: Tensor, first: int, count: int) -> Tensor:
     return whole
 
 
-def _windows(leaves: Tree, windows: dict[str, Window]) -> Packing:
+def _windows(leaves: Tree, windows: dict[str, Box]) -> Packing:
     return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})

@@ -2,7 +2,7 @@
 
     low bit   value = code * scale of its block      codes in -L..L, L = 2^(bits-1) - 1; bits = 1: -1 or +1
     sparse    positions (int32) and values of the entries that are not zero
-    window    the values of a box (a range of each axis) outside of which all are zero
+    window    the values of a box (a range of each axis), or at places of one axis; outside of them all are zero
 
 Packing loses nothing: a stage puts values on the grid, the wire only writes the codes.
 """
@@ -15,14 +15,25 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Window = tuple[tuple[int, int], ...]  # the range of each axis
+Box = tuple[tuple[int, int], ...]  # the range of each axis
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Rising places of one axis: rows of a matrix, or columns."""
+
+    axis: int
+    places: tuple[int, ...]
+
+
+Window = Box | Picks
 
 
 @dataclass(frozen=True)
 class Packing:
     """`bits` with one scale per block of `block` values of a leaf, or `sparse`; none of them is dense.
 
-    Of a leaf in `windows` only a box is laid out, densely or in `bits`: the values of its blocks are the box's.
+    Of a leaf in `windows` only that much is laid out, densely or in `bits`: the values of its blocks are the window's.
     """
 
     sparse: bool = False
@@ -37,17 +48,46 @@ SPARSE = Packing(sparse=True)
 
 
 def inside(leaf: Tensor, window: Window | None) -> Tensor:
-    """The view of a leaf's window. None: the leaf."""
-    return leaf if window is None else leaf[tuple(slice(*edges) for edges in window)]
+    """The values in a leaf's window, in its order of axes. None: the leaf."""
+    return leaf if window is None else leaf[_index(window)]
 
 
-def among_zeros(box: Tensor, window: Window | None, shape: torch.Size) -> Tensor:
-    """A leaf of zeros with `box` in its window. None: the box is the leaf."""
+def among_zeros(held: Tensor, window: Window | None, shape: torch.Size) -> Tensor:
+    """A leaf of zeros with `held` in its window. None: what is held is the leaf."""
     if window is None:
-        return box
-    whole = box.new_zeros(shape)
-    inside(whole, window).copy_(box)
+        return held
+    whole = held.new_zeros(shape)
+    whole[_index(window)] = held
     return whole
+
+
+def _index(window: Window) -> tuple[slice | Tensor, ...]:
+    if isinstance(window, Picks):
+        return (*[slice(None)] * window.axis, torch.tensor(window.places, dtype=torch.int64))
+    return tuple(slice(*edges) for edges in window)
+
+
+def num_bytes(leaves: Mapping[str, Tensor], form: Packing) -> int:
+    """Bytes of the values of a part as they stand on the wire.
+
+    A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales; one with a
+    window as much as the values of the window.
+    """
+    return sum(_leaf_bytes(name, leaf, form) for name, leaf in leaves.items())
+
+
+def few_bits_bytes(count: int, bits: int, block: int, scale_size: int) -> int:
+    """Bytes of `count` values in few bits, and of their scales."""
+    return -(-count * bits // 8) + -(-count // block) * scale_size
+
+
+def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
+    if form.sparse:
+        return int(torch.count_nonzero(leaf)) * (4 + leaf.element_size())
+    leaf = inside(leaf, form.windows.get(name))
+    if form.bits is not None and name in form.scales:
+        return few_bits_bytes(leaf.numel(), form.bits, form.block, form.scales[name].element_size())
+    return leaf.numel() * leaf.element_size()
 
 
 def levels(bits: int) -> int:
@@ -65,6 +105,23 @@ def blocks(leaf: Tensor, block: int) -> Tensor:
 def values(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
     """Codes (rows, block) and scales (rows,) back to a leaf; a scale of 0 gives +0."""
     return (codes.to(scales.dtype) * scales[:, None] + 0.0).reshape(-1)[: shape.numel()].reshape(shape)
+
+
+def rounded(rows: Tensor, bits: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codes (rows, block) in -L..L and scales (rows,) of values (rows, block); the mean over draws is the values.
+
+    Scale: the largest of a row over L. 8 and 4 bits: the code below, or the one above with probability the rest; 1 bit:
+    +1 with probability (1 + x / scale) / 2.
+    """
+    top = levels(bits)
+    scales = rows.abs().amax(1) / top
+    ratio = rows / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
+    draws = torch.rand(rows.shape, generator=generator, dtype=rows.dtype).to(rows.device)
+    if bits == 1:
+        signs = torch.where(draws < (1 + ratio) / 2, 1.0, -1.0)
+        return signs * (scales != 0)[:, None], scales
+    below = ratio.floor()
+    return (below + (draws < ratio - below)).clamp(-top, top), scales
 
 
 def codes(leaf: Tensor, scales: Tensor, block: int) -> Tensor:

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fedllm import packing, tree
 from fedllm.errors import WireError
-from fedllm.packing import Packing, Window
+from fedllm.packing import Packing, Picks, Window
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Request, Update
 
@@ -53,9 +54,10 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _Part:
-    """A part without its values. `shapes` are those of the packed leaves, `windows` the boxes of those with one.
+    """A part without its values. `shapes` are those of the packed leaves; `windows` the boxes of those with one, and
+    `picks` the axis and the places of those with `Picks`.
 
-    With `bits` every packed leaf is in codes, and they are those of its box; without, a packed leaf has a box.
+    With `bits` every packed leaf is in codes, and they are those of its window; without, a packed leaf has a window.
     """
 
     weight: Weight | None
@@ -64,6 +66,7 @@ class _Part:
     block: Annotated[int, Field(ge=1)] = 128
     shapes: dict[str, list[Count]] = field(default_factory=dict)
     windows: dict[str, list[list[Count]]] = field(default_factory=dict)
+    picks: dict[str, tuple[Count, list[Count]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,29 +151,13 @@ def unpack(data: bytes) -> Message:
 
 
 def part_bytes(message: Message) -> dict[str, int]:
-    """Bytes of the values per part, as they stand on the wire; headers are not in them.
-
-    A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales; one with a
-    window as much as the values of the window.
-    """
+    """Bytes of the values per part, as they stand on the wire (`packing.num_bytes`); headers are not in them."""
     if isinstance(message, Request):
         sizes = {"params": tree.num_bytes(message.params), "extras": sum(map(tree.num_bytes, message.extras))}
         return {name: size for name, size in sizes.items() if size}
     if isinstance(message, Update):
-        return {
-            name: sum(_leaf_bytes(name_, leaf, part.packing) for name_, leaf in part.tree.items())
-            for name, part in message.parts.items()
-        }
+        return {name: packing.num_bytes(part.tree, part.packing) for name, part in message.parts.items()}
     return {}
-
-
-def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
-    if form.sparse:
-        return int(torch.count_nonzero(leaf)) * (4 + leaf.element_size())
-    leaf = packing.inside(leaf, form.windows.get(name))
-    if form.bits is not None and name in form.scales:
-        return -(-leaf.numel() * form.bits // 8) + tree.num_bytes({name: form.scales[name]})
-    return tree.num_bytes({name: leaf})
 
 
 def _without_values(part: Part) -> _Part:
@@ -180,8 +167,10 @@ def _without_values(part: Part) -> _Part:
     assert form.bits in (8, 4, 1, None), form.bits
     packed = form.windows if form.bits is None else form.scales
     shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in packed}
-    windows = {name: [*map(list, form.windows[name])] for name in shapes if name in form.windows}
-    return _Part(part.weight, False, form.bits, form.block, shapes, windows)  # type: ignore[arg-type]
+    held = {name: form.windows[name] for name in shapes if name in form.windows}
+    windows = {name: [*map(list, box)] for name, box in held.items() if not isinstance(box, Picks)}
+    picks = {name: (found.axis, list(found.places)) for name, found in held.items() if isinstance(found, Picks)}
+    return _Part(part.weight, False, form.bits, form.block, shapes, windows, picks)  # type: ignore[arg-type]
 
 
 def _laid_out(place: int, part: Part) -> Iterator[tuple[str, Tensor]]:
@@ -228,7 +217,7 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
             return Request(params, extras, header.ctx)
         case _Update():
             entries = header.parts.values()
-            unfolded = [entry for entry in entries if entry.sparse or entry.windows]
+            unfolded = [entry for entry in entries if entry.sparse or entry.windows or entry.picks]
             zeros = sum(math.prod(shape) for entry in unfolded for shape in entry.shapes.values())
             _demand(zeros <= max(MOST_VALUES, MOST_VALUES_PER_BYTE * size), f"it would unfold to {zeros} values")
             parts = {name: _part(place, entry, tensors) for place, (name, entry) in enumerate(header.parts.items())}
@@ -244,10 +233,12 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
 def _part(place: int, entry: _Part, tensors: Tree) -> Part:
     leaves = tree.branch(tensors, f"part{place}")
     scales: Tree = {}
-    _demand(entry.windows.keys() <= entry.shapes.keys(), "a window has no shape")
+    _demand(entry.windows.keys() | entry.picks.keys() <= entry.shapes.keys(), "a window has no shape")
+    _demand(not entry.windows.keys() & entry.picks.keys(), "a leaf has two windows")
     windows = {name: _window(edges, entry.shapes[name]) for name, edges in entry.windows.items()}
+    windows |= {name: _picks(*found, entry.shapes[name]) for name, found in entry.picks.items()}
     for name, shape in entry.shapes.items():
-        box = [stop - start for start, stop in windows[name]] if name in windows else shape
+        box = _held(windows.get(name), shape)
         if entry.sparse:
             leaves[name] = _spread(leaves[name], tensors[f"index{place}/{name}"], shape)
         elif entry.bits is not None:
@@ -265,6 +256,20 @@ def _window(edges: Sequence[Sequence[int]], shape: Sequence[int]) -> Window:
     within = pairs and all(pair[0] <= pair[1] <= size for pair, size in zip(edges, shape, strict=True))
     _demand(within, "a window does not lie in its leaf")
     return tuple((pair[0], pair[1]) for pair in edges)
+
+
+def _picks(axis: int, places: Sequence[int], shape: Sequence[int]) -> Window:
+    """Rising places along an axis of a leaf of this shape."""
+    within = axis < len(shape) and all(place < shape[axis] for place in places)
+    _demand(within and all(low < high for low, high in pairwise(places)), "picks do not rise within their leaf")
+    return Picks(axis, tuple(places))
+
+
+def _held(window: Window | None, shape: Sequence[int]) -> list[int]:
+    """The shape of a leaf's window."""
+    if isinstance(window, Picks):
+        return [len(window.places) if axis == window.axis else size for axis, size in enumerate(shape)]
+    return list(shape) if window is None else [stop - start for start, stop in window]
 
 
 def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:

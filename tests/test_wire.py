@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedllm import packing, tree, wire
 from fedllm.errors import WireError
-from fedllm.packing import DENSE, SPARSE, Packing
+from fedllm.packing import DENSE, SPARSE, Packing, Picks, Window
 from fedllm.rng import Key
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Profile, Request, Update
@@ -76,24 +76,39 @@ def quantized(draw: st.DrawFn) -> tuple[Tree, Packing]:
 
 
 @st.composite
+def picked(draw: st.DrawFn, shape: torch.Size) -> Picks:
+    """Some places, or none, of an axis of a leaf that has one."""
+    axis = draw(st.integers(0, len(shape) - 1))
+    return Picks(axis, tuple(place for place in range(shape[axis]) if draw(st.booleans())))
+
+
+@st.composite
 def windowed(draw: st.DrawFn, weight: float | None) -> Part:
-    """Leaves that are zero outside of a box."""
+    """Leaves that are zero outside of a box, or of some places of an axis."""
     held, windows = draw(trees()), {}
     for name, leaf in held.items():
-        windows[name] = tuple(tuple(sorted(draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in leaf.shape)
-        cut = torch.zeros_like(leaf)
-        packing.inside(cut, windows[name]).copy_(packing.inside(leaf, windows[name]))
-        held[name] = cut
+        if leaf.dim() and draw(st.booleans()):
+            windows[name] = draw(picked(leaf.shape))
+        else:
+            windows[name] = tuple(tuple(sorted(draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in leaf.shape)
+        held[name] = packing.among_zeros(packing.inside(leaf, windows[name]), windows[name], leaf.shape)
     return Part(held, weight, Packing(windows=windows))
 
 
 @st.composite
 def windowed_bits(draw: st.DrawFn, weight: float | None) -> Part:
-    """Leaves on a grid, some of them at a place among zeros."""
+    """Leaves on a grid, some of them at a place, or at places of an axis, among zeros."""
     boxes, form = draw(quantized())
-    held, windows = dict(boxes), {}
+    held: Tree = dict(boxes)
+    windows: dict[str, Window] = {}
     for name in form.scales:
-        if draw(st.booleans()):
+        if boxes[name].dim() and draw(st.booleans()):
+            axis, shape = draw(st.integers(0, boxes[name].dim() - 1)), list(boxes[name].shape)
+            gaps = draw(st.lists(st.integers(1, 3), min_size=shape[axis], max_size=shape[axis]))
+            windows[name] = Picks(axis, tuple(sum(gaps[: place + 1]) - 1 for place in range(shape[axis])))
+            shape[axis] = sum(gaps) + draw(st.integers(0, 2))
+            held[name] = packing.among_zeros(boxes[name], windows[name], torch.Size(shape))
+        elif draw(st.booleans()):
             first = draw(st.lists(st.integers(0, 3), min_size=boxes[name].dim(), max_size=boxes[name].dim()))
             windows[name] = tuple((at, at + size) for at, size in zip(first, boxes[name].shape, strict=True))
             shape = torch.Size(stop + draw(st.integers(0, 2)) for _, stop in windows[name])
@@ -229,6 +244,10 @@ def test_what_is_unpacked_is_writable_and_owns_its_memory(form: str) -> None:
     assert data == copy and leaf.tolist() == [0.0, 2.0, -4.0]
 
 
+ROWS = torch.zeros(6, 7).index_fill(0, torch.tensor([1, 4]), 1.0)
+TWO_ROWS = {"w": Picks(0, (1, 4))}
+
+
 @pytest.mark.parametrize(
     ("part", "size"),
     [
@@ -238,6 +257,9 @@ def test_what_is_unpacked_is_writable_and_owns_its_memory(form: str) -> None:
         (Part({"w": torch.eye(9, dtype=torch.int8)}, packing=SPARSE), 9 * (4 + 1)),
         (Part({"w": -torch.zeros(9)}, packing=SPARSE), 0),
         (Part({"w": torch.eye(9)[:, :2]}, packing=Packing(windows={"w": ((0, 2), (0, 2))})), 4 * 4),
+        (Part({"w": ROWS, "v": ROWS.T}, packing=Packing(windows={**TWO_ROWS, "v": Picks(1, (1, 4))})), 2 * 2 * 7 * 4),
+        (Part({"w": 0 * ROWS}, packing=Packing(windows={"w": Picks(1, ())})), 0),
+        (Part({"w": ROWS}, packing=Packing(bits=4, block=4, scales={"w": torch.ones(4)}, windows=TWO_ROWS)), 7 + 4 * 4),
     ],
 )
 def test_sizes_by_hand(part: Part, size: int) -> None:
@@ -286,8 +308,9 @@ def test_values_off_their_grid_are_not_rounded_in_silence() -> None:
 
 
 def test_values_outside_of_their_window_are_not_dropped_in_silence() -> None:
-    with pytest.raises(AssertionError, match="outside of its window"):
-        wire.pack(Update({"d": Part({"w": torch.eye(3)}, 1.0, Packing(windows={"w": ((0, 2), (0, 3))}))}))
+    for window in (((0, 2), (0, 3)), Picks(1, (0, 2))):
+        with pytest.raises(AssertionError, match="outside of its window"):
+            wire.pack(Update({"d": Part({"w": torch.eye(3)}, 1.0, Packing(windows={"w": window}))}))
 
 
 BOX_OF_BITS = Packing(bits=4, block=2, scales={"w": torch.ones(2)}, windows={"w": ((0, 2), (0, 2))})
@@ -302,6 +325,8 @@ EXAMPLES: tuple[wire.Message, ...] = (
             "counts": Part({"n": torch.tensor(3)}, 0.0),
             "box": Part({"w": torch.eye(3)[:, :2]}, 1.0, Packing(windows={"w": ((0, 2), (0, 2))})),
             "low box": Part({"w": torch.eye(3)[:, :2]}, 1.0, BOX_OF_BITS),
+            "rows": Part({"w": torch.eye(3)[:2].mT}, 1.0, Packing(windows={"w": Picks(0, (0, 1))})),
+            "low rows": Part({"w": ROWS}, 1.0, Packing(bits=4, scales={"w": torch.ones(1)}, windows=TWO_ROWS)),
         }
     ),
     Failure("a", 1, "gone"),
@@ -456,6 +481,20 @@ LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]
     "window is text": (UPDATE, at("parts", "box", "windows", "w", value=[["0", "2"], [0, 2]])),
     "window of another": (UPDATE, at("parts", "box", "windows", value={"v": [[0, 2], [0, 2]]})),
     "no windows": (UPDATE, lambda header, tensors: header["parts"]["box"].pop("windows")),
+    "picks of another axis": (UPDATE, at("parts", "rows", "picks", "w", value=[1, [0, 1]])),
+    "picks of no axis": (UPDATE, at("parts", "rows", "picks", "w", value=[2, [0, 1]])),
+    "picks below 0": (UPDATE, at("parts", "rows", "picks", "w", value=[0, [-1, 1]])),
+    "picks fall": (UPDATE, at("parts", "rows", "picks", "w", value=[0, [1, 0]])),
+    "picks twice": (UPDATE, at("parts", "rows", "picks", "w", value=[0, [1, 1]])),
+    "picks too large": (UPDATE, at("parts", "rows", "picks", "w", value=[0, [1, 3]])),
+    "picks too many": (UPDATE, at("parts", "rows", "picks", "w", value=[0, [0, 1, 2]])),
+    "picks are text": (UPDATE, at("parts", "rows", "picks", "w", value=[0, "01"])),
+    "picks of another": (UPDATE, at("parts", "rows", "picks", value={"v": [0, [0, 1]]})),
+    "picks and a window": (UPDATE, at("parts", "rows", "windows", value={"w": [[0, 3], [0, 2]]})),
+    "no picks": (UPDATE, lambda header, tensors: header["parts"]["rows"].pop("picks")),
+    "low rows of one": (UPDATE, at("parts", "low rows", "picks", "w", value=[0, [1]])),
+    "low rows without bits": (UPDATE, lambda header, tensors: header["parts"]["low rows"].pop("bits")),
+    "huge leaf of picks": (UPDATE, at("parts", "rows", "shapes", "w", value=[3, 2**40])),
     "huge leaf of a window": (UPDATE, at("parts", "box", "shapes", "w", value=[2**40, 2])),
     "value too many": (UPDATE, put(part9__w=torch.ones(2))),
     "value outside": (UPDATE, put(w=torch.ones(2))),

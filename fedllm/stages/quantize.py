@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.packing import SPARSE, Packing, among_zeros, blocks, inside, levels, values
+from fedllm.packing import SPARSE, Packing, among_zeros, blocks, inside, rounded, values
 from fedllm.ranges import require
 from fedllm.stage import Bracket, Norm, Stage
 from fedllm.tree import Tree
@@ -75,12 +75,4 @@ class Quantize(Stage):
 
     def _codes(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Codes (rows, block) in -L..L and scales (rows,) of values (rows, block)."""
-        top = levels(self.bits)
-        scales = rows.abs().amax(1) / top
-        ratio = rows / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]
-        draws = torch.rand(rows.shape, generator=generator, dtype=rows.dtype).to(rows.device)
-        if self.bits == 1:
-            signs = torch.where(draws < (1 + ratio) / 2, 1.0, -1.0)
-            return signs * (scales != 0)[:, None], scales
-        below = ratio.floor()
-        return (below + (draws < ratio - below)).clamp(-top, top), scales
+        return rounded(rows, self.bits, generator)
