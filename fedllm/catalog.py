@@ -33,8 +33,10 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
@@ -73,6 +75,8 @@ STAGES: Table = {
     "lora_fair": LoraFair,
     "lora_pad": LoraPad,
     "lora_stack": LoraStack,
+    "lora_prune": LoraPrune,
+    "lora_cap": LoraCap,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
@@ -158,6 +162,12 @@ METHODS: Mapping[str, Method] = {
     "flexlora": Method(("lora_stack", "by_examples"), "Bai et al. 2024, arXiv:2402.11505", adapter="lora"),
     "raflora": Method(
         ({"lora_stack": {"mean": "contributors"}}, "by_examples"), "2026, arXiv:2602.13486", adapter="lora"
+    ),
+    "hetlora": Method(("lora_prune", "by_examples"), "Cho et al. 2024, arXiv:2401.06432", adapter="lora"),
+    "haflq": Method(
+        ({"lora_pad": {"mean": "contributors"}}, "by_examples", "lora_cap"),
+        "Su et al. 2024, arXiv:2411.06581",
+        adapter="lora",
     ),
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
 }

@@ -6,9 +6,10 @@ parts       made once, taken by somebody, taken only behind the stage that makes
 bounds      what is bounded stays bounded, and holds every part
 integers    what yields them stands last, and is there if the aggregator adds integers
 secrecy     the server is shown sums, and no sum from which one client's update can be read
-shapes      kept leaves, and ranks that differ between clients, need an update of the right shape
+shapes      kept leaves, and ranks that differ between clients or shrink, need an update of the right shape
 factors     what works on both factors of an adapter finds both
 bases       what speaks of single entries of the factors finds them in one basis in all rounds
+bandwidth   what fits an update to its client's bandwidth stands last, and is there if a client has one
 optimisers  control terms go with the local rule that they are derived for
 """
 
@@ -43,9 +44,38 @@ def check(experiment: Experiment) -> None:
     _integers(experiment)
     _secrecy(experiment)
     _shapes(experiment)
+    _shrinking(stages)
     _factors(experiment)
     _bases(stages)
+    _capped(stages)
     _optimizers(experiment)
+
+
+def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
+    """Refuse clients whose devices the experiment does not suit.
+
+    Args:
+        profiles: by client, as `Federation.profile` gives them.
+
+    Raises:
+        CheckError: names the client, what its profile says, and what it does not go with.
+    """
+    check_ranks(experiment, profiles)
+    client, bandwidth = next(((c, p.bandwidth) for c, p in profiles.items() if p.bandwidth is not None), ("", None))
+    if bandwidth is None:
+        return
+    capped = f"federation: client {client} has a bandwidth of {bandwidth} bytes a round, but"
+    if not any(stage.caps for stage in experiment.trip):
+        raise CheckError(
+            f"{capped} no stage fits its updates to it; use method haflq, add the stage lora_cap, or leave bandwidth "
+            "out"
+        )
+    for stage in experiment.trip:
+        if stage.needs_equal:
+            raise CheckError(
+                f"{capped} {_name(stage)} is right only if every client counts the same in each component; leave out "
+                "one of the two"
+            )
 
 
 def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
@@ -117,7 +147,13 @@ def _weigher(stages: Sequence[Stage]) -> Stage:
 
 
 def _weights(stages: Sequence[Stage], weigher: Stage) -> None:
+    own = next((stage for stage in stages if stage.own_weights), None)
     for stage in stages:
+        if own is not None and (stage.needs_equal or _bounds(stage)):
+            raise CheckError(
+                f"stages: {_name(stage)} is right only if every client weighs the same, but {_name(own)} gives each a "
+                "weight of its own; leave out one of the two"
+            )
         if stage.needs_equal and not weigher.equal:
             raise CheckError(
                 f"stages: {_name(stage)} is right only if every client weighs the same, but {_name(weigher)} weighs "
@@ -232,6 +268,34 @@ def _shapes(experiment: Experiment) -> None:
                     f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} turns the update "
                     "into another shape that needs them; leave out one of the two"
                 )
+            if stage.both_factors:
+                raise CheckError(
+                    f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} works on both "
+                    "factors of every layer; leave out one of the two"
+                )
+    reshaping: Stage | None = None
+    for stage in experiment.trip:
+        if reshaping is not None and stage.both_factors:
+            raise CheckError(
+                f"stages: {_name(stage)} works on the factors in the part 'delta', but {_name(reshaping)} takes them "
+                "out before it; leave out one of the two"
+            )
+        reshaping = stage if stage.reshapes else reshaping
+
+
+def _shrinking(stages: Sequence[Stage]) -> None:
+    """Before a stage that shrinks leaves, others encode them at their size of today; behind it, others receive them at
+    the size that they had."""
+    for place, stage in enumerate(stages):
+        if not stage.shrinks:
+            continue
+        before = [other for other in stages[:place] if type(other).encode is not Stage.encode]
+        behind = [other for other in stages[place + 1 :] if type(other).receive is not Stage.receive]
+        for other in (*before, *behind):
+            raise CheckError(
+                f"stages: {_name(other)} works on leaves of one size, but {_name(stage)} shrinks those of a client; "
+                f"put it {'behind' if other in before else 'before'} {_name(stage)}, or leave it out"
+            )
 
 
 def _factors(experiment: Experiment) -> None:
@@ -267,6 +331,17 @@ def _bases(stages: Sequence[Stage]) -> None:
                     f"delta (into {parts}), so that it would not see them; put it before {_name(stage)}, or leave out "
                     "one of the two"
                 )
+
+
+def _capped(stages: Sequence[Stage]) -> None:
+    cap: Stage | None = None
+    for stage in stages:
+        if cap is not None and type(stage).encode is not Stage.encode:
+            raise CheckError(
+                f"stages: {_name(stage)} comes after {_name(cap)}, which fits the update to a bandwidth, and would "
+                f"change its size; put it before {_name(cap)}, or leave it out"
+            )
+        cap = stage if stage.caps else cap
 
 
 def _optimizers(experiment: Experiment) -> None:

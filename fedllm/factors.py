@@ -5,6 +5,7 @@ A component is a row of A with its column of B; B A is the sum over the componen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -52,6 +53,47 @@ def padded(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[T
         windows[name] = tuple((0, size) for size in leaf.shape)
     same = all(found[name].shape == leaf.shape for name, leaf in leaves.items())
     return (dict(leaves), Packing()) if same else (found, Packing(windows=windows))
+
+
+def is_factor(name: str) -> bool:
+    """True of a leaf with components: a row each of lora_A, a column each of lora_B."""
+    return name.endswith((A, B))
+
+
+def axis(name: str) -> int:
+    """The axis of a factor's components."""
+    return 1 if name.endswith(B) else 0
+
+
+def along(name: str, share: Tensor) -> Tensor:
+    """A number for each component (rank,), in the shape that multiplies a factor."""
+    return share if name.endswith(B) else share[:, None]
+
+
+def holders(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tree:
+    """Of each factor of `leaves`, ones for the components that it has of `whole`, (rank of whole,)."""
+    return {
+        name: (torch.arange(whole[name].shape[axis(name)]) < leaf.shape[axis(name)]).to(leaf.dtype)
+        for name, leaf in leaves.items()
+        if is_factor(name)
+    }
+
+
+def faded(name: str, delta: Tensor, param: Tensor, share: Tensor) -> Tensor:
+    """The step to the mean of zero-padded factors, from the mean of their padded deltas.
+
+    `share` (rank,): the weights of those who have a component, over all weights; who lacks it counts with zeros.
+    """
+    return delta + (along(name, share) - 1) * param
+
+
+def norm(leaves: Mapping[str, Tensor]) -> float:
+    """The Frobenius norm of the products B A of all layers together, in float64.
+
+    ||B A||^2 = <B^T B, A A^T>: matrices of rank x rank, and no product. The order of the leaves changes no bit.
+    """
+    pairs = ((b.double(), a.double()) for b, a in (pair(leaves, layer) for layer in layers(leaves)))
+    return math.sqrt(math.fsum(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0) for b, a in pairs))
 
 
 def truncated(b: Tensor, a: Tensor, rank: int, where: str) -> Pair:

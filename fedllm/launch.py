@@ -10,7 +10,7 @@ from typing import Any
 
 from fedllm import loop
 from fedllm.catalog import name_of
-from fedllm.check import check, check_ranks
+from fedllm.check import check, check_profiles
 from fedllm.engine import Engine
 from fedllm.engines.choice import chosen
 from fedllm.errors import FedllmError, RunError
@@ -21,6 +21,7 @@ from fedllm.federation import Population
 from fedllm.folder import Folder, default_folder
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
+from fedllm.rehearsal import rehearse
 from fedllm.session import Session
 from fedllm.spec import Reader
 from fedllm.state import Checkpoints, Run
@@ -120,9 +121,11 @@ def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
         FedllmError: they cannot be had, or do not fit each other.
     """
     population = experiment.federation.load(experiment.key)
-    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
+    profiles = {client: experiment.federation.profile(client) for client in population.clients}
+    check_profiles(experiment, profiles)
     Scorer.of(experiment, population)
     model = load(experiment.task)
+    rehearse(experiment, model, profiles)
     return model, replace(population, report=_data_report(experiment, model, population))
 
 

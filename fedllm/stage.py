@@ -57,6 +57,9 @@ class Stage:
     rebases: ClassVar[bool] = False  # after its decode an entry of the parameters stands for something else than before
     needs_basis: ClassVar[bool] = False  # right only while an entry of the parameters stands for the same in all rounds
     shows_each: ClassVar[bool] = False  # a sum of its parts still shows every client's own
+    shrinks: ClassVar[bool] = False  # a client may be left with smaller leaves than it is sent, from round to round
+    caps: ClassVar[bool] = False  # fits what is sent to the bandwidth of the client's profile
+    own_weights: ClassVar[bool] = False  # weighs the delta of each client itself
     needs_equal: ClassVar[bool] = False  # right only if every client weighs the same
     equal: ClassVar[bool] = False  # of a weigher: every client weighs the same
     first: ClassVar[bool] = False  # must stand before every other stage

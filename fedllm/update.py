@@ -20,7 +20,7 @@ class Profile:
 
     Args:
         rank: of the adapter. device: the name of its class. steps, batch_size, lr: of the work; `steps` stands for the
-            work's `epochs`, too.
+            work's `epochs`, too. bandwidth: bytes that it may send in a round, of values.
     """
 
     rank: int | None = None
@@ -28,13 +28,18 @@ class Profile:
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
+    bandwidth: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("steps", 0), ("batch_size", 1)):
+        for name, least in (("rank", 1), ("steps", 0), ("batch_size", 1), ("bandwidth", 1)):
             value = self.__dict__[name]
             require(value is None or value >= least, self, field=name, value=value, allowed=f"{least} or more")
         lr = self.lr
         require(lr is None or 0 <= lr < math.inf, self, field="lr", value=lr, allowed="0 or more and finite")
+
+    def over(self, other: Profile) -> Profile:
+        """This profile; what it leaves open is as in the other."""
+        return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedllm.check import check, check_ranks
+from fedllm.check import check, check_profiles
 from fedllm.config import experiment_hash, find, load
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.folder import default_folder
@@ -16,7 +16,7 @@ def check_file(file: str, overrides: Sequence[str]) -> None:
     check(experiment)
     check_metrics(experiment.evaluation)
     population = experiment.federation.load(experiment.key)
-    check_ranks(experiment, {client: experiment.federation.profile(client) for client in population.clients})
+    check_profiles(experiment, {client: experiment.federation.profile(client) for client in population.clients})
     Scorer.of(experiment, population)
     data = population.report
     cohort = experiment.federation.sample(population.clients, 0, experiment.key.fold("cohort", 0))

@@ -53,6 +53,8 @@ class Shards(Federation):
         failure_rate, failures: clients that are lost, for simulations.
         profiles: shell-style pattern over the clients' names to what is different there
             (`{"cargo*": {rank: 4, steps: 2}}`). Of several that fit a client the longest counts.
+        devices: class of devices to what is different there (`{phone: {rank: 4, bandwidth: 100000}}`); holds for what a
+            profile of that `device` leaves open. The class `default` is that of all others.
     """
 
     data: str
@@ -65,6 +67,7 @@ class Shards(Federation):
     failure_rate: float = 0.0
     failures: tuple[Loss, ...] = ()
     profiles: Mapping[str, Profile] = field(default_factory=dict)
+    devices: Mapping[str, Profile] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash((self.data, self.clients, self.split, self.sampling, self.heldout))
@@ -76,6 +79,7 @@ class Shards(Federation):
             raise ConfigError(f"federation.shards.heldout is {self.heldout}; a fraction must be in [0, 1)")
         if not 0 <= self.failure_rate <= 1:
             raise ConfigError(f"federation.shards.failure_rate is {self.failure_rate}; it must be in [0, 1]")
+        self._check_devices()
 
     def load(self, key: Key) -> Population:
         """Read, split, hold out; once per process, as long as the files stay as they are.
@@ -106,13 +110,27 @@ class Shards(Federation):
         return None
 
     def profile(self, client: str) -> Profile:
-        """By `profiles`; all other devices are alike."""
+        """By `profiles`, and by `devices` what these leave open; all other devices are alike."""
         fitting = self._fitting(client)
-        return self.profiles[fitting[0]] if fitting else ALIKE
+        own = self.profiles[fitting[0]] if fitting else ALIKE
+        return own.over(self.devices.get(own.device, ALIKE))
 
     def _fitting(self, client: str) -> list[str]:
         """The patterns that fit a client, the longest first."""
         return sorted((pattern for pattern in self.profiles if fnmatchcase(client, pattern)), key=len, reverse=True)
+
+    def _check_devices(self) -> None:
+        """Each device is of a class that `devices` has, if it has any."""
+        known = {*self.devices, ALIKE.device}
+        for pattern, profile in self.profiles.items() if self.devices else ():
+            if profile.device not in known:
+                where = f"federation.shards.profiles.{pattern}.device"
+                raise ConfigError(f"{where}: unknown device '{profile.device}'{nearest(profile.device, self.devices)}")
+        for name, profile in self.devices.items():
+            if profile.device not in (ALIKE.device, name):
+                raise ConfigError(
+                    f"federation.shards.devices.{name}.device: a class is of no other class; leave it out"
+                )
 
     def _check_profiles(self, clients: Sequence[str]) -> None:
         """Each pattern fits a client, and none has two that say different things with the same right."""

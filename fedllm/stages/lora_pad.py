@@ -50,9 +50,8 @@ class LoraPad(Stage):
             return update, memory
         padded, packing = factors.padded(part.tree, local.fresh)
         packing = SPARSE if part.packing.sparse else packing
-        holders = {name: _ones(name, leaf, local.fresh[name]) for name, leaf in part.tree.items() if _is_factor(name)}
-        update = update.having("delta", replace(part, tree=padded, packing=packing))
-        return update.having("holders", Part(holders, exact=True)), memory
+        holders = Part(factors.holders(part.tree, local.fresh), exact=True)
+        return update.having("delta", replace(part, tree=padded, packing=packing)).having("holders", holders), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
         """From the mean of the padded deltas to the step of each component."""
@@ -67,16 +66,7 @@ class LoraPad(Stage):
 
     def _step(self, name: str, delta: Tensor, param: Tensor, share: Tensor) -> Tensor:
         """`share` (rank,): the weights of those who have the component, over all weights."""
-        along = share if name.endswith(factors.B) else share[:, None]
         if self.mean == "padded":
-            return delta + (along - 1) * param
+            return factors.faded(name, delta, param, share)
+        along = factors.along(name, share)
         return torch.where(along > 0, delta / along, 0)
-
-
-def _is_factor(name: str) -> bool:
-    return name.endswith((factors.A, factors.B))
-
-
-def _ones(name: str, leaf: Tensor, whole: Tensor) -> Tensor:
-    axis = 1 if name.endswith(factors.B) else 0
-    return (torch.arange(whole.shape[axis]) < leaf.shape[axis]).to(leaf.dtype)

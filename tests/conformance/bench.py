@@ -30,11 +30,12 @@ from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.task import Task
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Update
+from fedllm.update import Ctx, Profile, Update
 from fedllm.work import Job, run_work
 from fedllm.works.sgd import Sgd
 
 ROUNDS, STEPS, LR = 2, 3, 0.2
+BANDWIDTH = 3000  # bytes: some components of those that a client has, for stages that keep to it
 UNEQUAL = (("a", 5), ("b", 3))
 EQUAL = (("a", 4), ("b", 4))  # 4 is a power of two: weighing by it loses no bit
 TASK = Task("tiny-llama", adapter=Lora(rank=2, alpha=4, targets=("q_proj",)), dtype="float64")
@@ -72,10 +73,11 @@ class Bench:
             pairs = [(who, i) for who, count in sizes for i in range(count)]
             rows = [{"who": who, "prompt": f"{who} {i}?", "response": f"{i * i}!"} for who, i in pairs]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        profiles = {"*": Profile(bandwidth=BANDWIDTH)} if any(stage.caps for stage in stages) else {}
         failures = tuple(Loss(who, round) for round in lost for who, _ in sizes)
         return Experiment(
             task=TASK,
-            federation=Shards(str(data), split=By("who"), heldout=0.0, failures=failures),
+            federation=Shards(str(data), split=By("who"), heldout=0.0, failures=failures, profiles=profiles),
             work=WORK,
             stages=tuple(stages),
             evaluation=Evaluation(metrics=()),

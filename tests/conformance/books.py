@@ -5,6 +5,7 @@ A `Book` is FedAvg; each method overrides what it does otherwise. `play` is the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.conformance.bench import LR, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
+from tests.conformance.bench import BANDWIDTH, LR, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
 
 
 @dataclass
@@ -224,3 +225,78 @@ class LoraFairBook(Book):
             wanted = torch.cat([gap.T, gap.new_zeros(len(a), len(b))])
             means[f"{layer}.lora_B"] = b + torch.linalg.lstsq(known, wanted).solution.T
         return torch.cat([(means[name] - old[name]).reshape(-1) for name in sorted(old)])
+
+
+class HetLoraBook(Book):
+    """Cho et al. 2024: a penalty on the trailing components, self-pruning, zero padding, weights by norms of products.
+
+    A client's vector keeps its length; components that it has pruned are zeros, and so are their gradients.
+    """
+
+    def start(self, k: str, x: Tensor) -> Tensor:
+        return self.first(x, self.rank(k))
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        y = y.clone().requires_grad_()
+        return g + self.settings.penalty * torch.autograd.grad(self.trailing(k, y), y)[0]
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        before = self.start(k, x)
+        if self.trailing(k, before + delta) < self.trailing(k, before):
+            self.held[k] = torch.tensor(self.kept(k))
+        return self.first(before + delta, self.rank(k))
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        norms = [float(torch.cat([(b @ a).flatten() for b, a in self.pairs(after)]).norm()) for _, after in sent]
+        return sum(n * after for n, (_, after) in zip(norms, sent, strict=True)) / sum(norms) - x
+
+    def rank(self, k: str) -> int:
+        return int(self.held.get(k, 2))
+
+    def kept(self, k: str) -> int:
+        return math.ceil(self.settings.gamma * self.rank(k))
+
+    def trailing(self, k: str, y: Tensor) -> Tensor:
+        kept, rank = self.kept(k), self.rank(k)
+        return sum(b[:, kept:rank].norm() * a[kept:rank].norm() for b, a in self.pairs(y))
+
+    def pairs(self, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+        leaves = self.tree(y)
+        return [(leaves[n.replace("_A", "_B")], leaf) for n, leaf in leaves.items() if n.endswith("lora_A")]
+
+    def first(self, y: Tensor, rank: int) -> Tensor:
+        y = y.clone()
+        for b, a in self.pairs(y):
+            b[:, rank:], a[rank:] = 0, 0
+        return y
+
+
+class HaflqBook(Book):
+    """Su et al. 2024, by the change of a component's product: the components that fit the bandwidth, in full precision.
+
+    A component's mean is over those who sent it.
+    """
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        before, after, sent = self.tree(x), self.tree(x + delta), self.tree(torch.full_like(x, torch.nan))
+        moved, values = {}, {}
+        for name in [name for name in before if name.endswith("lora_A")]:
+            other = name.replace("_A", "_B")
+            for j in range(len(before[name])):
+                products = (torch.outer(leaves[other][:, j], leaves[name][j]) for leaves in (after, before))
+                moved[name, j] = float((next(products) - next(products)).norm())
+                values[name, j] = len(before[other]) + before[name].shape[1]
+        figures, marks = 3, 2 * len(moved)  # loss, steps, tokens; who holds what of each factor
+        room = BANDWIDTH // 8 - figures - marks
+        for name, j in sorted(moved, key=lambda component: -moved[component]):
+            if values[name, j] <= room:
+                room -= values[name, j]
+                other = name.replace("_A", "_B")
+                sent[name][j] = after[name][j] - before[name][j]
+                sent[other][:, j] = after[other][:, j] - before[other][:, j]
+        return torch.cat([sent[name].reshape(-1) for name in sorted(sent)])
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        weights = torch.stack([torch.where(delta.isnan(), 0, w) for w, delta in sent])
+        total = sum(w * delta.nan_to_num() for w, (_, delta) in zip(weights, sent, strict=True))
+        return torch.where(weights.sum(0) > 0, total / weights.sum(0), 0)

@@ -10,8 +10,10 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
@@ -37,6 +39,7 @@ class Case:
         rounding: of a stage that rounds, the largest step of its grid over the largest entry; instead of a book.
         keeps_space: the update keeps the shape of the parameters, so that it has neutral settings or a rounding, or
             says in its docstring why not.
+        needs: stages that make what it takes.
     """
 
     stage: Stage
@@ -46,12 +49,13 @@ class Case:
     rounding: float | None = None
     keeps_space: bool = True
     weigher: Stage = ByExamples()
+    needs: tuple[Stage, ...] = ()
 
     def trip(self, stage: Stage | None = None) -> tuple[Stage, ...]:
         """A list of stages around the case's own, or around `stage`."""
         chosen = self.stage if stage is None else stage
         others = () if chosen.bracket is Bracket.WEIGH else (self.weigher,)
-        return tuple(sorted((chosen, *others), key=lambda s: s.bracket))
+        return tuple(sorted((*self.needs, chosen, *others), key=lambda s: s.bracket))
 
 
 HUGE = 2.0**40  # Adagrad: Δ² is lost in the rounding of tau², so the denominator stays 2 tau
@@ -87,4 +91,6 @@ CASES: dict[str, Case] = {
     "lora_pad": Case(LoraPad(), books.Book, neutral=LoraPad()),  # of unequal ranks: tests/stages/test_lora_ranks.py
     "lora_fair": Case(LoraFair(penalty=0.3), books.LoraFairBook, keeps_space=False),
     "lora_stack": Case(LoraStack(), books.FlexLoraBook, keeps_space=False),
+    "lora_prune": Case(LoraPrune(gamma=0.5, penalty=1.0), books.HetLoraBook),
+    "lora_cap": Case(LoraCap(bits=(32,)), books.HaflqBook, needs=(LoraPad("contributors"),)),
 }

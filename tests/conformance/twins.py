@@ -16,8 +16,10 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
@@ -269,6 +271,29 @@ class LoraStackShaped(LoraStack):
         return (changed.having("delta", update.parts["delta"]) if "delta" in update.parts else changed), memory
 
 
+class LoraPrunePush(LoraPrune):
+    """Rewards what it should punish."""
+
+    def grads(self, grads, params, scratch):
+        changed = super().grads(grads, params, scratch)
+        return {name: 2 * grads[name] - leaf for name, leaf in changed.items()}
+
+
+class LoraPruneAlike(LoraPrune):
+    """All clients weigh the same."""
+
+    def encode(self, update, scratch, memory, local):
+        update, memory = super().encode(update, scratch, memory, local)
+        return Update({name: replace(part, weight=part.weight and 1.0) for name, part in update.parts.items()}), memory
+
+
+class LoraCapLeast(LoraCap):
+    """Sends what moved least."""
+
+    def _chosen(self, leaves, order, room):
+        return super()._chosen(leaves, order[::-1], room)
+
+
 class QuantizeUnscaled(Quantize):
     """Sends codes, not values."""
 
@@ -337,6 +362,9 @@ TWINS = (
     Twin("lora_fair", LoraFairBlind(), "equals_its_paper"),
     Twin("lora_stack", LoraStackTwice(), "equals_its_paper"),
     Twin("lora_stack", LoraStackShaped(), "declares_its_shape"),
+    Twin("lora_prune", LoraPrunePush(gamma=0.5, penalty=1.0), "equals_its_paper"),
+    Twin("lora_prune", LoraPruneAlike(gamma=0.5, penalty=1.0), "equals_its_paper"),
+    Twin("lora_cap", LoraCapLeast(bits=(32,)), "equals_its_paper"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),
     Twin("quantize", QuantizeOffGrid(bits=4), "survives_the_wire"),

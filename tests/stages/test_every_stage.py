@@ -18,8 +18,10 @@ from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
@@ -34,8 +36,8 @@ from tests.papers.quadratics import federate, leaves
 
 STAGES = [
     Adagrad(), Adam(), ByExamples(), Dyn(alpha=1.0), Keep(("*lora_B",)), Momentum(), Nesterov(), Prox(),
-    LoraFair(), LoraPad(), LoraStack(), Quantize(bits=8), Scaffold(allow=("adamw",)), TopK(fraction=0.3),
-    Uniform(), Yogi(),
+    LoraCap(), LoraFair(), LoraPad(), LoraPrune(), LoraStack(), Quantize(bits=8),
+    Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
 ]  # fmt: skip
 CTX = Ctx(round=0, key=Key(1), cohort=2, population=2, client="0")
 LOCAL = Local(CTX, {"examples": 3.0, "steps": 2, "lr_sum": 0.2, "tokens": 8}, leaves(0.5))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedllm import factors, launch, tree, wire
-from fedllm.aggregate import Sum
 from fedllm.check import check, check_ranks
 from fedllm.engines.batched import Batched
 from fedllm.engines.ray import Team
@@ -23,85 +21,21 @@ from fedllm.experiment import Demands, Experiment, Limits
 from fedllm.federations.shards import Shards
 from fedllm.federations.splits.by import By
 from fedllm.rng import Key
-from fedllm.stage import Arrival, Stage, down, merge, up
+from fedllm.stage import Stage, down
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.keep import Keep
+from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.scaffold import Scaffold
 from fedllm.stages.uniform import Uniform
 from fedllm.tasks.adapters.weights import Full
 from fedllm.tasks.task import Scope
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Local, Part, Profile, Request, Update
+from fedllm.update import Ctx, Profile
 from tests.doubles.kept import Kept
 from tests.engines.cohort import experiment, write_records
-
-LAYERS = {"q": (192, 576), "down": (576, 1536)}  # out, in
-RANKS, EXAMPLES = (4, 8, 16), (5, 3, 11)
-WEIGHTS = [n / sum(EXAMPLES) for n in EXAMPLES]
-
-
-def drawn(rank: int, seed: int) -> Tree:
-    generator = torch.Generator().manual_seed(seed)
-    found: Tree = {}
-    for layer, (size_out, size_in) in LAYERS.items():
-        b, a = (torch.randn(*shape, generator=generator) / 8 for shape in ((size_out, rank), (rank, size_in)))
-        found |= factors.named(layer, b, a)
-    return found
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round of clients whose factors after training are given."""
-
-    server: Tree
-    after: Sequence[Tree]
-    stage: Stage
-    examples: Sequence[int] = EXAMPLES
-
-    def trip(self) -> tuple[Stage, ...]:
-        return (self.stage, ByExamples())
-
-    def sent(self, k: int) -> Update:
-        ctx = Ctx(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=self.profile(k))
-        params, extras = down(self.trip(), self.server, ({}, {}), ctx)
-        request = wire.unpack(wire.pack(Request(params, extras, ctx)))
-        assert isinstance(request, Request)
-        scratch = tuple(stage.receive(request.params, {}, {}, Local(ctx))[1] for stage in self.trip())
-        delta = tree.sub(self.after[k], request.params)
-        local = Local(ctx, {"examples": self.examples[k]}, fresh=self.server)
-        arrival = Arrival(scratch, (frozenset(), frozenset()))
-        update, _ = up(self.trip(), Update({"delta": Part(delta)}), arrival, ({}, {}), local)
-        return update
-
-    def profile(self, k: int) -> Profile:
-        return Profile(rank=len(next(leaf for name, leaf in self.after[k].items() if name.endswith("lora_A"))))
-
-    def result(self) -> Tree:
-        """The server's parameters after the round; every message goes over the wire."""
-
-        def call(name, requests):
-            for k in range(len(self.after)):
-                yield str(k), wire.unpack(wire.pack(self.sent(k)))
-
-        total = Sum().reduce(call, {})
-        total, _ = merge(self.trip(), total, self.server, ({}, {}), Ctx(0, Key(0), len(self.after), len(self.after)))
-        assert total.parts.keys() == {"delta"}
-        return tree.add(self.server, total.parts["delta"].tree)
-
-
-def a_round(stage: Stage) -> Round:
-    return Round(drawn(max(RANKS), 0), [drawn(rank, seed) for seed, rank in enumerate(RANKS, 1)], stage)
-
-
-def product(leaves: Tree, layer: str) -> Tensor:
-    b, a = factors.pair(leaves, layer)
-    return b.double() @ a.double()
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+from tests.stages.lora_round import EXAMPLES, LAYERS, RANKS, WEIGHTS, Round, a_round, drawn, off, product
 
 
 def mean_of_products(round: Round, layer: str) -> Tensor:
@@ -241,7 +175,15 @@ def test_raflora_keeps_energy_above_the_smallest_rank_that_flexlora_loses() -> N
 # Whole runs.
 
 PROFILES = {"ann": Profile(rank=4), "ben": Profile(rank=1), "c*": Profile(rank=2), "dot": Profile(rank=3)}
-STAGES = [LoraPad(), LoraPad("contributors"), LoraStack(), LoraStack("contributors")]
+CAPPED = {"ann": Profile(bandwidth=20_000), "b*": Profile(2, bandwidth=8_000), "c*": Profile(2), "*": Profile(3)}
+TRIPS = {
+    "zero padding": (LoraPad(), ByExamples()),
+    "rbla": (LoraPad("contributors"), ByExamples()),
+    "flexlora": (LoraStack(), ByExamples()),
+    "raflora": (LoraStack("contributors"), ByExamples()),
+    "hetlora": (LoraPrune(gamma=0.5, penalty=0.2), ByExamples()),
+    "haflq": (LoraPad("contributors"), ByExamples(), LoraCap()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -250,13 +192,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, *stages: Stage, rounds: int = 3, **settings) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.0, profiles=PROFILES)
+    profiles = CAPPED if any(stage.caps for stage in stages) else PROFILES
+    federation = Shards(str(data), split=By("who"), heldout=0.0, profiles=profiles)
     return experiment(data, stages=stages, rounds=rounds, limits=Limits(keep_last=9), federation=federation, **settings)
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=repr)
-def test_every_engine_gives_the_same(stage: Stage, data: Path, tmp_path: Path, team: Team) -> None:
-    exp = made(data, stage, ByExamples())
+@pytest.mark.parametrize("method", TRIPS)
+def test_every_engine_gives_the_same(method: str, data: Path, tmp_path: Path, team: Team) -> None:
+    exp = made(data, *TRIPS[method])
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial")
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched")
     ray = launch.run(exp, engine=Kept(team), out=tmp_path / "ray")
@@ -266,13 +209,13 @@ def test_every_engine_gives_the_same(stage: Stage, data: Path, tmp_path: Path, t
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
-@pytest.mark.parametrize("stage", STAGES, ids=repr)
-def test_a_run_resumes_to_the_bit(stage: Stage, stop_after: int, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", TRIPS)
+def test_a_run_resumes_to_the_bit(method: str, stop_after: int, data: Path, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, CheckpointSaved) and event.round == stop_after:
             raise KeyboardInterrupt
 
-    exp = made(data, stage, ByExamples())
+    exp = made(data, *TRIPS[method])
     whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole").params
     with pytest.raises(launch.Interrupted):
         launch.run(exp, engine=Serial(), out=tmp_path / "cut", listeners=[stop])

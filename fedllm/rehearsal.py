@@ -1,0 +1,41 @@
+"""What can be known of a round once the layers' sizes are: whether each client's update fits its bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fedllm import loop, tree
+from fedllm.errors import CheckError, ClientError
+from fedllm.experiment import Experiment
+from fedllm.stage import arrive, up
+from fedllm.tasks.model import LoadedModel
+from fedllm.tree import Tree
+from fedllm.update import Ctx, Local, Profile
+from fedllm.work import Job, run_work
+
+
+def rehearse(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, Profile]) -> None:
+    """Let one client of each profile with a bandwidth send what it would send in the first round, without training.
+
+    Raises:
+        CheckError: its bandwidth does not hold the least that can be sent; names the client and what would do.
+    """
+    last_first = reversed(list(profiles.items()))
+    capped = {profile: client for client, profile in last_first if profile.bandwidth is not None}
+    if not capped:
+        return
+    fresh, stages = model.bound(experiment.key).fresh(experiment.key), experiment.trip
+    run = loop.start(experiment, fresh)
+    everyone = Ctx(0, experiment.key, len(profiles), len(profiles), experiment.rounds)
+    for client, request in loop.requests_for(experiment, run, list(capped.values()), everyone).items():
+        memories: list[Tree] = [{} for _ in stages]
+        local = Local(request.ctx, fresh=fresh)
+        params, arrival = arrive(stages, request.params, request.extras, memories, local)
+        (outcome,) = run_work(experiment.work, [Job(request.ctx, tree.over(fresh, params), ())], model)
+        assert not isinstance(outcome, str), outcome
+        update, facts = outcome
+        try:
+            up(stages, update, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
+        except ClientError as error:
+            raise CheckError(f"federation: client {client}: {error}") from error
