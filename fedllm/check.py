@@ -285,17 +285,21 @@ def _shapes(experiment: Experiment) -> None:
 
 def _shrinking(stages: Sequence[Stage]) -> None:
     """Before a stage that shrinks leaves, others encode them at their size of today; behind it, others receive them at
-    the size that they had."""
+    the size that they had. What fits an update to a bandwidth knows of both, by who holds which component."""
     for place, stage in enumerate(stages):
         if not stage.shrinks:
             continue
         before = [other for other in stages[:place] if type(other).encode is not Stage.encode]
-        behind = [other for other in stages[place + 1 :] if type(other).receive is not Stage.receive]
+        behind = [other for other in stages[place + 1 :] if _receives(other) and not other.caps]
         for other in (*before, *behind):
             raise CheckError(
                 f"stages: {_name(other)} works on leaves of one size, but {_name(stage)} shrinks those of a client; "
                 f"put it {'behind' if other in before else 'before'} {_name(stage)}, or leave it out"
             )
+
+
+def _receives(stage: Stage) -> bool:
+    return type(stage).receive is not Stage.receive
 
 
 def _factors(experiment: Experiment) -> None:

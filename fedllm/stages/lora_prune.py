@@ -110,7 +110,7 @@ class LoraPrune(Stage):
         return total.without("holders").having("delta", replace(part, tree=step)), state
 
     def _kept(self, rank: int) -> int:
-        """Of a rank, what stays if the client prunes; 0.55 x 20 is 11, whatever the last digit of the product."""
+        """Of a rank, what stays if the client prunes; 0.28 x 25 is 7, whatever the last digit of the product."""
         return min(rank, max(math.ceil(self.gamma * rank - 1e-9), self.min_rank))
 
     def _trailing(self, leaves: Tree, layer: str) -> factors.Pair:

@@ -58,6 +58,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "rbla": {},
     "flexlora": ONE_BASIS,
     "raflora": ONE_BASIS,
+    "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
+    "haflq": {},
 }
 
 

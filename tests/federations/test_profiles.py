@@ -34,6 +34,32 @@ def test_the_longest_pattern_that_fits_counts_whatever_the_order() -> None:
     assert handbook(clinic=SLOW).profile("Clinic") == Profile()
 
 
+def classed(profiles: dict[str, Profile], **devices: Profile) -> Shards:
+    return Shards("quickstart", heldout=0.0, split=By("organisation"), profiles=profiles, devices=devices)
+
+
+def test_a_class_of_devices_says_what_a_profile_leaves_open() -> None:
+    phone = Profile(rank=4, steps=2, lr=0.1, bandwidth=9_000)
+    shards = classed({"c*": Profile(device="phone"), "clinic": Profile(device="phone", rank=2, steps=0)}, phone=phone)
+    assert shards.profile("cargo") == Profile(4, "phone", 2, None, 0.1, 9_000)
+    assert shards.profile("clinic") == Profile(2, "phone", 0, None, 0.1, 9_000), "what it says itself counts"
+    assert shards.profile("bank") == Profile()
+    everybody = classed({"clinic": Profile(device="phone")}, phone=phone, default=Profile(rank=8, lr=0.2))
+    assert everybody.profile("bank") == Profile(rank=8, lr=0.2)
+    assert everybody.profile("clinic") == Profile(4, "phone", 2, None, 0.1, 9_000), "the class, not that of all others"
+
+
+def test_an_unknown_class_of_devices_names_the_nearest() -> None:
+    where = r"federation\.shards\.profiles\.clinic\.device: unknown device 'fone'; did you mean 'phone'\?"
+    with pytest.raises(ConfigError, match=where):
+        classed({"clinic": Profile(device="fone")}, phone=Profile(rank=4), laptop=Profile())
+    classed({"clinic": Profile(device="fone")})  # a name for reports, where no class is known
+    with pytest.raises(
+        ConfigError, match=r"shards\.devices\.phone\.device: a class is of no other class; leave it out"
+    ):
+        classed({}, phone=Profile(device="laptop"), laptop=Profile())
+
+
 def test_a_pattern_that_fits_nobody_names_the_nearest_client() -> None:
     with pytest.raises(ConfigError, match=r"profiles: 'clinc' fits no client; did you mean 'clinic'\?"):
         handbook(bank=SLOW, clinc=FAST).load(Key(0))
@@ -57,14 +83,23 @@ def test_the_nearest_of_many_clients_is_not_a_list_of_all(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "setting",
-    [{"rank": 0}, {"steps": -1}, {"batch_size": 0}, {"lr": -0.1}, {"lr": float("nan")}, {"lr": float("inf")}],
+    [
+        {"rank": 0},
+        {"steps": -1},
+        {"batch_size": 0},
+        {"lr": -0.1},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"bandwidth": 0},
+    ],
 )
 def test_ranges(setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"profile\.{next(iter(setting))} is .*; it must be"):
         Profile(**setting)
 
 
-PEOPLE = {"ann": {"steps": 1, "lr": 0.5}, "b*": {"batch_size": 1}}
+PEOPLE = {"ann": {"steps": 1, "lr": 0.5}, "b*": {"batch_size": 1, "device": "phone"}}
+DEVICES = {"phone": {"steps": 2, "batch_size": 3}}
 
 
 def test_profiles_are_part_of_the_experiment(tmp_path: Path) -> None:
@@ -75,14 +110,17 @@ def test_profiles_are_part_of_the_experiment(tmp_path: Path) -> None:
     written = dump(made)
     assert written["federation"]["shards"]["profiles"]["b*"]["batch_size"] == 1
     assert fedllm.build(written) == made
+    classed = small(data, federation__shards__profiles=PEOPLE, federation__shards__devices=DEVICES)
+    assert fedllm.build(dump(classed)) == classed and experiment_hash(classed) != experiment_hash(made)
 
 
 def test_a_profile_crosses_the_wire_with_the_request(tmp_path: Path, cache_folder: Path) -> None:
     data = write_records(tmp_path / "people.jsonl")
     spy = Spy()
-    fedllm.run(small(data, federation__shards__profiles=PEOPLE, rounds=1), engine=spy, out=tmp_path / "run")
+    shards = {"federation__shards__profiles": PEOPLE, "federation__shards__devices": DEVICES}
+    fedllm.run(small(data, **shards, rounds=1), engine=spy, out=tmp_path / "run")
     found = {str(request.ctx.client): request.ctx.profile for name, request in spy.asked if name == "work"}
-    assert found == {"ann": Profile(steps=1, lr=0.5), "ben": Profile(batch_size=1), "cid": Profile()}
+    assert found == {"ann": Profile(steps=1, lr=0.5), "ben": Profile(None, "phone", 2, 1), "cid": Profile()}
 
 
 def test_a_rank_of_a_profile_is_checked_against_the_stages(tmp_path: Path, cache_folder: Path) -> None:

@@ -16,8 +16,10 @@ from fedllm.stages.adagrad import Adagrad
 from fedllm.stages.adam import Adam
 from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
+from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
@@ -47,6 +49,8 @@ EXPANSIONS = {
     "rbla": (LoraPad("contributors"), ByExamples()),
     "flexlora": (LoraStack(), ByExamples()),
     "raflora": (LoraStack("contributors"), ByExamples()),
+    "hetlora": (LoraPrune(gamma=0.75, penalty=1e-3), ByExamples()),
+    "haflq": (LoraPad("contributors"), ByExamples(), LoraCap()),
     "full": (ByExamples(),),
 }
 SCOPES = {
@@ -55,7 +59,8 @@ SCOPES = {
     "fedsa_lora": Scope(share=("*lora_A",)),
 }
 ADAPTERS = {"full": Full()}
-SAME = ({"fedavg", "fedit", "zero_padding", "rbla"}, {"flexlora", "raflora"})  # where all clients have one rank
+# Where all clients have one rank, and none a bandwidth.
+SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
 PARTS = {
     "task": {"model": "tiny-llama"},
     "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},

@@ -152,7 +152,7 @@ def test_the_next_round_begins_at_the_rank_that_is_left() -> None:
 
 def test_ranks_round_up_and_not_by_the_last_digit() -> None:
     assert [LoraPrune(0.75)._kept(rank) for rank in (16, 12, 9, 7, 6, 5, 4, 3, 1)] == [12, 9, 7, 6, 5, 4, 3, 3, 1]
-    assert 0.55 * 20 > 11 and LoraPrune(0.55)._kept(20) == 11
+    assert 0.28 * 25 > 7 and LoraPrune(0.28)._kept(25) == 7
 
 
 def test_an_evaluation_prunes_nothing() -> None:
