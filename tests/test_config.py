@@ -171,7 +171,8 @@ FULL = replace(
         BY_HAND.federation,
         failures=(Loss("a", 0),),
         sampling=UniformSampling(2),
-        profiles={"a*": Profile(rank=3, device="phone", steps=3, batch_size=3, lr=0.1)},
+        profiles={"a*": Profile(rank=3, device="x", steps=3, batch_size=3, lr=0.1, bandwidth=3)},
+        devices={device: Profile(rank=3, steps=3, batch_size=3, lr=0.1, bandwidth=3) for device in ("x", "linear")},
     ),
 )
 ALONE = {"sft", "sum", "synchronous", "epochs"}  # components without settings; and what excludes another setting
