@@ -17,7 +17,7 @@ from torch import Tensor
 from fedllm import factors
 from fedllm.packing import Box, Packing
 from fedllm.tree import Tree
-from fedllm.update import Local, Part, Update
+from fedllm.update import Ctx, Local, Part, Update
 
 
 def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Update, Tree]:
@@ -55,3 +55,21 @@ def _among(block: Tensor, first: int, count: int) -> Tensor:
 
 def _windows(leaves: Tree, windows: dict[str, Box]) -> Packing:
     return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})
+
+
+def alone(update: Update, start: Tree, ctx: Ctx) -> Tree:
+    """The delta of one client's factors, from what `stacked` made of it and a weigher multiplied.
+
+    Args:
+        start: what the client was sent. ctx: that of its request.
+    """
+    rows, columns = update.parts.get("rows"), update.parts.get("columns")
+    found: Tree = {}
+    if rows is None or columns is None:
+        return found
+    for layer, whole in rows.tree.items():
+        b, a = factors.pair(start, layer)
+        first = ctx.slot * (len(whole) // ctx.cohort)
+        own = slice(first, first + len(a))
+        found |= factors.named(layer, columns.tree[layer][own].T - b, whole[own] / (rows.weight or 1) - a)
+    return found

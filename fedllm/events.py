@@ -158,6 +158,31 @@ class RoundFinished(Event):
 
 
 @dataclass(frozen=True)
+class Diagnosed(Event):
+    """A round's clients and the aggregation, as the server sees them (docs/explanation/diagnostics.md has the
+    formulas); None: does not apply.
+
+    `drift`: mean over the `answered`; `clients`: of each whose update was kept. `cosines`: of these in their order, the
+    upper triangle row by row, `cosine` its mean. `bias`, `bias_of_means`: relative to `product_norm`, which has the
+    adapter's scale. `effective_rank`, `energy_above` the `smallest_rank`: means over the layers.
+    """
+
+    round: int
+    answered: int
+    drift: float | None
+    clients: Mapping[str, float]
+    cosine: float | None
+    dissimilarity: float | None
+    bias: float | None
+    bias_of_means: float | None
+    product_norm: float | None
+    effective_rank: float | None
+    energy_above: float | None
+    smallest_rank: int | None
+    cosines: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Evaluated(Event):
     """`which` is base, federated, local_only or centralised; `round` counts completed rounds."""
 
@@ -186,9 +211,10 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """Something that a user should know; the run goes on."""
+    """Something that a user should know; the run goes on. `round`: an alarm of that round; None: of no round."""
 
     text: str
+    round: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedllm.aggregate import Aggregator, Sum
+from fedllm.diagnostics.settings import Diagnostics
 from fedllm.errors import ConfigError
 from fedllm.federation import Federation
 from fedllm.rng import Key
@@ -36,6 +37,7 @@ class Evaluation:
         compare: local_only (each client alone) and centralised (the pooled data) at the run's own learning rate, or
             at the best of `compare_lr` by loss on held-out records.
         best: the metric that chooses the best checkpoint; None: the first of `metrics`.
+        diagnostics: of the clients' updates in each round, and alarms; None: none.
     """
 
     metrics: tuple[str, ...] = ("nll",)
@@ -47,6 +49,7 @@ class Evaluation:
     compare: tuple[Literal["local_only", "centralised"], ...] = ()
     compare_lr: tuple[float, ...] = ()
     best: str | None = None
+    diagnostics: Diagnostics | None = Diagnostics()
 
     def __post_init__(self) -> None:
         for name in ("every", "limit"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -16,6 +16,7 @@ from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Request, Update
 
 Figures = Mapping[str, float]
+Witness = Callable[[Request, Update], None]  # (what a client was sent, its sealed update)
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Watch:
     emit: Emit
     round: int
     shown: bool  # False where the server must learn nothing but sums
+    witness: Witness | None = None  # is shown each update; keeps copies of what it needs
     answered: list[str] = field(default_factory=list)
     scores: dict[str, Figures] = field(default_factory=dict)
 
@@ -37,6 +39,8 @@ class Watch:
                 self.emit(ClientFailed(self.round, client, reply.reason, name))
             elif name in ("work", "evaluate"):
                 self._note(name, client, reply, perf_counter() - started)
+                if name == "work" and self.shown and self.witness is not None:
+                    self.witness(requests[client], reply)
             yield client, reply
             started = perf_counter()
 
@@ -63,14 +67,19 @@ class RoundResult:
 
 
 def one_round(
-    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit
+    run: Run,
+    experiment: Experiment,
+    clients: Sequence[str],
+    call: Call,
+    emit: Emit,
+    witness: Witness | None = None,
 ) -> tuple[Run, RoundResult]:
-    """Sample, ask, add up, decode, step."""
+    """Sample, ask, add up, decode, step. `witness` sees each update, unless the server must learn nothing but sums."""
     stages = experiment.trip
     cohort = experiment.federation.sample(clients, run.round, run.key.fold("cohort", run.round))
     emit(RoundStarted(run.round, tuple(cohort)))
     everyone = Ctx(run.round, run.key, len(cohort), len(clients), experiment.rounds)
-    watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
+    watch = Watch(call, emit, run.round, not experiment.demands.secrecy, witness)
     requests = requests_for(experiment, run, cohort, everyone)
     total = experiment.aggregator.reduce(watch, requests)
     note = ""

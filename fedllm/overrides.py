@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 from fedllm.catalog import METHODS, NOUNS
 from fedllm.errors import ConfigError, nearest
 from fedllm.experiment import Experiment
-from fedllm.spec import class_of, dotted, hints, mapping, named, noun_of, settings_of, unknown_key
+from fedllm.spec import class_of, dotted, hints, mapping, named, noun_of, record_of, settings_of, unknown_key
 from fedllm.yamltext import read_yaml
 
 
@@ -57,8 +57,9 @@ def _set(hint: Any, old: Any, steps: list[str], value: Any, path: str) -> Any:
         place, rest = _place(old, steps, path), steps[1:]
         changed = _set(inner[0], old[place], rest, value, f"{path}.{place}")
         return [*old[:place], changed, *old[place + 1 :]]
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _in_record(hint, {} if old is None else mapping(old, path), steps, value, path)
+    record = record_of(hint)
+    if record is not None:
+        return _in_record(record, {} if old is None else mapping(old, path), steps, value, path)
     if get_origin(hint) is Mapping and is_dataclass(inner[1]) and len(steps) > 1:
         name, entries = ".".join(steps[:-1]), {} if old is None else mapping(old, path)
         return {**entries, name: _set(inner[1], entries.get(name), steps[-1:], value, dotted(path, name))}

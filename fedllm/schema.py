@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from fedllm.experiment import Experiment
 from fedllm.presets import passed_on
-from fedllm.spec import hints, noun_of
+from fedllm.spec import hints, noun_of, record_of
 from fedllm.stage import Stage
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ def _value(hint: Any, nouns: Mapping[type, Table]) -> Schema:
         return component if noun is hint else {"anyOf": [NULL, component]}
     if get_origin(hint) is tuple and (inner[0] in nouns or is_dataclass(inner[0])):
         return {"type": "array", "items": _value(inner[0], nouns)}
-    if is_dataclass(hint) and isinstance(hint, type):
-        return _record(hint, nouns)
+    record = record_of(hint)
+    if record is not None:
+        return _record(record, nouns) if record is hint else {"anyOf": [NULL, _record(record, nouns)]}
     if get_origin(hint) is Mapping and is_dataclass(inner[1]):
         return {"type": "object", "additionalProperties": _value(inner[1], nouns)}
     if hint == tuple[str, ...]:

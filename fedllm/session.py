@@ -39,6 +39,7 @@ from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.folder import Folder, versions
 from fedllm.ledger import Ledger, elapsed, limit_reached
+from fedllm.observer import Observer
 from fedllm.outputs import write_outputs
 from fedllm.state import Checkpoints, Run
 from fedllm.tasks.model import LoadedModel
@@ -59,6 +60,7 @@ class Session:
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.experiment.limits.keep_last)
         self.comparison = Comparison(self.experiment, self.model, self.population, self.log)
+        self.observer = Observer.of(self.experiment, self.model, self.population.clients)
 
     def begin(self, *, engine: str, name: str) -> None:
         """The events of the start, the base's scores, and checkpoint 0."""
@@ -94,6 +96,10 @@ class Session:
             lost = from_json(record)
             if lost is not None and _text(record) not in known:
                 self.log(lost)
+                logged.append(lost)
+        if self.observer is not None:
+            for event in (*logged, Resumed(saved.round)):
+                self.observer.alarms(event)
         self.log(Resumed(saved.round))
 
     def rounds(self, call: Call) -> None:
@@ -131,7 +137,8 @@ class Session:
     def _round(self, call: Call) -> None:
         began, exp = perf_counter(), self.experiment
         self.ledger.take()
-        state, result = loop.one_round(self.state, exp, self.population.clients, call, self.log)
+        cohort = self.observer.cohort() if self.observer is not None else None
+        state, result = loop.one_round(self.state, exp, self.population.clients, call, self.log, cohort)
         sent = replace(self.ledger.take(), tokens=result.tokens, seconds=perf_counter() - began)
         state = replace(state, totals=state.totals.plus(sent))
         last = state.round == exp.rounds or bool(limit_reached(exp, state))
@@ -152,9 +159,10 @@ class Session:
             seconds=round(sent.seconds, 4),
             note=result.note,
         )
+        closed = [finished] if self.observer is None else self.observer.closed(cohort, state.params, finished)
         best = state.best is not None and state.best[0] == state.round
         save = last or best or state.round % exp.limits.checkpoint_every == 0
-        self._complete(state, [*events, finished], save=save)
+        self._complete(state, [*events, *closed], save=save)
 
     def _complete(self, state: Run, events: Sequence[Event], *, save: bool) -> None:
         """Make the state durable, then say so."""

@@ -51,8 +51,9 @@ class Reader:
             if not isinstance(value, list):
                 raise ConfigError(f"{path} must be a list, not {value!r}")
             return tuple(self.value(inner[0], item, f"{path}[{place}]") for place, item in enumerate(value))
-        if is_dataclass(hint) and isinstance(hint, type):
-            return self.record(hint, value, path)
+        record = record_of(hint)
+        if record is not None:
+            return None if value is None and record is not hint else self.record(record, value, path)
         if get_origin(hint) is Mapping and is_dataclass(inner[1]):
             return {
                 str(key): self.value(inner[1], item, dotted(path, key)) for key, item in mapping(value, path).items()
@@ -121,6 +122,12 @@ def noun_of(hint: Any) -> type | None:
     if get_origin(hint) in (Union, types.UnionType):
         return next((option for option in get_args(hint) if option in NOUNS), None)
     return None
+
+
+def record_of(hint: Any) -> type | None:
+    """The record of a field that holds one, or one or none."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def mapping(value: Any, path: str) -> Mapping[str, Any]:

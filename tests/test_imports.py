@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("privacy", "secagg"),
     ("update", "batch"),
-    ("stage", "work", "aggregate", "moments", "weights", "federation", "blocks"),
+    ("stage", "work", "aggregate", "moments", "weights", "federation", "blocks", "diagnostics"),
     ("stages", "works", "aggregators", "federations", "tasks"),
     ("experiment",),
     ("evaluation",),
@@ -44,7 +44,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     # What starts clients in another process hands it text, which is read there: `host`, and the engine that does so.
     ("config", "catalog", "presets", "schema", "spec", "overrides", "host", "engines.ray"),
-    ("folder", "lock", "ledger", "best", "outputs", "compare", "session", "finished", "rehearsal", "launch", "export"),
+    ("folder", "lock", "ledger", "best", "outputs", "compare", "session", "finished"),
+    ("rehearsal", "launch", "export", "observer"),
     ("report", "audits", "explain"),
     ("__init__",),
     ("console",),

@@ -19,6 +19,7 @@ from fedllm.events import (
     CheckpointSaved,
     ClientFailed,
     ClientFinished,
+    Diagnosed,
     Evaluated,
     Event,
     Resumed,
@@ -27,6 +28,7 @@ from fedllm.events import (
     RunFinished,
     RunStarted,
     Scores,
+    Warned,
     Wire,
     read,
 )
@@ -52,8 +54,10 @@ def _superseded(event: Event, start: int) -> bool:
     match event:
         case Wire(call="evaluate") | ClientFailed(call="evaluate"):
             return event.round > start
-        case RoundStarted() | Wire() | ClientFinished() | ClientFailed() | RoundFinished():
+        case RoundStarted() | Wire() | ClientFinished() | ClientFailed() | Diagnosed() | RoundFinished():
             return event.round >= start
+        case Warned(round=int(round)):
+            return round >= start
         case Evaluated(which="federated") | CheckpointSaved():
             return event.round > start
         case RunFinished():

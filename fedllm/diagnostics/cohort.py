@@ -1,0 +1,107 @@
+"""One round's updates as the server sees them, and what they say of each other and of the aggregation.
+
+    drift          ||Delta_k||        Delta_k: from what client k was sent to what it came to
+    cosine         the mean over pairs k < l of <Delta_k, Delta_l> / (||Delta_k|| ||Delta_l||)
+    dissimilarity  sqrt(sum_k p_k ||Delta_k||^2) / ||sum_k p_k Delta_k||
+
+An update is seen after the stages' `encode`, as it is sent: rounded, cut, or with a product in place of its factors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm import blocks, tree
+from fedllm.diagnostics import geometry
+from fedllm.diagnostics.products import Seen, bias, layers, spectra
+from fedllm.events import Diagnosed
+from fedllm.tree import Tree
+from fedllm.update import Request, Update
+
+MOST_VALUES = 1 << 26  # of the updates that are kept: 256 MiB
+MOST_SHOWN = 16  # clients whose cosines are written one by one
+
+
+@dataclass(eq=False)
+class Cohort:
+    """The updates of the first `most` clients of a round, and the drift of all.
+
+    Args:
+        constants: the adapter's frozen leaves, which all clients have. scale: of the adapter's products.
+        smallest: the smallest rank among all clients, where it is below the adapter's.
+    """
+
+    most: int
+    constants: Tree
+    scale: float
+    smallest: int | None
+    seen: list[Seen] = field(default_factory=list)
+    drift: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, request: Request, reply: Update) -> None:
+        """Take in one client's sealed update; what is kept is a copy."""
+        part = reply.parts.get("delta")
+        if part is None:
+            return
+        weight, client = part.weight or 1.0, str(request.ctx.client)
+        delta = {name: _cut(name, leaf, request.params) / weight for name, leaf in part.tree.items()}
+        delta |= blocks.alone(reply, request.params, request.ctx)
+        self.drift[client] = tree.norm(delta)
+        if request.ctx.slot < min(self.most, MOST_VALUES // max(1, tree.num_values(delta))):
+            self.seen.append(Seen(client, weight, {**self.constants, **request.params}, delta))
+
+    def diagnosed(self, round: int, params: Tree) -> list[Diagnosed]:
+        """The round's figures, none if nobody answered; `params` are those that the server came to."""
+        if not self.drift:
+            return []
+        after = {**self.constants, **params}
+        lost = bias(self.seen, after)
+        rank, energy = spectra(after, layers(after, params), self.smallest)
+        whole = len(self.seen) == len(self.drift)
+        return [
+            Diagnosed(
+                round=round,
+                answered=len(self.drift),
+                drift=_short(fmean(self.drift.values())),
+                clients={one.client: _short(self.drift[one.client]) for one in self.seen},
+                bias=_short(lost.total) if lost and whole else None,
+                bias_of_means=_short(lost.means) if lost else None,
+                product_norm=_short(self.scale * lost.norm) if lost else None,
+                effective_rank=_short(rank),
+                energy_above=_short(energy),
+                smallest_rank=self.smallest,
+                **_angles(self.seen),
+            )
+        ]
+
+
+def _cut(name: str, leaf: Tensor, sent: Tree) -> Tensor:
+    """Without the zeros that fill an update of a smaller rank up."""
+    return leaf[tuple(map(slice, sent[name].shape))] if name in sent else leaf
+
+
+def _angles(seen: Sequence[Seen]) -> dict[str, Any]:
+    if len(seen) < 2:
+        return {"cosine": None, "dissimilarity": None}
+    names = [name for name in seen[0].delta if all(name in one.delta for one in seen)]
+    gram = geometry.gram([[one.delta[name] for one in seen] for name in names])
+    found, share = geometry.cosines(gram), torch.tensor([one.weight for one in seen], dtype=torch.float64)
+    share /= share.sum()
+    length = math.sqrt(max(0.0, float(share @ gram @ share)))
+    return {
+        "cosine": _short(fmean(found)),
+        "cosines": tuple(float(f"{value:.4f}") for value in found) if len(seen) <= MOST_SHOWN else (),
+        "dissimilarity": _short(math.sqrt(float(share @ gram.diagonal())) / length) if length > 0 else None,
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits."""
+    return None if value is None else float(f"{value:.6g}")

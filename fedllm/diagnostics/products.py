@@ -1,0 +1,106 @@
+"""Products of low-rank factors: what an aggregation loses of their mean, and how many directions the server's use.
+
+    P = sum_k p_k B_k A_k                                                   the mean of the clients' products
+    bias           ||P - B A||_F / ||P||_F                                  B A: what the server came to
+    bias of means  the same with B = sum_k p_k B_k and A = sum_k p_k A_k    what FedIT comes to
+
+Frobenius norms over all layers together. With a frozen or a held factor both are zero, for P is linear in the other one.
+Sun et al. 2024 (FFA-LoRA), arXiv 2403.12313, and Singhal et al. 2024 (FedEx-LoRA), arXiv 2410.09432, name the bias;
+raFLoRA 2026, arXiv 2602.13486, the energy above the smallest rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from fedllm import factors
+from fedllm.diagnostics import geometry
+from fedllm.factors import Pair
+from fedllm.tree import Tree
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One client's update: its weight, where it began (with frozen leaves), and how far it moved from there."""
+
+    client: str
+    weight: float
+    start: Tree
+    delta: Tree
+
+    def pair(self, layer: str) -> Pair:
+        """B and A after training, in float64; a factor that did not move is where it was."""
+        b, a = (self._after(f"{layer}.{name}") for name in (factors.B, factors.A))
+        return b, a
+
+    def _after(self, name: str) -> Tensor:
+        leaf = self.start[name].double()
+        return leaf + self.delta[name] if name in self.delta else leaf
+
+
+@dataclass(frozen=True)
+class Bias:
+    """`norm`: ||P||_F. `total`, `means`: relative to it; None where all products are zero."""
+
+    norm: float
+    total: float | None
+    means: float | None
+
+
+def bias(seen: Sequence[Seen], after: Tree) -> Bias | None:
+    """What the aggregation has lost.
+
+    Args:
+        after: what the server came to, with frozen leaves.
+
+    Returns:
+        None where the products are not known: other adapters, factors that stay with the clients or travel as a product.
+    """
+    found = layers(seen[0].start, seen[0].delta) if seen else []
+    if not found or any(one.delta.keys() - one.start.keys() for one in seen):
+        return None
+    total = sum(one.weight for one in seen)
+    norm = lost = mixed = 0.0
+    for layer in found:
+        pairs = [(one.weight / total, one.pair(layer)) for one in seen]
+        mean = torch.cat([b for _, (b, _) in pairs], 1), torch.cat([p * a for p, (_, a) in pairs])
+        norm += geometry.inner(mean, mean)
+        b, a = factors.pair(after, layer)
+        lost += geometry.apart(mean, (b.double(), a.double()))
+        mixed += geometry.apart(mean, _means(pairs, len(a)))
+    if not norm > 0:
+        return Bias(0.0, None, None)
+    return Bias(math.sqrt(norm), math.sqrt(lost / norm), math.sqrt(mixed / norm))
+
+
+def spectra(after: Tree, names: Sequence[str], smallest: int | None) -> tuple[float | None, float | None]:
+    """Means over the layers whose product is not zero: the effective rank, and the energy above the smallest rank."""
+    found = [geometry.spectrum(*(leaf.double() for leaf in factors.pair(after, layer))) for layer in names]
+    found = [values for values in found if values[0] > 0]
+    if not found:
+        return None, None
+    above = None if smallest is None else fmean(geometry.energy_above(values, smallest) for values in found)
+    return fmean(map(geometry.effective_rank, found)), above
+
+
+def layers(leaves: Mapping[str, Tensor], some: Collection[str]) -> list[str]:
+    """The layers that have both factors among the leaves, one of them among `some`."""
+    return [
+        layer for layer in factors.layers(leaves) if any(f"{layer}.{name}" in some for name in (factors.A, factors.B))
+    ]
+
+
+def _means(pairs: Sequence[tuple[float, Pair]], rank: int) -> Pair:
+    """The means of the factors, those of a smaller rank filled up with zeros."""
+    (_, (b, a)), most = pairs[0], max(rank, *(len(a) for _, (_, a) in pairs))
+    mean_b, mean_a = b.new_zeros(len(b), most), a.new_zeros(most, a.shape[1])
+    for p, (b, a) in pairs:
+        mean_b[:, : len(a)] += p * b
+        mean_a[: len(a)] += p * a
+    return mean_b, mean_a

@@ -1,0 +1,64 @@
+"""The observer of a run: what it sees of each round's updates, and the alarms that it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedllm import tree
+from fedllm.diagnostics.alarms import Alarms
+from fedllm.diagnostics.cohort import Cohort
+from fedllm.diagnostics.settings import Diagnostics
+from fedllm.events import Event, RoundFinished
+from fedllm.experiment import Experiment
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.model import LoadedModel
+from fedllm.tree import Tree
+
+
+@dataclass(eq=False)
+class Observer:
+    """One for a process's share of a run.
+
+    Args:
+        shown: False where the server sees sums alone, so that only alarms about losses and bytes are left.
+    """
+
+    settings: Diagnostics
+    shown: bool
+    alarms: Alarms
+    constants: Tree
+    scale: float
+    smallest: int | None
+
+    @staticmethod
+    def of(experiment: Experiment, model: LoadedModel, clients: Sequence[str]) -> Observer | None:
+        """None where `evaluation.diagnostics` is."""
+        settings, adapter = experiment.evaluation.diagnostics, experiment.task.adapter
+        if settings is None:
+            return None
+        rank, scale = (adapter.rank, adapter.scale) if isinstance(adapter, Lora) else (None, 1.0)
+        ranks = [experiment.federation.profile(client).rank for client in clients]
+        return Observer(
+            settings=settings,
+            shown=not (experiment.demands.secrecy or experiment.aggregator.secret),
+            alarms=Alarms(settings),
+            constants=tree.to(model.bound(experiment.key).constants, "cpu"),
+            scale=scale,
+            smallest=min((own for own in ranks if own is not None and rank is not None and own < rank), default=None),
+        )
+
+    def cohort(self) -> Cohort | None:
+        """What will see the next round's updates."""
+        return Cohort(self.settings.clients, self.constants, self.scale, self.smallest) if self.shown else None
+
+    def closed(self, cohort: Cohort | None, params: Tree, finished: RoundFinished) -> list[Event]:
+        """The events of a round's end: its figures, unless it was empty, `finished` itself, and the alarms that begin.
+
+        Args:
+            params: what the server came to.
+        """
+        figures = [] if cohort is None or finished.note else cohort.diagnosed(finished.round, params)
+        for event in (*figures, finished):
+            self.alarms(event)
+        return [*figures, finished, *self.alarms.begun()]
