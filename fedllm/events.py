@@ -169,7 +169,7 @@ class Diagnosed(Event):
 
     round: int
     answered: int
-    drift: float | None
+    drift: float
     clients: Mapping[str, float]
     cosine: float | None
     dissimilarity: float | None

@@ -35,6 +35,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         float | None: st.one_of(st.none(), st.floats(allow_nan=False)),
         int | None: st.one_of(st.none(), st.integers()),
         tuple[str, ...]: st.lists(st.text(), max_size=3).map(tuple),
+        tuple[float, ...]: st.lists(st.floats(allow_nan=False), max_size=3).map(tuple),
         Any: st.recursive(st.one_of(st.none(), st.booleans(), NUMBERS, st.text()), st.lists, max_leaves=4),
     }
     return known[hint]

@@ -69,8 +69,8 @@ class Cohort:
             Diagnosed(
                 round=round,
                 answered=len(self.drift),
-                drift=_short(fmean(self.drift.values())),
-                clients={one.client: _short(self.drift[one.client]) for one in self.seen},
+                drift=_rounded(fmean(self.drift.values())),
+                clients={one.client: _rounded(self.drift[one.client]) for one in self.seen},
                 bias=_short(lost.total) if lost and whole else None,
                 bias_of_means=_short(lost.means) if lost else None,
                 product_norm=_short(self.scale * lost.norm) if lost else None,
@@ -102,6 +102,10 @@ def _angles(seen: Sequence[Seen]) -> dict[str, Any]:
     }
 
 
-def _short(value: float | None) -> float | None:
+def _rounded(value: float) -> float:
     """Six digits."""
-    return None if value is None else float(f"{value:.6g}")
+    return float(f"{value:.6g}")
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else _rounded(value)

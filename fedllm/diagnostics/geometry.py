@@ -34,7 +34,8 @@ def spectrum(b: Tensor, a: Tensor) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(b.T @ b)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return torch.linalg.eigvalsh(root @ (a @ a.T) @ root).clamp(min=0).sqrt().flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(root @ (a @ a.T) @ root)
+    return squares.clamp(min=0).sqrt().flip(0)
 
 
 def effective_rank(values: Tensor) -> float:

@@ -4,7 +4,7 @@
     bias           ||P - B A||_F / ||P||_F                                  B A: what the server came to
     bias of means  the same with B = sum_k p_k B_k and A = sum_k p_k A_k    what FedIT comes to
 
-Frobenius norms over all layers together. With a frozen or a held factor both are zero, for P is linear in the other one.
+Frobenius norms over all layers together. Where one factor stands still both are zero, for P is linear in the other one.
 Sun et al. 2024 (FFA-LoRA), arXiv 2403.12313, and Singhal et al. 2024 (FedEx-LoRA), arXiv 2410.09432, name the bias;
 raFLoRA 2026, arXiv 2602.13486, the energy above the smallest rank.
 """
@@ -60,7 +60,7 @@ def bias(seen: Sequence[Seen], after: Tree) -> Bias | None:
         after: what the server came to, with frozen leaves.
 
     Returns:
-        None where the products are not known: other adapters, factors that stay with the clients or travel as a product.
+        None where the products are not known: other adapters, factors that stay with a client or travel as a product.
     """
     found = layers(seen[0].start, seen[0].delta) if seen else []
     if not found or any(one.delta.keys() - one.start.keys() for one in seen):
@@ -91,9 +91,8 @@ def spectra(after: Tree, names: Sequence[str], smallest: int | None) -> tuple[fl
 
 def layers(leaves: Mapping[str, Tensor], some: Collection[str]) -> list[str]:
     """The layers that have both factors among the leaves, one of them among `some`."""
-    return [
-        layer for layer in factors.layers(leaves) if any(f"{layer}.{name}" in some for name in (factors.A, factors.B))
-    ]
+    ends = (factors.A, factors.B)
+    return [layer for layer in factors.layers(leaves) if any(f"{layer}.{end}" in some for end in ends)]
 
 
 def _means(pairs: Sequence[tuple[float, Pair]], rank: int) -> Pair:

@@ -13,8 +13,8 @@ class Diagnostics:
     """Drift, cosines, aggregation bias and ranks of each round; the run's result does not depend on them.
 
     Args:
-        clients: whose updates are kept until the round's end, the first of each cohort. It takes as much memory as their
-            updates; what does not fit 256 MiB is not kept.
+        clients: whose updates are kept until the round's end, the first of each cohort; fewer if they do not fit
+            256 MiB.
         rounds: how long something must last before it is an alarm.
         cosine: clients diverge below this mean cosine of their updates.
         bias: the aggregation loses too much above this relative aggregation bias.
