@@ -21,7 +21,7 @@ class Observer:
     """One for a process's share of a run.
 
     Args:
-        shown: False where the server sees sums alone, so that only alarms about losses and bytes are left.
+        shown: False where the server sees sums, or integers, so that only alarms about losses and bytes are left.
     """
 
     settings: Diagnostics
@@ -38,10 +38,11 @@ class Observer:
         if settings is None:
             return None
         rank, scale = (adapter.rank, adapter.scale) if isinstance(adapter, Lora) else (None, 1.0)
+        hidden = experiment.demands.secrecy or experiment.aggregator.secret
         ranks = [experiment.federation.profile(client).rank for client in clients]
         return Observer(
             settings=settings,
-            shown=not (experiment.demands.secrecy or experiment.aggregator.secret),
+            shown=not (hidden or any(stage.integers for stage in experiment.trip)),
             alarms=Alarms(settings),
             constants=tree.to(model.bound(experiment.key).constants, "cpu"),
             scale=scale,
@@ -50,7 +51,7 @@ class Observer:
 
     def cohort(self) -> Cohort | None:
         """What will see the next round's updates."""
-        return Cohort(self.settings.clients, self.constants, self.scale, self.smallest) if self.shown else None
+        return Cohort(self.settings, self.constants, self.scale, self.smallest) if self.shown else None
 
     def closed(self, cohort: Cohort | None, params: Tree, finished: RoundFinished) -> list[Event]:
         """The events of a round's end: its figures, unless it was empty, `finished` itself, and the alarms that begin.

@@ -1,11 +1,13 @@
 """Alarms: what a user should know of the last rounds, said in the round in which it begins.
 
-    diverging      cosine < c                                  in each of the last n rounds
-    losing         min(bias, bias of means) > b                in each of the last n rounds
+    diverging      agreement < c                      in each of the last n rounds
+    losing         min(bias, bias of means) > b       in each of the last n rounds
     stalled        mean loss of the last n rounds >= mean loss of the n rounds before them
     costly         bytes of the last n rounds > g (mean loss of the n rounds before - mean loss of the last n)
 
-Losses are the cohorts' training losses. An alarm is raised again if it has ceased in between.
+The agreement of K clients is 1 + (K - 1) cosine = ||sum_k Delta_k / ||Delta_k|| ||^2 / K: K if all go the same way, 1
+if their updates are at right angles, 0 if they cancel. Losses are the cohorts' training losses. An alarm is raised
+again if it has ceased in between.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from fedllm.events import Diagnosed, Event, Resumed, RoundFinished, Warned
 class Point:
     """What alarms know of a round."""
 
+    agreement: float | None = None
     cosine: float | None = None
     bias: float | None = None
     loss: float | None = None
@@ -43,8 +46,8 @@ class Alarms:
         match event:
             case Diagnosed():
                 lost = [value for value in (event.bias, event.bias_of_means) if value is not None]
-                point = Point(cosine=event.cosine, bias=min(lost, default=None))
-                self.points[event.round] = point
+                agreement = None if event.cosine is None else 1 + (len(event.clients) - 1) * event.cosine
+                self.points[event.round] = Point(agreement, event.cosine, min(lost, default=None))
             case RoundFinished():
                 known = self.points.get(event.round, Point())
                 self.points[event.round] = replace(known, loss=event.loss, bytes=event.bytes_up + event.bytes_down)
@@ -61,13 +64,13 @@ class Alarms:
 
 def diverging(points: Sequence[Point], settings: Diagnostics) -> str:
     """The clients pull apart."""
-    found = _last([point.cosine for point in points], settings.rounds)
-    if not found or max(found) >= settings.cosine:
+    found = _last([point.agreement for point in points], settings.rounds)
+    if not found or max(found) >= settings.agreement:
         return ""
     return (
-        f"clients diverge: the mean cosine of their updates is {found[-1]:.2g}, below {settings.cosine:g} "
-        f"{_for(settings)}; take fewer local steps or a lower work lr, or a method that corrects drift "
-        "(scaffold, fedprox)"
+        f"clients diverge: the mean cosine of their updates is {points[-1].cosine:.2g}, their agreement "
+        f"{found[-1]:.2g}, below {settings.agreement:g} {_for(settings)}; take fewer local steps, a lower work.lr or "
+        "a method that corrects drift (scaffold, fedprox)"
     )
 
 
@@ -89,7 +92,7 @@ def stalled(points: Sequence[Point], settings: Diagnostics) -> str:
         return ""
     return (
         f"the training loss does not fall: {found[1]:.4g} on average over the last {settings.rounds} rounds, "
-        f"{found[0]:.4g} over those before; stop here, lower work's lr, or look at the clients' losses"
+        f"{found[0]:.4g} over those before; stop here, lower work.lr, or look at the clients' losses"
     )
 
 

@@ -16,11 +16,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedllm import blocks, tree
 from fedllm.diagnostics import geometry
 from fedllm.diagnostics.products import Seen, bias, layers, spectra
+from fedllm.diagnostics.settings import Diagnostics
 from fedllm.events import Diagnosed
 from fedllm.tree import Tree
 from fedllm.update import Request, Update
@@ -31,14 +31,14 @@ MOST_SHOWN = 16  # clients whose cosines are written one by one
 
 @dataclass(eq=False)
 class Cohort:
-    """The updates of the first `most` clients of a round, and the drift of all.
+    """The updates of a round's first clients, and the drift of all.
 
     Args:
-        constants: the adapter's frozen leaves, which all clients have. scale: of the adapter's products.
-        smallest: the smallest rank among all clients, where it is below the adapter's.
+        settings: how many clients and layers. constants: the adapter's frozen leaves, which all clients have.
+        scale: of the adapter's products. smallest: rank among all clients, where it is below the adapter's.
     """
 
-    most: int
+    settings: Diagnostics
     constants: Tree
     scale: float
     smallest: int | None
@@ -51,10 +51,9 @@ class Cohort:
         if part is None:
             return
         weight, client = part.weight or 1.0, str(request.ctx.client)
-        delta = {name: _cut(name, leaf, request.params) / weight for name, leaf in part.tree.items()}
-        delta |= blocks.alone(reply, request.params, request.ctx)
+        delta = _cut(tree.divide(part.tree, weight), request.params) | blocks.alone(reply, request.params, request.ctx)
         self.drift[client] = tree.norm(delta)
-        if request.ctx.slot < min(self.most, MOST_VALUES // max(1, tree.num_values(delta))):
+        if request.ctx.slot < min(self.settings.clients, MOST_VALUES // max(1, tree.num_values(delta))):
             self.seen.append(Seen(client, weight, {**self.constants, **request.params}, delta))
 
     def diagnosed(self, round: int, params: Tree) -> list[Diagnosed]:
@@ -62,8 +61,8 @@ class Cohort:
         if not self.drift:
             return []
         after = {**self.constants, **params}
-        lost = bias(self.seen, after)
-        rank, energy = spectra(after, layers(after, params), self.smallest)
+        lost = bias(self.seen, after, self.settings.layers)
+        rank, energy = spectra(after, layers(after, params, self.settings.layers), self.smallest)
         whole = len(self.seen) == len(self.drift)
         return [
             Diagnosed(
@@ -82,15 +81,18 @@ class Cohort:
         ]
 
 
-def _cut(name: str, leaf: Tensor, sent: Tree) -> Tensor:
+def _cut(delta: Tree, sent: Tree) -> Tree:
     """Without the zeros that fill an update of a smaller rank up."""
-    return leaf[tuple(map(slice, sent[name].shape))] if name in sent else leaf
+    return {
+        name: leaf[tuple(map(slice, sent[name].shape))] if name in sent and leaf.shape != sent[name].shape else leaf
+        for name, leaf in delta.items()
+    }
 
 
 def _angles(seen: Sequence[Seen]) -> dict[str, Any]:
     if len(seen) < 2:
         return {"cosine": None, "dissimilarity": None}
-    names = [name for name in seen[0].delta if all(name in one.delta for one in seen)]
+    names = sorted(set.intersection(*(set(one.delta) for one in seen)))
     gram = geometry.gram([[one.delta[name] for one in seen] for name in names])
     found, share = geometry.cosines(gram), torch.tensor([one.weight for one in seen], dtype=torch.float64)
     share /= share.sum()

@@ -1,8 +1,8 @@
-"""Lengths, angles and spectra of updates and of products of low-rank factors, from Gram matrices in float64.
+"""Lengths, angles and spectra of updates and of products of low-rank factors, from Gram matrices.
 
     <B A, D C> = tr((B A)^T D C) = sum (B^T D) o (A C^T)        o: entry by entry; no product is formed
 
-A difference of two products that are equal comes out as 1e-8 of their norm or less, for its square is a difference.
+In float64 a difference of two equal products comes out as 1e-8 of their norm or so, for its square is a difference.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def inner(one: Pair, two: Pair) -> float:
     return float(((b.T @ d) * (a @ c.T)).sum())
 
 
-def apart(one: Pair, two: Pair) -> float:
-    """||B A - D C||_F squared."""
-    return max(0.0, inner(one, one) - 2 * inner(one, two) + inner(two, two))
+def apart(square: float, one: Pair, two: Pair) -> float:
+    """||B A - D C||_F squared; `square` is that of B A alone."""
+    return max(0.0, square - 2 * inner(one, two) + inner(two, two))
 
 
 def spectrum(b: Tensor, a: Tensor) -> Tensor:
@@ -54,15 +54,14 @@ def energy_above(values: Tensor, rank: int) -> float:
 
 
 def gram(leaves: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(K, K): the inner products of K clients' updates. `leaves`: of each name the K tensors; one that is smaller along
-    an axis counts as filled up with zeros."""
+    """(K, K): the inner products of K clients' updates, in the updates' type within a leaf and in float64 over leaves.
+
+    `leaves`: of each name the K tensors; one that is smaller along an axis counts as filled up with zeros.
+    """
     count = len(leaves[0])
     total = torch.zeros(count, count, dtype=torch.float64)
     for own in leaves:
-        block = torch.zeros(count, *(max(sizes) for sizes in zip(*(leaf.shape for leaf in own), strict=True))).double()
-        for row, leaf in zip(block, own, strict=True):
-            row[tuple(map(slice, leaf.shape))] = leaf
-        flat = block.reshape(count, -1)
+        flat = _alike(own).flatten(1)
         total += flat @ flat.T
     return total
 
@@ -74,3 +73,13 @@ def cosines(products: Tensor) -> list[float]:
     scaled = products / torch.where(norms > 0, norms, 1) / torch.where(norms > 0, norms, 1)[:, None]
     rows, columns = torch.triu_indices(len(norms), len(norms), 1)
     return [float(value) for value in scaled[rows, columns].clamp(-1, 1)]
+
+
+def _alike(leaves: Sequence[Tensor]) -> Tensor:
+    """(K, ...): the leaves in the shape of the largest."""
+    if len({leaf.shape for leaf in leaves}) == 1:
+        return torch.stack(list(leaves))
+    whole = leaves[0].new_zeros(len(leaves), *map(max, zip(*(leaf.shape for leaf in leaves), strict=True)))
+    for row, leaf in zip(whole, leaves, strict=True):
+        row[tuple(map(slice, leaf.shape))] = leaf
+    return whole

@@ -4,7 +4,7 @@
     bias           ||P - B A||_F / ||P||_F                                  B A: what the server came to
     bias of means  the same with B = sum_k p_k B_k and A = sum_k p_k A_k    what FedIT comes to
 
-Frobenius norms over all layers together. Where one factor stands still both are zero, for P is linear in the other one.
+Frobenius norms over layers together. Where one factor stands still both are zero, for P is linear in the other one.
 Sun et al. 2024 (FFA-LoRA), arXiv 2403.12313, and Singhal et al. 2024 (FedEx-LoRA), arXiv 2410.09432, name the bias;
 raFLoRA 2026, arXiv 2602.13486, the energy above the smallest rank.
 """
@@ -53,16 +53,16 @@ class Bias:
     means: float | None
 
 
-def bias(seen: Sequence[Seen], after: Tree) -> Bias | None:
+def bias(seen: Sequence[Seen], after: Tree, most: int | None) -> Bias | None:
     """What the aggregation has lost.
 
     Args:
-        after: what the server came to, with frozen leaves.
+        most: layers at most. after: what the server came to, with frozen leaves.
 
     Returns:
         None where the products are not known: other adapters, factors that stay with a client or travel as a product.
     """
-    found = layers(seen[0].start, seen[0].delta) if seen else []
+    found = layers(seen[0].start, seen[0].delta, most) if seen else []
     if not found or any(one.delta.keys() - one.start.keys() for one in seen):
         return None
     total = sum(one.weight for one in seen)
@@ -70,10 +70,11 @@ def bias(seen: Sequence[Seen], after: Tree) -> Bias | None:
     for layer in found:
         pairs = [(one.weight / total, one.pair(layer)) for one in seen]
         mean = torch.cat([b for _, (b, _) in pairs], 1), torch.cat([p * a for p, (_, a) in pairs])
-        norm += geometry.inner(mean, mean)
+        square = geometry.inner(mean, mean)
         b, a = factors.pair(after, layer)
-        lost += geometry.apart(mean, (b.double(), a.double()))
-        mixed += geometry.apart(mean, _means(pairs, len(a)))
+        norm += square
+        lost += geometry.apart(square, mean, (b.double(), a.double()))
+        mixed += geometry.apart(square, mean, _means(pairs, len(a)))
     if not norm > 0:
         return Bias(0.0, None, None)
     return Bias(math.sqrt(norm), math.sqrt(lost / norm), math.sqrt(mixed / norm))
@@ -89,10 +90,12 @@ def spectra(after: Tree, names: Sequence[str], smallest: int | None) -> tuple[fl
     return fmean(map(geometry.effective_rank, found)), above
 
 
-def layers(leaves: Mapping[str, Tensor], some: Collection[str]) -> list[str]:
-    """The layers that have both factors among the leaves, one of them among `some`."""
+def layers(leaves: Mapping[str, Tensor], some: Collection[str], most: int | None) -> list[str]:
+    """The layers with both factors among the leaves, one of them among `some`; at most `most`, spread evenly."""
     ends = (factors.A, factors.B)
-    return [layer for layer in factors.layers(leaves) if any(f"{layer}.{end}" in some for end in ends)]
+    found = [layer for layer in sorted(factors.layers(leaves)) if any(f"{layer}.{end}" in some for end in ends)]
+    count = len(found) if most is None else min(most, len(found))
+    return [found[place * len(found) // count] for place in range(count)]
 
 
 def _means(pairs: Sequence[tuple[float, Pair]], rank: int) -> Pair:
