@@ -116,6 +116,34 @@ def bars(name: str, rows: Sequence[str], values: Mapping[str, float], *, shade: 
     }
 
 
+def matrix(rows: Sequence[str], values: Sequence[Sequence[float | None]]) -> Trace:
+    """A square of values in [-1, 1], a row and a column for each name; None stays empty."""
+    names = [plain(row, limit=80) for row in rows]
+    return {
+        "type": "heatmap",
+        "x": list(range(len(rows))),
+        "y": list(range(len(rows))),
+        "z": [list(row) for row in values],
+        "customdata": [[[one, other] for other in names] for one in names],
+        "hovertemplate": "%{customdata[0]}, %{customdata[1]}: %{z:.3f}<extra></extra>",
+        "texttemplate": "%{z:.2f}" if len(rows) <= 8 else "",
+        "hoverongaps": False,
+        "zmin": -1,
+        "zmax": 1,
+        "colorscale": [[0, "#cc5566"], [0.5, "rgba(138,144,153,0.12)"], [1, "#4477aa"]],
+        "xgap": 2,
+        "ygap": 2,
+        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickvals": [-1, 0, 1]},
+    }
+
+
+def squared(title: str, note: str, trace: Trace, *, rows: Sequence[str]) -> Figure:
+    """A matrix with its names on both axes; the first row is on top."""
+    axis = {"tickvals": list(range(len(rows))), "ticktext": [plain(row, limit=16) for row in rows], "showgrid": False}
+    upright = {**axis, "range": [len(rows) - 0.5, -0.5]}
+    return Figure(title, note, (trace,), _layout(axis, upright, height=140 + 22 * len(rows) + 60, legend=False))
+
+
 def over_rounds(title: str, note: str, traces: Sequence[Trace], *, unit: str = "", from_zero: bool = False) -> Figure:
     """A figure whose x axis counts rounds; 0 is before the first."""
     last = max((x for trace in traces for x in trace["x"]), default=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.events import DataReported, RunStarted
-from fedllm.report import figures, tables
+from fedllm.report import diagnosed, figures, tables
 from fedllm.report.citation import bibtex
 from fedllm.report.markup import Html, el, folded, joined
 from fedllm.report.plot import Figure
@@ -24,6 +24,7 @@ def sections(stories: Sequence[Story]) -> list[Section]:
         ("Results", joined([overview, tables.headline(stories)])),
         ("Training", _figures([*figures.loss(stories), *figures.metrics(stories)])),
         ("Clients", _clients(stories)),
+        ("Updates", _updates(stories)),
         ("Communication", sent),
         ("Data", _data(stories)),
         ("Time", joined([_figures(figures.seconds(stories), cost), *_numbers(stories)])),
@@ -60,6 +61,20 @@ def _numbers(stories: Sequence[Story]) -> list[Html]:
 def _clients(stories: Sequence[Story]) -> Html:
     gains = [tables.gains(story) for story in stories] if len(stories) == 1 else []
     return joined([*gains, _figures(figures.clients(stories)), tables.worst(stories)])
+
+
+def _updates(stories: Sequence[Story]) -> Html:
+    """What the server saw of them, round by round."""
+    several = len(stories) > 1
+    told = [(story.label, text) for story in stories if (text := diagnosed.absence(story))]
+    found = [(story.label, body) for story in stories if (body := diagnosed.numbers(story))]
+    return joined(
+        [
+            *(el("p", f"{label}: {text}" if several else text) for label, text in told),
+            _figures(diagnosed.figures(stories)),
+            *(folded(f"What the updates of {label} showed in numbers", body) for label, body in found),
+        ]
+    )
 
 
 def _data(stories: Sequence[Story]) -> Html:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -13,6 +14,7 @@ from fedllm.events import (
     ClientFailed,
     ClientFinished,
     DataReported,
+    Diagnosed,
     Evaluated,
     Event,
     Log,
@@ -50,6 +52,26 @@ def _evaluated(which: str, round: int, *, speed: float, note: str = "") -> Evalu
     return Evaluated(which, round, _scores(round, speed=speed, place=1), clients, note)
 
 
+def _diagnosed(number: int, present: Sequence[str]) -> Diagnosed:
+    drifts = {name: 1.5 + 0.2 * place + math.exp(-0.1 * number) for place, name in enumerate(present)}
+    cosines = tuple(0.4 * math.cos(place) - 0.01 * number for place in range(len(present) * (len(present) - 1) // 2))
+    return Diagnosed(
+        round=number,
+        answered=len(present),
+        drift=fmean(drifts.values()),
+        clients=drifts,
+        cosine=fmean(cosines),
+        dissimilarity=1.6,
+        bias=0.1 / (number + 1),
+        bias_of_means=0.2 / (number + 1),
+        product_norm=3.0 + 0.1 * number,
+        effective_rank=5.5 + math.sin(number),
+        energy_above=None,
+        smallest_rank=None,
+        cosines=cosines,
+    )
+
+
 def _round(number: int, *, speed: float, bytes_up: int) -> Iterator[Event]:
     yield RoundStarted(number, CLIENTS)
     lost = number == 6
@@ -61,6 +83,7 @@ def _round(number: int, *, speed: float, bytes_up: int) -> Iterator[Event]:
         yield ClientFinished(number, name, _loss(number, speed=speed, place=place), 2_560, 1.1 + 0.2 * place)
     if lost:
         yield ClientFailed(number, "clinic", "no reply within 30 s")
+    yield _diagnosed(number, present)
     count = len(present)
     loss = _loss(number, speed=speed, place=1)
     yield RoundFinished(

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from fedllm.events import ClientFinished, DataReported, Evaluated, Event, RoundFinished, Wire
-from fedllm.report import figures
+from fedllm.report import diagnosed, figures
 from fedllm.report.plot import Figure, line, over_rounds, plain
 from fedllm.report.story import Story
 
@@ -27,6 +27,7 @@ def everything(stories: list[Story]) -> list[Figure]:
         draw(stories)
         for draw in (
             *(figures.loss, figures.metrics, figures.clients, figures.traffic, figures.parts, figures.seconds),
+            diagnosed.figures,
         )
     ]
     data = [data for one in stories if (data := one.last(DataReported))]

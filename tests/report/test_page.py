@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import RunError
-from fedllm.events import ClientFailed, DataReported, Evaluated, Event, Resumed, RoundFinished, RunStarted, Warned
+from fedllm.events import (
+    ClientFailed,
+    DataReported,
+    Diagnosed,
+    Evaluated,
+    Event,
+    Resumed,
+    RoundFinished,
+    RunStarted,
+    Warned,
+)
 from fedllm.report import page, write_report
 from fedllm.report.citation import bibtex
 
@@ -84,8 +94,10 @@ def test_library_is_inlined_once_and_allowed_by_its_hash(events: MakeEvents, fol
 def test_one_run_has_all_chapters(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:
     run = folder("archives-5e90c1d7", events(), {"epsilon": 3.5, "best_round": 20, "peak_rss_bytes": 2**30})
     seen = outline([run], tmp_path)
-    chapters = "Results Training Clients Communication Data Time Failures and warnings Settings Reproduce and cite"
-    assert [tag for tag, _ in seen.tags].count("section") == 9
+    chapters = (
+        "Results Training Clients Updates Communication Data Time Failures and warnings Settings Reproduce and cite"
+    )
+    assert [tag for tag, _ in seen.tags].count("section") == 10
     assert all(word in seen.text for word in chapters.split())
     assert ["nll", "2.720", "1.816", "1.542", "1.524"] in seen.rows
     assert ["exact_match/private", "0.0384", "0.2988", "0.3777", "0.3827"] in seen.rows
@@ -98,7 +110,7 @@ def test_one_run_has_all_chapters(small: None, events: MakeEvents, folder: Write
     assert "fedllm run experiment.yaml" in seen.text
     assert "version = {0.1.0}" in seen.text and "arXiv:2409.15723" in seen.text
     assert "adapter:" in seen.text  # the settings as YAML
-    assert seen.count("figure") == 12
+    assert seen.count("figure") == 17
 
 
 def test_tables_can_be_read_aloud(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:
@@ -200,7 +212,7 @@ def test_lost_rounds_of_a_resumed_run_are_not_shown(
     small: None, events: MakeEvents, folder: Write, tmp_path: Path
 ) -> None:
     made = events(rounds=2)
-    cut = [event for event in made if not isinstance(event, Evaluated)]
+    cut = [event for event in made if not isinstance(event, Evaluated | Diagnosed)]
     lost = [replace(event, loss=777.0) for event in made if isinstance(event, RoundFinished) and event.round == 1]
     seen = outline([folder("a", [*cut[:-1], *lost, Resumed(1), *lost, Resumed(1), *cut])], tmp_path)
     assert "777" not in seen.text
