@@ -21,7 +21,7 @@ from fedllm.engines.serial import Serial
 from fedllm.events import Diagnosed, Emit, Event, RoundStarted, Warned
 from fedllm.experiment import Experiment
 from fedllm.report.story import effective
-from fedllm.update import Request, Update
+from fedllm.update import Profile, Request, Update
 from tests.doubles.masks import Masked, Rounding
 from tests.runs.small import Stop, StopAt, adapter_hash, events, small, spec
 
@@ -60,6 +60,20 @@ def test_of_factors_that_stay_with_clients_no_product_is_known(data: Path, tmp_p
     found = diagnosed(fedllm.run(by_method(data, "fedsa_lora", rounds=1), out=tmp_path / "run").folder)[0]
     assert (found.bias, found.product_norm, found.effective_rank) == (None, None, None)
     assert found.cosine is not None and found.drift > 0
+
+
+def test_the_rank_collapses_in_flexlora_and_not_in_raflora(data: Path, tmp_path: Path) -> None:
+    """What raFLoRA (arXiv 2602.13486) says of a mean that damps components which few clients have."""
+    energies = {}
+    for method in ("flexlora", "raflora"):
+        made = by_method(data, method, rounds=6, task__adapter__lora__rank=8, evaluation__every=None)
+        profiles = {"ann": Profile(rank=2), "ben": Profile(rank=4)}
+        made = replace(made, federation=replace(made.federation, profiles=profiles))
+        found = diagnosed(fedllm.run(made, out=tmp_path / method).folder)
+        assert {event.smallest_rank for event in found} == {2}
+        energies[method] = [event.energy_above for event in found]
+    assert energies["flexlora"][0] > 0.1 and energies["flexlora"][-1] < 0.01
+    assert min(energies["raflora"]) > 0.2
 
 
 def test_drift_grows_with_local_steps(data: Path, tmp_path: Path) -> None:
