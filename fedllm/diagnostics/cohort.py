@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedllm import blocks, tree
 from fedllm.diagnostics import geometry
@@ -83,10 +84,13 @@ class Cohort:
 
 def _cut(delta: Tree, sent: Tree) -> Tree:
     """Without the zeros that fill an update of a smaller rank up."""
-    return {
-        name: leaf[tuple(map(slice, sent[name].shape))] if name in sent and leaf.shape != sent[name].shape else leaf
-        for name, leaf in delta.items()
-    }
+    return {name: _inside(leaf, sent[name].shape) if name in sent else leaf for name, leaf in delta.items()}
+
+
+def _inside(leaf: Tensor, shape: torch.Size) -> Tensor:
+    """The leaf's first values in each axis; a leaf of another form as it is."""
+    fits = leaf.dim() == len(shape) and all(own >= size for own, size in zip(leaf.shape, shape, strict=True))
+    return leaf[tuple(map(slice, shape))] if fits and leaf.shape != shape else leaf
 
 
 def _angles(seen: Sequence[Seen]) -> dict[str, Any]:

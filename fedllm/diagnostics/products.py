@@ -34,6 +34,11 @@ class Seen:
     start: Tree
     delta: Tree
 
+    @property
+    def alike(self) -> bool:
+        """True if the delta has the form of the parameters."""
+        return all(name in self.start and self.start[name].shape == leaf.shape for name, leaf in self.delta.items())
+
     def pair(self, layer: str) -> Pair:
         """B and A after training, in float64; a factor that did not move is where it was."""
         b, a = (self._after(f"{layer}.{name}") for name in (factors.B, factors.A))
@@ -60,10 +65,10 @@ def bias(seen: Sequence[Seen], after: Tree, most: int | None) -> Bias | None:
         most: layers at most. after: what the server came to, with frozen leaves.
 
     Returns:
-        None where the products are not known: other adapters, factors that stay with a client or travel as a product.
+        None where the products are not known: other adapters, factors that stay with a client or travel in another form.
     """
     found = layers(seen[0].start, seen[0].delta, most) if seen else []
-    if not found or any(one.delta.keys() - one.start.keys() for one in seen):
+    if not found or not all(one.alike for one in seen):
         return None
     total = sum(one.weight for one in seen)
     norm = lost = mixed = 0.0

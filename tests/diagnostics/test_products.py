@@ -117,6 +117,8 @@ def test_products_that_are_not_known() -> None:
     assert bias(alone, server, None) is None, "lora_B stays with the clients"
     other = [*seen[1:], Seen("a", 1.0, seen[0].start, {"q.lora_BA": torch.ones(192, 576)})]
     assert bias(other, server, None) is None, "a product travels"
+    flat = {name: leaf.flatten() for name, leaf in seen[0].delta.items()}
+    assert bias([Seen("a", 1.0, seen[0].start, flat), *seen[1:]], server, None) is None, "values travel in a row"
     still = {name: torch.zeros_like(leaf) if name.endswith("lora_B") else leaf for name, leaf in server.items()}
     unmoved = [Seen("a", 1.0, still, {name: torch.zeros_like(leaf) for name, leaf in still.items()})]
     assert bias(unmoved, still, None) == Bias(0.0, None, None), "nothing is lost of nothing"
