@@ -44,8 +44,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines",),
     # What starts clients in another process hands it text, which is read there: `host`, and the engine that does so.
     ("config", "catalog", "presets", "schema", "spec", "overrides", "host", "engines.ray"),
-    ("folder", "lock", "ledger", "best", "outputs", "compare", "observer", "session", "finished", "rehearsal")
-    + ("launch", "export"),
+    (
+        *("folder", "lock", "ledger", "best", "outputs", "compare", "observer", "session", "finished", "rehearsal"),
+        *("launch", "export"),
+    ),
     ("report", "audits", "explain"),
     ("__init__",),
     ("console",),

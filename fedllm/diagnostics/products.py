@@ -65,7 +65,7 @@ def bias(seen: Sequence[Seen], after: Tree, most: int | None) -> Bias | None:
         most: layers at most. after: what the server came to, with frozen leaves.
 
     Returns:
-        None where the products are not known: other adapters, factors that stay with a client or travel in another form.
+        None where the products are not known: other adapters, factors that stay with a client or travel otherwise.
     """
     found = layers(seen[0].start, seen[0].delta, most) if seen else []
     if not found or not all(one.alike for one in seen):
