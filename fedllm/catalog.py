@@ -36,8 +36,10 @@ from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
+from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -48,6 +50,7 @@ from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
 from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.lora_xs import LoraXs
 from fedllm.tasks.adapters.peft import Peft
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import BitFit, Full, Norms
@@ -77,6 +80,8 @@ STAGES: Table = {
     "lora_stack": LoraStack,
     "lora_prune": LoraPrune,
     "lora_cap": LoraCap,
+    "lora_product": LoraProduct,
+    "lora_svd": LoraSvd,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
@@ -94,6 +99,7 @@ NOUNS: Mapping[type, Table] = {
     Sampling: {"all": All, "uniform": UniformSampling, "poisson": PoissonSampling},
     Adapter: {
         "lora": Lora,
+        "lora_xs": LoraXs,
         "soft_prompt": SoftPrompt,
         "full": Full,
         "norms": Norms,
@@ -169,6 +175,10 @@ METHODS: Mapping[str, Method] = {
         "Su et al. 2024, arXiv:2411.06581",
         adapter="lora",
     ),
+    "fedsvd": Method(
+        ("lora_svd", "by_examples"), "Lee et al. 2025, arXiv:2505.12805", adapter="lora", scope={"hold": ("*lora_A",)}
+    ),
+    "fed_sb": Method(("by_examples",), "Singhal et al. 2025, arXiv:2502.15436", adapter="lora_xs"),
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
 }
 

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
-from fedllm.stage import Bracket, Norm, Stage
+from fedllm.stage import Bracket, Norm, Stage, hooked
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.update import Profile
 
@@ -94,13 +94,13 @@ def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None
         return
     client, own = next(iter(others.items()))
     mixed = f"federation: client {client} has rank {own}, but task.adapter is {_name(adapter)}"
-    mixed += f" of rank {rank}" if rank is not None else ", which has no rank"
+    mixed += f" of rank {rank}" if rank is not None else ", whose leaves have one shape on all clients"
     if rank is not None and (above := [name for name, other in others.items() if other is not None and other > rank]):
         raise CheckError(
             f"federation: client {above[0]} has rank {others[above[0]]}, above the rank {rank} of task.adapter; raise "
             "task.adapter.lora.rank, or lower the client's"
         )
-    if not any(stage.unequal for stage in experiment.trip):
+    if rank is None or not any(stage.unequal for stage in experiment.trip):
         raise CheckError(
             f"{mixed}, and the part 'delta' has the shape of the parameters, so that their updates cannot be added; "
             "give all clients the adapter's rank, or add a stage that brings updates to one shape, as lora_pad does"
@@ -310,6 +310,12 @@ def _factors(experiment: Experiment) -> None:
                 f"stages: {_name(stage)} works on the factors of lora, but task.adapter is "
                 f"{_name(task.adapter)}; use lora"
             )
+        keeper = next((other for other in experiment.trip if other.first), None)
+        if keeper is not None:
+            raise CheckError(
+                f"stages: {_name(stage)} works on both factors of lora, but {_name(keeper)} keeps leaves on the client"
+                "; leave out one of the two"
+            )
         for key in ("freeze", "alternate"):
             if vars(task.scope)[key]:
                 raise CheckError(
@@ -320,21 +326,40 @@ def _factors(experiment: Experiment) -> None:
 
 def _bases(stages: Sequence[Stage]) -> None:
     for place, stage in enumerate(stages):
-        for before in stages[:place]:
-            if stage.rebases and before.needs_basis:
+        # What stands behind a stage that reshapes works on another shape, whose basis is its own.
+        for other in (stages[:place] if stage.reshapes else stages) if stage.rebases else ():
+            if other.needs_basis:
                 raise CheckError(
-                    f"stages: {_name(before)} is right only while an entry of lora_A or lora_B stands for the same in "
+                    f"stages: {_name(other)} is right only while an entry of lora_A or lora_B stands for the same in "
                     f"all rounds, but {_name(stage)} writes their product in another basis after each; leave out one "
-                    "of the two"
+                    f"of the two{_or_on_products(stage, other)}"
                 )
-        for behind in stages[place + 1 :]:
-            if stage.reshapes and stage.makes and behind.needs_basis:
+        for behind in stages[place + 1 :] if stage.reshapes else ():
+            if behind.both_factors or behind.unequal:
+                raise CheckError(
+                    f"stages: {_name(behind)} works on the factors of lora, but {_name(stage)} before it takes them "
+                    "out of the delta; leave out one of the two"
+                )
+            if stage.makes and behind.needs_basis:
                 parts = ", ".join(f"'{part}'" for part in sorted(stage.makes))
                 raise CheckError(
                     f"stages: {_name(behind)} stands behind {_name(stage)}, which takes lora_A and lora_B out of the "
                     f"delta (into {parts}), so that it would not see them; put it before {_name(stage)}, or leave out "
                     "one of the two"
                 )
+            if hooked([behind]) and "delta" in behind.takes:
+                raise CheckError(
+                    f"stages: {_name(behind)} compares the update with the local steps, but {_name(stage)} before it "
+                    "turns the update into another shape; leave out one of the two"
+                )
+
+
+def _or_on_products(stage: Stage, other: Stage) -> str:
+    if hooked([other]):  # its local steps are on factors
+        return ""
+    if stage.reshapes and not stage.makes:
+        return f", or put {_name(other)} behind {_name(stage)}"
+    return f", or list lora_product in place of {_name(stage)} and before {_name(other)}"
 
 
 def _capped(stages: Sequence[Stage]) -> None:

@@ -16,6 +16,7 @@ from fedllm.packing import Packing, Window
 from fedllm.tree import Tree
 
 A, B = "lora_A", "lora_B"
+PRODUCT = "lora_BA"  # a layer's leaf (out, in) where a product travels in place of its factors
 Pair = tuple[Tensor, Tensor]  # B, A
 
 
@@ -28,6 +29,12 @@ def layers(leaves: Mapping[str, Tensor]) -> list[str]:
 def pair(leaves: Mapping[str, Tensor], layer: str) -> Pair:
     """B (out, rank) and A (rank, in) of a layer."""
     return leaves[f"{layer}.{B}"], leaves[f"{layer}.{A}"]
+
+
+def after(start: Mapping[str, Tensor], delta: Mapping[str, Tensor], layer: str) -> Pair:
+    """B and A of a layer once they have moved; a factor that the delta lacks stands still."""
+    b, a = (start[name] + delta[name] if name in delta else start[name] for name in (f"{layer}.{B}", f"{layer}.{A}"))
+    return b, a
 
 
 def named(layer: str, b: Tensor, a: Tensor) -> Tree:
@@ -105,17 +112,55 @@ def truncated(b: Tensor, a: Tensor, rank: int, where: str) -> Pair:
     Raises:
         RunError: a value is not finite.
     """
-    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
-        raise RunError(f"{where}: the sum of the clients' products holds values that are not finite; lower work.lr")
+    require_finite(where, b, a)
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T)
     found = min(rank, len(s))
     left, right, root = q_b @ u[:, :found], v[:found] @ q_a.T, s[:found].sqrt()
-    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     new_b, new_a = b.new_zeros(len(b), rank), a.new_zeros(rank, a.shape[1])
-    new_b[:, :found], new_a[:found] = left * (sign * root), right * (sign.T * root[:, None])
+    sign = signs(left)
+    new_b[:, :found], new_a[:found] = left * (sign * root), right * (sign * root)[:, None]
     return new_b, new_a
+
+
+def best(product: Tensor, rank: int, where: str) -> Pair:
+    """The same from the product (out, in) itself, rank <= min(out, in)."""
+    require_finite(where, product)
+    u, s, v = torch.linalg.svd(product.double(), full_matrices=False)
+    left, root = u[:, :rank], s[:rank].sqrt() * signs(u[:, :rank])
+    return (left * root).to(product.dtype), (v[:rank] * root[:, None]).to(product.dtype)
+
+
+def orthonormal(b: Tensor, a: Tensor, where: str) -> Pair:
+    """The same product with orthonormal rows in A: B <- U S, A <- V^T of B A = U S V^T, in float64.
+
+    b (out, rank), a (rank, in), rank <= min(out, in). The rows of A keep their span; they are orthonormal also where B
+    or A is of a lower rank. The signs are as in `truncated`.
+
+    Raises:
+        RunError: a value is not finite.
+    """
+    require_finite(where, b, a)
+    q, r = torch.linalg.qr(a.double().T)  # A = r^T q^T
+    u, s, v = torch.linalg.svd(b.double() @ r.T, full_matrices=False)
+    sign = signs(u)
+    return (u * (s * sign)).to(b.dtype), (sign[:, None] * (v @ q.T)).to(a.dtype)
+
+
+def signs(columns: Tensor) -> Tensor:
+    """(rank,): -1 for the columns (n, rank) whose largest entry is negative, else 1."""
+    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0).to(columns)
+
+
+def require_finite(where: str, *leaves: Tensor) -> None:
+    """
+    Raises:
+        RunError: a value is not finite.
+    """
+    if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        raise RunError(f"{where}: the sum of the clients' products holds values that are not finite; lower work.lr")
 
 
 def _first(name: str, leaf: Tensor, rank: int) -> tuple[slice, ...]:

@@ -126,7 +126,9 @@ def requests_for(experiment: Experiment, run: Run, cohort: Sequence[str], everyo
 
 
 def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
-    """A zero delta of weight 0 in the shape of the broadcast."""
+    """A zero delta of weight 0 in the shape of the broadcast; without leaves where clients send another shape."""
+    if any(stage.reshapes for stage in stages):
+        return Update({"delta": Part({}, 0.0)})
     params, _ = down(stages, run.params, run.states, everyone)
     return Update({"delta": Part(tree.zeros_like(params), 0.0)})
 

@@ -105,6 +105,13 @@ class Turn(Stage):
 
 
 @dataclass(frozen=True)
+class TurnWhole(Turn):
+    """What stands behind it works on another shape."""
+
+    reshapes: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Away(Stage):
     """Takes the factors out of the delta."""
 
@@ -303,7 +310,27 @@ RULES = {
     "single entries before another basis": (
         of(Prox(), Momentum(), Turn(), Uniform()),
         "momentum is right only while an entry of lora_A or lora_B stands for the same in all rounds, but turn writes",
-        of(Prox(), Turn(), Momentum(), Uniform()),
+        of(Prox(), TurnWhole(), Momentum(), Uniform()),
+    ),
+    "single entries behind another basis of the same shape": (
+        of(Turn(), Momentum(), Uniform()),
+        "but turn writes .* or list lora_product in place of turn and before momentum",
+        of(TurnWhole(), Momentum(), Uniform()),
+    ),
+    "single entries before another basis of another shape": (
+        of(Momentum(), TurnWhole(), Uniform()),
+        "but turn_whole writes .* or put momentum behind turn_whole",
+        of(TurnWhole(), Momentum(), Uniform()),
+    ),
+    "controls of local steps before another basis": (
+        of(Dyn(), Turn(), Uniform()),
+        "but turn writes their product in another basis after each; leave out one of the two$",
+        of(Prox(), Turn(), Uniform()),
+    ),
+    "local steps against another shape": (
+        of(Product(), Dyn(), Uniform()),
+        "dyn compares the update with the local steps, but product before it turns the update into another shape",
+        of(Dyn(), Product(), Uniform()),
     ),
     "single entries that are gone": (
         of(Prox(), Away(), TopK(0.5), Uniform()),
@@ -373,7 +400,7 @@ def ranked(*stages: Stage, adapter=LORA) -> Experiment:
     [
         (ranked(Uniform()), "client b has rank 4, but task.adapter is lora of rank 8, and the part 'delta'"),
         (ranked(Product(), Scaffold(), Uniform()), "rank 4, .* scaffold makes the part 'control' in the shape"),
-        (ranked(Uniform(), adapter=Full()), "client b has rank 4, but task.adapter is full, which has no rank"),
+        (ranked(Uniform(), adapter=Full()), "client b has rank 4, but .* is full, whose leaves have one shape"),
         (ranked(Dyn(), LoraPad(), Uniform()), "rank 4, .* dyn is right only if every client counts the same in each"),
     ],
 )  # fmt: skip

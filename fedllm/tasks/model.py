@@ -60,13 +60,15 @@ class LoadedModel:
         leaves = self.adapter.fresh(key.fold("adapter"))
         some = ", ".join([*list(leaves)[:2], "..."][: len(leaves)]) or "none"
         scope = self.task.scope
-        for name in ("train", "share", "freeze", "alternate"):
+        for name in ("train", "share", "freeze", "alternate", "hold"):
             for pattern in vars(scope)[name]:
                 if leaves and not any(matches(leaf, [pattern.removeprefix("!")]) for leaf in leaves):
                     raise CheckError(f"task.scope.{name}: '{pattern}' fits no leaf of the adapter (its leaves: {some})")
         trained = {name: leaf for name, leaf in leaves.items() if scope.trains(name)}
         if not trained:
             raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its leaves: {some})")
+        if not scope.alternate and not any(scope.moves(name, 0) for name in trained):
+            raise CheckError("task.scope.hold leaves nothing to train; name fewer leaves")
         for turn, pattern in enumerate(scope.alternate):
             if not any(scope.moves(name, turn) for name in trained):
                 raise CheckError(f"task.scope.alternate: nothing trains in the turn of '{pattern}'; leave it out")

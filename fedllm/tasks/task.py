@@ -23,12 +23,14 @@ class Scope:
         share: leaves that are sent and averaged; the rest stays on its client.
         alternate: patterns that take turns: round r trains and sends, of the leaves that fit one of them, those of the
             (r mod n)-th alone. The others stand where the server has them.
+        hold: leaves that a client is sent and uses, but neither trains nor sends: a stage moves them on the server.
     """
 
     train: tuple[str, ...] = ("*",)
     share: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
     alternate: tuple[str, ...] = ()
+    hold: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.alternate) == 1:
@@ -44,6 +46,8 @@ class Scope:
 
     def moves(self, name: str, round: int) -> bool:
         """True if the leaf trains in this round."""
+        if matches(name, self.hold):
+            return False
         if not self.alternate or not matches(name, self.alternate):
             return True
         return matches(name, [self.alternate[round % len(self.alternate)]])

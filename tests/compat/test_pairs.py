@@ -48,6 +48,7 @@ SAME = {"*": Profile(rank=RANK)}
 # By method the columns that it refuses, each with a word of the method's side that the reason names.
 ONE_SHAPE = {pages.RANKS: "task.adapter is lora of rank"}
 ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if case.stage.needs_basis}
+TURNED = dict.fromkeys(ONE_BASIS, "lora_svd")
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "fedit": ONE_SHAPE,
     "ffa_lora": ONE_SHAPE,
@@ -60,6 +61,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "raflora": ONE_BASIS,
     "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
     "haflq": {},
+    "fedsvd": {**TURNED, **ONE_SHAPE},
 }
 
 
@@ -268,9 +270,10 @@ def test_flexlora_does_not_see_how_its_products_are_written(name: str, bench: Be
     assert apart(in_front(plain, CASES[name].stage) if name else plain, middle) < 1e-9
 
 
+@pytest.mark.parametrize("method", ["flexlora", "fedsvd"])
 @pytest.mark.parametrize("name", ONE_BASIS)
-def test_what_is_refused_before_a_stack_would_see_it(name: str, bench: Bench, middle: Tree) -> None:
-    plain = bench.ready(pages.alone("flexlora"))
+def test_what_is_refused_in_front_would_see_it(name: str, method: str, bench: Bench, middle: Tree) -> None:
+    plain = bench.ready(pages.alone(method))
     wrong = in_front(plain, CASES[name].stage)
     assert apart(wrong, middle) > 1e-6
 

@@ -195,19 +195,30 @@ class FlexLoraBook(Book):
 
     def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
         total = sum(w for w, _ in sent)
-        old, news = self.tree(x), [(w / total, self.tree(x + d)) for w, d in sent]
-        step = {}
+        new = self.factors(self.tree(x), [(w / total, self.tree(x + d)) for w, d in sent])
+        return torch.cat([new[name].reshape(-1) for name in sorted(new)]) - x
+
+    def factors(self, old: dict[str, Tensor], news: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """The server's leaves from (share, leaves) of the clients."""
+        found = {}
         for layer in {name.removesuffix(".lora_A") for name in old if name.endswith(".lora_A")}:
-            mean = sum(p * new[f"{layer}.lora_B"] @ new[f"{layer}.lora_A"] for p, new in news)
-            u, s, v = torch.linalg.svd(mean)
-            rank = len(old[f"{layer}.lora_A"])
-            u, v, root = u[:, :rank], v[:rank], s[:rank].sqrt()
-            for j in range(rank):
-                sign = u[u[:, j].abs().argmax(), j].sign()
-                u[:, j], v[j] = u[:, j] * sign, v[j] * sign
-            step[f"{layer}.lora_A"] = root[:, None] * v - old[f"{layer}.lora_A"]
-            step[f"{layer}.lora_B"] = u * root - old[f"{layer}.lora_B"]
-        return torch.cat([step[name].reshape(-1) for name in sorted(step)])
+            pairs = [(p, new[f"{layer}.lora_B"], new[f"{layer}.lora_A"]) for p, new in news]
+            found[f"{layer}.lora_B"], found[f"{layer}.lora_A"] = self.pair(pairs)
+        return found
+
+    def pair(self, pairs: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """B and A of a layer, from (share, B_k, A_k)."""
+        u, s, v = self.cut(sum(p * b @ a for p, b, a in pairs), len(pairs[0][2]))
+        return u * s.sqrt(), s.sqrt()[:, None] * v
+
+    def cut(self, product: Any, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest singular values; the largest entry of each column of U is positive."""
+        u, s, v = torch.linalg.svd(product)
+        u, s, v = u[:, :rank], s[:rank], v[:rank]
+        for j in range(rank):
+            sign = u[u[:, j].abs().argmax(), j].sign()
+            u[:, j], v[j] = u[:, j] * sign, v[j] * sign
+        return u, s, v
 
 
 class LoraFairBook(Book):
@@ -300,3 +311,12 @@ class HaflqBook(Book):
         weights = torch.stack([torch.where(delta.isnan(), 0, w) for w, delta in sent])
         total = sum(w * delta.nan_to_num() for w, (_, delta) in zip(weights, sent, strict=True))
         return torch.where(weights.sum(0) > 0, total / weights.sum(0), 0)
+
+
+class SvdBook(FlexLoraBook):
+    """Lee et al. 2025, algorithm 1, where lora_A is averaged, too."""
+
+    def pair(self, pairs: list[tuple[float, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        b, a = sum(p * b for p, b, _ in pairs), sum(p * a for p, _, a in pairs)
+        u, s, v = self.cut(b @ a, len(a))
+        return u * s, v

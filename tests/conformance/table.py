@@ -13,8 +13,10 @@ from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
+from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -93,4 +95,6 @@ CASES: dict[str, Case] = {
     "lora_stack": Case(LoraStack(), books.FlexLoraBook, keeps_space=False),
     "lora_prune": Case(LoraPrune(gamma=0.5, penalty=1.0), books.HetLoraBook),
     "lora_cap": Case(LoraCap(bits=(32,)), books.HaflqBook, needs=(LoraPad("contributors"),)),
+    "lora_product": Case(LoraProduct(), books.FlexLoraBook, keeps_space=False),
+    "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

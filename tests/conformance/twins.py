@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedllm import tree, weights
+from fedllm import factors, tree, weights
 from fedllm.packing import Packing
 from fedllm.stage import Bracket, Stage
 from fedllm.stages.adagrad import Adagrad
@@ -19,8 +19,10 @@ from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
+from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -294,6 +296,28 @@ class LoraCapLeast(LoraCap):
         return super()._chosen(leaves, order[::-1], room)
 
 
+class LoraProductAnew(LoraProduct):
+    """Adds the old product to the mean of the whole ones."""
+
+    def encode(self, update, scratch, memory, local):
+        return LoraProduct("product").encode(update, scratch, memory, local)
+
+
+class LoraSvdBalanced(LoraSvd):
+    """Gives both factors the roots of the singular values."""
+
+    def decode(self, total, params, state, ctx):
+        part = total.parts.get("delta")
+        if part is None or not part.weight:
+            return total, state
+        step = {}
+        for layer in factors.layers(params):
+            b, a = factors.after(params, part.tree, layer)
+            new = factors.named(layer, *factors.truncated(b, a, len(a), layer))
+            step |= {name: leaf - params[name] for name, leaf in new.items()}
+        return total.having("delta", replace(part, tree=step)), state
+
+
 class QuantizeUnscaled(Quantize):
     """Sends codes, not values."""
 
@@ -365,6 +389,8 @@ TWINS = (
     Twin("lora_prune", LoraPrunePush(gamma=0.5, penalty=1.0), "equals_its_paper"),
     Twin("lora_prune", LoraPruneAlike(gamma=0.5, penalty=1.0), "equals_its_paper"),
     Twin("lora_cap", LoraCapLeast(bits=(32,)), "equals_its_paper"),
+    Twin("lora_product", LoraProductAnew(), "equals_its_paper"),
+    Twin("lora_svd", LoraSvdBalanced(), "equals_its_paper"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),
     Twin("quantize", QuantizeOffGrid(bits=4), "survives_the_wire"),

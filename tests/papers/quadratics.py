@@ -20,13 +20,13 @@ from fedllm.tree import Tree
 from fedllm.update import Ctx, Local, Part, Request, Update
 
 KEY = Key(7)
-SHAPES = {"layer.lora_A": (2, 3), "layer.lora_B": (3, 1)}  # not square: a transposed leaf fails
+SHAPES = {"layer.lora_A": (1, 6), "layer.lora_B": (3, 1)}  # not square: a transposed leaf fails
 
 
 def leaves(*values: float, dtype: torch.dtype = torch.float64) -> Tree:
     """A tree in SHAPES: 9 values, or one for all."""
     flat = torch.tensor(values * (9 if len(values) == 1 else 1), dtype=dtype)
-    return {"layer.lora_A": flat[:6].reshape(2, 3).clone(), "layer.lora_B": flat[6:].reshape(3, 1).clone()}
+    return {name: piece.reshape(SHAPES[name]).clone() for name, piece in zip(SHAPES, flat.split([6, 3]), strict=True)}
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,14 @@ from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
+from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
 from fedllm.stages.scaffold import Scaffold
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
 from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.lora_xs import LoraXs
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import Full
 from fedllm.tasks.task import Scope
@@ -51,14 +53,17 @@ EXPANSIONS = {
     "raflora": (LoraStack("contributors"), ByExamples()),
     "hetlora": (LoraPrune(gamma=0.75, penalty=1e-3), ByExamples()),
     "haflq": (LoraPad("contributors"), ByExamples(), LoraCap()),
+    "fedsvd": (LoraSvd(), ByExamples()),
+    "fed_sb": (ByExamples(),),
     "full": (ByExamples(),),
 }
 SCOPES = {
     "ffa_lora": Scope(freeze=("*lora_A",)),
     "rolora": Scope(alternate=("*lora_B", "*lora_A")),
     "fedsa_lora": Scope(share=("*lora_A",)),
+    "fedsvd": Scope(hold=("*lora_A",)),
 }
-ADAPTERS = {"full": Full()}
+ADAPTERS = {"full": Full(), "fed_sb": LoraXs()}
 # Where all clients have one rank, and none a bandwidth.
 SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
 PARTS = {
@@ -200,12 +205,14 @@ def assert_other_methods(results):
     assert same == {pair for names in SAME for pair in combinations(sorted(names), 2)}
 
 
+OTHERS = {"full": "full", "fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}}}
+
+
 def test_names_are_methods_of_their_own(data, tmp_path):
     """fedit is FedAvg on LoRA, to the bit; all others end at other weights, in pairs."""
     lora = {"lora": {"rank": 2, "alpha": 4}}
     results = {
-        method: two_rounds(method, tmp_path / method, data, adapter="full" if method == "full" else lora)
-        for method in METHODS
+        method: two_rounds(method, tmp_path / method, data, adapter=OTHERS.get(method, lora)) for method in METHODS
     }
     assert_other_methods(results)
 
@@ -213,10 +220,10 @@ def test_names_are_methods_of_their_own(data, tmp_path):
 @pytest.mark.model
 @pytest.mark.slow
 def test_names_are_methods_of_their_own_on_smollm2(data, tmp_path, smollm2):
-    """`full` trains the norms alone here, and comes last, so that the model is loaded once for each of two adapters."""
+    """`full` trains the norms alone here; methods of one adapter follow each other, so that it is loaded once."""
     lora = {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}
     results = {}
-    for method in sorted(METHODS, key=lambda name: name == "full"):
-        choice = {"adapter": "full", "scope": {"train": ["*norm*"]}} if method == "full" else {"adapter": lora}
+    for method in sorted(METHODS, key=lambda name: list(OTHERS).index(name) if name in OTHERS else -1):
+        choice = {"adapter": OTHERS.get(method, lora), **({"scope": {"train": ["*norm*"]}} if method == "full" else {})}
         results[method] = two_rounds(method, tmp_path / method, data, model=smollm2, template="plain", **choice)
     assert_other_methods(results)

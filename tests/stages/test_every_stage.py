@@ -21,8 +21,10 @@ from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
 from fedllm.stages.lora_stack import LoraStack
+from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
@@ -36,7 +38,7 @@ from tests.papers.quadratics import federate, leaves
 
 STAGES = [
     Adagrad(), Adam(), ByExamples(), Dyn(alpha=1.0), Keep(("*lora_B",)), Momentum(), Nesterov(), Prox(),
-    LoraCap(), LoraFair(), LoraPad(), LoraPrune(), LoraStack(), Quantize(bits=8),
+    LoraCap(), LoraFair(), LoraPad(), LoraProduct(), LoraPrune(), LoraStack(), LoraSvd(), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
 ]  # fmt: skip
 CTX = Ctx(round=0, key=Key(1), cohort=2, population=2, client="0")

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.batch import Batch
-from fedllm.errors import ConfigError, nearest
+from fedllm.errors import ConfigError
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.adapters.low_rank import low_rank
+from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, current
 from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
-from fedllm.tree import Tree, matches
+from fedllm.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,10 @@ class Lora(Adapter):
         Raises:
             ConfigError: a target selects no layer, or the rank is above a layer's size.
         """
-        layers = self._layers(base.model)
+        layers = targeted(base.model, self.targets, self.rank, "task.adapter.lora")
         for name, layer in layers.items():
-            if self.rank > min(layer.weight.shape):
-                size = "x".join(map(str, layer.weight.shape))
-                raise ConfigError(f"task.adapter.lora.rank is {self.rank}, above the size {size} of layer {name}")
             layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
         return AttachedLora(self, Decoder(base), layers)
-
-    def _layers(self, model: nn.Module) -> Mapping[str, nn.Linear]:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-        chosen: dict[str, nn.Linear] = {}
-        for target in self.targets:
-            pattern = "*" if target == "all_linear" else target if "*" in target else f"*.{target}"
-            found = {name: layer for name, layer in linears.items() if matches(name, [pattern])}
-            if not found:
-                known = {name.rpartition(".")[2] for name in linears}
-                raise ConfigError(f"task.adapter.lora.targets: '{target}' fits no layer{nearest(target, known)}")
-            chosen |= found
-        return {name: linears[name] for name in linears if name in chosen}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,161 @@
+"""LoRA-XS for a stack of K clients over one frozen linear layer: a small square matrix between two fixed factors.
+
+    y = W x + s B R_k A x        R_k (rank, rank), stacked (K, rank, rank); s = alpha / rank
+    B = U, A = S V^T             of the largest `rank` singular values of the layer's own W = U S V^T
+
+R alone trains, from zero, and is sent: rank² values a layer, whatever its width. The mean of B R_k A is B (mean of R_k)
+A, exactly. B and A follow from the frozen weights, so they need no data and are never sent.
+
+Bałazy et al. 2024, arXiv 2405.17604: S stands on the input's side; R starts at zero in place of N(0, 1e-5²). Federated
+as in Fed-SB, Singhal et al. 2025, arXiv 2502.15436, which takes B and A from the first gradient of the full weights
+(LoRA-SB); that would need a step on somebody's data before the first round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedllm import factors
+from fedllm.batch import Batch
+from fedllm.errors import ConfigError
+from fedllm.rng import Key
+from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
+from fedllm.tasks.adapters.singular import singular_factors
+from fedllm.tasks.adapters.targets import targeted
+from fedllm.tasks.base import Base
+from fedllm.tasks.current import current
+from fedllm.tasks.peft_layout import write_peft_lora
+from fedllm.tree import Tree
+
+LEAF = "lora_R"
+
+
+@dataclass(frozen=True)
+class LoraXs(Adapter):
+    """Square matrices between fixed low-rank factors.
+
+    Args:
+        targets: as in `lora`.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("all_linear",)
+    stackable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"task.adapter.lora_xs.rank is {self.rank}; it must be 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"task.adapter.lora_xs.alpha is {self.alpha}; it must be above 0 and finite")
+        if not self.targets:
+            raise ConfigError("task.adapter.lora_xs.targets is empty; name layers, or all_linear")
+
+    def attach(self, base: Base) -> Attached:
+        """Extend the targeted layers of the base model; their names and weights stay as they are.
+
+        Raises:
+            ConfigError: a target selects no layer, or the rank is above a layer's size.
+            ModelError: a layer's weights are not finite, or its factors cannot be kept in the cache.
+        """
+        layers = targeted(base.model, self.targets, self.rank, "task.adapter.lora_xs")
+        fixed = singular_factors({name: layer.weight.detach() for name, layer in layers.items()}, self.rank)
+        dtype = trained_dtype(base)
+        fixed = {name: leaf.to(base.model.device, dtype) for name, leaf in fixed.items()}
+        for name, layer in layers.items():
+            b, a = (leaf.to(layer.weight) for leaf in factors.pair(fixed, name))
+            layer.forward = AdaptedXs(layer, name, b, a, self.alpha / self.rank)  # type: ignore[assignment]
+        return AttachedLoraXs(self, Decoder(base), layers, fixed)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedXs:
+    """The forward pass of a frozen linear layer with the square matrices of the current pass. b (out, rank), a (rank,
+    in): in the layer's type."""
+
+    layer: nn.Linear
+    path: str
+    b: Tensor
+    a: Tensor
+    scale: float
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
+        now = current()
+        y = nn.functional.linear(inputs, self.layer.weight, self.layer.bias)
+        r = now.stack.get(f"{self.path}.{LEAF}")
+        if r is None:
+            return y
+        z = nn.functional.linear(inputs, self.a).flatten(0, -2)  # (T, rank), rows client by client
+        sizes = list(now.client_tokens) or [len(z)]
+        turned = torch.cat([z_k @ r_k.T for z_k, r_k in zip(z.split(sizes), r.to(z.dtype), strict=True)])
+        return torch.addmm(y.flatten(0, -2), turned, self.b.T, alpha=self.scale).view(y.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class AttachedLoraXs:
+    """LoRA-XS on a loaded base model. `fixed`: A and B of each layer."""
+
+    settings: LoraXs
+    decoder: Decoder
+    layers: Mapping[str, nn.Linear]
+    fixed: Tree
+
+    def fresh(self, key: Key) -> Tree:
+        """Zeros: the base model itself. Their gradient is not zero, for B and A are not."""
+        rank, dtype = self.settings.rank, trained_dtype(self.decoder.base)
+        return {f"{name}.{LEAF}": torch.zeros(rank, rank, dtype=dtype) for name in self.layers}
+
+    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
+        """(T, d)."""
+        return self.decoder.row(stack, batch)
+
+    def head(self, stack: Tree) -> Tensor:
+        """The frozen head."""
+        return self.decoder.head()
+
+    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
+        """(B, V) of the next token."""
+        stack = {name: leaf[None] for name, leaf in params.items()}
+        return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
+
+    def save(self, params: Tree, folder: Path, base_name: str) -> None:
+        """PEFT's layout of LoRA, with B R for lora_B."""
+        settings = self.settings
+        write_peft_lora(
+            self._lora(params),
+            folder,
+            base_name=base_name,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=0.0,
+            rslora=False,
+        )
+
+    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+        """W + s B R A, float32 or wider."""
+        wide, scale, lora = (
+            trained_dtype(self.decoder.base),
+            self.settings.alpha / self.settings.rank,
+            self._lora(params),
+        )
+        found: Tree = {}
+        for name, layer in self.layers.items():
+            b, a = factors.pair(lora, name)
+            found[f"{name}.weight"] = layer.weight.detach().to(wide) + scale * (b @ a)
+        return found
+
+    def _lora(self, params: Tree) -> Tree:
+        """The same adapter as factors of LoRA."""
+        found: Tree = {}
+        for name in self.layers:
+            b, a = factors.pair(self.fixed, name)
+            found |= factors.named(name, b @ params[f"{name}.{LEAF}"].to(b), a)
+        return found
