@@ -241,7 +241,7 @@ def test_a_sum_is_all_that_the_server_sees(data: Path) -> None:
         ),
         (
             (LoraProduct(), LoraStack(), Uniform()),
-            "lora_stack works on the factors .* lora_product before it takes them",
+            "lora_stack works on the factors .* lora_product takes them out before it",
         ),
         ((LoraProduct(), LoraPad(), Uniform()), "lora_pad works on the factors .* lora_product before it takes them"),
     ],
