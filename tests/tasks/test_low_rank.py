@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.tasks.adapters import low_rank as module
-from fedllm.tasks.adapters.low_rank import low_rank
+from fedllm.tasks.adapters.low_rank import Frozen, low_rank
 
 SCALE, INNER, OUTER = 1.5, 7, 5  # not square
 
@@ -20,9 +18,10 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def textbook(x: Tensor, u: Tensor, frozen: Any, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
+def textbook(x: Tensor, u: Tensor, frozen: Frozen, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
     """Client by client."""
-    y = torch.nn.functional.linear(x, *frozen)
+    weight = frozen.weight if frozen.rest is None else frozen.weight + frozen.rest
+    y = torch.nn.functional.linear(x, weight, frozen.bias)
     each = zip(y.split(sizes), u.split(sizes), a, b, strict=True)
     return torch.cat([y_k + SCALE * u_k @ a_k.T @ b_k.T for y_k, u_k, a_k, b_k in each])
 
@@ -32,13 +31,15 @@ def textbook(x: Tensor, u: Tensor, frozen: Any, a: Tensor, b: Tensor, sizes: lis
     rank=st.integers(1, 3),
     dropped=st.booleans(),
     biased=st.booleans(),
+    split=st.booleans(),
     few=st.sampled_from([0, 10**6]),
 )
 def test_values_and_gradients_are_the_formula(
-    sizes: list[int], rank: int, dropped: bool, biased: bool, few: int
+    sizes: list[int], rank: int, dropped: bool, biased: bool, split: bool, few: int
 ) -> None:
     total, clients = sum(sizes), len(sizes)
-    frozen = drawn(OUTER, INNER, seed=0), drawn(OUTER, seed=1) if biased else None
+    bias, rest = drawn(OUTER, seed=1) if biased else None, drawn(OUTER, INNER, seed=7) if split else None
+    frozen = Frozen(drawn(OUTER, INNER, seed=0), bias, rest)
     x, u = (drawn(total, INNER, seed=seed).requires_grad_() for seed in (2, 3))
     a = drawn(clients, rank, INNER, seed=4).requires_grad_()
     b = drawn(clients, OUTER, rank, seed=5).requires_grad_()
@@ -56,7 +57,7 @@ def test_values_and_gradients_are_the_formula(
 
 
 def test_the_first_layer_needs_no_gradient_of_its_rows() -> None:
-    x, frozen = drawn(4, INNER, seed=0), (drawn(OUTER, INNER, seed=1), None)
+    x, frozen = drawn(4, INNER, seed=0), Frozen(drawn(OUTER, INNER, seed=1))
     a, b = drawn(2, 3, INNER, seed=2).requires_grad_(), drawn(2, OUTER, 3, seed=3).requires_grad_()
     grads = torch.autograd.grad(low_rank(x, None, frozen, (a, b), [1, 3], SCALE).sum(), [a, b])
     expected = torch.autograd.grad(textbook(x, x, frozen, a, b, [1, 3]).sum(), [a, b])
@@ -66,7 +67,7 @@ def test_the_first_layer_needs_no_gradient_of_its_rows() -> None:
 @pytest.mark.parametrize("few", [0, 10**6], ids=["apart", "joint"])
 def test_one_clients_rows_and_factors_change_no_bit_of_another(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FEW", few)
-    frozen = drawn(OUTER, INNER, seed=0).float(), None
+    frozen = Frozen(drawn(OUTER, INNER, seed=0).float())
 
     def passed(seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         x, a, b = drawn(6, INNER, seed=1), drawn(2, 2, INNER, seed=2), drawn(2, OUTER, 2, seed=3)

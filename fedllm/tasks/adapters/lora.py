@@ -22,7 +22,7 @@ from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
-from fedllm.tasks.adapters.low_rank import low_rank
+from fedllm.tasks.adapters.low_rank import Frozen, low_rank
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, current
@@ -87,10 +87,10 @@ class Adapted:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
-        now, frozen = current(), (self.layer.weight, self.layer.bias)
+        now, frozen = current(), Frozen(self.layer.weight, self.layer.bias)
         b = now.stack.get(f"{self.path}.lora_B")
         if b is None:
-            return nn.functional.linear(inputs, *frozen)
+            return nn.functional.linear(inputs, frozen.weight, frozen.bias)
         x = inputs.flatten(0, -2)
         sizes = list(now.client_tokens) or [len(x)]
         low = self._dropped(x, now, sizes) if self.dropout and now.dropout else None

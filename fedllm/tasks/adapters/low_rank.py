@@ -15,6 +15,7 @@ Padding a client's rank with zeros adds zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,8 +24,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Frozen = tuple[Tensor, Tensor | None]
 FEW = 6000  # tokens x rank of a client; up to here what the joint form wastes on a CPU costs less than its calls save
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """x W^T + bias, W (out, in). `rest`: a second term of W, of what the type of the first one cannot hold."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    rest: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, in) to (T, out)."""
+        y = torch.nn.functional.linear(x, self.weight, self.bias)
+        return y if self.rest is None else y.addmm_(x, self.rest.T)
+
+    def backward(self, dy: Tensor) -> Tensor:
+        """(T, out) to (T, in)."""
+        dx = dy @ self.weight
+        return dx if self.rest is None else dx.addmm_(dy, self.rest)
 
 
 def low_rank(
@@ -38,7 +57,7 @@ def low_rank(
     """(T, in) rows, `sizes[k]` of them client k's, to (T, out).
 
     Args:
-        dropped: u; None if it is x. frozen: W (out, in), and the bias (out,) or None.
+        dropped: u; None if it is x. frozen: W and the bias.
         factors: A (K, rank, in) and B (K, out, rank), in the type in which they train.
     """
     rank = factors[0].shape[1]
@@ -61,20 +80,20 @@ class _Apart(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         u, a, b = x if dropped is None else dropped, a.to(x.dtype), b.to(x.dtype)
-        y, low = torch.nn.functional.linear(x, *frozen), []
+        y, low = frozen.forward(x), []
         for k, own in enumerate(_rows(sizes)):
             low.append(u[own] @ a[k].T)
             y[own].addmm_(low[k], b[k].T, alpha=scale)
-        ctx.save_for_backward(u, frozen[0], a, b, *low)
-        ctx.sizes, ctx.scale = sizes, scale
+        ctx.save_for_backward(u, a, b, *low)
+        ctx.frozen, ctx.sizes, ctx.scale = frozen, sizes, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, a, b, *low = ctx.saved_tensors
+        u, a, b, *low = ctx.saved_tensors
         needs_x, needs_dropped, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dx = dy @ weight if needs_x else None
+        dx = ctx.frozen.backward(dy) if needs_x else None
         du = torch.empty_like(u) if needs_dropped else None
         da, db = torch.empty_like(a) if needs_a else None, torch.empty_like(b) if needs_b else None
         for k, own in enumerate(_rows(ctx.sizes)):
@@ -108,20 +127,20 @@ class _Joint(torch.autograd.Function):
         left = a.to(x.dtype).reshape(clients * rank, -1)  # (K rank, in)
         right = b.transpose(0, 1).to(x.dtype).reshape(-1, clients * rank)  # (out, K rank)
         z = (u @ left.T).masked_fill_(others, 0)
-        y = torch.nn.functional.linear(x, *frozen).addmm_(z, right.T, alpha=scale)
-        ctx.save_for_backward(u, frozen[0], left, right, z, others)
-        ctx.clients, ctx.scale = clients, scale
+        y = frozen.forward(x).addmm_(z, right.T, alpha=scale)
+        ctx.save_for_backward(u, left, right, z, others)
+        ctx.frozen, ctx.clients, ctx.scale = frozen, clients, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, weight, left, right, z, others = ctx.saved_tensors
+        u, left, right, z, others = ctx.saved_tensors
         needs_x, needs_dropped, needs_a, needs_b, *_ = ctx.needs_input_grad
         dz = (dy @ right).mul_(ctx.scale).masked_fill_(others, 0)
         da = (dz.T @ u).view(ctx.clients, -1, u.shape[1]) if needs_a else None
         db = (dy.T @ z).mul_(ctx.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1) if needs_b else None
-        dx = dy @ weight if needs_x else None
+        dx = ctx.frozen.backward(dy) if needs_x else None
         if needs_dropped:
             return dx, dz @ left, da, db, None, None, None
         return None if dx is None else dx.addmm_(dz, left), None, da, db, None, None, None
