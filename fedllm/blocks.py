@@ -46,6 +46,13 @@ def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Upda
     return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), holders
 
 
+def mark(ctx: Ctx) -> Tensor:
+    """(cohort,): a one at the client's slot; weighed and added up, the share of each client."""
+    mine = torch.zeros(ctx.cohort, dtype=torch.float64)
+    mine[ctx.slot] = 1
+    return mine
+
+
 def _among(block: Tensor, first: int, count: int) -> Tensor:
     """(count, n): a block's rows from `first` on, zeros elsewhere."""
     whole = block.new_zeros(count, block.shape[1])

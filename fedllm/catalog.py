@@ -35,9 +35,11 @@ from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
+from fedllm.stages.lora_merge import LoraMerge
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
+from fedllm.stages.lora_residual import LoraResidual
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
@@ -82,6 +84,8 @@ STAGES: Table = {
     "lora_cap": LoraCap,
     "lora_product": LoraProduct,
     "lora_svd": LoraSvd,
+    "lora_merge": LoraMerge,
+    "lora_residual": LoraResidual,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
@@ -175,6 +179,8 @@ METHODS: Mapping[str, Method] = {
         "Su et al. 2024, arXiv:2411.06581",
         adapter="lora",
     ),
+    "flora": Method(("lora_merge", "by_examples"), "Wang et al. 2024, arXiv:2409.05976", adapter="lora"),
+    "fedex_lora": Method(("lora_residual", "by_examples"), "Singhal et al. 2024, arXiv:2410.09432", adapter="lora"),
     "fedsvd": Method(
         ("lora_svd", "by_examples"), "Lee et al. 2025, arXiv:2505.12805", adapter="lora", scope={"hold": ("*lora_A",)}
     ),

@@ -8,6 +8,7 @@ integers    what yields them stands last, and is there if the aggregator adds in
 secrecy     the server is shown sums, and no sum from which one client's update can be read
 shapes      kept leaves, and ranks that differ between clients or shrink, need an update of the right shape
 factors     what works on both factors of an adapter finds both
+shifts      what joins the frozen weights is what the mean lacks, and no step of a server's own
 bases       what speaks of single entries of the factors finds them in one basis in all rounds
 bandwidth   what fits an update to its client's bandwidth stands last, and is there if a client has one
 optimisers  control terms go with the local rule that they are derived for
@@ -47,6 +48,7 @@ def check(experiment: Experiment) -> None:
     _shrinking(stages)
     _factors(experiment)
     _bases(stages)
+    _shifts(stages)
     _capped(stages)
     _optimizers(experiment)
 
@@ -351,6 +353,18 @@ def _bases(stages: Sequence[Stage]) -> None:
                 raise CheckError(
                     f"stages: {_name(behind)} compares the update with the local steps, but {_name(stage)} before it "
                     "turns the update into another shape; leave out one of the two"
+                )
+
+
+def _shifts(stages: Sequence[Stage]) -> None:
+    """What joins the frozen weights makes up for what the mean lacks: for the mean, and for one such stage."""
+    for stage in (stage for stage in stages if stage.shifts):
+        for other in stages:
+            if other.steers:
+                raise CheckError(
+                    f"stages: {_name(other)} takes a step of its own in place of the mean of the factors, but "
+                    f"{_name(stage)} adds to the frozen weights what this mean lacks of the products; leave out one "
+                    "of the two"
                 )
 
 

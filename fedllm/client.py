@@ -23,6 +23,7 @@ from fedllm.evaluation.scores import Scorer
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.recent import Recent
+from fedllm.site_shift import ShiftStore, SiteShift
 from fedllm.stage import Arrival, adjust, arrive, hooked, up
 from fedllm.state import ClientStore
 from fedllm.tasks.model import LoadedModel, load
@@ -44,6 +45,7 @@ class Prepared:
     arrival: Arrival
     memories: tuple[Tree, ...]
     local: Local
+    model: LoadedModel
 
 
 @dataclass(eq=False)
@@ -54,11 +56,13 @@ class Site:
     model: LoadedModel
     population: Population
     store: ClientStore
+    shifts: ShiftStore = field(default_factory=lambda: ShiftStore(None))
     sessions: dict[str, Session] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.train: Callable[[Sequence[Job]], Sequence[Outcome]] = self._train
+        self.train: Callable[[Sequence[Job], LoadedModel], Sequence[Outcome]] = self._train
         self.model = self.model.bound(self.experiment.key)
+        self.shift = SiteShift(self.model, self.shifts)
         self.lock = Lock()  # clients may be answered side by side
         self.stages = self.experiment.trip
         self.fresh = self.model.fresh(self.experiment.key)
@@ -71,8 +75,9 @@ class Site:
 
         `folder` holds the clients' memories; None keeps them in this process.
         """
-        store = ClientStore(folder, experiment.limits.keep_last * experiment.limits.checkpoint_every)
-        return Site(experiment, model or load(experiment.task), experiment.federation.load(experiment.key), store)
+        keep = experiment.limits.keep_last * experiment.limits.checkpoint_every
+        data, store = experiment.federation.load(experiment.key), ClientStore(folder, keep)
+        return Site(experiment, model or load(experiment.task), data, store, ShiftStore(folder, keep))
 
     def answer(self, name: str, request: Request) -> Update | Failure:
         """One call to one client."""
@@ -91,11 +96,11 @@ class Site:
     def _work(self, requests: Sequence[Request]) -> list[Update | Failure]:
         prepared = [self._guarded(request, "work", partial(self.prepare, request)) for request in requests]
         ready = [found for found in prepared if isinstance(found, Prepared)]
-        outcomes = iter(self.train([found.job for found in ready]) if ready else ())
+        outcomes = iter(self.train([found.job for found in ready], ready[0].model) if ready else ())
         return [found if isinstance(found, Failure) else self._concluded(found, next(outcomes)) for found in prepared]
 
-    def _train(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
-        return run_work(self.experiment.work, jobs, self.model)
+    def _train(self, jobs: Sequence[Job], model: LoadedModel) -> Sequence[Outcome]:
+        return run_work(self.experiment.work, jobs, model)
 
     def _other(self, name: str, request: Request) -> Update:
         if name == "evaluate":
@@ -123,7 +128,7 @@ class Site:
         return self._prepared(request, self.examples(str(request.ctx.client)))
 
     def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
-        client, ctx = str(request.ctx.client), request.ctx
+        client, ctx, model = str(request.ctx.client), request.ctx, self.shift.model(request)
         memories = self.store.load(client, ctx.round, len(self.stages))
         local = Local(ctx, fresh=self.fresh)
         params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
@@ -138,7 +143,7 @@ class Site:
             adjust=(lambda grads, params: adjust(self.stages, there, grads, params)) if hooked(self.stages) else None,
             held=tree.to(held, device),
         )
-        return Prepared(client, job, arrival, memories, local)
+        return Prepared(client, job, arrival, memories, local, model)
 
     def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
         """The leaves that train in a round, and the others."""
@@ -176,7 +181,7 @@ class Site:
         """Score the parameters on the client's held-out records."""
         prepared = self._prepared(request, ())
         sums = self.scorer.sums(
-            self.model, {**prepared.job.held, **prepared.job.start}, self.population.heldout[prepared.client]
+            prepared.model, {**prepared.job.held, **prepared.job.start}, self.population.heldout[prepared.client]
         )
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})

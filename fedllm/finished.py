@@ -18,7 +18,8 @@ from fedllm.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """`params` are complete: shared, personal and frozen leaves. `own`: what each client has kept to itself."""
+    """`params` are complete: shared, personal and frozen leaves, and among the components of the factors what was
+    added to the frozen weights. `own`: what each client has kept to itself."""
 
     folder: Folder
     experiment: Experiment
@@ -46,7 +47,8 @@ def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Op
         what = nearest(client, own) if own else "; no client of this run has leaves of its own"
         raise RunError(f"{path} has no personal model of '{client}'{what}")
     model = load(experiment.task)
-    params = {**model.bound(experiment.key).constants, **model.fresh(experiment.key), **state.params}
+    leaves = {**model.bound(experiment.key).constants, **model.fresh(experiment.key), **state.params}
+    params = state.shift.folded(leaves)
     opened = Opened(folder, experiment, model, state, params, own)
     return opened if client is None else Opened(folder, experiment, model, state, opened.params_of(client), own)
 

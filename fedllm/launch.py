@@ -23,6 +23,7 @@ from fedllm.ledger import Ledger
 from fedllm.lock import locked
 from fedllm.rehearsal import rehearse
 from fedllm.session import Session
+from fedllm.shift import Shift
 from fedllm.spec import Reader
 from fedllm.state import Checkpoints, Run
 from fedllm.tasks.model import LoadedModel, load
@@ -32,11 +33,12 @@ from fedllm.yamltext import read_yaml
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished run. `params` are the shared leaves of its last round."""
+    """A finished run. `params`: the shared leaves of its last round. `shift`: what was added to the frozen weights."""
 
     folder: Path
     summary: Mapping[str, Any]
     params: Tree
+    shift: Shift = Shift()
 
 
 class Interrupted(Exception):
@@ -93,7 +95,7 @@ def run(
             session.rounds(call)
             session.comparisons()
             session.finish(engine_name)
-        return Result(folder.path, folder.read_summary(), session.state.params)
+        return Result(folder.path, folder.read_summary(), session.state.params, session.state.shift)
 
 
 def engine_of(engine: str | Engine) -> Engine | None:
@@ -111,7 +113,9 @@ def engine_of(engine: str | Engine) -> Engine | None:
 def _finished(folder: Folder, experiment: Experiment) -> Result:
     """What an earlier process has left."""
     saved = _checkpoints(folder, experiment).load()
-    return Result(folder.path, folder.read_summary(), {} if saved is None else saved.params)
+    if saved is None:
+        return Result(folder.path, folder.read_summary(), {})
+    return Result(folder.path, folder.read_summary(), saved.params, saved.shift)
 
 
 def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
+from typing import Any
 
 from fedllm import tree
 from fedllm.aggregate import Call, Replies
 from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
 from fedllm.experiment import Experiment
+from fedllm.shift import Shift
 from fedllm.stage import Stage, down, merge
 from fedllm.state import Run
 from fedllm.tree import Tree
@@ -58,12 +60,17 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class RoundResult:
-    """What a round reports besides the new state."""
+    """What a round reports besides the new state. `added`: to the frozen weights."""
 
     clients: int
     loss: float | None
     tokens: int
     note: str
+    added: Tree = field(default_factory=dict)
+
+    def came_to(self, after: Run) -> Tree:
+        """The parameters after the round, with what it has added to the frozen weights among their components."""
+        return Shift({after.round: self.added}).folded(after.params) if self.added else after.params
 
 
 def one_round(
@@ -88,15 +95,23 @@ def one_round(
         total = empty_total(stages, run, everyone)
     total, states = merge(stages, total, run.params, run.states, everyone)
     params = tree.add(run.params, total.parts["delta"].tree)
-    after = replace(run, params=params, states=states, round=run.round + 1, pending=())
+    after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
     loss, tokens = _tree(total, "metrics").get("loss"), _tree(total, "counts").get("tokens")
     result = RoundResult(
         clients=len(watch.answered),
         loss=None if loss is None or note else float(loss),
         tokens=0 if tokens is None else int(tokens),
         note=note,
+        added=_tree(total, "shift"),
     )
     return after, result
+
+
+def _moved(run: Run, total: Update, watch: Watch) -> dict[str, Any]:
+    """The frozen weights after the round, and what those who answered have of them."""
+    added = _tree(total, "shift")
+    seen = {**run.seen, **dict.fromkeys(watch.answered, run.shift.version)} if run.shift.version else run.seen
+    return {"shift": run.shift.stepped(run.round + 1, added) if added else run.shift, "seen": seen}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,17 +122,28 @@ class Requests(Mapping[str, Request]):
     run: Run
     slots: Mapping[str, int]  # by client
     everyone: Ctx
+    missed: dict[int, Shift] = field(default_factory=dict)  # the one that was last sent, by the version before it
 
     def __getitem__(self, client: str) -> Request:
         profile = self.experiment.federation.profile(client)
         ctx = replace(self.everyone, client=client, slot=self.slots[client], profile=profile)
-        return Request(*down(self.experiment.trip, self.run.params, self.run.states, ctx), ctx)
+        sent = down(self.experiment.trip, self.run.params, self.run.states, ctx)
+        return Request(*sent, ctx, self._missed(self.run.seen.get(client, 0)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.slots)
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def _missed(self, version: int) -> Shift:
+        """What was added behind a version; a whole sum takes long, and most clients have the same version."""
+        last = self.missed.get(version)
+        if last is None:
+            last = self.run.shift.since(version)
+            self.missed.clear()
+            self.missed[version] = last
+        return last
 
 
 def requests_for(experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx) -> Requests:

@@ -75,6 +75,7 @@ class Adaptive(Stage):
     server_lr: float
 
     needs_basis: ClassVar[bool] = True
+    steers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)

@@ -28,7 +28,7 @@ def write_outputs(
     """Write them all; the summary last, for it marks the run as finished."""
     bound = model.bound(experiment.key)
     complete = {**bound.constants, **model.fresh(experiment.key)}
-    save_adapter(model, {**complete, **state.params}, folder.path / "adapter")
+    save_adapter(model, state.shift.folded({**complete, **state.params}), folder.path / "adapter")
     for client, own in personal_leaves(experiment, folder, state).items():
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
     told = DataReported | ClientFinished | EngineStarted | Evaluated

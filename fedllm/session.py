@@ -159,7 +159,7 @@ class Session:
             seconds=round(sent.seconds, 4),
             note=result.note,
         )
-        closed = [finished] if self.observer is None else self.observer.closed(cohort, state.params, finished)
+        closed = [finished] if self.observer is None else self.observer.closed(cohort, result.came_to(state), finished)
         best = state.best is not None and state.best[0] == state.round
         save = last or best or state.round % exp.limits.checkpoint_every == 0
         self._complete(state, [*events, *closed], save=save)

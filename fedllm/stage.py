@@ -60,6 +60,8 @@ class Stage:
     shrinks: ClassVar[bool] = False  # a client may be left with smaller leaves than it is sent, from round to round
     caps: ClassVar[bool] = False  # fits what is sent to the bandwidth of the client's profile
     own_weights: ClassVar[bool] = False  # weighs the delta of each client itself
+    shifts: ClassVar[bool] = False  # decode makes the part "shift": factors whose product joins the frozen weights
+    steers: ClassVar[bool] = False  # decode turns the mean of the updates into another step
     needs_equal: ClassVar[bool] = False  # right only if every client weighs the same
     equal: ClassVar[bool] = False  # of a weigher: every client weighs the same
     first: ClassVar[bool] = False  # must stand before every other stage

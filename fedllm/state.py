@@ -17,6 +17,7 @@ from fedllm import tree
 from fedllm.disk import atomic_folder, remove_folder, write_durably
 from fedllm.errors import RunError
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.tree import Tree
 
 MOST_NAME_BYTES = 255  # of a folder's name
@@ -43,7 +44,8 @@ class Run:
     """The server's state after `round` complete rounds.
 
     `best` is (completed rounds, value) of the best evaluation so far; `pending` are events, as the log writes them,
-    that belong to the checkpoint and follow it in the log.
+    that belong to the checkpoint and follow it in the log. `shift`: what was added to the frozen weights; `seen`: the
+    version of it that each client has, where it is not 0.
     """
 
     params: Tree
@@ -53,6 +55,8 @@ class Run:
     totals: Totals = Totals()
     best: tuple[int, float] | None = None
     pending: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    shift: Shift = Shift()
+    seen: Mapping[str, int] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -75,6 +79,7 @@ class Checkpoints:
         trees = tree.join(params=run.params)
         for place, state in enumerate(run.states):
             trees |= tree.join(**{f"state{place}": state})
+        trees |= run.shift.joined_trees()
         facts = {
             "round": run.round,
             "key": run.key.value,
@@ -82,6 +87,8 @@ class Checkpoints:
             "totals": asdict(run.totals),
             "best": run.best,
             "pending": list(run.pending),
+            "shift": list(run.shift.steps),
+            "seen": dict(run.seen),
         }
         with atomic_folder(self._path(run.round)) as folder:
             write_durably(folder / "server.safetensors", save(tree.separate(trees)))
@@ -112,6 +119,8 @@ class Checkpoints:
                 totals=Totals(**facts["totals"]),
                 best=tuple(facts["best"]) if facts["best"] else None,
                 pending=facts["pending"],
+                shift=Shift.of(trees, facts["shift"]),
+                seen=facts["seen"],
             )
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise RunError(

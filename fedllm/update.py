@@ -11,6 +11,7 @@ import torch
 from fedllm.packing import DENSE, Packing
 from fedllm.ranges import require
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.tree import Tree
 
 
@@ -80,11 +81,15 @@ class Local:
 
 @dataclass(frozen=True)
 class Request:
-    """Server to client: parameters, one extra tree per stage, and the facts of the step."""
+    """Server to client: parameters, one extra tree per stage, and the facts of the step.
+
+    shift: what the client has missed of what was added to the frozen weights.
+    """
 
     params: Tree
     extras: tuple[Tree, ...]
     ctx: Ctx
+    shift: Shift = Shift()
 
 
 @dataclass(frozen=True)

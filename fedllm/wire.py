@@ -3,7 +3,8 @@
     safetensors file = 8 bytes length | JSON (names, types, shapes, `__metadata__`) | values
 
 `__metadata__["fedllm"]` is JSON: the kind of message, the facts of the step, weights and packings of the parts. Tensor
-keys of a request: `params/LEAF` and `extra0/LEAF` for the first stage's extra; of an update: `part0/LEAF` for the first
+keys of a request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `shift3/LEAF` for what version 3 of the
+frozen weights adds; of an update: `part0/LEAF` for the first
 part of the header. A packed leaf is stored as `part0/LEAF` (codes, or values) and `scale0/LEAF` or `index0/LEAF`.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from fedllm import packing, tree
 from fedllm.errors import WireError
 from fedllm.packing import Packing, Picks, Window
+from fedllm.shift import Shift
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Request, Update
 
@@ -71,10 +73,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Request:
-    """A request without its values. `extras`: how many leaves each has."""
+    """A request without its values. `extras`: how many leaves each has. `shift`: its versions, `after` which one."""
 
     ctx: Ctx
     extras: list[Count]
+    shift: list[Count] = field(default_factory=list)
+    after: Count = 0
     kind: Literal["request"] = "request"
 
 
@@ -106,7 +110,10 @@ def pack(message: Message) -> bytes:
             tensors = tree.join(params=message.params)
             for place, extra in enumerate(message.extras):
                 tensors |= tree.join(**{f"extra{place}": extra})
-            header = _Request(message.ctx, [len(extra) for extra in message.extras])
+            tensors |= message.shift.joined_trees()
+            header = _Request(
+                message.ctx, [len(extra) for extra in message.extras], list(message.shift.steps), message.shift.after
+            )
         case Update():
             for place, part in enumerate(message.parts.values()):
                 tensors |= dict(_laid_out(place, part))
@@ -153,7 +160,11 @@ def unpack(data: bytes) -> Message:
 def part_bytes(message: Message) -> dict[str, int]:
     """Bytes of the values per part, as they stand on the wire (`packing.num_bytes`); headers are not in them."""
     if isinstance(message, Request):
-        sizes = {"params": tree.num_bytes(message.params), "extras": sum(map(tree.num_bytes, message.extras))}
+        sizes = {
+            "params": tree.num_bytes(message.params),
+            "extras": sum(map(tree.num_bytes, message.extras)),
+            "shift": message.shift.num_bytes,
+        }
         return {name: size for name, size in sizes.items() if size}
     if isinstance(message, Update):
         return {name: packing.num_bytes(part.tree, part.packing) for name, part in message.parts.items()}
@@ -212,9 +223,10 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
         case _Request():
             extras = tuple(tree.branch(tensors, f"extra{place}") for place in range(len(header.extras)))
             _demand([len(extra) for extra in extras] == header.extras, "its extras have other leaves than it says")
-            params = tree.branch(tensors, "params")
-            _demand(len(params) + sum(header.extras) == len(tensors), "it holds values that belong to no tree")
-            return Request(params, extras, header.ctx)
+            params, shift = tree.branch(tensors, "params"), _shift(header, tensors)
+            known = len(params) + sum(header.extras) + sum(map(len, shift.steps.values()))
+            _demand(known == len(tensors), "it holds values that belong to no tree")
+            return Request(params, extras, header.ctx, shift)
         case _Update():
             entries = header.parts.values()
             unfolded = [entry for entry in entries if entry.sparse or entry.windows or entry.picks]
@@ -228,6 +240,12 @@ def _read(header: _Header, tensors: Tree, size: int) -> Message:
         case _Failure():
             _demand(not tensors, "a failure holds no values")
             return header.failure
+
+
+def _shift(header: _Request, tensors: Tree) -> Shift:
+    rising = all(low < high for low, high in pairwise([header.after, *header.shift]))
+    _demand(rising, "the versions of its shift do not rise")
+    return Shift.of(tensors, header.shift, header.after)
 
 
 def _part(place: int, entry: _Part, tensors: Tree) -> Part:

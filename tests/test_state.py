@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from fedllm import disk, state, tree
 from fedllm.errors import RunError
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.state import Checkpoints, ClientStore, Run, Totals
 from fedllm.tree import Tree
 
@@ -36,13 +37,17 @@ RUN = Run(
     totals=Totals(1, 2, 3, 2**60, 0.1),
     best=(2, 0.1 + 0.2),
     pending=({"event": "warned", "text": "Zoë"},),
+    shift=Shift({1: {"layer.lora_BA": torch.ones(2, 3)}, 3: {"layer.lora_A": torch.arange(3.0)[None]}}),
+    seen={"a": 1, "b/c": 3},
 )
 
 
 def assert_same(one: Run, two: Run | None) -> None:
     assert two is not None and tree.digest(one.params) == tree.digest(two.params)
     assert list(map(tree.digest, one.states)) == list(map(tree.digest, two.states))
-    bare, other = (replace(run, params={}, states=(), pending=()) for run in (one, two))
+    assert tree.digest(one.shift.joined_trees()) == tree.digest(two.shift.joined_trees())
+    assert one.shift.version == two.shift.version
+    bare, other = (replace(run, params={}, states=(), pending=(), shift=None) for run in (one, two))
     assert bare == other and list(one.pending) == list(two.pending)
 
 

@@ -42,8 +42,8 @@ class Crew:
         if needs[client] > self.gate.budget:
             raise self._too_small(client, needs[client])
 
-    def train(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
-        """A stack of clients, in order.
+    def train(self, jobs: Sequence[Job], model: LoadedModel) -> Sequence[Outcome]:
+        """A stack of clients, in order, on the model of their round.
 
         Raises:
             RunError: one client alone does not fit.
@@ -58,27 +58,27 @@ class Crew:
             self._note(f"the stack of {names} would take {_size(whole)}: its layers are computed twice")
             tries = [(True, less), (True, self.gate.budget)]
         else:
-            return self._halves(jobs, names, less)
+            return self._halves(jobs, model, names, less)
         for recompute, need in tries:
-            outcomes = self._tried(jobs, recompute, need)
+            outcomes = self._tried(jobs, model, recompute, need)
             if outcomes is not None:
                 return outcomes
             self._note(f"memory ran out in the stack of {names}: it is repeated from its start")
-        return self._halves(jobs, names, less)
+        return self._halves(jobs, model, names, less)
 
-    def _halves(self, jobs: Sequence[Job], names: str, need: int) -> Sequence[Outcome]:
+    def _halves(self, jobs: Sequence[Job], model: LoadedModel, names: str, need: int) -> Sequence[Outcome]:
         if len(jobs) == 1:
             raise self._too_small(names, need)
         self._note(f"the stack of {names} does not fit {_size(self.gate.budget)}: it is cut in halves")
         half = len(jobs) // 2
-        return [*self.train(jobs[:half]), *self.train(jobs[half:])]
+        return [*self.train(jobs[:half], model), *self.train(jobs[half:], model)]
 
-    def _tried(self, jobs: Sequence[Job], recompute: bool, need: int) -> Sequence[Outcome] | None:
+    def _tried(self, jobs: Sequence[Job], model: LoadedModel, recompute: bool, need: int) -> Sequence[Outcome] | None:
         """None where memory ran out."""
         with self.gate.room(need):
             try:
                 how = Pass(recompute=recompute, going=lambda: not self.closing.is_set())
-                return run_work(self.work, jobs, self.model, how)
+                return run_work(self.work, jobs, model, how)
             except (torch.OutOfMemoryError, MemoryError):
                 pass
             except RuntimeError as error:

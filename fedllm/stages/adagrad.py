@@ -37,6 +37,7 @@ class Adagrad(Stage):
     server_lr: float = 1e-3
 
     needs_basis: ClassVar[bool] = True
+    steers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         moments.check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)

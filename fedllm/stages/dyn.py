@@ -41,6 +41,7 @@ class Dyn(Stage):
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
     needs_equal: ClassVar[bool] = True
     needs_basis: ClassVar[bool] = True
+    steers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 < self.alpha < math.inf, self, field="alpha", value=self.alpha, allowed="above 0 and finite")

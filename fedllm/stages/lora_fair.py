@@ -58,9 +58,7 @@ class LoraFair(Stage):
         if part is None:
             return update, memory
         update, _ = blocks.stacked(update, part, scratch, local)
-        mine = torch.zeros(local.ctx.cohort, dtype=torch.float64)
-        mine[local.ctx.slot] = 1
-        return update.having("shares", Part({"share": mine}, exact=True)), memory
+        return update.having("shares", Part({"share": blocks.mark(local.ctx)}, exact=True)), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
         """From the factors of all to the mean of A and the corrected mean of B."""

@@ -31,6 +31,7 @@ class Momentum(Stage):
     server_lr: float = 1.0
 
     needs_basis: ClassVar[bool] = True
+    steers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 <= self.beta < 1, self, field="beta", value=self.beta, allowed="at least 0 and below 1")

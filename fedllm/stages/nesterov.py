@@ -30,6 +30,7 @@ class Nesterov(Stage):
     momentum: float = 0.9
 
     needs_basis: ClassVar[bool] = True
+    steers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         moments.check_server_lr(self, self.server_lr)

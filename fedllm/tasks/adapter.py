@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from fedllm.batch import Batch
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.tasks.architecture import kept
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, computing
@@ -48,6 +49,22 @@ class Attached(Protocol):
 
     def merged(self, params: Tree) -> Mapping[str, Tensor]:
         """The base model's weights that the adapter changes, with the change folded in, float32."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """An adapter on a base model whose frozen weights a server may move."""
+
+    def fits(self, shift: Shift) -> None:
+        """
+        Raises:
+            ClientError: the shift is not one of these layers.
+        """
+        ...
+
+    def moved(self, shift: Shift) -> Tree:
+        """Constants that stand in for the frozen weights."""
         ...
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.tasks import architecture, norms, recompute
-from fedllm.tasks.adapter import Attached
+from fedllm.tasks.adapter import Attached, Movable
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
 from fedllm.tasks.task import Task
@@ -50,6 +51,13 @@ class LoadedModel:
         leaves = self.adapter.fresh(key.fold("adapter"))
         frozen = {name: leaf.to(self.device) for name, leaf in leaves.items() if not self.task.scope.trains(name)}
         return replace(self, constants=frozen)
+
+    def shifted(self, shift: Shift) -> LoadedModel:
+        """This model with what was added to its frozen weights."""
+        if not shift.steps:
+            return self
+        assert isinstance(self.adapter, Movable), "an adapter whose frozen side does not move"
+        return replace(self, constants={**self.constants, **self.adapter.moved(shift)})
 
     def fresh(self, key: Key) -> Tree:
         """The initial value of every leaf that trains.

@@ -40,6 +40,7 @@ from tests.test_docs import load as load_module
 pages = load_module(ROOT / "docs" / "gen_compatibility.py")
 
 ROUNDS, RANK = 3, 4
+SHIFT = "added"
 SERIAL = Serial()
 SIZES = {"a": 5, "b": 3, "c": 2}
 MIXED = {"b": Profile(rank=2), "c": Profile(rank=1)}
@@ -48,6 +49,8 @@ SAME = {"*": Profile(rank=RANK)}
 # By method the columns that it refuses, each with a word of the method's side that the reason names.
 ONE_SHAPE = {pages.RANKS: "task.adapter is lora of rank"}
 ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if case.stage.needs_basis}
+MERGED = dict.fromkeys(ONE_BASIS, "lora_merge")
+STEERING = {name: "lora_residual" for name, case in CASES.items() if case.stage.steers}
 TURNED = dict.fromkeys(ONE_BASIS, "lora_svd")
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "fedit": ONE_SHAPE,
@@ -61,6 +64,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "raflora": ONE_BASIS,
     "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
     "haflq": {},
+    "flora": MERGED,
+    "fedex_lora": {**STEERING, **ONE_SHAPE},
     "fedsvd": {**TURNED, **ONE_SHAPE},
 }
 
@@ -104,19 +109,20 @@ class Bench:
         key = (repr(experiment), engine)
         if key not in self.ends:
             initial = load(experiment.task).bound(experiment.key).fresh(experiment.key)
-            self.ends[key] = tree.sub(course(experiment, initial, engine), loop.start(experiment, initial).params)
+            ended, began = course(experiment, initial, engine), loop.start(experiment, initial).params
+            self.ends[key] = {name: leaf - began[name] if name in began else leaf for name, leaf in ended.items()}
         return self.ends[key]
 
 
 def course(experiment: Experiment, initial: Tree, engine: Engine = SERIAL) -> Tree:
-    """The server's parameters after the last round."""
+    """The server's parameters after the last round, and what was added to the frozen weights."""
     run = loop.start(experiment, initial)
     clients = experiment.federation.load(experiment.key).clients
     with engine.open(experiment, None, [].append) as call:
         for _ in range(ROUNDS):
             run, result = loop.one_round(run, experiment, clients, call, [].append)
             assert result.clients == len(clients), result.note
-    return run.params
+    return {**run.params, **{f"{layer}.{SHIFT}": run.shift.dense(layer) for layer in run.shift.layers()}}
 
 
 def distance(one: Tree, two: Tree) -> float:
@@ -247,7 +253,11 @@ def sides(layer: str) -> tuple[str, str]:
 
 
 def products(leaves: Tree) -> Tree:
-    return {layer: torch.matmul(*factors.pair(leaves, layer)) for layer in factors.layers(leaves)}
+    """As a layer computes with them: what was added to its frozen weight is in it."""
+    return {
+        layer: torch.matmul(*factors.pair(leaves, layer)) + leaves.get(f"{layer}.{SHIFT}", 0)
+        for layer in factors.layers(leaves)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ ROUNDS, STEPS, LR = 2, 3, 0.2
 BANDWIDTH = 3000  # bytes: some components of those that a client has, for stages that keep to it
 UNEQUAL = (("a", 5), ("b", 3))
 EQUAL = (("a", 4), ("b", 4))  # 4 is a power of two: weighing by it loses no bit
-TASK = Task("tiny-llama", adapter=Lora(rank=2, alpha=4, targets=("q_proj",)), dtype="float64")
+RANK, ALPHA = 2, 4
+TASK = Task("tiny-llama", adapter=Lora(rank=RANK, alpha=ALPHA, targets=("q_proj",)), dtype="float64")
 WORK = Sgd(lr=LR, steps=STEPS, batch_size=2, max_length=32)
 
 Sizes = tuple[tuple[str, int], ...]
@@ -160,9 +161,14 @@ def flat(leaves: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([leaves[name].reshape(-1) for name in sorted(leaves)])
 
 
+def come_to(run: Run) -> Tensor:
+    """The parameters of a run, and what was added to its frozen weights."""
+    return torch.cat([flat(run.params), *(run.shift.dense(layer).reshape(-1) for layer in run.shift.layers())])
+
+
 def sent_by(site: Site, prepared: Prepared) -> tuple[Update, tuple[Tree, ...]]:
     """What a visited client sends, and what it remembers."""
-    (outcome,) = run_work(site.experiment.work, [prepared.job], site.model)
+    (outcome,) = run_work(site.experiment.work, [prepared.job], prepared.model)
     assert not isinstance(outcome, str), outcome
     update, facts = outcome
     local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})

@@ -6,6 +6,8 @@ A `Book` is FedAvg; each method overrides what it does otherwise. `play` is the 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.conformance.bench import BANDWIDTH, LR, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
+from tests.conformance.bench import ALPHA, BANDWIDTH, LR, RANK, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
 
 
 @dataclass
@@ -24,6 +26,8 @@ class Book:
     names: list[str] = field(default_factory=list)  # of each entry of the vector, its leaf
     held: dict[str, Tensor] = field(default_factory=dict)
     tree: Any = None  # from a vector to its leaves
+    key: Any = None  # of the run
+    sums: dict[str, Tensor] = field(default_factory=dict)  # by layer: what was added to its frozen weight, unscaled
 
     def get(self, name: str, like: Tensor, value: float = 0.0) -> Tensor:
         return self.held.setdefault(name, torch.full_like(like, value))
@@ -40,6 +44,21 @@ class Book:
     def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
         return delta
 
+    def added(self) -> Tensor:
+        return torch.cat([torch.empty(0), *(self.sums[layer].reshape(-1) for layer in sorted(self.sums))])
+
+    @contextmanager
+    def moving(self, model: Any) -> Iterator[None]:
+        """The base model with what was added, written into its weights."""
+        before = {layer: model.get_submodule(layer).weight.detach().clone() for layer in self.sums}
+        try:
+            for layer, whole in self.sums.items():
+                model.get_submodule(layer).weight.data += ALPHA / RANK * whole
+            yield
+        finally:
+            for layer, weight in before.items():
+                model.get_submodule(layer).weight.data = weight
+
     def step(self, mean: Tensor, clients: int) -> Tensor:
         return mean
 
@@ -51,16 +70,17 @@ class Book:
 def play(book: Book, bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
     """The parameters after each round."""
     x, after = bench.fresh(), []
-    book.tree = bench.tree
+    book.tree, book.key = bench.tree, bench.experiment(()).key
     book.names = [name for name, leaf in bench.tree(x).items() for _ in range(leaf.numel())]
     for r in range(ROUNDS):
         sent = []
         for k, examples in sizes:
             start = book.start(k, x)
-            delta = bench.descend(k, r, start, lambda g, y, k=k, x=x: book.correct(k, g, y, x), sizes)
+            with book.moving(bench.model.base.model):
+                delta = bench.descend(k, r, start, lambda g, y, k=k, x=x: book.correct(k, g, y, x), sizes)
             sent.append((book.weight(examples), book.send(k, delta, x)))
         x = x + book.combined(sent, x)
-        after.append(x)
+        after.append(torch.cat([x, book.added()]))
     return after
 
 
@@ -219,6 +239,41 @@ class FlexLoraBook(Book):
             sign = u[u[:, j].abs().argmax(), j].sign()
             u[:, j], v[j] = u[:, j] * sign, v[j] * sign
         return u, s, v
+
+
+class FloraBook(Book):
+    """Wang et al. 2024, eq. 5 to 7, densely: the mean of the products joins W, and the adapter begins anew."""
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        total, round = sum(w for w, _ in sent), self.held.setdefault("round", torch.tensor(0))
+        old, new = self.tree(x), {}
+        for layer in sorted(name.removesuffix(".lora_A") for name in old if name.endswith(".lora_A")):
+            pairs = [(w / total, self.tree(x + d)) for w, d in sent]
+            mean = sum(p * leaves[f"{layer}.lora_B"] @ leaves[f"{layer}.lora_A"] for p, leaves in pairs)
+            self.sums[layer] = self.sums.get(layer, 0) + mean
+            a = old[f"{layer}.lora_A"]
+            generator = self.key.fold(int(round), "", f"{layer}.lora_A").generator()
+            drawn = torch.rand(a.shape, generator=generator, dtype=torch.float64)
+            new |= {
+                f"{layer}.lora_A": (2 * drawn - 1) / a.shape[1] ** 0.5,
+                f"{layer}.lora_B": 0 * old[f"{layer}.lora_B"],
+            }
+        self.held["round"] = round + 1
+        return torch.cat([new[name].reshape(-1) for name in sorted(new)]) - x
+
+
+class FedexBook(Book):
+    """Singhal et al. 2024, eq. 9 to 11, densely: FedIT, and its error joins W."""
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        total = sum(w for w, _ in sent)
+        mean = sum(w * d for w, d in sent) / total
+        pairs, means = [(w / total, self.tree(x + d)) for w, d in sent], self.tree(x + mean)
+        for layer in sorted(name.removesuffix(".lora_A") for name in means if name.endswith(".lora_A")):
+            b, a = f"{layer}.lora_B", f"{layer}.lora_A"
+            error = sum(p * leaves[b] @ leaves[a] for p, leaves in pairs) - means[b] @ means[a]
+            self.sums[layer] = self.sums.get(layer, 0) + error
+        return mean
 
 
 class LoraFairBook(Book):

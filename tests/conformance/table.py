@@ -12,9 +12,11 @@ from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
+from fedllm.stages.lora_merge import LoraMerge
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
+from fedllm.stages.lora_residual import LoraResidual
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
@@ -96,5 +98,7 @@ CASES: dict[str, Case] = {
     "lora_prune": Case(LoraPrune(gamma=0.5, penalty=1.0), books.HetLoraBook),
     "lora_cap": Case(LoraCap(bits=(32,)), books.HaflqBook, needs=(LoraPad("contributors"),)),
     "lora_product": Case(LoraProduct(), books.FlexLoraBook, keeps_space=False),
+    "lora_merge": Case(LoraMerge(), books.FloraBook, keeps_space=False),
+    "lora_residual": Case(LoraResidual(), books.FedexBook, keeps_space=False),
     "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

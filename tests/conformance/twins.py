@@ -18,9 +18,11 @@ from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
+from fedllm.stages.lora_merge import LoraMerge
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.lora_prune import LoraPrune
+from fedllm.stages.lora_residual import LoraResidual
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
@@ -318,6 +320,49 @@ class LoraSvdBalanced(LoraSvd):
         return total.having("delta", replace(part, tree=step)), state
 
 
+class LoraMergeTwice(LoraMerge):
+    """Weighs the columns, too: a stack divided once too often."""
+
+    def encode(self, update, scratch, memory, local):
+        update, memory = super().encode(update, scratch, memory, local)
+        columns = update.parts.get("columns")
+        return (update if columns is None else update.having("columns", replace(columns, weight=None))), memory
+
+
+class LoraMergeGoesOn(LoraMerge):
+    """Keeps the factors that it has merged."""
+
+    def decode(self, total, params, state, ctx):
+        total, state = super().decode(total, params, state, ctx)
+        return _mapped(total, lambda name, leaf: torch.zeros_like(leaf)), state
+
+
+class LoraResidualTurned(LoraResidual):
+    """Adds the residual with its axes of input and output confused."""
+
+    def decode(self, total, params, state, ctx):
+        total, state = super().decode(total, params, state, ctx)
+        part = total.parts.get("shift")
+        if part is None:
+            return total, state
+        pairs = {layer: factors.pair(part.tree, layer) for layer in factors.layers(part.tree)}
+        turned = {}
+        for layer, (b, a) in pairs.items():
+            size_out, size_in = len(b), a.shape[1]
+            product = (b @ a).T.reshape(size_out, size_in)
+            turned |= factors.named(layer, product, torch.eye(size_in, dtype=a.dtype))
+        return total.having("shift", replace(part, tree=turned)), state
+
+
+class LoraResidualLost(LoraResidual):
+    """Forgets the residual."""
+
+    def decode(self, total, params, state, ctx):
+        total, state = super().decode(total, params, state, ctx)
+        part = total.parts.get("shift")
+        return (total if part is None else total.having("shift", replace(part, tree=tree.zeros_like(part.tree)))), state
+
+
 class QuantizeUnscaled(Quantize):
     """Sends codes, not values."""
 
@@ -390,6 +435,10 @@ TWINS = (
     Twin("lora_prune", LoraPruneAlike(gamma=0.5, penalty=1.0), "equals_its_paper"),
     Twin("lora_cap", LoraCapLeast(bits=(32,)), "equals_its_paper"),
     Twin("lora_product", LoraProductAnew(), "equals_its_paper"),
+    Twin("lora_merge", LoraMergeTwice(), "equals_its_paper"),
+    Twin("lora_merge", LoraMergeGoesOn(), "equals_its_paper"),
+    Twin("lora_residual", LoraResidualTurned(), "equals_its_paper"),
+    Twin("lora_residual", LoraResidualLost(), "equals_its_paper"),
     Twin("lora_svd", LoraSvdBalanced(), "equals_its_paper"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),

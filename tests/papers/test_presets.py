@@ -18,8 +18,10 @@ from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.lora_cap import LoraCap
 from fedllm.stages.lora_fair import LoraFair
+from fedllm.stages.lora_merge import LoraMerge
 from fedllm.stages.lora_pad import LoraPad
 from fedllm.stages.lora_prune import LoraPrune
+from fedllm.stages.lora_residual import LoraResidual
 from fedllm.stages.lora_stack import LoraStack
 from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
@@ -53,6 +55,8 @@ EXPANSIONS = {
     "raflora": (LoraStack("contributors"), ByExamples()),
     "hetlora": (LoraPrune(gamma=0.75, penalty=1e-3), ByExamples()),
     "haflq": (LoraPad("contributors"), ByExamples(), LoraCap()),
+    "flora": (LoraMerge(), ByExamples()),
+    "fedex_lora": (LoraResidual(), ByExamples()),
     "fedsvd": (LoraSvd(), ByExamples()),
     "fed_sb": (ByExamples(),),
     "full": (ByExamples(),),

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
-from fedllm.tasks.adapters.low_rank import Frozen, low_rank
+from fedllm.tasks.adapters.low_rank import low_rank
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, current
 from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
+from fedllm.tasks.shifted import frozen, moved, require_fit
 from fedllm.tree import Tree
 
 
@@ -87,14 +89,15 @@ class Adapted:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
-        now, frozen = current(), Frozen(self.layer.weight, self.layer.bias)
+        now = current()
         b = now.stack.get(f"{self.path}.lora_B")
         if b is None:
-            return nn.functional.linear(inputs, frozen.weight, frozen.bias)
+            return nn.functional.linear(inputs, self.layer.weight, self.layer.bias)
         x = inputs.flatten(0, -2)
         sizes = list(now.client_tokens) or [len(x)]
         low = self._dropped(x, now, sizes) if self.dropout and now.dropout else None
-        y = low_rank(x, low, frozen, (now.stack[f"{self.path}.lora_A"], b), sizes, self.scale)
+        still = frozen(self.layer, self.path, now.stack)
+        y = low_rank(x, low, still, (now.stack[f"{self.path}.lora_A"], b), sizes, self.scale)
         return y.view(*inputs.shape[:-1], -1)
 
     def _dropped(self, x: Tensor, now: Forward, sizes: list[int]) -> Tensor:
@@ -139,6 +142,14 @@ class AttachedLora:
         """(B, V) of the next token."""
         stack = {name: leaf[None] for name, leaf in params.items()}
         return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
+
+    def fits(self, shift: Shift) -> None:
+        """As many rows and columns as the layers have."""
+        require_fit(shift, self.layers)
+
+    def moved(self, shift: Shift) -> Tree:
+        """The frozen weights with the shift in them."""
+        return moved(self.layers, shift, self.settings.scale)
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's layout."""

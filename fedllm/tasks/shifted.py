@@ -1,0 +1,69 @@
+"""A frozen linear layer's weight with what a server has added to it.
+
+    W' = W + s sum_v B_v A_v
+
+In 16 bits W' is two terms, the nearest value of the type and what it leaves out, so that a small step is not lost in
+the rounding of W: 16 bits of precision in bfloat16, 22 in float16, for a second product with each frozen layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedllm import factors
+from fedllm.errors import ClientError
+from fedllm.shift import Shift
+from fedllm.tasks.adapters.low_rank import Frozen
+from fedllm.tree import Tree
+
+MOVED, REST = "moved", "moved_rest"
+
+
+def moved(layers: Mapping[str, nn.Linear], shift: Shift, scale: float) -> Tree:
+    """Leaves `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, for the layers that the shift moves."""
+    found: Tree = {}
+    for name in shift.layers():
+        weight = layers[name].weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        whole = weight.to(wide) + scale * shift.dense(name).to(weight.device, wide)
+        first = whole.to(weight.dtype)
+        found[f"{name}.{MOVED}"] = first
+        if wide != weight.dtype:
+            found[f"{name}.{REST}"] = (whole - first).to(weight.dtype)
+    return found
+
+
+def frozen(layer: nn.Linear, path: str, stack: Mapping[str, Tensor]) -> Frozen:
+    """A layer's frozen product in a pass; a moved weight stands in the stack, the same for all clients."""
+    whole, rest = stack.get(f"{path}.{MOVED}"), stack.get(f"{path}.{REST}")
+    if whole is None:
+        return Frozen(layer.weight, layer.bias)
+    return Frozen(whole[0], layer.bias, None if rest is None else rest[0])
+
+
+def require_fit(shift: Shift, layers: Mapping[str, nn.Linear]) -> None:
+    """
+    Raises:
+        ClientError: it names other layers, or has leaves of another shape.
+    """
+    for at, leaves in shift.steps.items():
+        shapes = dict(_shapes(leaves, layers))
+        for name, leaf in leaves.items():
+            if not leaf.is_floating_point() or shapes.get(name) != leaf.shape:
+                raise ClientError(
+                    f"version {at} of the frozen weights holds '{name}' {tuple(leaf.shape)}, which fits no layer that "
+                    "the adapter extends; the server must have the same model and adapter"
+                )
+
+
+def _shapes(leaves: Tree, layers: Mapping[str, nn.Linear]) -> Iterator[tuple[str, torch.Size]]:
+    for layer in {name.rpartition(".")[0] for name in leaves} & layers.keys():
+        size_out, size_in = layers[layer].weight.shape
+        b, a = leaves.get(f"{layer}.{factors.B}"), leaves.get(f"{layer}.{factors.A}")
+        if b is not None and a is not None and a.dim() == 2:
+            yield f"{layer}.{factors.B}", torch.Size((size_out, len(a)))
+            yield f"{layer}.{factors.A}", torch.Size((len(a), size_in))
+        yield f"{layer}.{factors.PRODUCT}", torch.Size((size_out, size_in))
