@@ -111,8 +111,8 @@ class SiteShift:
             held, model = self.moved
             if held.version == sent.version:
                 return model
-            if not sent.after <= held.version < sent.version:
-                held = self._found(sent)
+            if not held.version or not sent.after <= held.version < sent.version:
+                held = self._found(sent)  # a process that has just begun finds what an earlier one came to
             if held.version < sent.version:
                 held = self._joined(held, sent)
                 self.store.save(held)

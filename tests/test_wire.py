@@ -21,6 +21,7 @@ from fedllm import packing, tree, wire
 from fedllm.errors import WireError
 from fedllm.packing import DENSE, SPARSE, Packing, Picks, Window
 from fedllm.rng import Key
+from fedllm.shift import Shift
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Failure, Part, Profile, Request, Update
 
@@ -154,7 +155,8 @@ CTXS = st.builds(
         lr=st.none() | st.floats(0, 1e300),
     ),
 )
-REQUESTS = st.builds(Request, trees(), st.lists(trees(), max_size=3).map(tuple), CTXS)
+SHIFTS = st.dictionaries(st.integers(3, 12), trees(), max_size=3).map(lambda s: Shift(dict(sorted(s.items())), 2))
+REQUESTS = st.builds(Request, trees(), st.lists(trees(), max_size=3).map(tuple), CTXS, SHIFTS)
 UPDATES = st.builds(Update, st.dictionaries(NAMES, parts(), max_size=3))
 FAILURES = st.builds(Failure, st.text(), COUNTS, st.text())
 
@@ -168,6 +170,8 @@ def assert_same(one: wire.Message, two: wire.Message) -> None:
         case Request(), Request():
             assert one.ctx == two.ctx and same_bits(one.params, two.params)
             assert [tree.digest(extra) for extra in one.extras] == [tree.digest(extra) for extra in two.extras]
+            assert (list(one.shift.steps), one.shift.after) == (list(two.shift.steps), two.shift.after)
+            assert all(map(same_bits, one.shift.steps.values(), two.shift.steps.values()))
         case Update(), Update():
             assert list(one.parts) == list(two.parts)
             for name, part in one.parts.items():
@@ -316,6 +320,7 @@ def test_values_outside_of_their_window_are_not_dropped_in_silence() -> None:
 BOX_OF_BITS = Packing(bits=4, block=2, scales={"w": torch.ones(2)}, windows={"w": ((0, 2), (0, 2))})
 EXAMPLES: tuple[wire.Message, ...] = (
     Request({"w": torch.ones(3, 2)}, ({"c": torch.ones(2)}, {}), Ctx(1, Key(2), 3, 4, client="Zoë")),
+    Request({"w": torch.ones(2)}, (), Ctx(1, Key(2), 3, 4), Shift({3: {"l.lora_BA": torch.ones(2, 3)}}, after=2)),
     Update(
         {
             "delta": Part({"w": torch.eye(3), "b": torch.ones(2)}, 2.0, SPARSE),
@@ -417,9 +422,11 @@ def i32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-REQUEST, UPDATE, FAILURE = EXAMPLES
+REQUEST, MOVING, UPDATE, FAILURE = EXAMPLES
 LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]] = {
     "kind": (UPDATE, at("kind", value="request")),
+    "versions that do not rise": (MOVING, at("shift", value=[2])),
+    "a version without its leaves": (MOVING, at("shift", value=[4])),
     "no kind": (UPDATE, lambda header, tensors: header.pop("kind")),
     "no parts": (UPDATE, lambda header, tensors: header.pop("parts")),
     "part left out": (UPDATE, lambda header, tensors: header["parts"].pop("counts")),
