@@ -6,23 +6,21 @@ parts       made once, taken by somebody, taken only behind the stage that makes
 bounds      what is bounded stays bounded, and holds every part
 integers    what yields them stands last, and is there if the aggregator adds integers
 secrecy     the server is shown sums, and no sum from which one client's update can be read
-shapes      kept leaves, and ranks that differ between clients or shrink, need an update of the right shape
-factors     what works on both factors of an adapter finds both
-shifts      what joins the frozen weights is what the mean lacks, and no step of a server's own
-bases       what speaks of single entries of the factors finds them in one basis in all rounds
+shapes      what changes the shape or the basis of an update goes with what rests on it: see `check_shapes`
 bandwidth   what fits an update to its client's bandwidth stands last, and is there if a client has one
 optimisers  control terms go with the local rule that they are derived for
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from fedllm.check_shapes import check_shapes
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
-from fedllm.stage import Bracket, Norm, Stage, hooked
+from fedllm.ranges import written as _name
+from fedllm.stage import Bracket, Norm, Stage
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.update import Profile
 
@@ -44,11 +42,7 @@ def check(experiment: Experiment) -> None:
     _bounded_parts(experiment)
     _integers(experiment)
     _secrecy(experiment)
-    _shapes(experiment)
-    _shrinking(stages)
-    _factors(experiment)
-    _bases(stages)
-    _shifts(stages)
+    check_shapes(experiment)
     _capped(stages)
     _optimizers(experiment)
 
@@ -261,121 +255,6 @@ def _secrecy(experiment: Experiment) -> None:
             )
 
 
-def _shapes(experiment: Experiment) -> None:
-    asked = " (task.scope.share asks for it)" if experiment.trip != experiment.stages else ""
-    for keeper in (stage for stage in experiment.trip if stage.first):
-        for stage in experiment.trip:
-            if stage.reshapes:
-                raise CheckError(
-                    f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} turns the update "
-                    "into another shape that needs them; leave out one of the two"
-                )
-            if stage.both_factors:
-                raise CheckError(
-                    f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} works on both "
-                    "factors of every layer; leave out one of the two"
-                )
-    reshaping: Stage | None = None
-    for stage in experiment.trip:
-        if reshaping is not None and stage.both_factors:
-            raise CheckError(
-                f"stages: {_name(stage)} works on the factors in the part 'delta', but {_name(reshaping)} takes them "
-                "out before it; leave out one of the two"
-            )
-        reshaping = stage if stage.reshapes else reshaping
-
-
-def _shrinking(stages: Sequence[Stage]) -> None:
-    """Before a stage that shrinks leaves, others encode them at their size of today; behind it, others receive them at
-    the size that they had. What fits an update to a bandwidth knows of both, by who holds which component."""
-    for place, stage in enumerate(stages):
-        if not stage.shrinks:
-            continue
-        before = [other for other in stages[:place] if type(other).encode is not Stage.encode]
-        behind = [other for other in stages[place + 1 :] if _receives(other) and not other.caps]
-        for other in (*before, *behind):
-            raise CheckError(
-                f"stages: {_name(other)} works on leaves of one size, but {_name(stage)} shrinks those of a client; "
-                f"put it {'behind' if other in before else 'before'} {_name(stage)}, or leave it out"
-            )
-
-
-def _receives(stage: Stage) -> bool:
-    return type(stage).receive is not Stage.receive
-
-
-def _factors(experiment: Experiment) -> None:
-    task = experiment.task
-    for stage in (stage for stage in experiment.trip if stage.both_factors):
-        if not isinstance(task.adapter, Lora):
-            raise CheckError(
-                f"stages: {_name(stage)} works on the factors of lora, but task.adapter is "
-                f"{_name(task.adapter)}; use lora"
-            )
-        keeper = next((other for other in experiment.trip if other.first), None)
-        if keeper is not None:
-            raise CheckError(
-                f"stages: {_name(stage)} works on both factors of lora, but {_name(keeper)} keeps leaves on the client"
-                "; leave out one of the two"
-            )
-        for key in ("freeze", "alternate"):
-            if vars(task.scope)[key]:
-                raise CheckError(
-                    f"stages: {_name(stage)} works on both factors of lora, but task.scope.{key} lets one of them "
-                    "stand still; leave out one of the two"
-                )
-
-
-def _bases(stages: Sequence[Stage]) -> None:
-    for place, stage in enumerate(stages):
-        # What stands behind a stage that reshapes works on another shape, whose basis is its own.
-        for other in (stages[:place] if stage.reshapes else stages) if stage.rebases else ():
-            if other.needs_basis:
-                raise CheckError(
-                    f"stages: {_name(other)} is right only while an entry of lora_A or lora_B stands for the same in "
-                    f"all rounds, but {_name(stage)} writes their product in another basis after each; leave out one "
-                    f"of the two{_or_on_products(stage, other)}"
-                )
-        for behind in stages[place + 1 :] if stage.reshapes else ():
-            if behind.both_factors or behind.unequal:
-                raise CheckError(
-                    f"stages: {_name(behind)} works on the factors of lora, but {_name(stage)} before it takes them "
-                    "out of the delta; leave out one of the two"
-                )
-            if stage.makes and behind.needs_basis:
-                parts = ", ".join(f"'{part}'" for part in sorted(stage.makes))
-                raise CheckError(
-                    f"stages: {_name(behind)} stands behind {_name(stage)}, which takes lora_A and lora_B out of the "
-                    f"delta (into {parts}), so that it would not see them; put it before {_name(stage)}, or leave out "
-                    "one of the two"
-                )
-            if hooked([behind]) and "delta" in behind.takes:
-                raise CheckError(
-                    f"stages: {_name(behind)} compares the update with the local steps, but {_name(stage)} before it "
-                    "turns the update into another shape; leave out one of the two"
-                )
-
-
-def _shifts(stages: Sequence[Stage]) -> None:
-    """What joins the frozen weights makes up for what the mean lacks: for the mean, and for one such stage."""
-    for stage in (stage for stage in stages if stage.shifts):
-        for other in stages:
-            if other.steers:
-                raise CheckError(
-                    f"stages: {_name(other)} takes a step of its own in place of the mean of the factors, but "
-                    f"{_name(stage)} adds to the frozen weights what this mean lacks of the products; leave out one "
-                    "of the two"
-                )
-
-
-def _or_on_products(stage: Stage, other: Stage) -> str:
-    if hooked([other]):  # its local steps are on factors
-        return ""
-    if stage.reshapes and not stage.makes:
-        return f", or put {_name(other)} behind {_name(stage)}"
-    return f", or list lora_product in place of {_name(stage)} and before {_name(other)}"
-
-
 def _capped(stages: Sequence[Stage]) -> None:
     cap: Stage | None = None
     for stage in stages:
@@ -401,8 +280,3 @@ def _optimizers(experiment: Experiment) -> None:
 def _bounds(stage: Stage) -> bool:
     """True if a privacy claim rests on the stage's bound."""
     return stage.bracket is Bracket.PRIVATE and stage.norm is Norm.BOUNDS
-
-
-def _name(component: object) -> str:
-    """As an experiment file writes it: TopK is top_k."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()

@@ -12,7 +12,7 @@ from typing import Any
 from fedllm.catalog import METHODS, NOUNS, name_of
 from fedllm.errors import ConfigError, nearest
 from fedllm.experiment import Experiment
-from fedllm.overrides import overridden
+from fedllm.overrides import all_overridden
 from fedllm.presets import expand
 from fedllm.spec import Reader, hints
 from fedllm.stage import Stage
@@ -30,9 +30,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     path = find(file)
     try:
         spec = parse(_text(path))
-        for override in overrides:
-            spec = overridden(spec, override)
-        return build(spec, folder=path.parent)
+        return build(all_overridden(spec, overrides), folder=path.parent)
     except ConfigError as error:
         raise ConfigError(f"{path.name}: {error}") from error
 
@@ -77,10 +75,7 @@ def build(spec: Mapping[str, Any], *, folder: Path | None = None) -> Experiment:
 
 def override(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """An experiment with some settings changed."""
-    spec = dump(experiment)
-    for change in overrides:
-        spec = overridden(spec, change)
-    return build(spec)
+    return build(all_overridden(dump(experiment), overrides))
 
 
 def dump(experiment: Experiment) -> dict[str, Any]:

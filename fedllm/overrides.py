@@ -5,11 +5,12 @@ task.adapter=full                    another component, with its defaults
 task.adapter.soft_prompt.tokens=8    another component, with this setting
 stages.0.prox.mu=0.1                 a component of a list, by its place
 evaluation.compare=[]                a list
+method=full                          another method, with the adapter that it needs in place of the file's
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin
 
@@ -18,6 +19,37 @@ from fedllm.errors import ConfigError, nearest
 from fedllm.experiment import Experiment
 from fedllm.spec import class_of, dotted, hints, mapping, named, noun_of, record_of, settings_of, unknown_key
 from fedllm.yamltext import read_yaml
+
+
+def all_overridden(spec: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain values with several of them changed, in order.
+
+    Raises:
+        ConfigError: as `overridden`.
+    """
+    changed = dict(spec)
+    for override in overrides:
+        changed = overridden(changed, override)
+    keys = [override.partition("=")[0] for override in overrides]
+    if any(key.split(".")[0] == "method" for key in keys) and not any(_sets_adapter(key) for key in keys):
+        return _with_own_adapter(changed)
+    return changed
+
+
+def _sets_adapter(key: str) -> bool:
+    return key == "task" or key.split(".")[:2] == ["task", "adapter"]
+
+
+def _with_own_adapter(spec: dict[str, Any]) -> dict[str, Any]:
+    """Without an adapter of another kind than the method needs."""
+    task, method = spec.get("task"), spec["method"]
+    name = next(iter(method)) if isinstance(method, Mapping) and method else method
+    wanted = METHODS[name].adapter if isinstance(name, str) and name in METHODS else None
+    given = task.get("adapter") if isinstance(task, Mapping) else None
+    kind = next(iter(given)) if isinstance(given, Mapping) and given else given
+    if not isinstance(task, Mapping) or wanted is None or kind in (None, wanted):
+        return spec
+    return {**spec, "task": {key: value for key, value in task.items() if key != "adapter"}}
 
 
 def overridden(spec: Mapping[str, Any], override: str) -> dict[str, Any]:

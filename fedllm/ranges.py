@@ -1,4 +1,4 @@
-"""One sentence for every setting that is out of its range."""
+"""One sentence for every setting that is out of its range, and the names that sentences use."""
 
 from __future__ import annotations
 
@@ -14,5 +14,9 @@ def require(holds: bool, owner: object, *, field: str, value: object, allowed: s
         ConfigError: "top_k.fraction is 2.0; it must be above 0 and at most 1".
     """
     if not holds:
-        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(owner).__name__).lower()
-        raise ConfigError(f"{name}.{field} is {value!r}; it must be {allowed}")
+        raise ConfigError(f"{written(owner)}.{field} is {value!r}; it must be {allowed}")
+
+
+def written(component: object) -> str:
+    """As an experiment file writes it: TopK is top_k."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()

@@ -7,6 +7,7 @@ of that the process takes what is new to it. It is kept on the disk by version, 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -16,11 +17,14 @@ from safetensors.torch import save
 from fedllm.disk import write_durably
 from fedllm.errors import ClientError, RunError
 from fedllm.shift import Shift
+from fedllm.stage import Stage
 from fedllm.state import read_tree
 from fedllm.tasks.adapter import Movable
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import separate
 from fedllm.update import Request
+
+COPIES = 8  # of the layers' values in float32: the server's factors and sum, the site's, a message (3), moved weights
 
 
 @dataclass(eq=False)
@@ -118,6 +122,14 @@ class SiteShift:
                 self.store.save(held)
             self.moved = held, self.base.shifted(held)
             return self.moved[1]
+
+    def reserve(self, stages: Sequence[Stage]) -> int:
+        """Bytes that moving takes at most beside the training: what is kept here and on the server, messages on their
+        way, and the moved weights."""
+        model = self.base
+        if not any(stage.shifts for stage in stages) or not isinstance(model.adapter, Movable):
+            return 0
+        return COPIES * 4 * model.adapter.num_movable
 
     def _found(self, sent: Shift) -> Shift:
         found = self.store.load(sent.after, sent.version)

@@ -82,7 +82,7 @@ class Batched(Engine):
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
-            costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site.model.device))
+            costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site))
             taken = taken_bytes(site.model.device)
             crew = Crew(experiment.work, site.model, costs, gate)
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
@@ -96,10 +96,10 @@ class Batched(Engine):
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)
 
-    def _budget(self, device: str) -> int:
+    def _budget(self, site: Site) -> int:
         if self.memory_budget is not None:
             return parse_bytes(self.memory_budget)
-        return int(USABLE * free_bytes(device))
+        return int(USABLE * max(0, free_bytes(site.model.device) - site.shift.reserve(site.stages)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,6 +63,11 @@ class Movable(Protocol):
         """
         ...
 
+    @property
+    def num_movable(self) -> int:
+        """Values of the frozen weights that a shift may move."""
+        ...
+
     def moved(self, shift: Shift) -> Tree:
         """Constants that stand in for the frozen weights."""
         ...

@@ -272,7 +272,11 @@ def test_diagnostics_see_no_bias_where_fedit_has_some(data: Path, tmp_path: Path
             "momentum takes a step of its own in place of the mean of the factors, but lora_residual adds",
         ),
         ((Momentum(), LoraMerge(), Uniform()), {}, "momentum is right only while an entry of lora_A"),
-        ((LoraMerge(), LoraResidual(), Uniform()), {}, "lora_residual makes the part 'columns', which lora_merge makes already"),
+        (
+            (LoraMerge(), LoraResidual(), Uniform()),
+            {},
+            "lora_residual makes the part 'columns', which lora_merge",
+        ),
         ((LoraMerge(), Uniform()), {"demands": Demands(secrecy=True)}, "sum adds up updates that the server can read"),
         ((LoraMerge(), Uniform()), {"adapter": Full()}, "lora_merge works on the factors of lora, but task.adapter is"),
         ((Keep(("*.0.*",)), LoraMerge(), Uniform()), {}, "keep keeps leaves on the client, but lora_merge turns"),

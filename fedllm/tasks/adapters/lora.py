@@ -147,6 +147,11 @@ class AttachedLora:
         """As many rows and columns as the layers have."""
         require_fit(shift, self.layers)
 
+    @property
+    def num_movable(self) -> int:
+        """Of all layers that are extended."""
+        return sum(layer.weight.numel() for layer in self.layers.values())
+
     def moved(self, shift: Shift) -> Tree:
         """The frozen weights with the shift in them."""
         return moved(self.layers, shift, self.settings.scale)
