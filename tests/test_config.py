@@ -30,6 +30,7 @@ from fedllm.stages.keep import Keep
 from fedllm.stages.prox import Prox
 from fedllm.stages.uniform import Uniform
 from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.lora_xs import LoraXs
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.weights import Full
 from fedllm.tasks.objectives import Lm, Sft
@@ -445,6 +446,30 @@ def test_overrides_add_up_in_order(tmp_path):
     changes = ["task.adapter.lora.rank=2", "task.adapter.lora.alpha=1", "task.adapter.lora.rank=3", "seed=5"]
     experiment = load(tmp_path / "it.yaml", changes)
     assert (experiment.task.adapter, experiment.seed) == (Lora(rank=3, alpha=1.0), 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        (["method=full"], Full),
+        (["method=fed_sb"], LoraXs),
+        (["method={fed_sb: }"], LoraXs),
+        (["method=fedit"], Lora),
+        (["method=fedprox"], Lora),
+        (["task.adapter=full", "method=full"], Full),
+        (["method=fed_sb", "task.adapter.lora_xs.rank=2"], LoraXs),
+        (["task.adapter=full"], Full),
+    ],
+)
+def test_a_method_of_the_command_line_brings_its_adapter(changes, kind, tmp_path):
+    (tmp_path / "it.yaml").write_text(FILE)
+    assert type(load(tmp_path / "it.yaml", changes).task.adapter) is kind
+
+
+def test_an_adapter_that_the_command_line_names_is_not_replaced(tmp_path):
+    (tmp_path / "it.yaml").write_text(FILE)
+    with pytest.raises(ConfigError, match="method full needs the adapter full, but the file sets task.adapter to lora"):
+        load(tmp_path / "it.yaml", ["method=full", "task.adapter.lora.rank=2"])
 
 
 def test_an_override_gives_what_a_file_lacks(tmp_path):

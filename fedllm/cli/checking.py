@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.check import check, check_profiles
+from fedllm.cli.moving import moving_line
 from fedllm.config import experiment_hash, find, load
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.folder import default_folder
@@ -30,6 +31,9 @@ def check_file(file: str, overrides: Sequence[str]) -> None:
         "work": str(experiment.work),
         "folder": str(default_folder(experiment, path.stem)),
     }
+    moving = moving_line(experiment, cohort)
+    if moving is not None:
+        lines["frozen"] = moving
     if data.left_out:
         lines["warning"] = f"the split leaves out {data.left_out} records"
     for name, text in lines.items():

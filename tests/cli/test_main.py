@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fedllm.catalog import METHODS, NOUNS
@@ -22,6 +23,7 @@ from fedllm.events import Event, RoundStarted, Wire
 from fedllm.federations.records import PACKAGED
 from fedllm.stage import Stage
 from fedllm.tasks.base import ALIASES
+from fedllm.tasks.tiny import tiny_model
 from tests.runs.small import adapter_hash, command, events, rounds_run_again, small, spec, story, write_records
 
 Captured = pytest.CaptureFixture[str]
@@ -158,6 +160,29 @@ def test_check_says_what_would_happen_and_writes_nothing(here: Path, capsys: Cap
     assert lines["clients"] == f"3, {len(cohort)} in the first of 3 rounds"
     assert lines["folder"] == f"runs/mine-{experiment_hash(experiment)[:8]}"
     assert {path.name for path in here.iterdir()} == {"people.jsonl", "mine.yaml"}
+
+
+def frozen(capsys: Captured, *settings: str) -> str | None:
+    code, out, err = command(capsys, "check", "mine.yaml", *settings)
+    assert (code, err) == (0, "")
+    return dict(line.split(maxsplit=1) for line in out.splitlines()[:-1]).get("frozen")
+
+
+def test_check_says_what_moving_the_frozen_weights_takes(here: Path, capsys: Captured) -> None:
+    """By hand: three clients of rank 2, two layers of q_proj, 64 x 64; 0.1 M values in matrices of two dimensions."""
+    layers = ("task.adapter.lora.targets=[q_proj]", "task.adapter.lora.rank=2")
+    assert frozen(capsys, *layers) is None
+    told = frozen(capsys, "method=flora", *layers) or ""
+    size = 4 * 6 * (64 + 64) * 2
+    assert told.startswith(f"a step of rank 6 after each round of 3 clients: {size / 1024:.0f} KiB down to a client")
+    assert "32 KiB at most" in told and told.endswith("0% of a local step's products on a base in float32")
+    matrices = sum(leaf.numel() for leaf in tiny_model(torch.float32).parameters() if leaf.dim() == 2)
+    moved, trained = 2 * 64 * 64, 2 * 2 * 128
+    share = 4 * moved / (4 * matrices + 6 * trained + 4 * moved)
+    told = frozen(capsys, "method=flora", "task.dtype=bfloat16", *layers) or ""
+    assert told.endswith(f"{share:.0%} of a local step's products on a base in bfloat16") and share > 0.05
+    told = frozen(capsys, "method=flora", "task.model=some/model", *layers) or ""
+    assert told.endswith("its bytes are known once some/model is on this machine")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""What `fedllm check` says of frozen weights that move: bytes, and the share of a step's products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedllm.experiment import Experiment
+from fedllm.report.quantity import size
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.targets import targeted
+from fedllm.tasks.base import ALIASES, resolve_device, resolve_dtype
+from fedllm.tasks.outline import outline
+
+BYTES = 4  # float32
+
+
+def moving_line(experiment: Experiment, cohort: Sequence[str]) -> str | None:
+    """One line; None where no stage moves the frozen weights.
+
+    A step has 4 operations for each value of a frozen matrix and each token, forward and back, and 6 for each of the
+    adapter. A second term in 16 bits takes 4 more for each value that moves.
+
+    Raises:
+        ConfigError: the adapter's targets fit no layer.
+    """
+    adapter, task = experiment.task.adapter, experiment.task
+    if not any(stage.shifts for stage in experiment.trip) or not isinstance(adapter, Lora):
+        return None
+    ranks = [experiment.federation.profile(client).rank or adapter.rank for client in cohort]
+    told = f"a step of rank {sum(ranks)} after each round of {len(ranks)} clients"
+    model = outline(task.model)
+    if model is None:
+        return f"{told}; its bytes are known once {task.model} is on this machine"
+    layers = targeted(model, adapter.targets, adapter.rank, "task.adapter.lora").values()
+    shapes = [tuple(layer.weight.shape) for layer in layers]
+    step = BYTES * sum(min(sum(ranks) * (n + m), n * m) for n, m in shapes)
+    whole, trained = sum(n * m for n, m in shapes), sum(adapter.rank * (n + m) for n, m in shapes)
+    frozen = sum(leaf.numel() for leaf in model.parameters() if leaf.dim() == 2)
+    dtype = _dtype(experiment)
+    extra = 0 if dtype in (torch.float32, torch.float64) else 4 * whole
+    share = extra / (4 * frozen + 6 * trained + extra)
+    return (
+        f"{told}: {size(step)} down to a client that has missed one, {size(BYTES * whole)} at most; "
+        f"{share:.0%} of a local step's products on a base in {str(dtype).removeprefix('torch.')}"
+    )
+
+
+def _dtype(experiment: Experiment) -> torch.dtype:
+    alias, wanted = ALIASES.get(experiment.task.model), str(experiment.task.dtype)
+    wanted = alias.auto if alias is not None and wanted == "auto" else wanted
+    return resolve_dtype(wanted, device=resolve_device(experiment.task.device))
