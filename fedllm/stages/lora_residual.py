@@ -3,8 +3,8 @@
     B = sum_k p_k B_k    A = sum_k p_k A_k    W <- W + s R
     R = sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A) = [B_1 - B .. B_K - B] [p_1 (A_1 - A); ..; p_K (A_K - A)]
 
-W + s B A is then what the clients learned, exactly, and they go on from (B, A) as in FedIT. R is sent as its factors, of
-rank K x rank; this form of it needs no difference of two large products.
+W + s B A is then what the clients learned, exactly, and they go on from (B, A) as in FedIT. R is sent as its factors,
+of rank K x rank; this form of it needs no difference of two large products.
 
 Singhal et al. 2024, arXiv 2410.09432, eq. 9 to 11.
 """
