@@ -3,9 +3,9 @@
     W_v = W_0 + s sum_{u <= v} B_u A_u        s: the scale of the adapter; version v: what holds after v rounds
     sum_{u <= v} B_u A_u = [B_1 .. B_v] [A_1; ..; A_v]
 
-What a round adds, a step, is kept and sent as its factors, which side by side are those of the sum. As soon as they hold
-as many values as the layer itself, rank x (in + out) >= in x out, the oldest are added up into one dense leaf, so that a
-shift never takes more than twice the layer.
+What a round adds, a step, is kept and sent as its factors, which side by side are those of the sum. As soon as they
+hold as many values as the layer itself, rank x (in + out) >= in x out, the oldest are added up into one dense leaf, so
+that a shift never takes more than twice the layer.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_memory_that_runs_out_is_a_sentence(experiment: Experiment, tmp_path: Pa
     assert host.site is not None
     request = wire.pack(asked(experiment, host.site))
 
-    def full(jobs: object) -> object:
+    def full(jobs: object, model: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     host.site.train = full  # type: ignore[assignment]

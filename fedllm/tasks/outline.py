@@ -24,14 +24,15 @@ def outline(name: str) -> nn.Module | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name == "tiny-llama":
-        return tiny_model(torch.float32)
+        tiny: nn.Module = tiny_model(torch.float32)
+        return tiny
     try:
         config = AutoConfig.from_pretrained(str(_folder(name)), trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            found: nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception:  # whatever is wrong with it is said when the model is loaded
         return None
-    return model
+    return found
 
 
 def _folder(name: str) -> Path:

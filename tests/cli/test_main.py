@@ -172,16 +172,16 @@ def test_check_says_what_moving_the_frozen_weights_takes(here: Path, capsys: Cap
     """By hand: three clients of rank 2, two layers of q_proj, 64 x 64; 0.1 M values in matrices of two dimensions."""
     layers = ("task.adapter.lora.targets=[q_proj]", "task.adapter.lora.rank=2")
     assert frozen(capsys, *layers) is None
-    told = frozen(capsys, "method=flora", *layers) or ""
+    told = frozen(capsys, "stages=[lora_merge, by_examples]", *layers) or ""
     size = 4 * 6 * (64 + 64) * 2
     assert told.startswith(f"a step of rank 6 after each round of 3 clients: {size / 1024:.0f} KiB down to a client")
     assert "32 KiB at most" in told and told.endswith("0% of a local step's products on a base in float32")
     matrices = sum(leaf.numel() for leaf in tiny_model(torch.float32).parameters() if leaf.dim() == 2)
     moved, trained = 2 * 64 * 64, 2 * 2 * 128
     share = 4 * moved / (4 * matrices + 6 * trained + 4 * moved)
-    told = frozen(capsys, "method=flora", "task.dtype=bfloat16", *layers) or ""
+    told = frozen(capsys, "stages=[lora_merge, by_examples]", "task.dtype=bfloat16", *layers) or ""
     assert told.endswith(f"{share:.0%} of a local step's products on a base in bfloat16") and share > 0.05
-    told = frozen(capsys, "method=flora", "task.model=some/model", *layers) or ""
+    told = frozen(capsys, "stages=[lora_merge, by_examples]", "task.model=some/model", *layers) or ""
     assert told.endswith("its bytes are known once some/model is on this machine")
 
 
