@@ -128,13 +128,14 @@ PATHS: Mapping[str, Collection[str]] = {
 class Method:
     """A preset: what a method's name sets, and where it comes from.
 
-    `adapter`: the kind that it needs, if any. `scope`: keys of `task.scope`.
+    `adapter`: the kind that it needs, if any; `adapter_sets`: settings of it. `scope`: keys of `task.scope`.
     """
 
     stages: tuple[Mapping[str, Mapping[str, Any]] | str, ...]
     paper: str
     adapter: str | None = None
     aggregator: str = "sum"
+    adapter_sets: Mapping[str, Any] = field(default_factory=dict)
     scope: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     summary: str = field(default="")
 
@@ -181,6 +182,9 @@ METHODS: Mapping[str, Method] = {
     ),
     "flora": Method(("lora_merge", "by_examples"), "Wang et al. 2024, arXiv:2409.05976", adapter="lora"),
     "fedex_lora": Method(("lora_residual", "by_examples"), "Singhal et al. 2024, arXiv:2410.09432", adapter="lora"),
+    "federa": Method(
+        ("by_examples",), "Yan et al. 2024, arXiv:2404.18848", adapter="lora", adapter_sets={"init": "singular"}
+    ),
     "fedsvd": Method(
         ("lora_svd", "by_examples"), "Lee et al. 2025, arXiv:2505.12805", adapter="lora", scope={"hold": ("*lora_A",)}
     ),

@@ -101,6 +101,12 @@ def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None
             f"{mixed}, and the part 'delta' has the shape of the parameters, so that their updates cannot be added; "
             "give all clients the adapter's rank, or add a stage that brings updates to one shape, as lora_pad does"
         )
+    assert isinstance(adapter, Lora)
+    if adapter.init == "singular":
+        raise CheckError(
+            f"{mixed}, and its init is singular: a client of another rank would lack singular values that the frozen "
+            "weights have given up; give all clients the adapter's rank, or use init: zero"
+        )
     if experiment.task.scope.freeze:
         raise CheckError(f"{mixed}, and task.scope.freeze holds leaves at the adapter's rank; leave it out")
     for stage in experiment.trip:

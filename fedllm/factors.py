@@ -124,6 +124,15 @@ def truncated(b: Tensor, a: Tensor, rank: int, where: str) -> Pair:
     return new_b, new_a
 
 
+def balanced(b: Tensor, a: Tensor, scale: float) -> Pair:
+    """From U and S V^T to B and A with scale B A = U S V^T, each with the roots of S / scale.
+
+    b (out, rank) with columns of length one; a (rank, in).
+    """
+    root = (a.norm(dim=1) / scale).sqrt()
+    return b * root, a / (scale * root.clamp(min=torch.finfo(a.dtype).tiny))[:, None]
+
+
 def best(product: Tensor, rank: int, where: str) -> Pair:
     """The same from the product (out, in) itself, rank <= min(out, in)."""
     require_finite(where, product)

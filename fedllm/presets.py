@@ -39,7 +39,7 @@ def expand(
     expanded = {**spec, **sets}
     del expanded["method"]
     if method.adapter is not None:
-        expanded["task"] = _with_adapter(name, method.adapter, spec.get("task", {}))
+        expanded["task"] = _with_adapter(name, method, spec.get("task", {}))
     if method.scope:
         expanded["task"] = _with_scope(name, method.scope, expanded.get("task", {}))
     return expanded, name
@@ -81,10 +81,11 @@ def _stage_name(entry: Mapping[str, Any] | str) -> str:
     return entry if isinstance(entry, str) else next(iter(entry))
 
 
-def _with_adapter(name: str, kind: str, task: Any) -> Any:
+def _with_adapter(name: str, method: Method, task: Any) -> Any:
     """The task with the adapter that the method needs, of the file's own settings if it has any."""
     if not isinstance(task, Mapping):
         return task
+    kind = str(method.adapter)
     given = task.get("adapter", kind)
     found = next(iter(given)) if isinstance(given, Mapping) and given else given
     if found != kind:
@@ -92,7 +93,23 @@ def _with_adapter(name: str, kind: str, task: Any) -> Any:
             f"method {name} needs the adapter {kind}, but the file sets task.adapter to {found}; "
             "leave out one of the two"
         )
-    return {**task, "adapter": given}
+    return {**task, "adapter": _with_settings(name, kind, given, method.adapter_sets)}
+
+
+def _with_settings(name: str, kind: str, given: Any, sets: Mapping[str, Any]) -> Any:
+    """The adapter with what the method sets of it."""
+    if not sets:
+        return given
+    settings = given[kind] if isinstance(given, Mapping) else None
+    if settings is not None and not isinstance(settings, Mapping):  # its first setting alone
+        raise ConfigError(f"method {name} sets task.adapter.{kind}.{next(iter(sets))}; give {kind} as a mapping")
+    for key, value in sets.items():
+        if settings and settings.get(key, value) != value:
+            raise ConfigError(
+                f"method {name} sets task.adapter.{kind}.{key} to {value}, but the file sets it to {settings[key]}; "
+                "leave out one of the two"
+            )
+    return {kind: {**(settings or {}), **sets}}
 
 
 def _with_scope(name: str, sets: Mapping[str, Sequence[str]], task: Any) -> Any:

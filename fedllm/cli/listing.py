@@ -45,6 +45,7 @@ def listing(what: str) -> None:
 def _methods() -> Rows:
     for name, method in METHODS.items():
         task = f"task.adapter: {method.adapter}; " if method.adapter else ""
+        task += "".join(f"task.adapter.{method.adapter}.{k}: {v}; " for k, v in method.adapter_sets.items())
         task += "".join(f"task.scope.{key}: [{', '.join(value)}]; " for key, value in method.scope.items())
         stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
         yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}", method.paper

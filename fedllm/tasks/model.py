@@ -50,7 +50,8 @@ class LoadedModel:
         """This model with the frozen leaves of the run's key."""
         leaves = self.adapter.fresh(key.fold("adapter"))
         frozen = {name: leaf.to(self.device) for name, leaf in leaves.items() if not self.task.scope.trains(name)}
-        return replace(self, constants=frozen)
+        own = self.adapter.moved(Shift()) if isinstance(self.adapter, Movable) else {}
+        return replace(self, constants={**frozen, **own})
 
     def shifted(self, shift: Shift) -> LoadedModel:
         """This model with what was added to its frozen weights."""

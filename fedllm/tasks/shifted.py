@@ -8,7 +8,7 @@ the rounding of W: 16 bits of precision in bfloat16, 22 in float16, for a second
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,14 @@ from fedllm.tree import Tree
 MOVED, REST = "moved", "moved_rest"
 
 
-def moved(layers: Mapping[str, nn.Linear], shift: Shift, scale: float) -> Tree:
-    """Leaves `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, for the layers that the shift moves."""
+def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[Shift], scale: float) -> Tree:
+    """Leaves `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the shifts move."""
     found: Tree = {}
-    for name in shift.layers():
+    for name in sorted({name for shift in shifts for name in shift.layers()}):
         weight = layers[name].weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        whole = weight.to(wide) + scale * shift.dense(name).to(weight.device, wide)
+        added = sum(shift.dense(name).to(weight.device, wide) for shift in shifts if name in shift.layers())
+        whole = weight.to(wide) + scale * added
         first = whole.to(weight.dtype)
         found[f"{name}.{MOVED}"] = first
         if wide != weight.dtype:

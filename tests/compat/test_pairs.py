@@ -64,6 +64,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "raflora": ONE_BASIS,
     "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
     "haflq": {},
+    "federa": ONE_SHAPE,
     "flora": MERGED,
     "fedex_lora": {**STEERING, **ONE_SHAPE},
     "fedsvd": {**TURNED, **ONE_SHAPE},

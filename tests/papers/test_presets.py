@@ -57,6 +57,7 @@ EXPANSIONS = {
     "haflq": (LoraPad("contributors"), ByExamples(), LoraCap()),
     "flora": (LoraMerge(), ByExamples()),
     "fedex_lora": (LoraResidual(), ByExamples()),
+    "federa": (ByExamples(),),
     "fedsvd": (LoraSvd(), ByExamples()),
     "fed_sb": (ByExamples(),),
     "full": (ByExamples(),),
@@ -67,7 +68,7 @@ SCOPES = {
     "fedsa_lora": Scope(share=("*lora_A",)),
     "fedsvd": Scope(hold=("*lora_A",)),
 }
-ADAPTERS = {"full": Full(), "fed_sb": LoraXs()}
+ADAPTERS = {"full": Full(), "fed_sb": LoraXs(), "federa": Lora(init="singular")}
 # Where all clients have one rank, and none a bandwidth.
 SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
 PARTS = {

@@ -118,7 +118,8 @@ def test_two_terms_hold_in_bfloat16_what_one_loses(layer: str, size: float) -> N
     linear = nn.Linear(*LAYERS[layer][::-1], bias=False).to(torch.bfloat16).requires_grad_(False)
     shift = Shift({1: tree.scale(drawn(8, 1), size**0.5)})
     exact = linear.weight.double() + 2.0 * size * product(drawn(8, 1), layer)
-    found = moved({layer: linear}, Shift({1: {n: x for n, x in shift.steps[1].items() if n.startswith(layer)}}), 2.0)
+    mine = {name: leaf for name, leaf in shift.steps[1].items() if name.startswith(layer)}
+    found = moved({layer: linear}, [Shift(), Shift({1: mine})], 2.0)
     first, rest = found[f"{layer}.moved"].double(), found[f"{layer}.moved_rest"].double()
     assert found[f"{layer}.moved"].dtype == torch.bfloat16
     assert off(first + rest, exact) < 1e-5 < 1e-4 < off(first, exact)

@@ -4,26 +4,33 @@
     s = alpha / rank, or alpha / sqrt(rank) with `rslora`
 
 Hu et al. 2021, arXiv:2106.09685; rslora: Kalajdzievski 2023, arXiv:2312.03732. The scale is one constant of the task.
-A starts as uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming_uniform with a = sqrt(5), as in PEFT), B as zero.
+A starts as uniform(-1/sqrt(in), 1/sqrt(in)) (kaiming_uniform with a = sqrt(5), as in PEFT), B as zero; or both as the
+largest singular values of the layer's own weight, which gives up what they hold (`init: singular`):
+
+    y = (W - s B_0 A_0) x + s B_k A_k x        s B_0 A_0 = U_r S_r V_r^T of W = U S V^T, B_0 and A_0 with the roots of S
+
+Meng et al. 2024 (PiSSA), arXiv:2404.02948; federated: Yan et al. 2024 (FeDeRA), arXiv:2404.18848.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedllm import factors
 from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.rng import Key
 from fedllm.shift import Shift
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.adapters.low_rank import low_rank
+from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, current
@@ -40,6 +47,7 @@ class Lora(Adapter):
         targets: `all_linear` (every linear layer but the output head), or patterns over module paths; a pattern
             without a star fits the end of a path (`q_proj`).
         dropout: on the adapter's input; drawn per client from its own key.
+        init: `zero` begins with an adapter that adds nothing, `singular` with the weight's largest singular values.
         init_from: a run folder or a folder in PEFT's layout to start from.
     """
 
@@ -48,6 +56,7 @@ class Lora(Adapter):
     targets: tuple[str, ...] = ("all_linear",)
     dropout: float = 0.0
     rslora: bool = False
+    init: Literal["zero", "singular"] = "zero"
     init_from: str | None = None
     stackable: ClassVar[bool] = True
 
@@ -60,6 +69,8 @@ class Lora(Adapter):
             raise ConfigError("task.adapter.lora.targets is empty; name layers, or all_linear")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"task.adapter.lora.dropout is {self.dropout}; it must be in [0, 1)")
+        if self.init == "singular" and self.init_from is not None:
+            raise ConfigError("task.adapter.lora has init: singular and init_from; a start is one of the two")
 
     @property
     def scale(self) -> float:
@@ -75,7 +86,17 @@ class Lora(Adapter):
         layers = targeted(base.model, self.targets, self.rank, "task.adapter.lora")
         for name, layer in layers.items():
             layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
-        return AttachedLora(self, Decoder(base), layers)
+        return AttachedLora(self, Decoder(base), layers, self._given_up(base, layers))
+
+    def _given_up(self, base: Base, layers: Mapping[str, nn.Linear]) -> Tree:
+        """B_0 and A_0 of the layers; none where the adapter begins with nothing."""
+        if self.init == "zero":
+            return {}
+        found = singular_factors({name: layer.weight.detach() for name, layer in layers.items()}, self.rank)
+        dtype, start = trained_dtype(base), dict[str, Tensor]()
+        for name in layers:
+            start |= factors.named(name, *factors.balanced(*factors.pair(found, name), self.scale))
+        return {name: leaf.to(dtype) for name, leaf in start.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +130,17 @@ class Adapted:
 
 @dataclass(frozen=True, eq=False)
 class AttachedLora:
-    """LoRA on a loaded base model."""
+    """LoRA on a loaded base model. `given_up`: factors whose product the frozen weights lack."""
 
     settings: Lora
     decoder: Decoder
     layers: Mapping[str, nn.Linear]
+    given_up: Tree = field(default_factory=dict)
 
     def fresh(self, key: Key) -> Tree:
-        """A uniform, B zero; or what `init_from` holds."""
+        """A uniform, B zero; or what the frozen weights lack, or what `init_from` holds."""
+        if self.given_up:
+            return {name: leaf.clone() for name, leaf in self.given_up.items()}
         if self.settings.init_from is not None:
             found = read_peft_lora(Path(self.settings.init_from), self._shapes(), scale=self.settings.scale)
             return {name: leaf.to(trained_dtype(self.decoder.base)) for name, leaf in found.items()}
@@ -154,13 +178,19 @@ class AttachedLora:
 
     def moved(self, shift: Shift) -> Tree:
         """The frozen weights with the shift in them."""
-        return moved(self.layers, shift, self.settings.scale)
+        return moved(self.layers, [self._lack, shift], self.settings.scale)
+
+    @property
+    def _lack(self) -> Shift:
+        """What the frozen weights have given up, as what is added to them."""
+        lost = {name: -leaf if name.endswith(factors.B) else leaf for name, leaf in self.given_up.items()}
+        return Shift({1: lost} if lost else {})
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's layout."""
         settings = self.settings
         write_peft_lora(
-            params,
+            self._lack.folded({name: params[name] for name in self._shapes()}),
             folder,
             base_name=base_name,
             rank=settings.rank,
@@ -172,11 +202,11 @@ class AttachedLora:
     def merged(self, params: Tree) -> Mapping[str, Tensor]:
         """W + s B A, float32 or wider."""
         wide = trained_dtype(self.decoder.base)
-        return {
-            f"{name}.weight": layer.weight.detach().to(wide)
-            + self.settings.scale * (params[f"{name}.lora_B"] @ params[f"{name}.lora_A"]).to(layer.weight.device)
-            for name, layer in self.layers.items()
-        }
+        whole, found = self._lack.folded(params), dict[str, Tensor]()
+        for name, layer in self.layers.items():
+            product = torch.matmul(*factors.pair(whole, name)).to(layer.weight.device)
+            found[f"{name}.weight"] = layer.weight.detach().to(wide) + self.settings.scale * product
+        return found
 
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         rank = self.settings.rank
