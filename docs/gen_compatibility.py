@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fedllm import config
-from fedllm.catalog import METHODS, name_of
+from fedllm.catalog import METHODS, NOUNS, name_of
 from fedllm.check import check, check_ranks
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
@@ -28,6 +28,8 @@ from fedllm.stages.scaffold import Scaffold
 from fedllm.stages.top_k import TopK
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
+from fedllm.tasks.adapter import Adapter
+from fedllm.tasks.adapters.lora import Lora
 from fedllm.update import Profile
 
 if TYPE_CHECKING:
@@ -58,8 +60,9 @@ class Cell(NamedTuple):
 
 
 def aggregations() -> list[str]:
-    """The rows: every method that needs the adapter lora."""
-    return [name for name, method in METHODS.items() if method.adapter == "lora"]
+    """The rows: every method that needs the adapter lora, or one that is built on it."""
+    kinds = {name for name, kind in NOUNS[Adapter].items() if issubclass(kind, Lora)}
+    return [name for name, method in METHODS.items() if method.adapter in kinds]
 
 
 def columns() -> list[str]:

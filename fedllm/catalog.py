@@ -47,6 +47,7 @@ from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
 from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.sparse_first import SparseFirst
 from fedllm.stages.top_k import TopK
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
@@ -55,6 +56,7 @@ from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.lora_xs import LoraXs
 from fedllm.tasks.adapters.peft import Peft
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.tasks.adapters.sparse_lora import SparseLora
 from fedllm.tasks.adapters.weights import BitFit, Full, Norms
 from fedllm.tasks.base import ALIASES
 from fedllm.tasks.objectives import Lm, Objective, Sft
@@ -86,6 +88,7 @@ STAGES: Table = {
     "lora_svd": LoraSvd,
     "lora_merge": LoraMerge,
     "lora_residual": LoraResidual,
+    "sparse_first": SparseFirst,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
@@ -104,6 +107,7 @@ NOUNS: Mapping[type, Table] = {
     Adapter: {
         "lora": Lora,
         "lora_xs": LoraXs,
+        "sparse_lora": SparseLora,
         "soft_prompt": SoftPrompt,
         "full": Full,
         "norms": Norms,
@@ -182,6 +186,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "flora": Method(("lora_merge", "by_examples"), "Wang et al. 2024, arXiv:2409.05976", adapter="lora"),
     "fedex_lora": Method(("lora_residual", "by_examples"), "Singhal et al. 2024, arXiv:2410.09432", adapter="lora"),
+    "slora": Method(("sparse_first", "by_examples"), "Babakniya et al. 2023, arXiv:2308.06522", adapter="sparse_lora"),
     "federa": Method(
         ("by_examples",), "Yan et al. 2024, arXiv:2404.18848", adapter="lora", adapter_sets={"init": "singular"}
     ),

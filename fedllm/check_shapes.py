@@ -75,6 +75,12 @@ def _receives(stage: Stage) -> bool:
 
 def _factors(experiment: Experiment) -> None:
     task = experiment.task
+    for stage in experiment.trip:
+        if stage.of_adapter not in (None, _name(task.adapter)):
+            raise CheckError(
+                f"stages: {_name(stage)} works on the adapter {stage.of_adapter}, but task.adapter is "
+                f"{_name(task.adapter)}; use {stage.of_adapter}"
+            )
     for stage in (stage for stage in experiment.trip if stage.both_factors):
         if not isinstance(task.adapter, Lora):
             raise CheckError(
@@ -127,13 +133,13 @@ def _bases(stages: Sequence[Stage]) -> None:
 
 def _shifts(stages: Sequence[Stage]) -> None:
     """What joins the frozen weights makes up for what the mean lacks: for the mean, and for one such stage."""
-    for stage in (stage for stage in stages if stage.shifts):
-        for other in stages:
+    for place, stage in enumerate(stages):
+        for other in stages[:place] if stage.shifts else ():
             if other.steers:
                 raise CheckError(
                     f"stages: {_name(other)} takes a step of its own in place of the mean of the factors, but "
-                    f"{_name(stage)} adds to the frozen weights what this mean lacks of the products; leave out one "
-                    "of the two"
+                    f"{_name(stage)} behind it adds to the frozen weights what this mean lacks; leave out one of the "
+                    f"two{'' if stage.reshapes else f', or put {_name(other)} behind {_name(stage)}'}"
                 )
 
 

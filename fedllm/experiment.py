@@ -126,6 +126,10 @@ class Experiment:
         """The run's public key."""
         return Key(self.seed).fold("run")
 
+    def moves(self, name: str, round: int) -> bool:
+        """True if a leaf trains in this round."""
+        return self.task.scope.moves(name, round) and all(stage.moves(name, round) for stage in self.trip)
+
     @property
     def trip(self) -> tuple[Stage, ...]:
         """The stages of the round trip: `stages`, and first what keeps the leaves that the scope does not share."""

@@ -16,6 +16,7 @@ from fedllm.packing import Packing, Window
 from fedllm.tree import Tree
 
 A, B = "lora_A", "lora_B"
+SPARSE = "lora_sparse"  # a layer's leaf of values at its places, beside the factors
 PRODUCT = "lora_BA"  # a layer's leaf (out, in) where a product travels in place of its factors
 Pair = tuple[Tensor, Tensor]  # B, A
 
@@ -122,6 +123,25 @@ def truncated(b: Tensor, a: Tensor, rank: int, where: str) -> Pair:
     sign = signs(left)
     new_b[:, :found], new_a[:found] = left * (sign * root), right * (sign * root)[:, None]
     return new_b, new_a
+
+
+def principal(weight: Tensor, rank: int) -> Pair:
+    """U (out, rank) and S V^T = U^T W (rank, in) of the largest singular values of W (out, in), rank <= min(out, in).
+
+    From the eigenvectors of W W^T or W^T W, whichever is smaller, in float64. Of each component the largest entry of
+    its column of U is positive, so that it has one form.
+    """
+    w = weight.cpu().double()
+    wide = w.shape[1] > w.shape[0]
+    vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w).eigenvectors.flip(1)[:, :rank]
+    if wide:
+        b, a = vectors, vectors.T @ w
+    else:
+        b = w @ vectors
+        sizes = b.norm(dim=0)
+        b, a = b / sizes.clamp(min=torch.finfo(b.dtype).tiny), sizes[:, None] * vectors.T
+    sign = signs(b)
+    return b * sign, sign[:, None] * a
 
 
 def balanced(b: Tensor, a: Tensor, scale: float) -> Pair:

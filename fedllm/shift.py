@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedllm import factors, tree
+from fedllm import factors, sparse, tree
 from fedllm.tree import Tree
 
 Steps = dict[int, Tree]
@@ -27,7 +27,8 @@ class Shift:
     """What is added to the frozen weights behind version `after`.
 
     `steps[v]` holds leaves of version v, in float32 or wider: `LAYER.lora_B` (out, R) and `LAYER.lora_A` (R, in), whose
-    product is added; or `LAYER.lora_BA` (out, in), the whole sum up to v, in place of all before it.
+    product is added, and with them `LAYER.lora_sparse` (n,), values that are added at the layer's places (`sparse`); or
+    `LAYER.lora_BA` (out, in), the whole sum up to v, in place of all before it.
     """
 
     steps: Mapping[int, Tree] = field(default_factory=dict)
@@ -53,7 +54,7 @@ class Shift:
                 continue
             for at, leaves in self.steps.items():
                 if at > version and f"{layer}.{factors.A}" in leaves:
-                    found.setdefault(at, {}).update(factors.named(layer, *factors.pair(leaves, layer)))
+                    found.setdefault(at, {}).update({n: leaves[n] for n in _parts(layer) if n in leaves})
         return Shift(dict(sorted(found.items())), version)
 
     def joined(self, later: Shift) -> Shift:
@@ -106,10 +107,26 @@ def _pairs(steps: Mapping[int, Tree], layer: str) -> Iterator[factors.Pair]:
     for at in sorted(steps):
         leaves = steps[at]
         if (whole := leaves.get(_whole(layer))) is not None:
-            eye = torch.eye(min(whole.shape)).to(whole)
-            yield (eye, whole) if len(eye) == len(whole) else (whole, eye)
+            yield _as_factors(whole)
         elif f"{layer}.{factors.A}" in leaves:
             yield factors.pair(leaves, layer)
+            if f"{layer}.{factors.SPARSE}" in leaves:
+                yield _as_factors(_spread(leaves, layer))
+
+
+def _as_factors(whole: Tensor) -> factors.Pair:
+    """Factors of rank min(out, in), one of them the identity."""
+    eye = torch.eye(min(whole.shape)).to(whole)
+    return (eye, whole) if len(eye) == len(whole) else (whole, eye)
+
+
+def _spread(leaves: Tree, layer: str) -> Tensor:
+    b, a = factors.pair(leaves, layer)
+    return sparse.spread(layer, leaves[f"{layer}.{factors.SPARSE}"], (len(b), a.shape[1]))
+
+
+def _parts(layer: str) -> list[str]:
+    return [f"{layer}.{end}" for end in (factors.A, factors.B, factors.SPARSE)]
 
 
 def _dense(steps: Mapping[int, Tree], layer: str) -> Tensor:
@@ -119,6 +136,7 @@ def _dense(steps: Mapping[int, Tree], layer: str) -> Tensor:
         added = leaves.get(_whole(layer))
         if added is None and f"{layer}.{factors.A}" in leaves:
             added = torch.matmul(*factors.pair(leaves, layer))
+            added = added + _spread(leaves, layer) if f"{layer}.{factors.SPARSE}" in leaves else added
         if added is not None:
             total = added if total is None else total + added
     assert total is not None, layer
@@ -134,7 +152,7 @@ def _thinned(steps: Mapping[int, Tree]) -> Steps:
             if f"{layer}.{factors.A}" not in steps[at]:
                 continue
             b, a = factors.pair(steps[at], layer)
-            held += b.numel() + a.numel()
+            held += sum(steps[at][name].numel() for name in _parts(layer) if name in steps[at])
             if held >= len(b) * a.shape[1]:
                 whole = _dense({old: leaves for old, leaves in steps.items() if old <= at}, layer)
                 _forget(found, layer, at)
@@ -145,8 +163,8 @@ def _thinned(steps: Mapping[int, Tree]) -> Steps:
 
 def _forget(steps: Steps, layer: str, newest: int | None = None) -> None:
     for at in steps if newest is None else [at for at in steps if at <= newest]:
-        for end in (factors.A, factors.B, factors.PRODUCT):
-            steps[at].pop(f"{layer}.{end}", None)
+        for name in (*_parts(layer), _whole(layer)):
+            steps[at].pop(name, None)
 
 
 def _layers(steps: Mapping[int, Tree]) -> list[str]:

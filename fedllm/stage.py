@@ -62,6 +62,7 @@ class Stage:
     own_weights: ClassVar[bool] = False  # weighs the delta of each client itself
     shifts: ClassVar[bool] = False  # decode makes the part "shift": factors whose product joins the frozen weights
     steers: ClassVar[bool] = False  # decode turns the mean of the updates into another step
+    of_adapter: ClassVar[str | None] = None  # the one adapter that it works on
     needs_equal: ClassVar[bool] = False  # right only if every client weighs the same
     equal: ClassVar[bool] = False  # of a weigher: every client weighs the same
     first: ClassVar[bool] = False  # must stand before every other stage
@@ -75,6 +76,10 @@ class Stage:
     def optimizers(self) -> frozenset[str] | None:
         """Local optimisers that the method's derivation covers; None: any."""
         return None
+
+    def moves(self, name: str, round: int) -> bool:
+        """Whether a leaf that the scope trains does so in this round."""
+        return True
 
     def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
         """Server, down: (parameters to send, extra for this stage's `receive`)."""

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "packing",
         "factors",
         "shift",
+        "sparse",
         "events",
         "cache",
         "disk",

@@ -67,4 +67,7 @@ def _shapes(leaves: Tree, layers: Mapping[str, nn.Linear]) -> Iterator[tuple[str
         if b is not None and a is not None and a.dim() == 2:
             yield f"{layer}.{factors.B}", torch.Size((size_out, len(a)))
             yield f"{layer}.{factors.A}", torch.Size((len(a), size_in))
+            values = leaves.get(f"{layer}.{factors.SPARSE}")
+            if values is not None and values.dim() == 1 and len(values) <= size_out * size_in:
+                yield f"{layer}.{factors.SPARSE}", values.shape
         yield f"{layer}.{factors.PRODUCT}", torch.Size((size_out, size_in))

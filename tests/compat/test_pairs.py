@@ -65,6 +65,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
     "haflq": {},
     "federa": ONE_SHAPE,
+    "slora": {pages.RANKS: "task.adapter is sparse_lora of rank"},
     "flora": MERGED,
     "fedex_lora": {**STEERING, **ONE_SHAPE},
     "fedsvd": {**TURNED, **ONE_SHAPE},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedllm import launch
 from fedllm.batch import collate
+from fedllm.catalog import NOUNS
 from fedllm.client import Prepared, Site
 from fedllm.engine import Engine
 from fedllm.engines.serial import Serial
@@ -26,6 +27,7 @@ from fedllm.federations.splits.by import By
 from fedllm.loop import requests_for
 from fedllm.stage import Stage, up
 from fedllm.state import Checkpoints, ClientStore, Run
+from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.task import Task
@@ -61,11 +63,25 @@ class Course:
 class Bench:
     folder: Path
     engine: Engine = Serial()
+    task: Task = TASK
     courses: dict[tuple[object, ...], Course] = field(default_factory=dict)
+    others: dict[str, Bench] = field(default_factory=dict)
     model: LoadedModel = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model = load(TASK)
+        self.model = load(self.task)
+
+    def of(self, stage: Stage) -> Bench:
+        """The bench with the adapter that a stage works on."""
+        kind = stage.of_adapter
+        if kind is None:
+            return self
+        if kind not in self.others:
+            adapter = NOUNS[Adapter][kind](**vars(self.task.adapter))
+            folder = self.folder / kind
+            folder.mkdir()
+            self.others[kind] = Bench(folder, self.engine, replace(self.task, adapter=adapter))
+        return self.others[kind]
 
     def experiment(self, stages: Sequence[Stage], *, sizes: Sizes = UNEQUAL, lost: Sequence[int] = ()) -> Experiment:
         """`lost`: rounds in which nobody answers."""
@@ -77,7 +93,7 @@ class Bench:
         profiles = {"*": Profile(bandwidth=BANDWIDTH)} if any(stage.caps for stage in stages) else {}
         failures = tuple(Loss(who, round) for round in lost for who, _ in sizes)
         return Experiment(
-            task=TASK,
+            task=self.task,
             federation=Shards(str(data), split=By("who"), heldout=0.0, failures=failures, profiles=profiles),
             work=WORK,
             stages=tuple(stages),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedllm.sparse import places
 from tests.conformance.bench import ALPHA, BANDWIDTH, LR, RANK, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
 
 
@@ -274,6 +275,33 @@ class FedexBook(Book):
             error = sum(p * leaves[b] @ leaves[a] for p, leaves in pairs) - means[b] @ means[a]
             self.sums[layer] = self.sums.get(layer, 0) + error
         return mean
+
+
+class SparseFirstBook(FlexLoraBook):
+    """Babakniya et al. 2023, algorithm 1, with one round of sparse tuning: then the best factors, and the rest in W."""
+
+    def active(self, x: Tensor) -> Tensor:
+        first = "round" not in self.held
+        return torch.tensor([name.endswith("lora_sparse") == first for name in self.names])
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return torch.where(self.active(x), g, 0)
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        mean = sum(w * d for w, d in sent) / sum(w for w, _ in sent)
+        if "round" in self.held:
+            return mean
+        self.held["round"] = torch.tensor(1)
+        new = self.tree(x + mean)
+        for layer in sorted(name.removesuffix(".lora_A") for name in new if name.endswith(".lora_A")):
+            a, b = new[f"{layer}.lora_A"], new[f"{layer}.lora_B"]
+            whole = torch.zeros(len(b) * a.shape[1], dtype=x.dtype)
+            whole[places(layer, len(whole), len(new[f"{layer}.lora_sparse"]))] = new[f"{layer}.lora_sparse"]
+            u, s, v = self.cut(whole.view(len(b), -1), len(a))
+            new[f"{layer}.lora_B"], new[f"{layer}.lora_A"] = u * s.sqrt(), s.sqrt()[:, None] * v
+            self.sums[layer] = whole.view(len(b), -1) - (u * s) @ v
+            new[f"{layer}.lora_sparse"] = torch.zeros_like(new[f"{layer}.lora_sparse"])
+        return torch.cat([new[name].reshape(-1) for name in sorted(new)]) - x
 
 
 class LoraFairBook(Book):

@@ -24,6 +24,7 @@ from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
 from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.sparse_first import SparseFirst
 from fedllm.stages.top_k import TopK
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
@@ -100,5 +101,6 @@ CASES: dict[str, Case] = {
     "lora_product": Case(LoraProduct(), books.FlexLoraBook, keeps_space=False),
     "lora_merge": Case(LoraMerge(), books.FloraBook, keeps_space=False),
     "lora_residual": Case(LoraResidual(), books.FedexBook, keeps_space=False),
+    "sparse_first": Case(SparseFirst(rounds=1), books.SparseFirstBook),
     "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

@@ -32,18 +32,18 @@ def test_a_stage_has_neutral_settings_or_says_why_not():
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("stage", CASES)
 def test_stage(stage, check, bench):
-    CHECKS[check](CASES[stage], bench)
+    CHECKS[check](CASES[stage], bench.of(CASES[stage].stage))
 
 
 @pytest.mark.parametrize("check", WHOLE_RUNS)
 @pytest.mark.parametrize("stage", CASES)
 def test_stage_on_other_engines(stage, check, other):
-    CHECKS[check](CASES[stage], other)
+    CHECKS[check](CASES[stage], other.of(CASES[stage].stage))
 
 
 @pytest.mark.parametrize("stage", CASES)
 def test_engines_go_the_same_way_to_the_bit(stage, other, bench):
-    reference, course = bench.run(CASES[stage].trip()), other.run(CASES[stage].trip())
+    reference, course = (place.of(CASES[stage].stage).run(CASES[stage].trip()) for place in (bench, other))
     for one, two in zip(reference.after, course.after, strict=True):
         assert torch.equal(come_to(one), come_to(two)) and all(map(tree.equal, one.states, two.states))
     assert memories(reference) == memories(course)
@@ -51,7 +51,7 @@ def test_engines_go_the_same_way_to_the_bit(stage, other, bench):
 
 @pytest.mark.parametrize("stage", CASES)
 def test_stacks_differ_from_one_client_at_a_time_in_the_last_digits(stage, stacked, bench):
-    reference, course = bench.run(CASES[stage].trip()), stacked.run(CASES[stage].trip())
+    reference, course = (place.of(CASES[stage].stage).run(CASES[stage].trip()) for place in (bench, stacked))
     for one, two in zip(reference.after, course.after, strict=True):
         start = flat(reference.after[0].params)
         start = torch.cat([start, start.new_zeros(len(come_to(one)) - len(start))])
@@ -61,7 +61,7 @@ def test_stacks_differ_from_one_client_at_a_time_in_the_last_digits(stage, stack
 @pytest.mark.parametrize("twin", TWINS, ids=lambda twin: type(twin.stage).__name__)
 def test_a_broken_stage_is_caught(twin, bench):
     with pytest.raises(twin.error):
-        CHECKS[twin.caught_by](twin.case(CASES[twin.of]), bench)
+        CHECKS[twin.caught_by](twin.case(CASES[twin.of]), bench.of(twin.stage))
 
 
 def test_every_stage_has_a_broken_twin_and_every_check_catches_one():

@@ -30,6 +30,7 @@ from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
 from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.sparse_first import SparseFirst
 from fedllm.stages.top_k import TopK
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
@@ -363,6 +364,24 @@ class LoraResidualLost(LoraResidual):
         return (total if part is None else total.having("shift", replace(part, tree=tree.zeros_like(part.tree)))), state
 
 
+class SparseFirstForgets(SparseFirst):
+    """Drops what the factors cannot hold, in silence."""
+
+    def decode(self, total, params, state, ctx):
+        total, state = super().decode(total, params, state, ctx)
+        part = total.parts.get("shift")
+        return (total if part is None else total.having("shift", replace(part, tree=tree.zeros_like(part.tree)))), state
+
+
+class SparseFirstTwice(SparseFirst):
+    """Leaves the sparse values where their weight has moved already."""
+
+    def decode(self, total, params, state, ctx):
+        kept = {name: leaf for name, leaf in total.parts["delta"].tree.items()} if "delta" in total.parts else {}
+        total, state = super().decode(total, params, state, ctx)
+        return _mapped(total, lambda name, leaf: kept.get(name, leaf)), state
+
+
 class QuantizeUnscaled(Quantize):
     """Sends codes, not values."""
 
@@ -439,6 +458,8 @@ TWINS = (
     Twin("lora_merge", LoraMergeGoesOn(), "equals_its_paper"),
     Twin("lora_residual", LoraResidualTurned(), "equals_its_paper"),
     Twin("lora_residual", LoraResidualLost(), "equals_its_paper"),
+    Twin("sparse_first", SparseFirstForgets(rounds=1), "equals_its_paper"),
+    Twin("sparse_first", SparseFirstTwice(rounds=1), "equals_its_paper"),
     Twin("lora_svd", LoraSvdBalanced(), "equals_its_paper"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),

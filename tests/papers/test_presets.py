@@ -27,11 +27,13 @@ from fedllm.stages.lora_svd import LoraSvd
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
 from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.sparse_first import SparseFirst
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.lora_xs import LoraXs
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.tasks.adapters.sparse_lora import SparseLora
 from fedllm.tasks.adapters.weights import Full
 from fedllm.tasks.task import Scope
 
@@ -58,6 +60,7 @@ EXPANSIONS = {
     "flora": (LoraMerge(), ByExamples()),
     "fedex_lora": (LoraResidual(), ByExamples()),
     "federa": (ByExamples(),),
+    "slora": (SparseFirst(), ByExamples()),
     "fedsvd": (LoraSvd(), ByExamples()),
     "fed_sb": (ByExamples(),),
     "full": (ByExamples(),),
@@ -68,7 +71,7 @@ SCOPES = {
     "fedsa_lora": Scope(share=("*lora_A",)),
     "fedsvd": Scope(hold=("*lora_A",)),
 }
-ADAPTERS = {"full": Full(), "fed_sb": LoraXs(), "federa": Lora(init="singular")}
+ADAPTERS = {"full": Full(), "fed_sb": LoraXs(), "federa": Lora(init="singular"), "slora": SparseLora()}
 # Where all clients have one rank, and none a bandwidth.
 SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
 PARTS = {

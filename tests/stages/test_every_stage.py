@@ -32,6 +32,7 @@ from fedllm.stages.nesterov import Nesterov
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
 from fedllm.stages.scaffold import Scaffold
+from fedllm.stages.sparse_first import SparseFirst
 from fedllm.stages.top_k import TopK
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
@@ -41,7 +42,7 @@ from tests.papers.quadratics import federate, leaves
 STAGES = [
     Adagrad(), Adam(), ByExamples(), Dyn(alpha=1.0), Keep(("*lora_B",)), Momentum(), Nesterov(), Prox(),
     LoraCap(), LoraFair(), LoraMerge(), LoraPad(), LoraProduct(), LoraPrune(), LoraResidual(), LoraStack(),
-    LoraSvd(), Quantize(bits=8),
+    LoraSvd(), SparseFirst(rounds=1), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
 ]  # fmt: skip
 CTX = Ctx(round=0, key=Key(1), cohort=2, population=2, client="0")

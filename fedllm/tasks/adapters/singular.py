@@ -2,8 +2,7 @@
 
     W (out, in) = U S V^T        lora_B = U (out, rank)        lora_A = S V^T = U^T W (rank, in)
 
-From the eigenvectors of W W^T or W^T W, whichever is smaller, in float64. Of each component the largest entry of its
-column of U is positive, so that it has one form. Libraries of linear algebra may still differ in the last digits, from
+Each component has one form (`factors.principal`). Libraries of linear algebra may still differ in the last digits, from
 one processor to the next; components of nearly equal singular values then differ by more, for they are mixed. Processes
 that share a cache folder share the file, and with it the bits.
 """
@@ -39,16 +38,7 @@ def singular_factors(weights: Mapping[str, Tensor], rank: int) -> Tree:
 
 
 def _largest(layer: str, weight: Tensor, rank: int) -> list[tuple[str, Tensor]]:
-    w = weight.cpu().double()
-    if not bool(torch.isfinite(w).all()):
+    if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"the weights of layer {layer} are not finite, so that they have no singular vectors")
-    wide = w.shape[1] > w.shape[0]
-    vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w).eigenvectors.flip(1)[:, :rank]
-    if wide:
-        b, a = vectors, vectors.T @ w
-    else:
-        b = w @ vectors
-        sizes = b.norm(dim=0)
-        b, a = b / sizes.clamp(min=torch.finfo(b.dtype).tiny), sizes[:, None] * vectors.T
-    sign = factors.signs(b)
-    return [(name, leaf.contiguous()) for name, leaf in factors.named(layer, b * sign, sign[:, None] * a).items()]
+    b, a = factors.principal(weight, rank)
+    return [(name, leaf.contiguous()) for name, leaf in factors.named(layer, b, a).items()]

@@ -1,0 +1,39 @@
+"""Sparse additions to a layer's weight, at places that everybody draws alike, so that only values are sent.
+
+    S (out, in) = values at `places`, zero elsewhere        density d: round(d out in) values
+
+A layer's places depend on its name, its size and their number, and on nothing of a run.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fedllm.rng import Key
+
+
+def num_values(shape: tuple[int, int], density: float) -> int:
+    """At least one."""
+    return max(1, round(density * shape[0] * shape[1]))
+
+
+@lru_cache(maxsize=1024)
+def places(layer: str, size: int, count: int) -> Tensor:
+    """(count,): rising positions among `size` values, drawn without repeats."""
+    generator = Key(0).fold("sparse", layer, size).generator()
+    return torch.randperm(size, generator=generator)[:count].sort().values
+
+
+def spread(layer: str, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(out, in): the values at the layer's places, zeros elsewhere."""
+    whole = values.new_zeros(shape[0] * shape[1])
+    whole[places(layer, whole.numel(), len(values)).to(values.device)] = values
+    return whole.view(shape)
+
+
+def picked(layer: str, whole: Tensor, count: int) -> Tensor:
+    """(count,): the values of (out, in) at the layer's places."""
+    return whole.reshape(-1)[places(layer, whole.numel(), count).to(whole.device)]
