@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from fedllm.experiment import Experiment
+from fedllm.ranges import written
 from fedllm.report.quantity import size
+from fedllm.sparse import num_values
 from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.sparse_lora import SparseLora
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import ALIASES, resolve_device, resolve_dtype
 from fedllm.tasks.outline import outline
@@ -29,22 +32,32 @@ def moving_line(experiment: Experiment, cohort: Sequence[str]) -> str | None:
     if not any(stage.shifts for stage in experiment.trip) or not isinstance(adapter, Lora):
         return None
     ranks = [experiment.federation.profile(client).rank or adapter.rank for client in cohort]
-    told = f"a step of rank {sum(ranks)} after each round of {len(ranks)} clients"
+    once = isinstance(adapter, SparseLora)
+    told = "a step" if once else f"a step of rank {sum(ranks)} after each round of {len(ranks)} clients"
     model = outline(task.model)
     if model is None:
         return f"{told}; its bytes are known once {task.model} is on this machine"
-    layers = targeted(model, adapter.targets, adapter.rank, "task.adapter.lora").values()
-    shapes = [tuple(layer.weight.shape) for layer in layers]
-    step = BYTES * sum(min(sum(ranks) * (n + m), n * m) for n, m in shapes)
+    layers = targeted(model, adapter.targets, adapter.rank, f"task.adapter.{written(adapter)}").values()
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    step = BYTES * sum(_values(adapter, shape, sum(ranks)) for shape in shapes)
     whole, trained = sum(n * m for n, m in shapes), sum(adapter.rank * (n + m) for n, m in shapes)
     frozen = sum(leaf.numel() for leaf in model.parameters() if leaf.dim() == 2)
     dtype = _dtype(experiment)
     extra = 0 if dtype in (torch.float32, torch.float64) else 4 * whole
     share = extra / (4 * frozen + 6 * trained + extra)
+    down = "once" if once else f"to a client that has missed one, {size(BYTES * whole)} at most"
     return (
-        f"{told}: {size(step)} down to a client that has missed one, {size(BYTES * whole)} at most; "
+        f"{told}: {size(step)} down {down}; "
         f"{share:.0%} of a local step's products on a base in {str(dtype).removeprefix('torch.')}"
     )
+
+
+def _values(adapter: Lora, shape: tuple[int, int], rank: int) -> int:
+    """Of a layer's step: its factors and sparse values, or the layer."""
+    values = rank * sum(shape)
+    if isinstance(adapter, SparseLora):
+        values = adapter.rank * sum(shape) + num_values(shape, adapter.density)
+    return min(values, shape[0] * shape[1])
 
 
 def _dtype(experiment: Experiment) -> torch.dtype:

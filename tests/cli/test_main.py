@@ -181,6 +181,9 @@ def test_check_says_what_moving_the_frozen_weights_takes(here: Path, capsys: Cap
     share = 4 * moved / (4 * matrices + 6 * trained + 4 * moved)
     told = frozen(capsys, "stages=[lora_merge, by_examples]", "task.dtype=bfloat16", *layers) or ""
     assert told.endswith(f"{share:.0%} of a local step's products on a base in bfloat16") and share > 0.05
+    sparse = ("stages=[{sparse_first: 2}, by_examples]", "task.adapter={sparse_lora: {rank: 2, targets: [q_proj]}}")
+    size = 4 * 2 * (round(0.01 * 64 * 64) + 2 * 128)
+    assert (frozen(capsys, *sparse) or "").startswith(f"a step: {size / 1024:.3g} KiB down once; 0% of")
     told = frozen(capsys, "stages=[lora_merge, by_examples]", "task.model=some/model", *layers) or ""
     assert told.endswith("its bytes are known once some/model is on this machine")
 

@@ -228,7 +228,7 @@ def test_a_round_without_answers_switches_to_fresh_factors(data: Path, tmp_path:
         (
             (Momentum(), *STAGES),
             ADAPTER,
-            "momentum takes a step of its own .* but sparse_first behind it adds .* or put momentum behind sparse_first",
+            "momentum takes a step of its own .* but sparse_first behind it .* or put momentum behind sparse_first",
         ),
         ((Keep(("*lora_B",)), *STAGES), ADAPTER, "keep keeps leaves on the client, but sparse_first works on both"),
     ],
