@@ -164,7 +164,7 @@ def changed(value, path, new):
 
 
 OTHERS = [True, False, 1, 2, 7, 0.5, 0.25, "x", "linear", "adamw", "run", "float64", "plain", "nll", "cohort", None]
-OTHERS += ["local_only", "centralised", ["x"], ["y"], ["x", "y"], [0.5, 0.5], {"x": "y"}]
+OTHERS += ["singular", "local_only", "centralised", ["x"], ["y"], ["x", "y"], [0.5, 0.5], {"x": "y"}]
 FULL = replace(
     BY_HAND,
     work=Sgd(steps=2),
@@ -506,7 +506,7 @@ def test_an_override_reaches_into_a_list_by_place():
         ("work.lr=3", "work: unknown work 'lr'"),
         ("rounds.x=3", "unknown key 'rounds.x': rounds is one value"),
         ("evaluation.metrics.0=nll", "unknown key 'evaluation.metrics.0': evaluation.metrics is one value"),
-        ("task.adapter.lora.init.from=3", "unknown key 'task.adapter.lora.init'; did you mean 'init_from'?"),
+        ("task.adapter.lora.inits=3", "unknown key 'task.adapter.lora.inits'; did you mean 'init'?"),
         ("stages.0.prox.mu=3", "'stages.0' cannot be set: the file gives no list 'stages'"),
         ("method.fedprx.mu=3", "unknown method 'fedprx'; did you mean 'fedprox'?"),
         ("method.fedprox.nu=3", "method fedprox has no setting 'nu'"),

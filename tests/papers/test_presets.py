@@ -213,7 +213,11 @@ def assert_other_methods(results):
     assert same == {pair for names in SAME for pair in combinations(sorted(names), 2)}
 
 
-OTHERS = {"full": "full", "fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}}}
+OTHERS = {
+    "full": "full",
+    "fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}},
+    "slora": {"sparse_lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}},
+}
 
 
 def test_names_are_methods_of_their_own(data, tmp_path):

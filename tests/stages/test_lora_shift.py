@@ -270,7 +270,7 @@ def test_diagnostics_see_no_bias_where_fedit_has_some(data: Path, tmp_path: Path
         (
             (Momentum(), LoraResidual(), Uniform()),
             {},
-            "momentum takes a step of its own in place of the mean of the factors, but lora_residual adds",
+            "momentum takes a step of its own in place of the mean of the factors, but lora_residual behind it",
         ),
         ((Momentum(), LoraMerge(), Uniform()), {}, "momentum is right only while an entry of lora_A"),
         (
