@@ -106,10 +106,9 @@ def markdown(table: Table, found: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| method | {' | '.join(table.columns)} |", f"| --- {'| --- ' * len(table.columns)}|"]
     for row in table.rows:
         own = [figures for figures in found if figures["row"] == row]
+        cells = [cell(name, [one.get(name) for one in own]) for name in table.columns]
         if own:
-            lines.append(
-                f"| {row} | {' | '.join(cell(name, [one.get(name) for one in own]) for name in table.columns)} |"
-            )
+            lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -165,11 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found[-1]) + "\n")
-            print(
-                f"{row}, seed {seed}: nll {found[-1]['nll']:.3f}, {found[-1]['seconds']:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            told = f"{row}, seed {seed}: nll {found[-1]['nll']:.3f}, {found[-1]['seconds']:.0f} s"
+            print(told, file=sys.stderr, flush=True)
     print(markdown(table, found))
     print(json.dumps({"benchmark": "tables", "table": options.table, "rows": found, "failed": failed}))
     return 1 if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +13,23 @@ import pytest
 
 from fedllm.config import load
 from tests.test_docs import ROOT
-from tests.test_docs import load as load_module
 
 TINY = ["--set", "task.model=tiny-llama", "rounds=1", "work.sgd.steps=1", "evaluation.limit=2"]
+TINY += ["work.sgd.max_length=256", "evaluation.max_new_tokens=2"]
 
 
 @pytest.fixture(scope="module")
 def tables() -> ModuleType:
-    return load_module(ROOT / "benchmarks" / "tables.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        return importlib.import_module("tables")
 
 
 @pytest.mark.slow
 def test_a_call_goes_on_where_another_stopped(
     tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache_folder: Path
 ) -> None:
-    words = ["--table", "aggregation", "--out", str(tmp_path), "--rows", "fedit", "flora", *TINY]
+    words = ["--table", "aggregation", "--out", str(tmp_path / "out"), "--rows", "fedit", "flora", *TINY]
     assert tables.main([*words, "--seeds", "0"]) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [one["row"] for one in first["rows"]] == ["fedit", "flora"] and first["failed"] == {}
@@ -34,7 +37,7 @@ def test_a_call_goes_on_where_another_stopped(
     assert tables.main([*words, "--seeds", "0", "1"]) == 0
     second = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert second["rows"][:2] == first["rows"] and [one["seed"] for one in second["rows"]] == [0, 0, 1, 1]
-    assert [path.name for path in tmp_path.iterdir()] == ["aggregation.jsonl"], "run folders are gone"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["aggregation.jsonl"], "run folders are gone"
 
 
 @pytest.mark.slow
@@ -42,14 +45,16 @@ def test_data_of_ones_own(tables: ModuleType, tmp_path: Path, capsys: pytest.Cap
     rows = [{"prompt": f"Question {n}?", "response": f"{n}", "topic": f"t{n % 3}"} for n in range(60)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["--table", "aggregation", "--out", str(tmp_path / "out"), "--rows", "fedit", "--seeds", "0"]
-    words += ["--data", str(tmp_path / "my.jsonl"), "--by", "topic", "--clients", "3", *TINY]
-    assert tables.main(words) == 0, capsys.readouterr().err
-    assert tables.main([*words[:-6], "--by", "topik", *TINY, "--out", str(tmp_path / "other")]) == 1
+    words += ["--data", str(tmp_path / "my.jsonl"), "--clients", "3", *TINY]
+    assert tables.main([*words, "--by", "topic"]) == 0, capsys.readouterr().err
+    assert tables.main([*words, "--by", "topik", "--out", str(tmp_path / "other")]) == 1
     assert "fedit: left out: " in capsys.readouterr().err
 
 
 def test_the_table_by_hand(tables: ModuleType) -> None:
-    found = [{"row": "fedit", "seed": seed, "nll": nll, "bias": None, "mib_up": 1.0} for seed, nll in enumerate((1.0, 2.0))]
+    found = [
+        {"row": "fedit", "seed": seed, "nll": nll, "bias": None, "mib_up": 1.0} for seed, nll in enumerate((1.0, 2.0))
+    ]
     found.append({"row": "flora", "seed": 0, "nll": 1.23456, "bias": 0.0, "seconds": 12.3})
     text = tables.markdown(tables.TABLES["aggregation"], found).splitlines()
     assert text[0] == "| method | nll | exact_match | bias | mib_up | mib_down | seconds |"
