@@ -18,6 +18,7 @@ from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError, FedllmError
 from fedllm.experiment import Experiment
 from fedllm.heap import kept_memory
+from fedllm.tasks.quantized import num_parameters
 
 
 class Host:
@@ -41,7 +42,7 @@ class Host:
             same = held is not None and held.model.task == experiment.task
             with one_thread():
                 self.site = Site.of(experiment, Path(folder), held.model if held is not None and same else None)
-            return int(self.site.model.base.model.num_parameters())
+            return int(num_parameters(self.site.model.base.model))
         except OSError as error:
             self.trouble = (
                 f"another process cannot use {error.filename} ({error.strerror}); put the run's folder and its data "

@@ -32,6 +32,7 @@ from fedllm.errors import ConfigError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
 from fedllm.heap import kept_memory, one_heap
+from fedllm.tasks.quantized import num_parameters
 from fedllm.update import Request
 
 STACK = {"cpu": 4, "cuda": 16}
@@ -160,8 +161,8 @@ class Shop:
     def _start(self) -> None:
         self.started = True
         base = self.site.model.base.model
-        peak = matmul_peak(self.pool, self.workers, base) if base.num_parameters() > 10**7 else None
-        self.emit(EngineStarted(self.workers, self.stack, self.crew.gate.budget, base.num_parameters(), peak))
+        peak = matmul_peak(self.pool, self.workers, base) if num_parameters(base) > 10**7 else None
+        self.emit(EngineStarted(self.workers, self.stack, self.crew.gate.budget, num_parameters(base), peak))
 
 
 def _cut(requests: Mapping[str, Request], size: int) -> Iterator[Sequence[Request]]:

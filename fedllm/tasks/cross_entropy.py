@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedllm.tasks.quantized import Quantized
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,13 +26,16 @@ PART = 32  # rows whose probabilities exist at once, in float32: they stay in a 
 WIDE = 1 << 27  # logits that exist at once on a GPU, which small pieces leave idle
 
 
-def row_losses(hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
+Head = Tensor | Quantized
+
+
+def row_losses(hidden: Tensor, head: Head, targets: Tensor, cap: float | None = None) -> Tensor:
     """(N, d) hidden states, (V, d) head, (N,) targets to (N,) negative log-likelihoods in nats, float32 or wider."""
     losses: Tensor = _RowLosses.apply(hidden, head, targets, cap)  # type: ignore[no-untyped-call]
     return losses
 
 
-def pieces(head: Tensor) -> tuple[int, int]:
+def pieces(head: Head) -> tuple[int, int]:
     """Rows whose logits exist at once, and rows whose float32 probabilities do."""
     if not head.is_cuda:
         return CHUNK, PART
@@ -51,18 +56,21 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
 
 class _RowLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Head, targets: Tensor, cap: float | None) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _cut(len(targets), pieces(head)[0]):
-            logits = hidden[rows] @ head.T
+            logits = _logits(hidden[rows], head)
             losses[rows] = _differentiated(logits, targets[rows], wide, cap, pieces(head)[1])
             if slope is not None:
                 slope[rows] = _times_head(logits, head)
         ctx.one_pass, ctx.cap = slope is not None, cap
-        ctx.save_for_backward(*((slope,) if slope is not None else (hidden, head, targets)))
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        elif isinstance(head, Tensor):
+            ctx.save_for_backward(hidden, head, targets)
         return losses
 
     @staticmethod
@@ -97,12 +105,16 @@ def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: flo
     return losses
 
 
-def _times_head(slope: Tensor, head: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Head) -> Tensor:
+    return hidden @ head.T if isinstance(head, Tensor) else head.forward(hidden)
+
+
+def _times_head(slope: Tensor, head: Head) -> Tensor:
     """(N, V) times (V, d), in at least FEW rows: below, a CPU adds up the vocabulary in one running sum, whose rounding
     in float32 is 1e-4 of a gradient in place of 1e-5."""
     rows = len(slope)
     padded = slope if rows >= FEW else torch.cat([slope, slope.new_zeros(FEW - rows, slope.shape[1])])
-    return (padded @ head)[:rows]
+    return (padded @ head if isinstance(head, Tensor) else head.backward(padded))[:rows]
 
 
 def _cut(count: int, size: int) -> list[slice]:

@@ -155,7 +155,7 @@ def load(task: Task) -> LoadedModel:
         ModelError: the base model cannot be had, or fedllm does not compute what it does.
         ConfigError: the adapter does not fit it.
     """
-    base = load_base(task.model, dtype=task.dtype, device=task.device)
+    base = load_base(task.model, dtype=task.dtype, device=task.device, quantize=task.quantize)
     unpackable = architecture.prepare(base.model, task.model)
     recompute.prepare(base.model)
     norms.prepare(base.model)

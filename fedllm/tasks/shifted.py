@@ -17,6 +17,7 @@ from fedllm import factors
 from fedllm.errors import ClientError
 from fedllm.shift import Shift
 from fedllm.tasks.adapters.low_rank import Frozen
+from fedllm.tasks.quantized import Quantized, QuantizedLinear
 from fedllm.tree import Tree
 
 MOVED, REST = "moved", "moved_rest"
@@ -37,11 +38,11 @@ def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[Shift], scale: float
     return found
 
 
-def frozen(layer: nn.Linear, path: str, stack: Mapping[str, Tensor]) -> Frozen:
+def frozen(layer: nn.Linear, path: str, stack: Mapping[str, Tensor]) -> Frozen | Quantized:
     """A layer's frozen product in a pass; a moved weight stands in the stack, the same for all clients."""
     whole, rest = stack.get(f"{path}.{MOVED}"), stack.get(f"{path}.{REST}")
     if whole is None:
-        return Frozen(layer.weight, layer.bias)
+        return layer.product if isinstance(layer, QuantizedLinear) else Frozen(layer.weight, layer.bias)
     return Frozen(whole[0], layer.bias, None if rest is None else rest[0])
 
 
@@ -62,7 +63,7 @@ def require_fit(shift: Shift, layers: Mapping[str, nn.Linear]) -> None:
 
 def _shapes(leaves: Tree, layers: Mapping[str, nn.Linear]) -> Iterator[tuple[str, torch.Size]]:
     for layer in {name.rpartition(".")[0] for name in leaves} & layers.keys():
-        size_out, size_in = layers[layer].weight.shape
+        size_out, size_in = layers[layer].out_features, layers[layer].in_features
         b, a = leaves.get(f"{layer}.{factors.B}"), leaves.get(f"{layer}.{factors.A}")
         if b is not None and a is not None and a.dim() == 2:
             yield f"{layer}.{factors.B}", torch.Size((size_out, len(a)))

@@ -61,6 +61,7 @@ class Task:
         model: packaged alias, hub id, folder, or path of a GGUF file.
         template: `chat` (the tokenizer's own), `alpaca`, or `plain`.
         device, dtype: of the base model; `auto` takes the GPU if there is one, and bfloat16 where it is fast.
+        quantize: keep the base model's matrices in 8 or 4 bits, and compute with them in `dtype`.
     """
 
     model: str
@@ -70,3 +71,4 @@ class Task:
     template: Template = "chat"
     device: str = "auto"
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    quantize: Literal["int8", "int4"] | None = None

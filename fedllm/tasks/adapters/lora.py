@@ -33,6 +33,7 @@ from fedllm.tasks.adapters.low_rank import low_rank
 from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
+from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import Forward, current
 from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
 from fedllm.tasks.shifted import frozen, moved, require_fit
@@ -113,7 +114,7 @@ class Adapted:
         now = current()
         b = now.stack.get(f"{self.path}.lora_B")
         if b is None:
-            return nn.functional.linear(inputs, self.layer.weight, self.layer.bias)
+            return type(self.layer).forward(self.layer, inputs)
         x = inputs.flatten(0, -2)
         sizes = list(now.client_tokens) or [len(x)]
         low = self._dropped(x, now, sizes) if self.dropout and now.dropout else None
@@ -147,7 +148,7 @@ class AttachedLora:
         params: Tree = {}
         dtype, rank = trained_dtype(self.decoder.base), self.settings.rank
         for name, layer in self.layers.items():
-            out_size, in_size = layer.weight.shape
+            out_size, in_size = layer.out_features, layer.in_features
             generator = key.fold("lora", name).generator()
             uniform = torch.rand(rank, in_size, generator=generator, dtype=torch.float64) * 2 - 1
             params[f"{name}.lora_A"] = (uniform / math.sqrt(in_size)).to(dtype)
@@ -158,7 +159,7 @@ class AttachedLora:
         """(T, d)."""
         return self.decoder.row(stack, batch)
 
-    def head(self, stack: Tree) -> Tensor:
+    def head(self, stack: Tree) -> Head:
         """The frozen head."""
         return self.decoder.head()
 
@@ -174,7 +175,7 @@ class AttachedLora:
     @property
     def num_movable(self) -> int:
         """Of all layers that are extended."""
-        return sum(layer.weight.numel() for layer in self.layers.values())
+        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
     def moved(self, shift: Shift) -> Tree:
         """The frozen weights with the shift in them."""
@@ -204,14 +205,15 @@ class AttachedLora:
         wide = trained_dtype(self.decoder.base)
         whole, found = self._lack.folded(params), dict[str, Tensor]()
         for name, layer in self.layers.items():
-            product = torch.matmul(*factors.pair(whole, name)).to(layer.weight.device)
-            found[f"{name}.weight"] = layer.weight.detach().to(wide) + self.settings.scale * product
+            weight = layer.weight.detach()
+            product = torch.matmul(*factors.pair(whole, name)).to(weight.device)
+            found[f"{name}.weight"] = weight.to(wide) + self.settings.scale * product
         return found
 
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:
         rank = self.settings.rank
         shapes: dict[str, tuple[int, ...]] = {}
         for name, layer in self.layers.items():
-            shapes[f"{name}.lora_A"] = (rank, layer.weight.shape[1])
-            shapes[f"{name}.lora_B"] = (layer.weight.shape[0], rank)
+            shapes[f"{name}.lora_A"] = (rank, layer.in_features)
+            shapes[f"{name}.lora_B"] = (layer.out_features, rank)
         return shapes

@@ -30,6 +30,7 @@ from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
+from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import current
 from fedllm.tasks.peft_layout import write_peft_lora
 from fedllm.tree import Tree
@@ -70,7 +71,7 @@ class LoraXs(Adapter):
         dtype = trained_dtype(base)
         fixed = {name: leaf.to(base.model.device, dtype) for name, leaf in fixed.items()}
         for name, layer in layers.items():
-            b, a = (leaf.to(layer.weight) for leaf in factors.pair(fixed, name))
+            b, a = (leaf.to(base.model.device, base.model.dtype) for leaf in factors.pair(fixed, name))
             layer.forward = AdaptedXs(layer, name, b, a, self.alpha / self.rank)  # type: ignore[assignment]
         return AttachedLoraXs(self, Decoder(base), layers, fixed)
 
@@ -89,7 +90,7 @@ class AdaptedXs:
     def __call__(self, inputs: Tensor) -> Tensor:
         """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
         now = current()
-        y = nn.functional.linear(inputs, self.layer.weight, self.layer.bias)
+        y = type(self.layer).forward(self.layer, inputs)
         r = now.stack.get(f"{self.path}.{LEAF}")
         if r is None:
             return y
@@ -117,7 +118,7 @@ class AttachedLoraXs:
         """(T, d)."""
         return self.decoder.row(stack, batch)
 
-    def head(self, stack: Tree) -> Tensor:
+    def head(self, stack: Tree) -> Head:
         """The frozen head."""
         return self.decoder.head()
 

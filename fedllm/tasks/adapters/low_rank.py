@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedllm.tasks.quantized import Quantized
+
 FEW = 6000  # tokens x rank of a client; up to here what the joint form wastes on a CPU costs less than its calls save
 
 
@@ -49,7 +51,7 @@ class Frozen:
 def low_rank(
     x: Tensor,
     dropped: Tensor | None,
-    frozen: Frozen,
+    frozen: Frozen | Quantized,
     factors: tuple[Tensor, Tensor],
     sizes: Sequence[int],
     scale: float,
@@ -75,7 +77,7 @@ class _Apart(torch.autograd.Function):
         dropped: Tensor | None,
         a: Tensor,
         b: Tensor,
-        frozen: Frozen,
+        frozen: Frozen | Quantized,
         sizes: tuple[int, ...],
         scale: float,
     ) -> Tensor:
@@ -118,7 +120,7 @@ class _Joint(torch.autograd.Function):
         dropped: Tensor | None,
         a: Tensor,
         b: Tensor,
-        frozen: Frozen,
+        frozen: Frozen | Quantized,
         sizes: tuple[int, ...],
         scale: float,
     ) -> Tensor:

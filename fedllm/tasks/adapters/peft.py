@@ -24,7 +24,7 @@ from fedllm.errors import ConfigError, nearest
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
-from fedllm.tasks.cross_entropy import capped, softcap
+from fedllm.tasks.cross_entropy import Head, capped, softcap
 from fedllm.tasks.current import Forward, computing
 from fedllm.tree import Tree
 
@@ -160,7 +160,7 @@ class AttachedPeft:
             padded = self._padded(params, batch.tokens.split(batch.lengths))
         return torch.cat([row[:length] for row, length in zip(padded, batch.lengths, strict=True)])
 
-    def head(self, stack: Tree) -> Tensor:
+    def head(self, stack: Tree) -> Head:
         """The frozen head."""
         return self.decoder.head()
 

@@ -20,6 +20,7 @@ from fedllm.errors import ConfigError
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
+from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.peft_layout import write_peft_prompt
 from fedllm.tree import Tree
 
@@ -81,7 +82,7 @@ class AttachedPrompt:
         shift = size * (1 + torch.repeat_interleave(torch.arange(len(owners)), torch.tensor(batch.lengths)))
         return hidden[(torch.arange(len(words)) + shift).to(hidden.device)]
 
-    def head(self, stack: Tree) -> Tensor:
+    def head(self, stack: Tree) -> Head:
         """The frozen head."""
         return self.decoder.head()
 

@@ -31,7 +31,7 @@ def targeted(model: nn.Module, targets: Sequence[str], rank: int, key: str) -> M
         chosen |= found
     layers = {name: layer for name, layer in linears.items() if name in chosen}
     for name, layer in layers.items():
-        if rank > min(layer.weight.shape):
-            size = "x".join(map(str, layer.weight.shape))
+        if rank > min(layer.out_features, layer.in_features):
+            size = f"{layer.out_features}x{layer.in_features}"
             raise ConfigError(f"{key}.rank is {rank}, above the size {size} of layer {name}")
     return layers

@@ -20,6 +20,7 @@ from fedllm.batch import Batch
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
+from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.peft_layout import write_weights
 from fedllm.tree import Tree
 
@@ -56,13 +57,14 @@ class BitFit(Adapter):
 def _attached(base: Base, names: Iterable[str]) -> AttachedWeights:
     parameters = dict(base.model.named_parameters())
     head = base.model.get_output_embeddings().weight
-    (head_name,) = (name for name, parameter in parameters.items() if parameter is head)
+    head_name = next((name for name, parameter in parameters.items() if parameter is head), "")  # none if quantised
     return AttachedWeights(Decoder(base), {name: parameters[name] for name in names}, head_name)
 
 
 @dataclass(frozen=True, eq=False)
 class AttachedWeights:
-    """Some of a loaded base model's own weights. `head_name`: the leaf that is the output head, if it trains."""
+    """Some of a loaded base model's own weights. `head_name`: the leaf that is the output head, if it can
+    train."""
 
     decoder: Decoder
     own: Mapping[str, Tensor]
@@ -78,7 +80,7 @@ class AttachedWeights:
         assert len(batch.counts) == 1, "weights are not stackable"
         return self._with({name: leaf[0] for name, leaf in stack.items()}).row({}, batch)
 
-    def head(self, stack: Tree) -> Tensor:
+    def head(self, stack: Tree) -> Head:
         """The trained head, or the frozen one."""
         return self._cast(stack[self.head_name][0]) if self.head_name in stack else self.decoder.head()
 
