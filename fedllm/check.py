@@ -9,6 +9,7 @@ secrecy     the server is shown sums, and no sum from which one client's update 
 shapes      what changes the shape or the basis of an update goes with what rests on it: see `check_shapes`
 bandwidth   what fits an update to its client's bandwidth stands last, and is there if a client has one
 optimisers  control terms go with the local rule that they are derived for
+quantised   matrices that are kept in few bits stay as they are
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def check(experiment: Experiment) -> None:
     check_shapes(experiment)
     _capped(stages)
     _optimizers(experiment)
+    _quantised(experiment)
 
 
 def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
@@ -281,6 +283,19 @@ def _optimizers(experiment: Experiment) -> None:
                 f"other units than the local steps; set work to plain sgd, or permit it with {_name(stage)}: "
                 f"{{allow: [{rule}]}}"
             )
+
+
+def _quantised(experiment: Experiment) -> None:
+    task = experiment.task
+    if task.quantize is None:
+        return
+    held = f"task.quantize holds the base model's matrices in {task.quantize}, but"
+    if task.adapter.needs_weights:
+        own = " with init: singular" if isinstance(task.adapter, Lora) else ""
+        raise CheckError(f"{held} adapter {_name(task.adapter)}{own} changes them; leave out one of the two")
+    for stage in experiment.trip:
+        if stage.shifts:
+            raise CheckError(f"{held} {_name(stage)} adds to them; leave out one of the two")
 
 
 def _bounds(stage: Stage) -> bool:

@@ -80,6 +80,11 @@ class Adapter:
 
     stackable: ClassVar[bool] = False
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it trains the base model's own matrices, or writes others in their place."""
+        return False
+
     def attach(self, base: Base) -> Attached:
         """Prepare the base model (once per process) and return the adapter on it."""
         raise NotImplementedError

@@ -66,7 +66,7 @@ def caching(model: PreTrainedModel) -> bool:
 
 def _row(model: PreTrainedModel) -> Tensor:
     """(1, T) words, for special tokens are where a 16-bit model's rounding is largest."""
-    size = model.get_output_embeddings().out_features
+    size = int(model.get_output_embeddings().out_features)
     return (torch.arange(sum(PROBE), device=model.device)[None] + size // 2) % size
 
 

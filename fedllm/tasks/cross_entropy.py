@@ -62,7 +62,7 @@ class _RowLosses(torch.autograd.Function):
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
         slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _cut(len(targets), pieces(head)[0]):
-            logits = _logits(hidden[rows], head)
+            logits = logits_of(hidden[rows], head)
             losses[rows] = _differentiated(logits, targets[rows], wide, cap, pieces(head)[1])
             if slope is not None:
                 slope[rows] = _times_head(logits, head)
@@ -105,7 +105,8 @@ def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: flo
     return losses
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """(N, d) and (V, d) to (N, V)."""
     return hidden @ head.T if isinstance(head, Tensor) else head.forward(hidden)
 
 

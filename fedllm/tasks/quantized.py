@@ -112,6 +112,10 @@ class Quantized:
 class QuantizedLinear(nn.Linear):
     """A frozen linear layer whose weight is `Quantized`. `weight` makes it anew at each look."""
 
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+
     def __init__(self, matrix: Quantized, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = matrix.shape
@@ -138,6 +142,10 @@ class QuantizedLinear(nn.Linear):
 
 class QuantizedEmbedding(nn.Embedding):
     """A frozen embedding whose weight is `Quantized`: of the tokens of a batch alone rows are made."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
 
     def __init__(self, matrix: Quantized, padding_idx: int | None) -> None:
         nn.Module.__init__(self)
@@ -175,9 +183,6 @@ class _Product(torch.autograd.Function):
 
 def num_parameters(model: nn.Module) -> int:
     """Of a model, a quantised matrix counted by its values; one that is shared counts once."""
-    shared = {
-        module.codes.data_ptr(): module.product.shape
-        for module in model.modules()
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
-    }
-    return sum(leaf.numel() for leaf in model.parameters()) + sum(n * m for n, m in shared.values())
+    quantised = [module for module in model.modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)]
+    shapes = {module.codes.data_ptr(): module.product.shape for module in quantised}
+    return sum(leaf.numel() for leaf in model.parameters()) + sum(n * m for n, m in shapes.values())

@@ -74,6 +74,7 @@ def _put(model: nn.Module, path: str, module: nn.Module, matrix: Quantized) -> N
     if isinstance(module, nn.Embedding):
         layer = QuantizedEmbedding(matrix, module.padding_idx)
     else:
+        assert isinstance(module, nn.Linear)
         layer = QuantizedLinear(matrix, module.bias)
     setattr(model.get_submodule(place), name, layer.train(module.training))
 

@@ -74,6 +74,11 @@ class Lora(Adapter):
             raise ConfigError("task.adapter.lora has init: singular and init_from; a start is one of the two")
 
     @property
+    def needs_weights(self) -> bool:
+        """Where they give up what the adapter begins with."""
+        return self.init == "singular"
+
+    @property
     def scale(self) -> float:
         """s of the formula."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

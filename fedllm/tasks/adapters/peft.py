@@ -24,7 +24,7 @@ from fedllm.errors import ConfigError, nearest
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
-from fedllm.tasks.cross_entropy import Head, capped, softcap
+from fedllm.tasks.cross_entropy import Head, capped, logits_of, softcap
 from fedllm.tasks.current import Forward, computing
 from fedllm.tree import Tree
 
@@ -52,6 +52,11 @@ class Peft(Adapter):
 
     def __hash__(self) -> int:
         return hash((self.type, json.dumps(dict(self.settings), sort_keys=True)))
+
+    @property
+    def needs_weights(self) -> bool:
+        """peft's layers hold and merge them."""
+        return True
 
     def attach(self, base: Base) -> Attached:
         """Wrap a copy of the base model's structure; the weights are shared.
@@ -171,7 +176,7 @@ class AttachedPeft:
         rows = [row[keep] for row, keep in zip(tokens, mask.bool(), strict=True)]
         padded = self._padded(params, rows)
         last = torch.stack([hidden[len(row) - 1] for hidden, row in zip(padded, rows, strict=True)])
-        return capped(last @ self.decoder.head().T, softcap(self.decoder.base.model)), None
+        return capped(logits_of(last, self.decoder.head()), softcap(self.decoder.base.model)), None
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """peft's own layout, by peft itself."""

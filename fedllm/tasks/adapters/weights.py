@@ -29,6 +29,11 @@ from fedllm.tree import Tree
 class Full(Adapter):
     """All weights."""
 
+    @property
+    def needs_weights(self) -> bool:
+        """They train."""
+        return True
+
     def attach(self, base: Base) -> Attached:
         """Nothing in the base model changes."""
         return _attached(base, dict(base.model.named_parameters()))
