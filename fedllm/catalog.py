@@ -52,9 +52,11 @@ from fedllm.stages.top_k import TopK
 from fedllm.stages.uniform import Uniform
 from fedllm.stages.yogi import Yogi
 from fedllm.tasks.adapter import Adapter
+from fedllm.tasks.adapters.bottleneck import Bottleneck
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.lora_xs import LoraXs
 from fedllm.tasks.adapters.peft import Peft
+from fedllm.tasks.adapters.prefix import Prefix
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
 from fedllm.tasks.adapters.sparse_lora import SparseLora
 from fedllm.tasks.adapters.weights import BitFit, Full, Norms
@@ -108,6 +110,8 @@ NOUNS: Mapping[type, Table] = {
         "lora": Lora,
         "lora_xs": LoraXs,
         "sparse_lora": SparseLora,
+        "bottleneck": Bottleneck,
+        "prefix": Prefix,
         "soft_prompt": SoftPrompt,
         "full": Full,
         "norms": Norms,

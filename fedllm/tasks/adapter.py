@@ -100,10 +100,10 @@ class Decoder:
     base: Base
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def row(self, stack: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """(T, d): the last hidden state of a row of sequences."""
+    def row(self, stack: Mapping[str, Tensor], batch: Batch, offset: int = 0) -> Tensor:
+        """(T, d): the last hidden state of a row of sequences, whose positions begin at `offset`."""
         forward = Forward(stack, batch.lengths, batch.client_tokens, batch.dropout, batch.recompute)
-        return self._decoded(forward, "input_ids", batch.tokens, batch.positions)
+        return self._decoded(forward, "input_ids", batch.tokens, batch.positions + offset)
 
     def embedded(self, embeddings: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
         """(T, d): the same from the (T, d) input embeddings of a row of sequences, without adapters in the layers."""

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fedllm.errors import ModelError
 from fedllm.tasks.current import current
+from fedllm.tasks.prefixed import prefixed, without_front
 from fedllm.tasks.short_attention import bias, short_attention
 from fedllm.tasks.varlen import fits, varlen_attention
 
@@ -48,17 +49,28 @@ def attend(
     for name in REFUSED:
         if options.get(name) is not None:
             raise ModelError(f"{type(module).__name__} has {name}, which fedllm's attention does not compute")
-    lengths = current().lengths
-    if lengths is None:
+    now = current()
+    if now.lengths is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return out, None
     scaling, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
-    if fits(query, value):
-        return varlen_attention(query[0], key[0], value[0], lengths, scaling, window)[None], None
+    found = prefixed(now, getattr(module, "layer_idx", -1), query[0], key[0], value[0])
+    if found is None:
+        return _row(query[0], key[0], value[0], now.lengths, scaling, window)[None], None
+    longer = found[3]
+    return without_front(_row(*found, scaling, None), longer, longer[0] - now.lengths[0])[None], None
+
+
+def _row(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, window: int | None
+) -> Tensor:
+    """(heads, T, d) and (key heads, T, d) of a packed row to (T, heads, d)."""
+    if fits(query[None], value[None]):
+        return varlen_attention(query, key, value, lengths, scaling, window)
     if max(lengths) <= SHORT:
-        return short_attention(query[0], key[0], value[0], lengths, scaling, window)[None], None
-    rows = zip(*(torch.split(states[0], list(lengths), 1) for states in (query, key, value)), strict=True)
-    return torch.cat([_sequence(q, k, v, scaling, window) for q, k, v in rows])[None], None
+        return short_attention(query, key, value, lengths, scaling, window)
+    rows = zip(*(torch.split(states, list(lengths), 1) for states in (query, key, value)), strict=True)
+    return torch.cat([_sequence(q, k, v, scaling, window) for q, k, v in rows])
 
 
 def _sequence(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:

@@ -58,6 +58,21 @@ def write_peft_prompt(prompt: Tensor, folder: Path, *, base_name: str, config: M
     _write(folder, {"prompt_embeddings": prompt}, {**_peft("PROMPT_TUNING", base_name), **sizes})
 
 
+def write_peft_prefix(prefix: Tensor, folder: Path, *, base_name: str, config: Mapping[str, Any]) -> None:
+    """Write (tokens, layers x (keys, values) x key heads x d) as PEFT's prefix tuning. `config`: the base model's."""
+    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+    sizes = {
+        "num_virtual_tokens": len(prefix),
+        "token_dim": prefix.shape[1] // (2 * layers),
+        "num_transformer_submodules": 1,
+        "num_attention_heads": heads,
+        "num_layers": layers,
+        "encoder_hidden_size": config["hidden_size"],
+        "prefix_projection": False,
+    }
+    _write(folder, {"prompt_embeddings": prefix}, {**_peft("PREFIX_TUNING", base_name), **sizes})
+
+
 def write_weights(params: Tree, folder: Path, *, base_name: str) -> None:
     """Write weights of the base model by their names, which is no layout of PEFT's."""
     _write(folder, params, {"fedllm": "weights", "base_model_name_or_path": base_name})

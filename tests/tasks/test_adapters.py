@@ -20,7 +20,9 @@ from fedllm.batch import IGNORE, Batch, Example, collate
 from fedllm.errors import CheckError, ConfigError
 from fedllm.rng import Key
 from fedllm.tasks.adapter import Adapter
+from fedllm.tasks.adapters.bottleneck import Bottleneck
 from fedllm.tasks.adapters.peft import Peft
+from fedllm.tasks.adapters.prefix import Prefix
 from fedllm.tasks.adapters.soft_prompt import LEAF, SoftPrompt
 from fedllm.tasks.adapters.weights import BitFit, Full, Norms
 from fedllm.tasks.base import load_base
@@ -33,7 +35,7 @@ IA3 = Peft("ia3")
 PREFIX = Peft("prefix_tuning", {"num_virtual_tokens": 5})
 DORA = Peft("lora", {"use_dora": True, "r": 4, "target_modules": ["q_proj", "down_proj"]})
 PEFTS = [IA3, PREFIX, DORA, Peft("vera", {"r": 8}), Peft("prompt_tuning", {"num_virtual_tokens": 3})]
-ALL = [SoftPrompt(tokens=3), Full(), Norms(), *PEFTS]
+ALL = [SoftPrompt(tokens=3), Prefix(tokens=3), Bottleneck(size=2), Full(), Norms(), *PEFTS]
 
 
 def ids(adapter: Any) -> str:

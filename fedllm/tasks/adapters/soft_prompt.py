@@ -22,6 +22,7 @@ from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
 from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.peft_layout import write_peft_prompt
+from fedllm.tasks.words import drawn_words
 from fedllm.tree import Tree
 
 LEAF = "soft_prompt"
@@ -61,7 +62,8 @@ class AttachedPrompt:
     def fresh(self, key: Key) -> Tree:
         """Drawn from `key`."""
         generator, size = key.fold(LEAF).generator(), self.settings.tokens
-        words = self._embed(self._words(size if self.settings.init == "words" else SAMPLE, generator))
+        count = size if self.settings.init == "words" else SAMPLE
+        words = self._embed(drawn_words(self.decoder.base.tokenizer, count, generator))
         prompt = words
         if self.settings.init == "normal":
             drawn = torch.randn(size, words.shape[1], generator=generator, dtype=torch.float64).to(words.device)
@@ -104,12 +106,6 @@ class AttachedPrompt:
     def merged(self, params: Tree) -> Mapping[str, Tensor]:
         """Not possible."""
         raise ConfigError("a soft prompt cannot be merged into weights; export --to peft")
-
-    def _words(self, count: int, generator: torch.Generator) -> Tensor:
-        """Tokens of the vocabulary at random, without special ones."""
-        tokenizer = self.decoder.base.tokenizer
-        known = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
-        return known[torch.randint(len(known), (count,), generator=generator)]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         model = self.decoder.base.model
