@@ -55,6 +55,18 @@ TABLES = {
         },
         ("nll", "exact_match", "bias", "mib_up", "mib_down", "seconds"),
     ),
+    "tuning": Table(
+        "full-vs-lora",
+        {
+            "lora": [],
+            "prefix": ["task.adapter=prefix", "work.sgd.lr=1e-2"],
+            "bottleneck": ["task.adapter=bottleneck"],
+            "norms": ["task.adapter=norms", "work.sgd.lr=1e-2"],
+            "soft_prompt": ["task.adapter=soft_prompt", "work.sgd.lr=1e-2"],
+            "full": ["method=full", "work.sgd.lr=2e-4"],
+        },
+        ("trainable", "nll", "exact_match", "mib_up", "mib_down", "seconds"),
+    ),
 }
 ROUNDED = {"nll": 3, "exact_match": 3, "bias": 3, "mib_up": 1, "mib_down": 1, "seconds": 0}
 

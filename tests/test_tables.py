@@ -61,7 +61,7 @@ def test_the_table_by_hand(tables: ModuleType) -> None:
     assert text[2:] == ["| fedit | 1.500 ± 0.707 | - | - | 1.0 | - | - |", "| flora | 1.235 | - | 0.000 | - | - | 12 |"]
 
 
-@pytest.mark.parametrize("table", ["aggregation", "ranks"])
+@pytest.mark.parametrize("table", ["aggregation", "ranks", "tuning"])
 def test_every_row_is_an_experiment(tables: ModuleType, table: str) -> None:
     made = tables.TABLES[table]
     found = [load(made.recipe, settings) for settings in made.rows.values()]
