@@ -18,6 +18,7 @@ from fedllm.config import schema
 from fedllm.errors import ConfigError, nearest
 from fedllm.federations.records import PACKAGED
 from fedllm.stage import Stage
+from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.base import ALIASES
 from fedllm.work import Work
 
@@ -48,7 +49,9 @@ def _methods() -> Rows:
         task += "".join(f"task.adapter.{method.adapter}.{k}: {v}; " for k, v in method.adapter_sets.items())
         task += "".join(f"task.scope.{key}: [{', '.join(value)}]; " for key, value in method.scope.items())
         stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
-        yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}", method.paper
+        kind = NOUNS[Adapter][method.adapter] if method.adapter else None
+        alone = "; not batchable" if kind is not None and not getattr(kind, "stackable", False) else ""
+        yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}{alone}", method.paper
 
 
 def _classes(noun: type) -> Callable[[], Rows]:

@@ -207,6 +207,13 @@ def test_ls_names_everything(capsys: Captured, what: str, names: Any) -> None:
     assert set(names) <= first
 
 
+def test_ls_methods_says_which_cannot_be_batched(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = command(capsys, "ls", "methods")
+    alone = {line.split()[0] for line in out.splitlines() if "not batchable" in line}
+    assert alone == {"full"}, "its adapter trains one client at a time"
+
+
 def test_ls_schema_is_json(capsys: Captured) -> None:
     code, out, err = command(capsys, "ls", "schema")
     assert (code, err) == (0, "")
