@@ -29,6 +29,7 @@ from fedllm.events import Diagnosed, Event, RunStarted
 
 LORA = {name: [f"method={name}"] for name in ("fedit", "ffa_lora", "rolora", "fedsa_lora", "lora_fair", "fedsvd")}
 LORA |= {name: [f"method={name}"] for name in ("flexlora", "raflora", "flora", "fedex_lora", "federa")}
+LORA["federa"] = ["method=federa", "work.sgd.lr=1e-3"]  # its factors are large from the start
 LORA["fed_sb"] = ["method=fed_sb", "task.adapter={lora_xs: {rank: 32, alpha: 32}}"]
 LORA["slora"] = ["method={slora: {rounds: 3}}", "task.adapter={sparse_lora: {rank: 8, alpha: 16}}"]
 UNEQUAL = ("zero_padding", "rbla", "flexlora", "raflora", "flora", "hetlora", "haflq")

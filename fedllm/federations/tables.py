@@ -43,13 +43,18 @@ def assign(job: Mapping[str, Any]) -> list[list[int]]:
     from flwr_datasets import partitioner
 
     known = {name: vars(partitioner)[name] for name in PARTITIONERS}
-    values = {} if job["values"] is None else {"value": job["values"]}
+    values = {} if job["values"] is None else {"value": [_whole(value) for value in job["values"]]}
     made = known[job["partitioner"]](**job["arguments"])
     made.dataset = Dataset.from_dict({"row": list(range(job["count"])), **values})
     try:
         return [list(made.load_partition(index)["row"]) for index in range(made.num_partitions)]
     except ZeroDivisionError as error:  # what ShardPartitioner runs into with fewer rows than shards
         raise ValueError("there are fewer records than shards") from error
+
+
+def _whole(value: Any) -> Any:
+    """A label that numpy keeps as it is: it drops zero characters from the end of a text."""
+    return value.replace("\0", "\N{SYMBOL FOR NULL}") if isinstance(value, str) else value
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError, DataError
@@ -66,6 +66,7 @@ SPLITS: list[Split] = [
     clients=st.integers(1, 5),
     seed=st.integers(0, 2**64 - 1),
 )
+@example(split=Pathological("label", 2), labels=["0", "\0"], clients=1, seed=0)
 def test_disjoint_and_complete_or_counted(split: Split, labels: list[int | str], clients: int, seed: int) -> None:
     rows: list[Record] = [{"text": "", "label": label} for label in labels]
     try:
