@@ -173,6 +173,26 @@ class Decoder:
         return functional_call(module, own, (), dict(inputs))
 
 
+@dataclass(frozen=True, eq=False)
+class InLayers:
+    """What adapters share that work inside of the decoder's layers: a pass hands them the stack."""
+
+    decoder: Decoder
+
+    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
+        """(T, d)."""
+        return self.decoder.row(stack, batch)
+
+    def head(self, stack: Tree) -> Head:
+        """The frozen head."""
+        return self.decoder.head()
+
+    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
+        """(B, V) of the next token."""
+        stack = {name: leaf[None] for name, leaf in params.items()}
+        return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
+
+
 def trained_dtype(base: Base) -> torch.dtype:
     """Adapters train in float32, or in float64 on a float64 base."""
     return torch.promote_types(base.model.dtype, torch.float32)

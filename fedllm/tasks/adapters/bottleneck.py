@@ -13,18 +13,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.rng import Key
-from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
+from fedllm.tasks.adapter import Adapter, Attached, Decoder, InLayers, trained_dtype
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
-from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import current
 from fedllm.tasks.peft_layout import write_weights
 from fedllm.tree import Tree
@@ -65,7 +63,7 @@ class Bottleneck(Adapter):
         layers = targeted(base.model, self.targets, 1, "task.adapter.bottleneck")
         for name, layer in layers.items():
             layer.forward = Narrowed(layer, name, self.activation)  # type: ignore[assignment]
-        return AttachedBottleneck(self, Decoder(base), layers)
+        return AttachedBottleneck(Decoder(base), self, layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +88,10 @@ class Narrowed:
 
 
 @dataclass(frozen=True, eq=False)
-class AttachedBottleneck:
+class AttachedBottleneck(InLayers):
     """Bottlenecks on a loaded base model."""
 
     settings: Bottleneck
-    decoder: Decoder
     layers: Mapping[str, nn.Linear]
 
     def fresh(self, key: Key) -> Tree:
@@ -107,19 +104,6 @@ class AttachedBottleneck:
             params[f"{name}.{DOWN}"] = ((2 * drawn - 1) / math.sqrt(wide)).to(dtype)
             params[f"{name}.{UP}"] = torch.zeros(wide, size, dtype=dtype)
         return params
-
-    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
-        """(T, d)."""
-        return self.decoder.row(stack, batch)
-
-    def head(self, stack: Tree) -> Head:
-        """The frozen head."""
-        return self.decoder.head()
-
-    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
-        """(B, V) of the next token."""
-        stack = {name: leaf[None] for name, leaf in params.items()}
-        return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """The leaves by name: PEFT has no layout for them."""

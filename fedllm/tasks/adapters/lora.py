@@ -18,22 +18,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedllm import factors
-from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.rng import Key
 from fedllm.shift import Shift
-from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
+from fedllm.tasks.adapter import Adapter, Attached, Decoder, InLayers, trained_dtype
 from fedllm.tasks.adapters.low_rank import low_rank
 from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
-from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import Forward, current
 from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
 from fedllm.tasks.shifted import frozen, moved, require_fit
@@ -92,7 +90,7 @@ class Lora(Adapter):
         layers = targeted(base.model, self.targets, self.rank, "task.adapter.lora")
         for name, layer in layers.items():
             layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
-        return AttachedLora(self, Decoder(base), layers, self._given_up(base, layers))
+        return AttachedLora(Decoder(base), self, layers, self._given_up(base, layers))
 
     def _given_up(self, base: Base, layers: Mapping[str, nn.Linear]) -> Tree:
         """B_0 and A_0 of the layers; none where the adapter begins with nothing."""
@@ -135,11 +133,10 @@ class Adapted:
 
 
 @dataclass(frozen=True, eq=False)
-class AttachedLora:
+class AttachedLora(InLayers):
     """LoRA on a loaded base model. `given_up`: factors whose product the frozen weights lack."""
 
     settings: Lora
-    decoder: Decoder
     layers: Mapping[str, nn.Linear]
     given_up: Tree = field(default_factory=dict)
 
@@ -159,19 +156,6 @@ class AttachedLora:
             params[f"{name}.lora_A"] = (uniform / math.sqrt(in_size)).to(dtype)
             params[f"{name}.lora_B"] = torch.zeros(out_size, rank, dtype=dtype)
         return params
-
-    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
-        """(T, d)."""
-        return self.decoder.row(stack, batch)
-
-    def head(self, stack: Tree) -> Head:
-        """The frozen head."""
-        return self.decoder.head()
-
-    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
-        """(B, V) of the next token."""
-        stack = {name: leaf[None] for name, leaf in params.items()}
-        return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
 
     def fits(self, shift: Shift) -> None:
         """As many rows and columns as the layers have."""

@@ -17,20 +17,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedllm import factors
-from fedllm.batch import Batch
 from fedllm.errors import ConfigError
 from fedllm.rng import Key
-from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
+from fedllm.tasks.adapter import Adapter, Attached, Decoder, InLayers, trained_dtype
 from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
-from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import current
 from fedllm.tasks.peft_layout import write_peft_lora
 from fedllm.tree import Tree
@@ -73,7 +71,7 @@ class LoraXs(Adapter):
         for name, layer in layers.items():
             b, a = (leaf.to(base.model.device, base.model.dtype) for leaf in factors.pair(fixed, name))
             layer.forward = AdaptedXs(layer, name, b, a, self.alpha / self.rank)  # type: ignore[assignment]
-        return AttachedLoraXs(self, Decoder(base), layers, fixed)
+        return AttachedLoraXs(Decoder(base), self, layers, fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +99,10 @@ class AdaptedXs:
 
 
 @dataclass(frozen=True, eq=False)
-class AttachedLoraXs:
+class AttachedLoraXs(InLayers):
     """LoRA-XS on a loaded base model. `fixed`: A and B of each layer."""
 
     settings: LoraXs
-    decoder: Decoder
     layers: Mapping[str, nn.Linear]
     fixed: Tree
 
@@ -113,19 +110,6 @@ class AttachedLoraXs:
         """Zeros: the base model itself. Their gradient is not zero, for B and A are not."""
         rank, dtype = self.settings.rank, trained_dtype(self.decoder.base)
         return {f"{name}.{LEAF}": torch.zeros(rank, rank, dtype=dtype) for name in self.layers}
-
-    def hidden(self, stack: Tree, batch: Batch) -> Tensor:
-        """(T, d)."""
-        return self.decoder.row(stack, batch)
-
-    def head(self, stack: Tree) -> Head:
-        """The frozen head."""
-        return self.decoder.head()
-
-    def logits(self, params: Tree, tokens: Tensor, mask: Tensor, cache: Any | None) -> tuple[Tensor, Any | None]:
-        """(B, V) of the next token."""
-        stack = {name: leaf[None] for name, leaf in params.items()}
-        return self.decoder.padded(stack, {"input_ids": tokens}, mask, cache)
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's layout of LoRA, with B R for lora_B."""

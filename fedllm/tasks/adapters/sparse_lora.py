@@ -55,7 +55,7 @@ class SparseLora(Lora):
         layers = targeted(base.model, self.targets, self.rank, "task.adapter.sparse_lora")
         for name, layer in layers.items():
             layer.forward = AdaptedSparse(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
-        return AttachedSparse(self, Decoder(base), layers)
+        return AttachedSparse(Decoder(base), self, layers)
 
 
 @dataclass(frozen=True, eq=False)
