@@ -32,7 +32,8 @@ LORA |= {name: [f"method={name}"] for name in ("flexlora", "raflora", "flora", "
 LORA["federa"] = ["method=federa", "work.sgd.lr=1e-3"]  # its factors are large from the start
 LORA["fed_sb"] = ["method=fed_sb", "task.adapter={lora_xs: {rank: 32, alpha: 32}}"]
 LORA["slora"] = ["method={slora: {rounds: 3}}", "task.adapter={sparse_lora: {rank: 8, alpha: 16}}"]
-UNEQUAL = ("zero_padding", "rbla", "flexlora", "raflora", "flora", "hetlora", "haflq")
+UNEQUAL = ("zero_padding", "rbla", "flexlora", "raflora", "flora", "hetlora")
+NARROW = "federation.shards.devices={phone: {rank: 4, bandwidth: 2500000}, laptop: {rank: 8, bandwidth: 5000000}}"
 ALIKE = "federation.shards.profiles={}"
 
 
@@ -52,6 +53,7 @@ TABLES = {
         {
             "fedit, rank 4": ["method=fedit", ALIKE, "task.adapter.lora={rank: 4, alpha: 8}"],
             **{name: [f"method={name}"] for name in UNEQUAL},
+            "haflq": ["method=haflq", NARROW],
             "fedit, rank 16": ["method=fedit", ALIKE],
         },
         ("nll", "exact_match", "bias", "mib_up", "mib_down", "seconds"),
@@ -60,7 +62,7 @@ TABLES = {
         "full-vs-lora",
         {
             "lora": [],
-            "prefix": ["task.adapter=prefix", "work.sgd.lr=1e-2"],
+            "prefix": ["task.adapter=prefix", "work.sgd.lr=1e-1"],
             "bottleneck": ["task.adapter=bottleneck"],
             "norms": ["task.adapter=norms", "work.sgd.lr=1e-2"],
             "soft_prompt": ["task.adapter=soft_prompt", "work.sgd.lr=1e-2"],
