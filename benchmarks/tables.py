@@ -3,23 +3,25 @@
     --table aggregation   ways to average LoRA of one rank
     --table ranks         ways to bring LoRAs of rank 4, 8 and 16 together, between the smallest and the largest alone
     --table tuning        what trains: LoRA, prefix, bottleneck adapters, norms, soft prompt, all weights
+    --table skew          ways to average LoRA of one rank on equal, unequal and very unequal clients
+    --table ten-ranks     ten clients of ranks 64, 32, 16, 16, 8, 8, 4, 4, 4, 4 (FLoRA, arXiv 2409.05976, section 4.1)
 
-A cell is one run of a packaged recipe with the settings of its row. Each is written to `--out` as a line of JSON when
-it is done, so that a call that was stopped goes on; run folders are deleted. Figures are means over seeds, with the
-standard deviation behind. Which row wins is an observation about this task, and no claim.
-
-`--data` takes any file that fedllm reads, split by `--by` with a Dirichlet distribution of 0.3 among `--clients`.
+The last two take Banking77 or a file like it (`--data`, see the recipe `intents`). A cell is one run of a packaged
+recipe with the settings of its row. Each is written to `--out` as a line of JSON when it is done, so that a call that
+was stopped goes on; run folders are deleted. Figures are means over seeds, with the standard deviation behind. Which
+row wins is an observation about this task, and no claim.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,34 @@ LORA["slora"] = ["method={slora: {rounds: 3}}", "task.adapter={sparse_lora: {ran
 UNEQUAL = ("zero_padding", "rbla", "flexlora", "raflora", "flora", "hetlora")
 NARROW = "federation.shards.devices={phone: {rank: 4, bandwidth: 2500000}, laptop: {rank: 8, bandwidth: 5000000}}"
 ALIKE = "federation.shards.profiles={}"
+SKEWED = ("fedit", "ffa_lora", "rolora", "flora", "fedex_lora", "flexlora", "fedsa_lora", "fed_sb")
+WIDEST = "task.adapter.lora={rank: 64, alpha: 128}"
+TEN = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+PROFILES = ", ".join(f"client-{number:03}: {{rank: {rank}}}" for number, rank in enumerate(TEN))
+TEN_RANKS = ["federation.shards.clients=10", f"federation.shards.profiles={{{PROFILES}}}"]
+SPLIT = "federation.shards.split={{dirichlet: {{alpha: {alpha}, by: category, min_size: 16}}}}"
+SPLITS = {"iid": ["federation.shards.split=iid"], **{f"Dirichlet {a}": [SPLIT.format(alpha=a)] for a in ("1.0", "0.1")}}
+FULL = ["rounds=30", "work.sgd.steps=4", "evaluation.limit=null"]
+
+
+Cell = tuple[str, str, int]
+"""A row, a split and a seed."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """`rows`: for each name the overrides of the recipe. `columns`: heads of the printed table."""
+    """What is run, and shown.
+
+    Args:
+        rows: name to overrides of the recipe.
+        columns: heads of the printed table.
+        splits: name to overrides; every row is run on each.
+    """
 
     recipe: str
     rows: Mapping[str, Sequence[str]]
     columns: tuple[str, ...]
+    splits: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": []})
 
 
 TABLES = {
@@ -70,12 +91,27 @@ TABLES = {
         },
         ("trainable", "nll", "exact_match", "mib_up", "mib_down", "seconds"),
     ),
+    "skew": Table(
+        "intents",
+        {name: LORA[name] for name in SKEWED},
+        ("nll", "bias", "mib_up", "mib_down", "seconds"),
+        SPLITS,
+    ),
+    "ten-ranks": Table(
+        "intents",
+        {
+            name: [f"method={name}", WIDEST, *TEN_RANKS]
+            for name in ("flora", "flexlora", "hetlora", "raflora", "zero_padding")
+        },
+        ("nll", "bias", "mib_up", "mib_down", "seconds"),
+    ),
 }
 ROUNDED = {"nll": 3, "exact_match": 3, "bias": 3, "mib_up": 1, "mib_down": 1, "seconds": 0}
 
 
-def measured(table: Table, row: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def measured(table: Table, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run."""
+    row, split, seed = cell
     facts: dict[str, Any] = {"trainable": None}
     biases: list[float] = []
 
@@ -87,11 +123,12 @@ def measured(table: Table, row: str, seed: int, options: argparse.Namespace) -> 
 
     out = options.out / "run"
     shutil.rmtree(out, ignore_errors=True)
-    experiment = fedllm.load(table.recipe, [*table.rows[row], *data_of(options), *options.set, f"seed={seed}"])
+    experiment = fedllm.load(table.recipe, [*table.rows[row], *table.splits[split], *options.set, f"seed={seed}"])
     summary = fedllm.run(experiment, out=out, listeners=[note]).summary
     shutil.rmtree(out)
     return {
         "row": row,
+        "split": split,
         "seed": seed,
         **facts,
         **summary["eval"]["federated"],
@@ -102,32 +139,26 @@ def measured(table: Table, row: str, seed: int, options: argparse.Namespace) -> 
     }
 
 
-def data_of(options: argparse.Namespace) -> list[str]:
-    """Overrides for data of one's own."""
-    if options.data is None:
-        return []
-    split = f"{{dirichlet: {{alpha: 0.3, by: {options.by}}}}}"
-    shards = f"{{data: {options.data}, heldout: 0.1, clients: {options.clients}, split: {split}}}"
-    return [f"federation.shards={shards}", "evaluation.by=null"]
-
-
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """What earlier calls have measured."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
 def markdown(table: Table, found: Sequence[Mapping[str, Any]]) -> str:
-    """The table, a line a row."""
-    lines = [f"| method | {' | '.join(table.columns)} |", f"| --- {'| --- ' * len(table.columns)}|"]
-    for row in table.rows:
-        own = [figures for figures in found if figures["row"] == row]
-        cells = [cell(name, [one.get(name) for one in own]) for name in table.columns]
-        if own:
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+    """The table, a line a row and split."""
+    heads = ["method", *(["split"] if len(table.splits) > 1 else []), *table.columns]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
+    for split in table.splits:
+        for row in table.rows:
+            own = [one for one in found if one["row"] == row and one.get("split", "") == split]
+            names = [row, split][: len(heads) - len(table.columns)]
+            cells = [shown(name, [one.get(name) for one in own]) for name in table.columns]
+            if own:
+                lines.append(f"| {' | '.join([*names, *cells])} |")
     return "\n".join(lines)
 
 
-def cell(name: str, values: Sequence[float | None]) -> str:
+def shown(name: str, values: Sequence[float | None]) -> str:
     """Mean and standard deviation."""
     known, digits = [value for value in values if value is not None], ROUNDED.get(name, 0)
     if not known:
@@ -149,14 +180,19 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", default=[], help="default: all")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
-    parser.add_argument("--data", help="records of your own")
-    parser.add_argument("--by", default="category", help="their field that the split goes by")
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--data", help="records for the recipe, as in --set federation.shards.data=FILE")
+    parser.add_argument(
+        "--full", action="store_true", help="skew and ten-ranks: 30 rounds of 4 steps, all of what is held out"
+    )
     options = parser.parse_args(arguments)
     known = TABLES[options.table].rows
     for row in options.rows:
         if row not in known:
             parser.error(f"there is no row '{row}'{nearest(row, known)}")
+    if options.data is None and TABLES[options.table].recipe == "intents":
+        parser.error(f"--table {options.table} takes --data FILE, such as Banking77's train.jsonl.gz")
+    own = [] if options.data is None else [f"federation.shards.data={options.data}"]
+    options.set = [*own, *(FULL if options.full else []), *options.set]
     return options
 
 
@@ -167,20 +203,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.table}.jsonl"
     found, failed = rows_of(path), dict[str, str]()
-    for seed in options.seeds:
-        for row in options.rows or table.rows:
-            if any((one["row"], one["seed"]) == (row, seed) for one in found) or row in failed:
-                continue
-            try:
-                found.append(measured(table, row, seed, options))
-            except FedllmError as error:
-                failed[row] = str(error)
-                print(f"{row}: left out: {error}", file=sys.stderr, flush=True)
-                continue
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found[-1]) + "\n")
-            told = f"{row}, seed {seed}: nll {found[-1]['nll']:.3f}, {found[-1]['seconds']:.0f} s"
-            print(told, file=sys.stderr, flush=True)
+    done = {(one["row"], one.get("split", ""), one["seed"]) for one in found}
+    for seed, split, row in itertools.product(options.seeds, table.splits, options.rows or table.rows):
+        if (row, split, seed) in done or row in failed:
+            continue
+        try:
+            found.append(measured(table, (row, split, seed), options))
+        except FedllmError as error:
+            failed[row] = str(error)
+            print(f"{row}: left out: {error}", file=sys.stderr, flush=True)
+            continue
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found[-1]) + "\n")
+        told = f"{row}, {split or 'seed'} {seed}: nll {found[-1]['nll']:.3f}, {found[-1]['seconds']:.0f} s"
+        print(told, file=sys.stderr, flush=True)
     print(markdown(table, found))
     print(json.dumps({"benchmark": "tables", "table": options.table, "rows": found, "failed": failed}))
     return 1 if failed else 0

@@ -25,6 +25,15 @@ def tables() -> ModuleType:
         return importlib.import_module("tables")
 
 
+@pytest.fixture(scope="module")
+def intents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records in the form of Banking77."""
+    path = tmp_path_factory.mktemp("intents") / "my.jsonl"
+    rows = [{"text": f"Question {n}?", "category": f"intent_{n % 7}"} for n in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 @pytest.mark.slow
 def test_a_call_goes_on_where_another_stopped(
     tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], cache_folder: Path
@@ -41,14 +50,30 @@ def test_a_call_goes_on_where_another_stopped(
 
 
 @pytest.mark.slow
-def test_data_of_ones_own(tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"prompt": f"Question {n}?", "response": f"{n}", "topic": f"t{n % 3}"} for n in range(60)]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    words = ["--table", "aggregation", "--out", str(tmp_path / "out"), "--rows", "fedit", "--seeds", "0"]
-    words += ["--data", str(tmp_path / "my.jsonl"), "--clients", "3", *TINY]
-    assert tables.main([*words, "--by", "topic"]) == 0, capsys.readouterr().err
-    assert tables.main([*words, "--by", "topik", "--out", str(tmp_path / "other")]) == 1
+def test_splits_of_data_of_ones_own(
+    tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], intents: Path
+) -> None:
+    words = ["--table", "skew", "--out", str(tmp_path / "out"), "--rows", "fedit", "--seeds", "0", *TINY]
+    words += ["federation.shards.clients=3", "--data", str(intents)]
+    assert tables.main(words) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in printed[2:5]] == [["| fedit", split] for split in tables.SPLITS]
+    found = json.loads(printed[-1])["rows"]
+    assert len({one["nll"] for one in found}) == 3 and len({one["mib_up"] for one in found}) == 1
+    assert tables.main([*words[:-1], "nothing.jsonl", "--out", str(tmp_path / "other")]) == 1
     assert "fedit: left out: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ten_clients_of_their_ranks(
+    tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], intents: Path
+) -> None:
+    words = ["--table", "ten-ranks", "--out", str(tmp_path / "out"), "--rows", "zero_padding", "--seeds", "0"]
+    words += ["--data", str(intents), *TINY, "federation.shards.split=iid"]
+    words += [f"federation.shards.profiles.client-{number:03}.rank={16 - number}" for number in range(10)]
+    assert tables.main([*words, "task.adapter.lora.rank=16"]) == 0, capsys.readouterr().err
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert found["bias"] > 0 and found["mib_up"] == pytest.approx(found["mib_down"], rel=0.3)
 
 
 def test_the_table_by_hand(tables: ModuleType) -> None:
@@ -61,11 +86,11 @@ def test_the_table_by_hand(tables: ModuleType) -> None:
     assert text[2:] == ["| fedit | 1.500 ± 0.707 | - | - | 1.0 | - | - |", "| flora | 1.235 | - | 0.000 | - | - | 12 |"]
 
 
-@pytest.mark.parametrize("table", ["aggregation", "ranks", "tuning"])
+@pytest.mark.parametrize("table", ["aggregation", "ranks", "tuning", "skew", "ten-ranks"])
 def test_every_row_is_an_experiment(tables: ModuleType, table: str) -> None:
     made = tables.TABLES[table]
-    found = [load(made.recipe, settings) for settings in made.rows.values()]
-    assert len({repr(experiment) for experiment in found}) == len(found)
+    pairs = [(row, split) for row in made.rows.values() for split in made.splits.values()]
+    assert len({repr(load(made.recipe, [*row, *split])) for row, split in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +99,7 @@ def test_every_row_is_an_experiment(tables: ModuleType, table: str) -> None:
         (["--table", "aggregation", "--out", "x", "--rows", "flroa"], "there is no row 'flroa'; did you mean 'flora'?"),
         (["--table", "none", "--out", "x"], "invalid choice: 'none'"),
         (["--table", "ranks"], "required: --out"),
+        (["--table", "skew", "--out", "x"], "--table skew takes --data FILE, such as Banking77's train.jsonl.gz"),
     ],
 )
 def test_what_is_wrong_is_said(
