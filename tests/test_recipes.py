@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shlex
@@ -30,6 +31,8 @@ def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     lines = [f"Question {n}?,answer {n}" for n in range(40)]
     (tmp_path / "my.csv").write_text("\n".join(["question,response", *lines]) + "\n", encoding="utf-8")
+    intents = [{"text": f"Question {n}?", "category": f"intent {n % 40}"} for n in range(2000)]
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, intents)).encode()))
     monkeypatch.chdir(tmp_path)
 
 
