@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+FEWEST = 8  # tokens in common that are worth it
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Batch:
 
     Shapes: `tokens`, `positions` (T,); `rows` (N,) indices into T of the labelled positions, `targets` (N,),
     `row_sequences` (N,) the sequence of each; `lengths` one per sequence; `counts` sequences per client (K).
+    `shared`, one per sequence: how many tokens it begins with that the first sequence of its client has, too, and that
+    need not be computed again; empty where that is not asked for or there are none.
     `dropout` holds one generator per client while it trains and is empty in evaluation. `recompute` saves memory: the
     backward pass computes the layers again.
     """
@@ -41,6 +44,7 @@ class Batch:
     rows: Tensor
     targets: Tensor
     row_sequences: Tensor
+    shared: tuple[int, ...] = ()
     dropout: tuple[torch.Generator, ...] = field(default=())
     recompute: bool = False
 
@@ -56,6 +60,13 @@ class Batch:
         edges = [0, *accumulate(self.counts)]
         return tuple(ends[stop] - ends[start] for start, stop in pairwise(edges))
 
+    @property
+    def client_computed(self) -> tuple[int, ...]:
+        """Tokens of each client (K) without those that are not computed again."""
+        edges = [0, *accumulate(self.counts)]
+        spared = [sum(self.shared[start:stop]) for start, stop in pairwise(edges)]
+        return tuple(tokens - less for tokens, less in zip(self.client_tokens, spared, strict=True))
+
     def only(self, k: int) -> Batch:
         """Client k's part, as a stack of one."""
         edges, sequences = [0, *accumulate(self.client_tokens)], [0, *accumulate(self.counts)]
@@ -69,20 +80,46 @@ class Batch:
             rows=self.rows[mine] - tokens.start,
             targets=self.targets[mine],
             row_sequences=self.row_sequences[mine] - own.start,
+            shared=self.shared[own],
             dropout=self.dropout[k : k + 1],
             recompute=self.recompute,
         )
 
 
+def in_common(examples: Sequence[Example]) -> int:
+    """How many tokens without a label one client's sequences all begin with; 0 where they are fewer than FEWEST."""
+    if len(examples) < 2:
+        return 0
+    size = min(len(example.tokens) for example in examples)
+    tokens, targets = (torch.stack([vars(e)[name][:size] for e in examples]) for name in ("tokens", "targets"))
+    found = int(((tokens == tokens[0]) & (targets == IGNORE)).all(0).long().cumprod(0).sum())
+    return found if found >= FEWEST else 0
+
+
+def spared(examples: Sequence[Example]) -> int:
+    """Tokens of one client's batch that need not be computed again."""
+    return in_common(examples) * (len(examples) - 1)
+
+
 def collate(
-    clients: Sequence[Sequence[Example]], dropout: tuple[torch.Generator, ...] = (), *, recompute: bool = False
+    clients: Sequence[Sequence[Example]],
+    dropout: tuple[torch.Generator, ...] = (),
+    *,
+    recompute: bool = False,
+    share: bool = False,
 ) -> Batch:
-    """Examples of K clients to one batch. A client without examples is idle in this step."""
+    """Examples of K clients to one batch. A client without examples is idle in this step.
+
+    `share`: compute what a client's sequences begin with in common once. Causal attention gives it the same values in
+    each of them.
+    """
     examples = [example for client in clients for example in client]
     lengths = tuple(len(example.tokens) for example in examples)
     targets = torch.cat([example.targets for example in examples])
     rows = (targets != IGNORE).nonzero().reshape(-1)
     sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    common = [in_common(client) if share else 0 for client in clients]
+    shared = tuple(c if place else 0 for c, client in zip(common, clients, strict=True) for place in range(len(client)))
     return Batch(
         tokens=torch.cat([example.tokens for example in examples]),
         positions=torch.cat([torch.arange(length) for length in lengths]),
@@ -91,6 +128,7 @@ def collate(
         rows=rows,
         targets=targets[rows],
         row_sequences=sequences[rows],
+        shared=shared if any(shared) else (),
         dropout=dropout,
         recompute=recompute,
     )

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from fedllm import tree
 from fedllm.aggregate import Session
-from fedllm.batch import Example
+from fedllm.batch import Example, spared
 from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment import Experiment
@@ -159,13 +159,14 @@ class Site:
         return Job(ctx, self.fresh, self.examples(client))
 
     def tokens(self, ctx: Ctx) -> int:
-        """Tokens that a client will train on in its round; 0 if its data cannot be had, which it says when asked."""
+        """Tokens that a client will compute in its round; 0 if its data cannot be had, which it says when asked."""
         try:
             examples = self.examples(str(ctx.client))
         except FedllmError:
             return 0
         plan = self.experiment.work.suited(ctx.profile).plan(len(examples), ctx)
-        return sum(len(examples[index].tokens) for step in plan for batch in step for index in batch)
+        batches = ([examples[index] for index in batch] for step in plan for batch in step)
+        return sum(_num_tokens(batch) - (spared(batch) if self.model.shares else 0) for batch in batches)
 
     def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
         """Send: from what the work made to a sealed update; the client's memories are saved."""

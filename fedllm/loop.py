@@ -60,11 +60,13 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class RoundResult:
-    """What a round reports besides the new state. `added`: to the frozen weights."""
+    """What a round reports besides the new state. `computed`: tokens, without what sequences had in common. `added`: to
+    the frozen weights."""
 
     clients: int
     loss: float | None
     tokens: int
+    computed: int
     note: str
     added: Tree = field(default_factory=dict)
 
@@ -96,11 +98,12 @@ def one_round(
     total, states = merge(stages, total, run.params, run.states, everyone)
     params = tree.add(run.params, total.parts["delta"].tree)
     after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
-    loss, tokens = _tree(total, "metrics").get("loss"), _tree(total, "counts").get("tokens")
+    loss, counts = _tree(total, "metrics").get("loss"), _tree(total, "counts")
     result = RoundResult(
         clients=len(watch.answered),
         loss=None if loss is None or note else float(loss),
-        tokens=0 if tokens is None else int(tokens),
+        tokens=int(counts.get("tokens", 0)),
+        computed=int(counts.get("computed", 0)),
         note=note,
         added=_tree(total, "shift"),
     )

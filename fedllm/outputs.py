@@ -94,7 +94,8 @@ def summary(
         "seconds_per_round": round(totals.seconds / max(1, state.round), 4),
         "tokens_trained": totals.tokens,
         "tokens_per_second": round(totals.tokens / totals.seconds, 2) if totals.seconds else 0.0,
-        "share_of_peak": share_of_peak(totals.tokens, totals.seconds, events),
+        "tokens_computed": totals.computed,
+        "share_of_peak": share_of_peak(totals.computed, totals.seconds, events),
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
         "evaluation_bytes": totals.evaluation_bytes,
@@ -109,8 +110,8 @@ def summary(
 
 
 def share_of_peak(tokens: int, seconds: float, events: Sequence[Event]) -> float | None:
-    """4 x parameters x tokens a second, the work of a pass forward and back through a frozen model, over what the
-    engine's workers reach in matrix products; None where no engine has measured that."""
+    """4 x parameters x computed tokens a second, the work of a pass forward and back through a frozen model, over what
+    the engine's workers reach in matrix products; None where no engine has measured that."""
     found = [event for event in events if isinstance(event, EngineStarted)]
     if not found or not found[-1].peak or not seconds:
         return None

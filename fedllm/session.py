@@ -139,7 +139,8 @@ class Session:
         self.ledger.take()
         cohort = self.observer.cohort() if self.observer is not None else None
         state, result = loop.one_round(self.state, exp, self.population.clients, call, self.log, cohort)
-        sent = replace(self.ledger.take(), tokens=result.tokens, seconds=perf_counter() - began)
+        sent, seconds = self.ledger.take(), perf_counter() - began
+        sent = replace(sent, tokens=result.tokens, computed=result.computed, seconds=seconds)
         state = replace(state, totals=state.totals.plus(sent))
         last = state.round == exp.rounds or bool(limit_reached(exp, state))
         events: list[Event] = []

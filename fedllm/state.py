@@ -25,12 +25,13 @@ MOST_NAME_BYTES = 255  # of a folder's name
 
 @dataclass(frozen=True)
 class Totals:
-    """Running sums over complete rounds."""
+    """Running sums over complete rounds. `computed`: tokens, without what sequences had in common."""
 
     bytes_up: int = 0
     bytes_down: int = 0
     evaluation_bytes: int = 0
     tokens: int = 0
+    computed: int = 0
     seconds: float = 0.0
 
     def plus(self, other: Totals) -> Totals:

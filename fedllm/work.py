@@ -31,6 +31,11 @@ class Model(Protocol):
         """Where it computes."""
         ...
 
+    @property
+    def shares(self) -> bool:
+        """Whether what a client's sequences begin with in common need not be computed again."""
+        ...
+
     def losses(self, stack: Tree, batch: Batch) -> Tensor:
         """(K,): one mean loss per client. The only caller of the objective."""
         ...
@@ -123,9 +128,8 @@ def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any, how: Pa
     for micro in batches(work, jobs):
         if not how.going():
             raise Halted
-        carry = work.step(
-            carry, [collate(chosen, generators, recompute=how.recompute) for chosen in micro], jobs, model
-        )
+        made = [collate(chosen, generators, recompute=how.recompute, share=model.shares) for chosen in micro]
+        carry = work.step(carry, made, jobs, model)
     return carry
 
 

@@ -1,7 +1,7 @@
 """How much memory a stack of clients takes, and how many stacks may run at once.
 
     stack = copies x parameters x clients + slack x saved(T, sum of L^2) + head
-    T: tokens, L: lengths of sequences, of its largest batch
+    T: tokens that are computed, L: lengths of sequences, of its largest batch
 
 What a pass saves for its gradient is measured once on a short row: c0 + c1 T + c2 sum L^2, with and without
 recomputation. `head`: the logits of one chunk.
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedllm.batch import Example, collate
+from fedllm.batch import Example, collate, spared
 from fedllm.errors import ConfigError
 from fedllm.tasks.attention import SHORT
 from fedllm.tasks.cross_entropy import pieces
@@ -56,23 +56,24 @@ class Saved:
     square: float
     sequence: float
 
-    def of(self, lengths: Sequence[int]) -> float:
-        """Bytes for sequences of these lengths."""
+    def of(self, lengths: Sequence[int], less: int = 0) -> float:
+        """Bytes for sequences of these lengths, `less` of whose tokens are not computed."""
         squares = sum(length**2 for length in lengths if length <= SHORT)
-        return self.base + self.token * sum(lengths) + self.square * squares + self.sequence * len(lengths)
+        return self.base + self.token * (sum(lengths) - less) + self.square * squares + self.sequence * len(lengths)
 
 
 @dataclass(frozen=True)
 class Costs:
     """What a stack takes. `whole` and `recomputed`: without and with recomputation; `layer`: the share of one layer,
     which recomputation holds at a time; `head`: bytes of one row's logits in the head's type and in float32; `rows`:
-    how many of each exist at once."""
+    how many of each exist at once; `shares`: as the model says."""
 
     whole: Saved
     recomputed: Saved
     layers: int
     head: tuple[int, int]
     rows: tuple[int, int]
+    shares: bool
 
     @staticmethod
     def measured(model: LoadedModel, params: Tree) -> Costs:
@@ -86,25 +87,23 @@ class Costs:
             layers=max(1, layers),
             head=(len(head) * head.element_size(), len(head) * wide),
             rows=pieces(head),
+            shares=model.shares,
         )
 
     def of(self, work: Work, jobs: Sequence[Job], *, recompute: bool) -> int:
         """Bytes of a stack at its largest batch."""
         parameters = COPIES * sum(num_bytes(job.start) for job in jobs)
-        return int(parameters + max((self._batch(examples, recompute) for examples in _micro(work, jobs)), default=0))
+        micro = (batch for step in batches(work, jobs) for batch in step)
+        return int(parameters + max((self._batch(clients, recompute) for clients in micro), default=0))
 
-    def _batch(self, examples: Sequence[Example], recompute: bool) -> float:
+    def _batch(self, clients: Sequence[Sequence[Example]], recompute: bool) -> float:
+        examples = [example for client in clients for example in client]
         lengths = [len(example.tokens) for example in examples]
+        less = sum(map(spared, clients)) if self.shares else 0
         rows = sum(int((example.targets >= 0).sum()) for example in examples)
         logits = min(rows, self.rows[0]) * self.head[0] + 2 * min(rows, self.rows[1]) * self.head[1]
-        whole = self.whole.of(lengths)
-        return logits + SLACK * (self.recomputed.of(lengths) + whole / self.layers if recompute else whole)
-
-
-def _micro(work: Work, jobs: Sequence[Job]) -> Iterator[list[Example]]:
-    for step in batches(work, jobs):
-        for chosen in step:
-            yield [example for client in chosen for example in client]
+        whole = self.whole.of(lengths, less)
+        return logits + SLACK * (self.recomputed.of(lengths, less) + whole / self.layers if recompute else whole)
 
 
 PROBES = ((32, 32), (64,), (64, 64), (16, 16, 16, 16))  # lengths of sequences

@@ -18,6 +18,7 @@ from fedllm.tasks.architecture import kept
 from fedllm.tasks.base import Base
 from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import Forward, computing
+from fedllm.tasks.once import once
 from fedllm.tasks.quantized import QuantizedLinear
 from fedllm.tree import Tree
 
@@ -81,6 +82,11 @@ class Adapter:
     stackable: ClassVar[bool] = False
 
     @property
+    def shares(self) -> bool:
+        """Whether it does the same to equal beginnings of a client's sequences."""
+        return False
+
+    @property
     def needs_weights(self) -> bool:
         """Whether it trains the base model's own matrices, or writes others in their place."""
         return False
@@ -102,8 +108,13 @@ class Decoder:
 
     def row(self, stack: Mapping[str, Tensor], batch: Batch, offset: int = 0) -> Tensor:
         """(T, d): the last hidden state of a row of sequences, whose positions begin at `offset`."""
-        forward = Forward(stack, batch.lengths, batch.client_tokens, batch.dropout, batch.recompute)
-        return self._decoded(forward, "input_ids", batch.tokens, batch.positions + offset)
+        shared, tokens, positions = batch.shared, batch.tokens, batch.positions + offset
+        forward = Forward(stack, batch.lengths, batch.client_computed, shared, batch.dropout, batch.recompute)
+        if not shared:
+            return self._decoded(forward, "input_ids", tokens, positions)
+        kept = once(batch.lengths, shared).kept
+        hidden = self._decoded(forward, "input_ids", tokens[kept], positions[kept])
+        return hidden.index_select(0, once(batch.lengths, shared, str(hidden.device)).places)
 
     def embedded(self, embeddings: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
         """(T, d): the same from the (T, d) input embeddings of a row of sequences, without adapters in the layers."""

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fedllm.errors import ModelError
 from fedllm.tasks.current import current
+from fedllm.tasks.once import once
 from fedllm.tasks.prefixed import prefixed, without_front
 from fedllm.tasks.short_attention import bias, short_attention
 from fedllm.tasks.varlen import fits, varlen_attention
@@ -56,19 +57,30 @@ def attend(
     scaling, window = options.get("scaling") or query.shape[-1] ** -0.5, options.get("sliding_window")
     found = prefixed(now, getattr(module, "layer_idx", -1), query[0], key[0], value[0])
     if found is None:
-        return _row(query[0], key[0], value[0], now.lengths, scaling, window)[None], None
+        return _row(query[0], key[0], value[0], now.lengths, scaling, window, now.shared)[None], None
     longer = found[3]
     return without_front(_row(*found, scaling, None), longer, longer[0] - now.lengths[0])[None], None
 
 
 def _row(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float,
+    window: int | None,
+    shared: tuple[int, ...] = (),
 ) -> Tensor:
     """(heads, T, d) and (key heads, T, d) of a packed row to (T, heads, d)."""
-    if fits(query[None], value[None]):
+    on_cpu = not fits(query[None], value[None])
+    if shared and not (on_cpu and max(lengths) <= SHORT):  # kernels that want each sequence whole
+        row = once(lengths, shared, str(query.device))
+        q, k, v = (states.index_select(1, row.places) for states in (query, key, value))
+        return _row(q, k, v, lengths, scaling, window).index_select(0, row.kept)
+    if not on_cpu:
         return varlen_attention(query, key, value, lengths, scaling, window)
     if max(lengths) <= SHORT:
-        return short_attention(query, key, value, lengths, scaling, window)
+        return short_attention(query, key, value, lengths, scaling, window, shared)
     rows = zip(*(torch.split(states, list(lengths), 1) for states in (query, key, value)), strict=True)
     return torch.cat([_sequence(q, k, v, scaling, window) for q, k, v in rows])
 

@@ -46,6 +46,13 @@ class LoadedModel:
             return f"adapter {type(adapter).__name__.lower()} trains one client at a time"
         return self.base.unpackable
 
+    @property
+    def shares(self) -> bool:
+        """Whether what a client's sequences begin with in common is computed once. Not in float64, which is for proofs:
+        transformers' norms round to float32, and the slopes of the common tokens would add up in another order."""
+        wide = self.base.model.dtype == torch.float64
+        return self.task.adapter.shares and self.base.unpackable is None and not wide
+
     def bound(self, key: Key) -> LoadedModel:
         """This model with the frozen leaves of the run's key."""
         leaves = self.adapter.fresh(key.fold("adapter"))
@@ -112,7 +119,7 @@ class LoadedModel:
         stack = {name: leaf[None] for name, leaf in params.items()}
         found: list[Tensor] = []
         for at in range(0, len(examples), batch_size):
-            batch = collate([examples[at : at + batch_size]])
+            batch = collate([examples[at : at + batch_size]], share=self.shares)
             losses = self.row_losses(stack, batch).cpu()
             found += [losses[batch.row_sequences == place] for place in range(len(batch.lengths))]
         return found

@@ -5,8 +5,9 @@
 
 The g query heads of a key head become g rows for each of its positions. Sequences are padded to a few lengths, and
 those of one length share a batched product. Padding repeats the sequence's first position: a causal mask hides it from
-every real one, and its dO is zero. The probabilities are kept for the gradient; on a CPU this beats the fused kernel,
-which computes them again, as long as they are few.
+every real one, and its dO is zero. Tokens that a row holds once for several sequences (see `once`) are keys in each of
+them and queries in the first; their dK and dV add up. The probabilities are kept for the gradient; on a CPU this beats
+the fused kernel, which computes them again, as long as they are few.
 """
 
 from __future__ import annotations
@@ -14,48 +15,70 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedllm.tasks.once import first_of, once
+
 STEP = 32  # lengths are padded to its multiples: few shapes, for a new one costs as much as ten products
 
 
+@dataclass(frozen=True)
+class Row:
+    """Sequences of these lengths; `shared`: as in a batch."""
+
+    lengths: tuple[int, ...]
+    shared: tuple[int, ...] = ()
+
+
 def short_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scaling: float,
+    window: int | None,
+    shared: Sequence[int] = (),
 ) -> Tensor:
     """(heads, T, d) queries, (key heads, T, d) keys and (key heads, T, e) values of a row to (T, heads, e)."""
-    out: Tensor = _Short.apply(query, key, value, tuple(lengths), scaling, window)  # type: ignore[no-untyped-call]
+    row = Row(tuple(lengths), tuple(shared))
+    out: Tensor = _Short.apply(query, key, value, row, scaling, window)  # type: ignore[no-untyped-call]
     return out
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How the sequences of a row are grouped. `groups`: (sequences, padded length) of each group. `rows` (R,): the
-    position that stands at each padded place, a sequence's first where there is none; `real` (R,): whether there is."""
+    position that stands at each padded place, a sequence's first where there is none; `real` (R,): whether it is a
+    query there. `again`: (group, place in it, first position, how many) of the keys that a sequence shares."""
 
     groups: Sequence[tuple[int, int]]
     rows: Tensor
     real: Tensor
+    again: Sequence[tuple[int, int, int, int]]
 
 
 @lru_cache(maxsize=16)
-def _layout(lengths: tuple[int, ...]) -> Layout:
-    starts = [0, *accumulate(lengths)]
+def _layout(row: Row) -> Layout:
+    shared = row.shared or (0,) * len(row.lengths)
+    owned = once(row.lengths, shared).places.split(row.lengths)  # the position of each sequence's tokens
     by_length: dict[int, list[int]] = {}
-    for sequence, length in enumerate(lengths):
+    for sequence, length in enumerate(row.lengths):
         by_length.setdefault(-(-length // STEP) * STEP, []).append(sequence)
-    places = [
-        (torch.arange(size), starts[sequence], lengths[sequence])
-        for size, members in by_length.items()
-        for sequence in members
-    ]
-    real = [place < length for place, _, length in places]
-    rows = [start + torch.where(inside, place, 0) for (place, start, _), inside in zip(places, real, strict=True)]
-    return Layout([(len(members), size) for size, members in by_length.items()], torch.cat(rows), torch.cat(real))
+    rows, real, again = [], [], []
+    for group, (size, members) in enumerate(by_length.items()):
+        place = torch.arange(size)
+        for at, sequence in enumerate(members):
+            length, common = row.lengths[sequence], shared[sequence]
+            rows.append(owned[sequence][torch.where(place < length, place, 0)])
+            real.append((common <= place) & (place < length))
+            if common:
+                again.append((group, at, int(owned[first_of(shared)[sequence]][0]), common))
+    groups = [(len(members), size) for size, members in by_length.items()]
+    return Layout(groups, torch.cat(rows), torch.cat(real), again)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +93,8 @@ class Order:
 
 
 @lru_cache(maxsize=32)
-def _order(lengths: tuple[int, ...], heads: int, groups: int, device: torch.device) -> Order:
-    layout, many = _layout(lengths), heads * groups
+def _order(sequences: Row, heads: int, groups: int, device: torch.device) -> Order:
+    layout, many = _layout(sequences), heads * groups
     head = torch.arange(many).view(1, heads, 1, groups)
     rows, real, at = [], [], 0
     for count, size in layout.groups:
@@ -79,7 +102,7 @@ def _order(lengths: tuple[int, ...], heads: int, groups: int, device: torch.devi
         rows.append((layout.rows[here].view(count, 1, size, 1) * many + head).reshape(-1))
         real.append(layout.real[here].view(count, 1, size, 1).expand(count, heads, size, groups).reshape(-1))
     found, filled = torch.cat(rows), torch.cat(real)
-    places = torch.empty(sum(lengths) * many, dtype=torch.long)
+    places = torch.empty(int(layout.real.sum()) * many, dtype=torch.long)
     places[found[filled]] = filled.nonzero()[:, 0]
     return Order(found.to(device), (~filled).nonzero()[:, 0].to(device), places.to(device))
 
@@ -91,53 +114,53 @@ class _Short(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        lengths: tuple[int, ...],
+        row: Row,
         scaling: float,
         window: int | None,
     ) -> Tensor:
         heads, per = len(key), len(query) // len(key)
-        spread, own = (_order(lengths, heads, n, query.device) for n in (per, 1))
-        q, k, v = _split(query, spread, lengths, per), _split(key, own, lengths, 1), _split(value, own, lengths, 1)
+        spread, own = (_order(row, heads, n, query.device) for n in (per, 1))
+        q, k, v = _split(query, spread, row, per), _split(key, own, row, 1), _split(value, own, row, 1)
         out, kept = query.new_empty(len(spread.rows), value.shape[2]), []
-        for q_n, k_n, v_n, out_n in zip(q, k, v, _pieces(out, lengths, heads, per), strict=True):
+        for q_n, k_n, v_n, out_n in zip(q, k, v, _pieces(out, row, heads, per), strict=True):
             mask = bias(k_n.shape[1], window, per, q_n.dtype, q_n.device)
             kept.append(torch.baddbmm(mask, q_n, k_n.mT, alpha=scaling).softmax(-1))
             torch.bmm(kept[-1], v_n, out=out_n)
         ctx.save_for_backward(*q, *k, *v, *kept)
-        ctx.lengths, ctx.scaling, ctx.heads, ctx.per = lengths, scaling, heads, per
+        ctx.row, ctx.scaling, ctx.heads, ctx.per = row, scaling, heads, per
         return _joined(out, spread, heads * per)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lengths, heads, per, saved = ctx.lengths, ctx.heads, ctx.per, ctx.saved_tensors
+        row, heads, per, saved = ctx.row, ctx.heads, ctx.per, ctx.saved_tensors
         n = len(saved) // 4
         q, k, v, kept = (saved[at : at + n] for at in range(0, 4 * n, n))
-        spread, own = (_order(lengths, heads, n, grad.device) for n in (per, 1))
+        spread, own = (_order(row, heads, n, grad.device) for n in (per, 1))
         slope = grad.reshape(-1, grad.shape[2]).index_select(0, spread.rows).index_fill_(0, spread.empty, 0)
         dq, dk, dv = (
             grad.new_empty(len(order.rows), size)
             for order, size in ((spread, q[0].shape[2]), (own, q[0].shape[2]), (own, grad.shape[2]))
         )
-        pieces = (_pieces(states, lengths, heads, g) for states, g in ((slope, per), (dq, per), (dk, 1), (dv, 1)))
+        pieces = (_pieces(states, row, heads, g) for states, g in ((slope, per), (dq, per), (dk, 1), (dv, 1)))
         for q_n, k_n, v_n, p, do, dq_n, dk_n, dv_n in zip(q, k, v, kept, *pieces, strict=True):
             torch.bmm(p.mT, do, out=dv_n)
             ds = torch._softmax_backward_data(torch.bmm(do, v_n.mT), p, -1, p.dtype).mul_(ctx.scaling)
             torch.bmm(ds, k_n, out=dq_n)
             torch.bmm(ds.mT, q_n, out=dk_n)
-        found = (_joined(dq, spread, heads * per), _joined(dk, own, heads), _joined(dv, own, heads))
+        found = (_joined(dq, spread, heads * per), _summed(dk, own, row, heads), _summed(dv, own, row, heads))
         return *(states.transpose(0, 1) for states in found), None, None, None
 
 
-def _split(states: Tensor, order: Order, lengths: tuple[int, ...], per: int) -> list[Tensor]:
+def _split(states: Tensor, order: Order, row: Row, per: int) -> list[Tensor]:
     """(heads * per, T, d) to (sequences * heads, length * per, d) for each group."""
     rows = states.transpose(0, 1).reshape(-1, states.shape[2])
-    return _pieces(rows.index_select(0, order.rows), lengths, len(states) // per, per)
+    return _pieces(rows.index_select(0, order.rows), row, len(states) // per, per)
 
 
-def _pieces(rows: Tensor, lengths: tuple[int, ...], heads: int, per: int) -> list[Tensor]:
+def _pieces(rows: Tensor, row: Row, heads: int, per: int) -> list[Tensor]:
     """Views of the padded rows, one for each group."""
-    groups = _layout(lengths).groups
+    groups = _layout(row).groups
     pieces = rows.split([count * heads * size * per for count, size in groups])
     return [piece.view(count * heads, size * per, -1) for piece, (count, size) in zip(pieces, groups, strict=True)]
 
@@ -145,6 +168,14 @@ def _pieces(rows: Tensor, lengths: tuple[int, ...], heads: int, per: int) -> lis
 def _joined(rows: Tensor, order: Order, heads: int) -> Tensor:
     """Padded rows back to (T, heads, d)."""
     return rows.index_select(0, order.places).view(-1, heads, rows.shape[1])
+
+
+def _summed(rows: Tensor, order: Order, row: Row, heads: int) -> Tensor:
+    """The same of keys or values, with the slopes that they have in other sequences."""
+    found, pieces = _joined(rows, order, heads), _pieces(rows, row, heads, 1)
+    for group, at, first, count in _layout(row).again:
+        found[first : first + count] += pieces[group].unflatten(0, (-1, heads))[at, :, :count].transpose(0, 1)
+    return found
 
 
 @lru_cache(maxsize=256)

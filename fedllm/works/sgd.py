@@ -27,6 +27,8 @@ from fedllm.works.gradients import Stack, surviving
 from fedllm.works.schedule import LrSchedule
 from fedllm.works.stack import Layout
 
+COUNTED = ("steps", "tokens", "computed")
+
 
 @dataclass(eq=False)
 class Carry:
@@ -41,6 +43,7 @@ class Carry:
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]
     tokens: list[int]
+    computed: list[int]  # without what was computed once for several sequences
     loss_sum: list[float]
     lr_sum: list[float]
     failed: dict[int, str] = field(default_factory=dict)
@@ -141,6 +144,7 @@ class Sgd(Work):
             optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
             steps=[0] * len(jobs),
             tokens=[0] * len(jobs),
+            computed=[0] * len(jobs),
             loss_sum=[0.0] * len(jobs),
             lr_sum=[0.0] * len(jobs),
         )
@@ -155,6 +159,7 @@ class Sgd(Work):
             if k not in failed:
                 self._client_step(carry, k, jobs[k], float(losses[k]))
                 carry.tokens[k] += sum(batch.client_tokens[k] for batch in micro)
+                carry.computed[k] += sum(batch.client_computed[k] for batch in micro)
         return carry
 
     def finish(self, carry: Carry) -> Sequence[Outcome]:
@@ -166,8 +171,9 @@ class Sgd(Work):
         if not tree.finite(delta):
             return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
+        facts["computed"] = carry.computed[k]
         loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
-        counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens")}
+        counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in COUNTED}
         parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 

@@ -123,7 +123,7 @@ def test_layers_computed_twice(made: Any) -> None:
     free, _ = trained(made, None)
     found, notes = trained(made, int(1.05 * less))
     assert notes and all(note.endswith(": its layers are computed twice") for note in notes)
-    assert any(re.match(r"the stack of ann, ben would take \d+\.\d{3}GB: ", note) for note in notes)
+    assert all(re.match(r"the stack of \w+, \w+ would take \d+\.\d{3}GB: ", note) for note in notes)
     assert all_same(found, free)
 
 
@@ -182,8 +182,9 @@ def test_memory_that_runs_out_repeats_the_stack_from_its_start(
     free, _ = trained(made, None)
     tried = raises(ERRORS[kind](), 1, monkeypatch)
     found, notes = trained(made, None, workers=1)
-    assert notes == ["memory ran out in the stack of ann, ben: it is repeated from its start"]
-    assert tried[:2] == [(["ann", "ben"], False), (["ann", "ben"], False)]
+    first = tried[0][0]  # which two are dealt together depends on what their sequences have in common
+    assert len(first) == 2 and tried[:2] == [(first, False), (first, False)]
+    assert notes == [f"memory ran out in the stack of {', '.join(first)}: it is repeated from its start"]
     assert all_same(found, free)
 
 

@@ -50,7 +50,7 @@ def test_batched_is_serial_on_a_gpu(tmp_path: Path, ranks: Any, dtype: str, tole
 
 def test_a_gpu_gives_what_a_cpu_gives(tmp_path: Path) -> None:
     there, here = (sent(Serial(), of(tmp_path, dtype="float64", device=device)) for device in ("cuda", "cpu"))
-    assert farthest(there, here) < 1e-9
+    assert farthest(there, here) < 1e-5  # transformers' norms compute in float32 whatever the type
 
 
 def of(folder: Path, ranks: Any = None, **settings: Any) -> Experiment:

@@ -20,7 +20,7 @@ from tests.runs.small import Stop, StopAt, events, small
 # tiny-llama: 2 layers, hidden 64, 4 heads and 2 key-value heads of 16, MLP 192, 259 tokens, tied
 Q_AND_V = 2 * ((64 + 64) + (64 + 32))  # sum over layers of in + out of q_proj and v_proj
 ALL = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192 + 2 * 64) + 64 + 259 * 64
-FIGURES = {"metrics": 8, "counts": 16}  # float64: the loss; steps and tokens
+FIGURES = {"metrics": 8, "counts": 24}  # float64: the loss; steps and tokens
 
 
 def header(payload: bytes) -> int:

@@ -192,7 +192,8 @@ def test_counts_are_what_was_trained_on() -> None:
     update, facts = result(outcome)
     tokens = 2 * sum(len(item.tokens) for item in DATA["anna"])
     assert facts["tokens"] == tokens and update.parts["counts"].weight == 0
-    assert {name: float(leaf) for name, leaf in update.parts["counts"].tree.items()} == {"steps": 6, "tokens": tokens}
+    counts = {name: float(leaf) for name, leaf in update.parts["counts"].tree.items()}
+    assert counts == {"steps": 6, "tokens": tokens, "computed": tokens}
     assert set(update.parts) == Sgd.makes
 
 
@@ -268,7 +269,7 @@ def test_clients_without_examples_or_steps_stand_still() -> None:
         nobody, ben = run_work(work, [job(model, "anna", examples=examples), job(model, "ben")], model)
         update, facts = result(nobody)
         assert not any(leaf.any() for leaf in update.parts["delta"].tree.values())
-        assert facts == {"steps": 0, "lr_sum": 0.0, "tokens": 0}
+        assert facts == {"steps": 0, "lr_sum": 0.0, "tokens": 0, "computed": 0}
         moved = any(bool(leaf.any()) for leaf in delta(ben).values())
         assert moved is (work.steps != 0)
 

@@ -54,6 +54,11 @@ class Bottleneck(Adapter):
         if not self.targets:
             raise ConfigError("task.adapter.bottleneck.targets is empty; name layers, or all_linear")
 
+    @property
+    def shares(self) -> bool:
+        """Always."""
+        return True
+
     def attach(self, base: Base) -> Attached:
         """Extend the targeted layers of the base model; their names and weights stay as they are.
 

@@ -72,6 +72,11 @@ class Lora(Adapter):
             raise ConfigError("task.adapter.lora has init: singular and init_from; a start is one of the two")
 
     @property
+    def shares(self) -> bool:
+        """Not where dropout draws anew for each sequence."""
+        return not self.dropout
+
+    @property
     def needs_weights(self) -> bool:
         """Where they give up what the adapter begins with."""
         return self.init == "singular"

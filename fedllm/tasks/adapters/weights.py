@@ -25,8 +25,17 @@ from fedllm.tasks.peft_layout import write_weights
 from fedllm.tree import Tree
 
 
+class Weights(Adapter):
+    """Some of the weights."""
+
+    @property
+    def shares(self) -> bool:
+        """Always."""
+        return True
+
+
 @dataclass(frozen=True)
-class Full(Adapter):
+class Full(Weights):
     """All weights."""
 
     @property
@@ -40,7 +49,7 @@ class Full(Adapter):
 
 
 @dataclass(frozen=True)
-class Norms(Adapter):
+class Norms(Weights):
     """The weights of the normalisation layers."""
 
     def attach(self, base: Base) -> Attached:
@@ -51,7 +60,7 @@ class Norms(Adapter):
 
 
 @dataclass(frozen=True)
-class BitFit(Adapter):
+class BitFit(Weights):
     """The biases. A model without biases has no leaf."""
 
     def attach(self, base: Base) -> Attached:
