@@ -4,7 +4,8 @@ The default corpus is the project's own: questions and answers of the handbook, 
 records of some 20 to 300 tokens of SmolLM2, short ones more often than long ones. A file may hold instruction, input
 and output; prompt and response; or messages.
 
-All rows see the text `prompt + "\\n" + completion + end token`, which is what the template `plain` writes.
+All rows see the text `prompt + "\\n" + completion + end token`, which is what the template `plain` writes, or that of
+another template.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import fedllm
 from fedllm.data import handbook
 from fedllm.errors import DataError
 from fedllm.federations.sources import file_rows
-from fedllm.tasks.template import encode_response, messages_of
+from fedllm.tasks.template import Template, encode_response, messages_of, prompt_text
 from fedllm.update import Ctx
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ MOST_LOOKED_AT = 1000  # pairs for one that is taken
 @dataclass(frozen=True)
 class Choice:
     """Which records are taken: `num` of those that keep a label in `max_length` tokens; with `fill` only those that
-    have at least so many tokens, so that each sequence is exactly as long."""
+    have at least so many tokens, so that each sequence is exactly as long. `template`: what makes text of them."""
 
     num: int
     max_length: int
     fill: bool
+    template: Template = "plain"
 
 
 def handbook_pairs(seed: int) -> Iterator[Pair]:
@@ -77,7 +79,7 @@ def chosen(pairs: Iterator[Pair], tokenizer: PreTrainedTokenizerBase, choice: Ch
     found: list[tuple[Pair, int]] = []
     for prompt, completion in islice(pairs, MOST_LOOKED_AT * choice.num):
         record = {"prompt": prompt, "response": completion}
-        example = encode_response(record, tokenizer, "plain", choice.max_length) if completion else None
+        example = encode_response(record, tokenizer, choice.template, choice.max_length) if completion else None
         if example is not None and (len(example.tokens) == choice.max_length or not choice.fill):
             found.append(((prompt, completion), len(example.tokens)))
         if len(found) == choice.num:
@@ -97,7 +99,7 @@ def write_clients(pairs: list[Pair], clients: int, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_batches(experiment_file: Path, path: Path) -> None:
+def write_batches(experiment_file: Path, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """What each client's steps take in each round, in order: fedllm's own draws, for the rows that are not fedllm."""
     experiment: Experiment = fedllm.load(experiment_file)
     train = experiment.federation.load(experiment.key).train
@@ -106,7 +108,8 @@ def write_batches(experiment_file: Path, path: Path) -> None:
             for client, records in train.items():
                 ctx = Ctx(place, experiment.key, len(train), len(train), experiment.rounds, client=client)
                 for index in (i for step in experiment.work.plan(len(records), ctx) for micro in step for i in micro):
-                    row = {"prompt": records[index]["prompt"] + "\n", "completion": records[index]["response"]}
+                    prompt = prompt_text(records[index], tokenizer, experiment.task.template)
+                    row = {"prompt": prompt, "completion": records[index]["response"]}
                     lines.write(json.dumps({"round": place, "client": client, **row}) + "\n")
 
 

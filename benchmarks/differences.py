@@ -23,6 +23,10 @@ from fedllm.experiment import Experiment
 from fedllm.tasks.model import load as load_model
 from fedllm.update import Ctx, Update
 
+SAME = {
+    **{"clients": 4, "batch": 2, "max_length": 256, "fill": False, "seed": 0, "rounds": 0},
+    **{"shape": None, "device": "cpu", "template": "plain"},
+}
 WAYS = [(dtype, optimizer) for dtype in ("float32", "bfloat16") for optimizer in ("sgd", "adamw")]
 
 
@@ -49,10 +53,9 @@ def main() -> None:
     parser.add_argument("--records", type=Path)
     parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
-    same = {"clients": 4, "batch": 2, "max_length": 256, "fill": False, "seed": 0, "rounds": 0}
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        prepared, _ = prepare(argparse.Namespace(**vars(options), **same), Path(folder))
+        prepared, _ = prepare(argparse.Namespace(**vars(options), **SAME), Path(folder))
         for dtype, optimizer in WAYS:
             lr = 0.05 if optimizer == "sgd" else 1e-3
             changes = [f"task.dtype={dtype}", f"work.sgd.optimizer={optimizer}", f"work.sgd.lr={lr}"]

@@ -38,12 +38,13 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Prepared, Facts]
     if options.shape is not None:
         options.model = str(shapes.write(options.shape, folder / options.shape, options.device))
     base = load_base(options.model, dtype="bfloat16", device="cpu")
-    choice = corpus.Choice(options.clients * options.steps * options.batch, options.max_length, options.fill)
+    num = options.clients * options.steps * options.batch
+    choice = corpus.Choice(num, options.max_length, options.fill, options.template)
     chosen = corpus.chosen(pairs, base.tokenizer, choice)
     clients, experiment, batches = folder / "clients.jsonl", folder / "experiment.yaml", folder / "batches.jsonl"
     corpus.write_clients([pair for pair, _ in chosen], options.clients, clients)
     experiment.write_text(json.dumps(experiment_of(options, clients)), encoding="utf-8")
-    corpus.write_batches(experiment, batches)
+    corpus.write_batches(experiment, batches, base.tokenizer)
     tail = ("--batch", str(options.batch), "--max-length", str(options.max_length))
     linears = [layer for layer in base.model.modules() if isinstance(layer, nn.Linear)]
     facts = Facts(
@@ -58,7 +59,7 @@ def experiment_of(options: argparse.Namespace, clients: Path) -> dict[str, Any]:
     """fedllm's experiment: the first round is warm-up, and nothing is held out or evaluated."""
     lora = {"rank": RANK, "alpha": ALPHA, "targets": "all_linear"}
     sgd = {"optimizer": "adamw", "lr": LR, "steps": options.steps, "batch_size": options.batch}
-    task = {"model": options.model, "adapter": {"lora": lora}, "template": "plain", "dtype": "bfloat16"}
+    task = {"model": options.model, "adapter": {"lora": lora}, "template": options.template, "dtype": "bfloat16"}
     return {
         "task": {**task, "device": options.device},
         "federation": {"shards": {"data": str(clients), "heldout": 0.0, "split": {"by": "client"}}},

@@ -1,6 +1,6 @@
 """Client steps per second of a round: the batched engine against the serial one and against what people use today.
 
-    python benchmarks/round.py --json [--records FILE] [--clients 16] [--pair]
+    python benchmarks/round.py --json [--records FILE] [--template alpaca] [--clients 16] [--pair]
     python benchmarks/round.py --json --rows plain,serial,batched --clients 16 --batch 1 --max-length 64 --fill
     python benchmarks/round.py --json --rows plain,serial,batched --clients 32 --fill --device cuda --shape llama-1b
 
@@ -51,6 +51,9 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", help=f"a model of random weights in place of --model: {', '.join(SHAPES)}")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; the peers run on the CPU alone")
     parser.add_argument("--records", type=Path, help="a file of records instead of those made from the handbook")
+    parser.add_argument(
+        "--template", choices=("plain", "alpaca"), default="plain", help="alpaca: as FlowerTune; default: %(default)s"
+    )
     parser.add_argument("--rows", default=",".join(ROWS), help="separated by commas; default: %(default)s")
     for name, (default, meaning) in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning}; default: %(default)s")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def test_records_are_chosen_by_length(benchmarks: None) -> None:
         corpus.chosen(iter(pairs), tokenizer, corpus.Choice(4, 9, fill=False))
 
 
-def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["plain", "alpaca"])
+def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, template: str, tmp_path: Path) -> None:
     import batches
     import round as bench
     from prepare import prepare
@@ -133,7 +135,8 @@ def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, tmp_path: Pa
     from fedllm.tasks.model import load
     from fedllm.update import Ctx
 
-    options = bench.options_of(["--model", "tiny-llama", "--clients", "3", "--steps", "2", "--rounds", "1"])
+    numbers = ["--clients", "3", "--steps", "2", "--rounds", "1"]
+    options = bench.options_of(["--model", "tiny-llama", "--template", template, *numbers])
     prepared, facts = prepare(options, tmp_path)
     work = batches.read(prepared.batches, options.batch)
     assert (work.rounds, len(work.clients), work.client_steps) == (2, 3, 6)
@@ -153,6 +156,14 @@ def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, tmp_path: Pa
         assert lengths / work.client_steps == facts.tokens
     orders = [work.rows[place][work.clients[0]] for place in range(2)]
     assert orders[0] != orders[1]  # drawn anew each round
+
+
+def test_differences_are_measured_on_the_same_files(benchmarks: None, tmp_path: Path) -> None:
+    import differences
+    from prepare import prepare
+
+    prepared, _ = prepare(Namespace(model="tiny-llama", records=None, steps=1, **differences.SAME), tmp_path)
+    assert prepared.experiment.exists()
 
 
 def test_ratios_and_share_of_the_peak_by_hand(benchmarks: None) -> None:
