@@ -11,6 +11,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ hypothesis.settings.load_profile("fedllm")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "model: uses SmolLM2-135M (93 MB, downloaded once into the cache folder)")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script that was started in the background inherits that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
