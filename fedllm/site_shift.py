@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
 from safetensors.torch import save
 
 from fedllm.disk import write_durably
-from fedllm.errors import ClientError, RunError
+from fedllm.errors import ClientError, FedllmError, RunError
 from fedllm.shift import Shift
 from fedllm.stage import Stage
 from fedllm.state import read_tree
@@ -122,6 +122,17 @@ class SiteShift:
                 self.store.save(held)
             self.moved = held, self.base.shifted(held)
             return self.moved[1]
+
+    def taken(self, request: Request) -> Request:
+        """The request without what it brings, which is here from now on: several wait for their turn, and what each
+        brings is as large as the layers. As it is, where that is not possible; its client will be told."""
+        if not request.shift.steps:
+            return request
+        try:
+            self.model(request)
+        except FedllmError:
+            return request
+        return replace(request, shift=Shift(after=request.shift.version))
 
     def reserve(self, stages: Sequence[Stage]) -> int:
         """Bytes that moving takes at most beside the training: what is kept here and on the server, messages on their

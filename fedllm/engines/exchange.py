@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm import wire
@@ -24,19 +24,21 @@ class Reply:
 
 def answers(site: Site, name: str, requests: Sequence[Request]) -> list[Reply]:
     """The way to the clients and back: requests to replies, both as bytes in between."""
-    return replies(site, name, [wire.pack(request) for request in requests])
+    return replies(site, name, map(wire.pack, requests))
 
 
-def replies(site: Site, name: str, sent: Sequence[bytes]) -> list[Reply]:
-    """The clients' side: requests as bytes to replies as bytes."""
-    requests = []
+def replies(site: Site, name: str, sent: Iterable[bytes]) -> list[Reply]:
+    """The clients' side: requests as bytes to replies as bytes. One request at a time is there as bytes."""
+    requests, sizes = [], []
     for data in sent:
         request = wire.unpack(data)
         assert isinstance(request, Request)
-        requests.append(request)
+        requests.append(site.shift.taken(request))
+        sizes.append(len(data))
+        del data, request
     return [
-        Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None, len(data))
-        for answer, data in zip(site.answers(name, requests), sent, strict=True)
+        Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None, size)
+        for answer, size in zip(site.answers(name, requests), sizes, strict=True)
     ]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # rows whose logits exist at once: a product with the head is fast from about here
 FEW = 4  # rows: from here on a product over the vocabulary is added up in blocks
-PART = 32  # rows whose probabilities exist at once, in float32: they stay in a CPU's cache
+PART = 16  # rows whose probabilities exist at once, in float32: they stay in a CPU's cache
 WIDE = 1 << 27  # logits that exist at once on a GPU, which small pieces leave idle
 
 
@@ -119,4 +119,6 @@ def _times_head(slope: Tensor, head: Head) -> Tensor:
 
 
 def _cut(count: int, size: int) -> list[slice]:
-    return [slice(at, min(at + size, count)) for at in range(0, count, size)]
+    """Pieces of at most `size`, all about as large: a last one of a few rows would read the head as often."""
+    size = -(-count // max(1, -(-count // size)))
+    return [slice(at, min(at + size, count)) for at in range(0, count, size or 1)]

@@ -303,8 +303,20 @@ def test_what_cannot_be_is_refused(data: Path, stages, settings, message: str) -
 def test_a_shift_that_does_not_fit_is_the_clients_failure(leaves: tree.Tree, data: Path) -> None:
     site = Site.of(made(data, TRIPS["flora"]), None)
     ctx = Ctx(1, Key(0), 5, 5, client="ann")
-    answer = site.answer("work", Request(site.fresh, ({}, {}), ctx, Shift({1: leaves})))
+    request = Request(site.fresh, ({}, {}), ctx, Shift({1: leaves}))
+    assert site.shift.taken(request) is request
+    answer = site.answer("work", request)
     assert "version 1 of the frozen weights holds" in answer.reason  # type: ignore[union-attr]
+
+
+def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path) -> None:
+    site, layer = Site.of(made(data, TRIPS["flora"]), None), "model.layers.0.self_attn.q_proj"
+    added = Shift({1: {f"{layer}.lora_BA": torch.ones(64, 64)}})
+    requests = [Request(site.fresh, ({}, {}), Ctx(1, Key(0), 5, 5, client=name), added) for name in ("ann", "bob")]
+    waiting = [site.shift.taken(request) for request in requests]
+    assert [(request.shift.steps, request.shift.version) for request in waiting] == [({}, 1)] * 2
+    assert site.shift.model(waiting[1]) is site.shift.model(requests[0])
+    assert torch.equal(site.shift.moved[0].dense(layer), torch.ones(64, 64))
 
 
 def test_a_site_that_lacks_an_earlier_version_says_so(data: Path) -> None:

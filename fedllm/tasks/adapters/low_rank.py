@@ -5,9 +5,10 @@
     dA_k = dz^T u   dB_k = s dy^T z
 
 The products with W run over all rows at once. Those with A and B are small, and each call costs as much as it computes:
-for few tokens and ranks the factors of all clients are side by side in one product, whose values between a row and
-another client's factors are set to zero (`_Joint`); else each client has products of its own (`_Apart`). A zero times a
-NaN is a NaN, so the joint form keeps clients apart only while all values are finite: `Sgd` sees to that.
+where they stay narrow, or the tokens are few, the factors of all clients are side by side in one product, whose values
+between a row and another client's factors are set to zero (`_Joint`); else each client has products of its own
+(`_Apart`). A zero times a NaN is a NaN, so the joint form keeps clients apart only while all values are finite: `Sgd`
+sees to that.
 
 Padding a client's rank with zeros adds zeros.
 """
@@ -26,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from fedllm.tasks.quantized import Quantized
 
-FEW = 6000  # tokens x rank of a client; up to here what the joint form wastes on a CPU costs less than its calls save
+NARROW, FEW = 64, 6000  # clients x rank, tokens x rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +64,15 @@ def low_rank(
         factors: A (K, rank, in) and B (K, out, rank), in the type in which they train.
     """
     rank = factors[0].shape[1]
-    joint = len(sizes) > 1 and (x.is_cuda or len(x) * rank <= FEW)
+    joint = len(sizes) > 1 and (x.is_cuda or joint_pays(len(sizes), len(x), rank))
     form = _Joint if joint else _Apart
     y: Tensor = form.apply(x, dropped, *factors, frozen, tuple(sizes), scale)  # type: ignore[no-untyped-call]
     return y
+
+
+def joint_pays(clients: int, tokens: int, rank: int) -> bool:
+    """Whether what the joint form wastes on a CPU costs less than its calls save."""
+    return clients * rank <= NARROW or tokens * rank <= FEW
 
 
 class _Apart(torch.autograd.Function):
