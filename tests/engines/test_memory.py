@@ -220,11 +220,16 @@ with one_thread():
     costs = Costs.measured(site.model, site.fresh)
 whole = costs.of(work, [site.first_job(client) for client in ("ann", "ben")], recompute=False)
 inside, most, lock, real = [0], [0], threading.Lock(), crew.run_work
+meeting, calls = threading.Barrier(2), [0]
 def counted(*args):
     with lock:
         inside[0] += 1
         most[0] = max(most[0], inside[0])
+        calls[0] += 1
+        meets = settings.get("meet") and calls[0] <= 2
     try:
+        if meets:
+            meeting.wait(60)
         return real(*args)
     finally:
         with lock:
@@ -264,10 +269,10 @@ def test_two_stacks_that_would_not_fit_run_one_after_another(
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit on address space is read from /proc")
 def test_without_the_estimate_they_do_not_fit(tmp_path: Path) -> None:
-    """A budget that is a lie: memory runs out, be it caught in time or not."""
+    """A budget that is a lie: memory runs out when two stacks begin together, be it caught in time or not."""
     data = str(long_records(tmp_path / "long.jsonl", 512))
     settings = {"model": "tiny-llama", "dtype": "float32", "data": data, "batch": 6, "length": 512}
-    settings |= {"room": 1.6, "budget": "100GB"}
+    settings |= {"room": 1.2, "budget": "100GB", "meet": True}
     command = [sys.executable, "-c", LIMITED, json.dumps(settings)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     notes = json.loads(done.stdout.splitlines()[-1])[3] if done.returncode == 0 else ["it died"]
