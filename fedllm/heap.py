@@ -33,7 +33,12 @@ def kept_memory() -> Iterator[None]:
         yield
     finally:
         mallopt(TRIM_THRESHOLD, 128 << 10)  # glibc's default
-        _glibc("malloc_trim")(0)
+        give_back()
+
+
+def give_back() -> None:
+    """What all threads have freed, back to the system: after blocks that are not taken again soon."""
+    _glibc("malloc_trim")(0)
 
 
 def _glibc(name: str) -> Callable[..., int]:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from fedllm.disk import write_durably
 from fedllm.errors import ClientError, FedllmError, RunError
+from fedllm.heap import give_back
 from fedllm.shift import Shift
 from fedllm.stage import Stage
 from fedllm.state import read_tree
@@ -121,6 +122,7 @@ class SiteShift:
                 held = self._joined(held, sent)
                 self.store.save(held)
             self.moved = held, self.base.shifted(held)
+            give_back()  # the messages of a round and the weights before it, each as large as the layers
             return self.moved[1]
 
     def taken(self, request: Request) -> Request:

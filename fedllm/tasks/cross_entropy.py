@@ -119,6 +119,6 @@ def _times_head(slope: Tensor, head: Head) -> Tensor:
 
 
 def _cut(count: int, size: int) -> list[slice]:
-    """Pieces of at most `size`, all about as large: a last one of a few rows would read the head as often."""
-    size = -(-count // max(1, -(-count // size)))
-    return [slice(at, min(at + size, count)) for at in range(0, count, size or 1)]
+    """Pieces of at most `size` whose lengths differ by one at most: for a few rows the whole head is read, too."""
+    pieces = -(-count // size)
+    return [slice(count * at // pieces, count * (at + 1) // pieces) for at in range(pieces)]

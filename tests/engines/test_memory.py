@@ -272,7 +272,7 @@ def test_without_the_estimate_they_do_not_fit(tmp_path: Path) -> None:
     """A budget that is a lie: memory runs out when two stacks begin together, be it caught in time or not."""
     data = str(long_records(tmp_path / "long.jsonl", 512))
     settings = {"model": "tiny-llama", "dtype": "float32", "data": data, "batch": 6, "length": 512}
-    settings |= {"room": 1.2, "budget": "100GB", "meet": True}
+    settings |= {"room": 1.6, "budget": "100GB", "meet": True}
     command = [sys.executable, "-c", LIMITED, json.dumps(settings)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     notes = json.loads(done.stdout.splitlines()[-1])[3] if done.returncode == 0 else ["it died"]

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fedllm import factors, launch, tree
+from fedllm import factors, launch, site_shift, tree
 from fedllm.check import check
 from fedllm.client import Site
 from fedllm.engines.batched import Batched
@@ -309,7 +309,9 @@ def test_a_shift_that_does_not_fit_is_the_clients_failure(leaves: tree.Tree, dat
     assert "version 1 of the frozen weights holds" in answer.reason  # type: ignore[union-attr]
 
 
-def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path) -> None:
+def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr(site_shift, "give_back", lambda: given.append(True))
     site, layer = Site.of(made(data, TRIPS["flora"]), None), "model.layers.0.self_attn.q_proj"
     added = Shift({1: {f"{layer}.lora_BA": torch.ones(64, 64)}})
     requests = [Request(site.fresh, ({}, {}), Ctx(1, Key(0), 5, 5, client=name), added) for name in ("ann", "bob")]
@@ -317,6 +319,7 @@ def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path) -> Non
     assert [(request.shift.steps, request.shift.version) for request in waiting] == [({}, 1)] * 2
     assert site.shift.model(waiting[1]) is site.shift.model(requests[0])
     assert torch.equal(site.shift.moved[0].dense(layer), torch.ones(64, 64))
+    assert len(given) == 1, "memory is given back when the weights move, and not for each client"
 
 
 def test_a_site_that_lacks_an_earlier_version_says_so(data: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedllm.tasks.cross_entropy import CHUNK, row_losses
+from fedllm.tasks.cross_entropy import CHUNK, _cut, row_losses
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -150,3 +150,11 @@ def test_a_nan_stays_in_its_row() -> None:
     for place in (0, 2, 3):
         assert torch.equal(found[place], clean[place]) and torch.equal(spoilt.grad[place], hidden.grad[place])
     assert bool(found[1].isnan())
+
+
+@given(st.integers(0, 2000), st.integers(1, 300))
+def test_pieces_cover_all_rows_and_are_as_long_as_each_other(count: int, size: int) -> None:
+    cut = _cut(count, size)
+    assert [row for rows in cut for row in range(count)[rows]] == list(range(count))
+    lengths = [rows.stop - rows.start for rows in cut] or [0]
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1 and len(cut) == math.ceil(count / size)
