@@ -74,7 +74,7 @@ class Session:
                 clients=len(self.population.clients),
                 trainable=tree.num_values(self.state.params),
                 settings=dump(self.experiment),
-                versions=versions(),
+                versions={**versions(), **self.model.computed_by},
             )
         )
         self.log(self.population.report)

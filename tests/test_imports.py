@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "yamltext",
         "recent",
         "heap",
+        "native",
     ),
     ("privacy", "secagg"),
     ("update", "batch"),

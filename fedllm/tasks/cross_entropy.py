@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedllm.native import kernels
 from fedllm.tasks.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class _RowLosses(torch.autograd.Function):
 
 def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: float | None, part_rows: int) -> Tensor:
     """(N,) losses of (N, V) logits, which become softmax - onehot, times the cap's slope, in their own memory."""
+    if cap is None and kernels.serve(logits):
+        return kernels.cross_entropy_(logits, targets)
     losses = torch.empty(len(targets), dtype=wide, device=logits.device)
     for rows in _cut(len(targets), part_rows):
         part = logits[rows] if cap is None else capped(logits[rows].to(wide), cap)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
+from fedllm.native.library import library
 from fedllm.rng import Key
 from fedllm.shift import Shift
-from fedllm.tasks import architecture, norms, recompute
+from fedllm.tasks import architecture, gated, norms, recompute
 from fedllm.tasks.adapter import Attached, Movable
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
@@ -52,6 +53,13 @@ class LoadedModel:
         transformers' norms round to float32, and the slopes of the common tokens would add up in another order."""
         wide = self.base.model.dtype == torch.float64
         return self.task.adapter.shares and self.base.unpackable is None and not wide
+
+    @property
+    def computed_by(self) -> Mapping[str, str]:
+        """`kernels`: whose computes what is no large product, where there is a choice: bfloat16 on a CPU."""
+        model = self.base.model
+        chosen = model.dtype == torch.bfloat16 and model.device.type == "cpu"
+        return {"kernels": library().about} if chosen else {}
 
     def bound(self, key: Key) -> LoadedModel:
         """This model with the frozen leaves of the run's key."""
@@ -166,5 +174,6 @@ def load(task: Task) -> LoadedModel:
     unpackable = architecture.prepare(base.model, task.model)
     recompute.prepare(base.model)
     norms.prepare(base.model)
+    gated.prepare(base.model)
     base = replace(base, unpackable=unpackable, caching=unpackable is None or architecture.caching(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))

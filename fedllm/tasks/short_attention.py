@@ -15,12 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedllm.native import kernels
 from fedllm.tasks.once import first_of, once
 
 STEP = 32  # lengths are padded to its multiples: few shapes, for a new one costs as much as ten products
@@ -45,8 +47,38 @@ def short_attention(
 ) -> Tensor:
     """(heads, T, d) queries, (key heads, T, d) keys and (key heads, T, e) values of a row to (T, heads, e)."""
     row = Row(tuple(lengths), tuple(shared))
-    out: Tensor = _Short.apply(query, key, value, row, scaling, window)  # type: ignore[no-untyped-call]
+    form = _Kernel if kernels.serve_attention(query, key, value) else _Short
+    out: Tensor = form.apply(query, key, value, row, scaling, window)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float, window: int | None
+    ) -> Tensor:
+        q, k, v = (each if each.stride(2) == 1 else each.contiguous() for each in (query, key, value))
+        out, p = kernels.attention((q, k, v), _sequences(row), window, scaling)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.row, ctx.scaling, ctx.window = row, scaling, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = kernels.attention_slope(grad, ctx.saved_tensors, _sequences(ctx.row), ctx.window, ctx.scaling)
+        return *(states.transpose(0, 1) for states in found), None, None, None
+
+
+@lru_cache(maxsize=64)
+def _sequences(row: Row) -> kernels.Sequences:
+    """Where the keys and queries of each sequence stand in the computed row."""
+    shared = row.shared or (0,) * len(row.lengths)
+    starts = [0, *accumulate(length - common for length, common in zip(row.lengths, shared, strict=True))]
+    firsts = first_of(shared)
+    return kernels.Sequences.of(
+        [(starts[firsts[i]], shared[i], starts[i], length) for i, length in enumerate(row.lengths)]
+    )
 
 
 @dataclass(frozen=True, eq=False)

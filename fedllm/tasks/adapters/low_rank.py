@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedllm.native import kernels
 from fedllm.tasks.quantized import Quantized
 
 NARROW, FEW = 64, 6000  # clients x rank, tokens x rank
@@ -65,7 +66,7 @@ def low_rank(
     """
     rank = factors[0].shape[1]
     joint = len(sizes) > 1 and (x.is_cuda or joint_pays(len(sizes), len(x), rank))
-    form = _Joint if joint else _Apart
+    form = _Kernel if kernels.serve_low_rank(x, factors[1].shape[1]) else _Joint if joint else _Apart
     y: Tensor = form.apply(x, dropped, *factors, frozen, tuple(sizes), scale)  # type: ignore[no-untyped-call]
     return y
 
@@ -73,6 +74,34 @@ def low_rank(
 def joint_pays(clients: int, tokens: int, rank: int) -> bool:
     """Whether what the joint form wastes on a CPU costs less than its calls save."""
     return clients * rank <= NARROW or tokens * rank <= FEW
+
+
+class _Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        frozen: Frozen | Quantized,
+        sizes: tuple[int, ...],
+        scale: float,
+    ) -> Tensor:
+        y, u = frozen.forward(x), (x if dropped is None else dropped).contiguous()
+        z = kernels.low_rank_(y, u, a, b, sizes, scale)
+        ctx.save_for_backward(u, z, a, b)
+        ctx.frozen, ctx.sizes, ctx.scale = frozen, sizes, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_dropped, *needs = ctx.needs_input_grad
+        dx = ctx.frozen.backward(dy) if needs_x else None
+        du = torch.zeros_like(ctx.saved_tensors[0]) if needs_dropped else dx
+        da, db = kernels.low_rank_slope(dy, ctx.saved_tensors, ctx.sizes, ctx.scale, (needs[0], needs[1]), du)
+        return dx, du if needs_dropped else None, da, db, None, None, None
 
 
 class _Apart(torch.autograd.Function):

@@ -1,0 +1,241 @@
+/* Causal attention within the sequences of a row, each query head of a group with its group's keys and values.
+
+       P = softmax(s Q K^T)   O = P V
+       dP = dO V^T   dS = s P (dP - sum(P dP))   dQ = dS K   dK = dS^T Q   dV = P^T dO
+
+   A sequence is four numbers: where its first `common` keys lie, which it shares with the sequence that has them as
+   queries, too; `common`; where its own queries and keys lie, which follow; and its length. Nothing is computed for
+   keys that a tile of 8 queries does not see. Probabilities of a sequence: (query head, own query, key), keys padded.
+
+   Products are sums over pairs of numbers: one factor lies two rows side by side, (rows / 2, columns, 2). */
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "tiles.h"
+
+#ifdef TILES
+
+enum { ROWS = 8, WIDTH = 16 };
+
+typedef struct {
+    int64_t first, common, own, length;
+} sequence;
+
+/* States of one head: position t at `at + t * next`. */
+typedef struct {
+    const bf16 *at;
+    int64_t next;
+} states;
+
+static int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Position of a sequence's i-th key. */
+static int64_t place(const sequence *s, int64_t i) { return i < s->common ? s->first + i : s->own + i - s->common; }
+
+/* out (8, columns) {=, +=} A B: row i of A in pairs at a[i] + j next_a, B (steps, columns, 2) in rows of next_b. */
+TILE product(const bf16 *const *a, int64_t next_a, const bf16 *b, int64_t next_b, int64_t steps, float *out,
+             int64_t next_out, int64_t columns, int add) {
+    for (int64_t c = 0; c < columns; c += WIDTH) {
+        __m512 sum[ROWS];
+        const bf16 *at = b + 2 * c;
+        UNROLL for (int i = 0; i < ROWS; i++)
+            sum[i] = add ? _mm512_loadu_ps(out + i * next_out + c) : _mm512_setzero_ps();
+        for (int64_t j = 0; j < steps; j++, at += next_b) {
+            __m512bh factor = words(at, ~0u);
+            UNROLL for (int i = 0; i < ROWS; i++) sum[i] = _mm512_dpbf16_ps(sum[i], factor, pair(a[i] + j * next_a));
+        }
+        UNROLL for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(out + i * next_out + c, sum[i]);
+    }
+}
+
+static void narrowed(const float *restrict x, bf16 *restrict y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) y[i] = narrow(x[i]);
+}
+
+/* Keys or values of a sequence side by side in columns: (size / 2, N, 2), N the padded length. */
+static void in_columns(states x, const sequence *s, int64_t size, bf16 *out) {
+    int64_t N = padded(s->length);
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t j = 0; j < size; j += 2) {
+            bf16 *to = out + j * N + 2 * i;
+            if (i < s->length)
+                memcpy(to, x.at + place(s, i) * x.next + j, 2 * sizeof *to);
+            else
+                memset(to, 0, 2 * sizeof *to);
+        }
+}
+
+/* Rows two by two: (rows / 2, size, 2); a row that is missing is zeros. */
+static void two_by_two(const bf16 *restrict one, const bf16 *restrict two, bf16 *restrict out, int64_t size) {
+    for (int64_t i = 0; i < size; i++) out[2 * i] = one ? one[i] : 0, out[2 * i + 1] = two ? two[i] : 0;
+}
+
+static const bf16 *row_of(states x, const sequence *s, int64_t i) {
+    return i < s->length ? x.at + place(s, i) * x.next : NULL;
+}
+
+static void in_rows(states x, const sequence *s, int64_t from, int64_t to, int64_t size, bf16 *out) {
+    for (int64_t i = from; i < to; i += 2, out += 2 * size)
+        two_by_two(row_of(x, s, i), row_of(x, s, i + 1), out, size);
+}
+
+/* Rows of 8 queries from the i-th on, the last one again where there are fewer. */
+static void queries(states x, const sequence *s, int64_t i, const bf16 **rows) {
+    for (int k = 0; k < ROWS; k++) rows[k] = row_of(x, s, min(i + k, s->length - 1));
+}
+
+/* Scores of the query at place i to probabilities, over n keys. */
+static void softmax(float *restrict x, bf16 *restrict p, int64_t i, int64_t n, int64_t window, float scale) {
+    int64_t from = window > 0 && i >= window ? i - window + 1 : 0;
+    float most = -INFINITY, sum = 0;
+    for (int64_t k = 0; k < n; k++) x[k] = k < from || k > i ? -INFINITY : scale * x[k];
+#pragma omp simd reduction(max : most)
+    for (int64_t k = 0; k < n; k++) most = x[k] > most ? x[k] : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; k++) sum += x[k] = exponential(x[k] - most);
+    float share = 1 / sum;
+    for (int64_t k = 0; k < n; k++) p[k] = narrow(x[k] * share);
+}
+
+/* dS of a query from its dP, which it replaces, and P, over n keys. */
+static void slope(const float *restrict dp, const bf16 *restrict p, bf16 *restrict ds, int64_t n, float scale) {
+    float inner = 0;
+#pragma omp simd reduction(+ : inner)
+    for (int64_t k = 0; k < n; k++) inner += wide(p[k]) * dp[k];
+    for (int64_t k = 0; k < n; k++) ds[k] = narrow(scale * wide(p[k]) * (dp[k] - inner));
+}
+
+/* Queries and keys of `size` numbers, values and outputs of `size_v`; outputs (T, heads, size_v). */
+typedef struct {
+    int64_t heads, groups, size, size_v, window;
+    float scale;
+} shape;
+
+/* One head's queries of a sequence; `p`: their probabilities. `work`: 8 (N + size_v) floats. */
+static void forward(const shape *d, const sequence *s, states q, const bf16 *keys, const bf16 *values, bf16 *p,
+                    bf16 *out, float *work) {
+    int64_t N = padded(s->length), next = d->heads * d->size_v;
+    float *scores = work, *found = work + ROWS * N;
+    for (int64_t i = s->common; i < s->length; i += ROWS, p += ROWS * N) {
+        int64_t count = min(ROWS, s->length - i), n = padded(i + count);
+        const bf16 *rows[ROWS];
+        queries(q, s, i, rows);
+        product(rows, 2, keys, 2 * N, d->size / 2, scores, N, n, 0);
+        for (int64_t k = 0; k < count; k++) softmax(scores + k * N, p + k * N, i + k, n, d->window, d->scale);
+        for (int64_t k = 0; k < ROWS; k++) rows[k] = p + min(k, count - 1) * N;
+        product(rows, 2, values, 2 * d->size_v, n / 2, found, d->size_v, d->size_v, 0);
+        for (int64_t k = 0; k < count; k++)
+            narrowed(found + k * d->size_v, out + place(s, i + k) * next, d->size_v);
+    }
+}
+
+/* Elements of a sequence's probabilities of one head. */
+static int64_t kept(const sequence *s) { return (s->length - s->common) * padded(s->length); }
+
+/* Room for the slopes of one head and of one sequence's keys and values. */
+typedef struct {
+    bf16 *values, *keys, *ds, *ds_pairs, *p_pairs, *q_pairs, *do_pairs;
+    float *found, *dk, *dv;
+} room;
+
+/* dQ of one head's queries, and what they add to dk (N, size) and dv (N, size_v). */
+static void backward(const shape *d, const sequence *s, states q, states dout, const bf16 *p, bf16 *dq, const room *r) {
+    int64_t N = padded(s->length), rows = s->length - s->common, next = d->heads * d->size;
+    memset(r->ds_pairs, 0, (rows + 1) / 2 * 2 * N * sizeof(bf16));
+    memset(r->p_pairs, 0, (rows + 1) / 2 * 2 * N * sizeof(bf16));
+    for (int64_t i = s->common; i < s->length; i += ROWS, p += ROWS * N) {
+        int64_t count = min(ROWS, s->length - i), n = padded(i + count), at = (i - s->common) * N;
+        const bf16 *own[ROWS];
+        queries(dout, s, i, own);
+        product(own, 2, r->values, 2 * N, d->size_v / 2, r->found, N, n, 0);
+        for (int64_t k = 0; k < count; k++) slope(r->found + k * N, p + k * N, r->ds + k * N, n, d->scale);
+        for (int64_t k = 0; k < ROWS; k++) own[k] = r->ds + min(k, count - 1) * N;
+        product(own, 2, r->keys, 2 * d->size, n / 2, r->found, d->size, d->size, 0);
+        for (int64_t k = 0; k < count; k++) narrowed(r->found + k * d->size, dq + place(s, i + k) * next, d->size);
+        for (int64_t k = 0; k < count; k += 2, at += 2 * N) {
+            two_by_two(r->ds + k * N, k + 1 < count ? r->ds + (k + 1) * N : NULL, r->ds_pairs + at, n);
+            two_by_two(p + k * N, k + 1 < count ? p + (k + 1) * N : NULL, r->p_pairs + at, n);
+        }
+    }
+    in_rows(q, s, s->common, s->length, d->size, r->q_pairs);
+    in_rows(dout, s, s->common, s->length, d->size_v, r->do_pairs);
+    for (int64_t i = 0; i < N; i += ROWS) { /* keys that queries from the i-th on see */
+        int64_t from = i > s->common ? (i - s->common) / 2 : 0, steps = (rows + 1) / 2 - from;
+        const bf16 *ds[ROWS], *ps[ROWS];
+        for (int64_t k = 0; k < ROWS; k++) ds[k] = r->ds_pairs + 2 * (from * N + i + k);
+        for (int64_t k = 0; k < ROWS; k++) ps[k] = r->p_pairs + 2 * (from * N + i + k);
+        const bf16 *qs = r->q_pairs + 2 * from * d->size, *dos = r->do_pairs + 2 * from * d->size_v;
+        product(ds, 2 * N, qs, 2 * d->size, steps, r->dk + i * d->size, d->size, d->size, 1);
+        product(ps, 2 * N, dos, 2 * d->size_v, steps, r->dv + i * d->size_v, d->size_v, d->size_v, 1);
+    }
+}
+
+/* Adds rows of a sequence's keys or values where they lie: more than one sequence may have them. */
+static void added(const float *restrict x, const sequence *s, float *restrict total, int64_t size) {
+    for (int64_t i = 0; i < s->length; i++)
+        for (int64_t j = 0; j < size; j++) total[place(s, i) * size + j] += x[i * size + j];
+}
+
+/* q (heads, T, size), k, v (groups, T, .): strides of a head and of a position follow each. p: all probabilities. */
+int fedllm_attention(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
+                     const bf16 *v, int64_t v_head, int64_t v_next, bf16 *p, bf16 *out, const sequence *all,
+                     int64_t count, int64_t longest, int64_t heads, int64_t groups, int64_t size, int64_t size_v,
+                     int64_t window, float scale) {
+    shape d = {heads, groups, size, size_v, window, scale};
+    int64_t N = padded(longest), per = heads / groups;
+    bf16 *keys = malloc(N * (size + size_v) * sizeof *keys), *values = keys + N * size;
+    float *work = malloc(ROWS * (N + size_v) * sizeof *work);
+    int status = keys && work ? 0 : OUT_OF_MEMORY;
+    for (const sequence *s = all; s < all + count && !status; s++)
+        for (int64_t g = 0; g < groups; g++) {
+            in_columns((states){k + g * k_head, k_next}, s, size, keys);
+            in_rows((states){v + g * v_head, v_next}, s, 0, padded(s->length), size_v, values);
+            for (int64_t h = g * per; h < (g + 1) * per; h++, p += kept(s))
+                forward(&d, s, (states){q + h * q_head, q_next}, keys, values, p, out + h * size_v, work);
+        }
+    free(work);
+    free(keys);
+    return status;
+}
+
+/* dout (T, heads, size_v), dq (T, heads, size), dk (T, groups, size) and dv (T, groups, size_v) lie in one piece. */
+int fedllm_attention_slope(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
+                           const bf16 *v, int64_t v_head, int64_t v_next, const bf16 *p, const bf16 *dout, bf16 *dq,
+                           bf16 *dk, bf16 *dv, const sequence *all, int64_t count, int64_t longest, int64_t tokens,
+                           int64_t heads, int64_t groups, int64_t size, int64_t size_v, int64_t window, float scale) {
+    shape d = {heads, groups, size, size_v, window, scale};
+    int64_t N = padded(longest), per = heads / groups, both = size + size_v;
+    bf16 *numbers = malloc((2 * N * both + ROWS * N + 2 * N * N) * sizeof *numbers);
+    float *floats = malloc((ROWS * (N > size ? N : size) + N * both + tokens * both) * sizeof *floats);
+    room r = {.values = numbers, .keys = numbers + N * size_v, .q_pairs = numbers + N * both};
+    r.do_pairs = r.q_pairs + N * size, r.ds = r.do_pairs + N * size_v;
+    r.ds_pairs = r.ds + ROWS * N, r.p_pairs = r.ds_pairs + N * N;
+    r.dk = floats, r.dv = r.dk + N * size, r.found = r.dv + N * size_v;
+    float *total_k = floats + N * both + ROWS * (N > size ? N : size), *total_v = total_k + tokens * size;
+    int status = numbers && floats ? 0 : OUT_OF_MEMORY;
+    for (int64_t g = 0; g < groups && !status; g++) {
+        const bf16 *own = p;
+        memset(total_k, 0, tokens * both * sizeof *total_k);
+        for (const sequence *s = all; s < all + count; own += heads * kept(s), s++) {
+            in_rows((states){k + g * k_head, k_next}, s, 0, padded(s->length), size, r.keys);
+            in_columns((states){v + g * v_head, v_next}, s, size_v, r.values);
+            memset(r.dk, 0, N * both * sizeof *r.dk);
+            for (int64_t h = g * per; h < (g + 1) * per; h++)
+                backward(&d, s, (states){q + h * q_head, q_next}, (states){dout + h * size_v, heads * size_v},
+                         own + h * kept(s), dq + h * size, &r);
+            added(r.dk, s, total_k, size);
+            added(r.dv, s, total_v, size_v);
+        }
+        for (int64_t t = 0; t < tokens; t++) {
+            narrowed(total_k + t * size, dk + (t * groups + g) * size, size);
+            narrowed(total_v + t * size_v, dv + (t * groups + g) * size_v, size_v);
+        }
+    }
+    free(floats);
+    free(numbers);
+    return status;
+}
+
+#endif

@@ -1,0 +1,209 @@
+"""The kernels on tensors in bfloat16 that lie row by row in memory; see the C files for the formulas.
+
+What they write is new, unless a name ends in an underscore: then it stands in the place of the first argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm.native.library import library
+
+WIDTH = 16  # numbers of a vector
+ORDER = 8  # ranks are padded to multiples of it
+KINDS: Mapping[str, Any] = {"p": c_void_p, "n": c_int64, "x": c_float}
+SIGNATURES = {
+    "norm": "ppppnnx",
+    "norm_slope": "pppppnn",
+    "gated": "pppn",
+    "gated_slope": "pppppn",
+    "attention": "pnn" * 3 + "ppp" + "n" * 7 + "x",
+    "attention_slope": "pnn" * 3 + "ppppp" + "p" + "n" * 8 + "x",
+    "cross_entropy": "pppnn",
+    "low_rank": "ppppppnnnnnnx",
+    "low_rank_slope": "pppppppppnnnnnnx",
+}
+
+
+def serve(*tensors: Tensor) -> bool:
+    """Whether there are kernels for such tensors."""
+    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and library().handle is not None
+
+
+def serve_low_rank(x: Tensor, size_out: int) -> bool:
+    """Whether there are kernels for low-rank products of rows x (T, in) to (T, out)."""
+    return x.shape[1] % 4 == size_out % 4 == 0 and serve(x) and library().tiles
+
+
+def serve_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there are kernels for attention over such states (heads, T, d)."""
+    sizes = query.shape[2] % WIDTH == value.shape[2] % WIDTH == 0
+    return sizes and serve(query, key, value) and library().tiles
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(..., n) rows to the normed ones, and what each was multiplied by, in float32."""
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = x.shape[-1]
+    r = torch.empty(x.shape[:-1], dtype=torch.float32)
+    _call("norm", x, weight.contiguous(), y, r, r.numel(), size, eps)
+    return y, r
+
+
+def norm_slope(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+    """Slope of x, from what `norm` was given and gave."""
+    dy, x = dy.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    _call("norm_slope", dy, x, weight.contiguous(), r, dx, r.numel(), x.shape[-1])
+    return dx
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up, of one shape."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _call("gated", gate, up, y, y.numel())
+    return y
+
+
+def gated_slope(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes of gate and up."""
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("gated_slope", dy, gate, up, d_gate, d_up, dy.numel())
+    return d_gate, d_up
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N, V) logits, which become softmax - onehot, and (N,) targets to (N,) losses in float32."""
+    assert logits.is_contiguous() and targets.dtype == torch.int64
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    _call("cross_entropy", logits, targets.contiguous(), losses, *logits.shape)
+    return losses
+
+
+def low_rank_(y: Tensor, u: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], scale: float) -> Tensor:
+    """Adds scale u A_k^T B_k^T to y (T, out); u (T, in), A (K, rank, in), B (K, out, rank). Gives z = u A_k^T."""
+    assert y.is_contiguous() and u.is_contiguous()
+    a, b, counts = _factors(a), _factors(b), _counts(tuple(sizes))
+    z = y.new_empty(len(u), -(-a.shape[1] // ORDER) * ORDER)
+    _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale)
+    return z
+
+
+def low_rank_slope(
+    dy: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: Sequence[int],
+    scale: float,
+    needs: tuple[bool, bool],
+    dx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B."""
+    u, z, a, b = saved
+    dy, a, b, counts = dy.contiguous(), _factors(a), _factors(b), _counts(tuple(sizes))
+    assert u.is_contiguous() and (dx is None or dx.is_contiguous())
+    da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
+    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale)
+    return da, db
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Sequences of a row: (S, 4) int64, of each where its first keys lie that it shares with another one, how many
+    these are, where its own lie, and its length. `tokens`: of the row. `pairs`: own queries times keys, padded."""
+
+    table: Tensor
+    tokens: int
+    longest: int
+    pairs: int
+
+    @staticmethod
+    def of(rows: Sequence[tuple[int, int, int, int]]) -> Sequences:
+        """From the rows of the table."""
+        pairs = sum((length - common) * -(-length // WIDTH) * WIDTH for _, common, _, length in rows)
+        own = sum(length - common for _, common, _, length in rows)
+        return Sequences(torch.tensor(rows, dtype=torch.int64), own, max(row[3] for row in rows), pairs)
+
+
+def attention(
+    states: tuple[Tensor, Tensor, Tensor], sequences: Sequences, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(heads, T, d) queries, (groups, T, d) keys, (groups, T, e) values, each state in one piece, to (T, heads, e), and
+    probabilities that the slope needs."""
+    query, _, value = states
+    (heads, _, size), (groups, _, size_v) = query.shape, value.shape
+    out = query.new_empty(sequences.tokens, heads, size_v)
+    p = query.new_empty(heads * sequences.pairs)
+    counts = len(sequences.table), sequences.longest, heads, groups, size, size_v, window or 0
+    _call("attention", *_strides(*states), p, out, sequences.table, *counts, scale)
+    return out, p
+
+
+def attention_slope(
+    dout: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    sequences: Sequences,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes of queries, keys and values; (T, ., .) of each. `saved`: these and the probabilities."""
+    query, key, value, p = saved
+    (heads, _, size), (groups, _, size_v), tokens = query.shape, value.shape, sequences.tokens
+    dq, dk, dv = (query.new_empty(tokens, *sizes) for sizes in ((heads, size), (groups, size), (groups, size_v)))
+    counts = len(sequences.table), sequences.longest, tokens, heads, groups, size, size_v, window or 0
+    _call(
+        "attention_slope",
+        *_strides(query, key, value),
+        p,
+        dout.contiguous(),
+        dq,
+        dk,
+        dv,
+        sequences.table,
+        *counts,
+        scale,
+    )
+    return dq, dk, dv
+
+
+def _factors(stack: Tensor) -> Tensor:
+    """Each client's in one piece, in float32; between them may lie what belongs to others."""
+    stack = stack.float()
+    return stack if stack[0].is_contiguous() else stack.contiguous()
+
+
+def _sizes(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    (clients, rank, size_in), size_out = a.shape, b.shape[1]
+    return clients, rank, size_in, size_out, a.stride(0), b.stride(0)
+
+
+def _strides(*states: Tensor) -> list[Tensor | int]:
+    """Each, and its strides of a head and of a position."""
+    return [part for each in states for part in (each, each.stride(0), each.stride(1))]
+
+
+def _call(name: str, *arguments: Tensor | float | None) -> None:
+    if _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
+        raise MemoryError(f"no memory for the kernel {name}")
+
+
+@lru_cache(maxsize=64)
+def _function(name: str) -> Any:
+    handle = library().handle
+    assert handle is not None, "see serve"
+    function = handle[f"fedllm_{name}"]
+    function.argtypes, function.restype = [KINDS[letter] for letter in SIGNATURES[name]], c_int
+    return function
+
+
+@lru_cache(maxsize=256)
+def _counts(sizes: tuple[int, ...]) -> Tensor:
+    return torch.tensor(sizes, dtype=torch.int64)

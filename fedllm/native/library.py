@@ -1,0 +1,140 @@
+"""Compiles the kernels once for a machine and a compiler, and loads them.
+
+    CACHE/native/HASH.so     HASH: of the sources, the command, and what the compiler says of itself and the processor
+
+The folder is its owner's alone: where another user could write, the kernels are compiled for this process only.
+`FEDLLM_KERNELS` chooses: `auto` (the kernels if they can be had), `native` (an error if not), `torch` (never).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from fedllm.cache import cache_dir
+from fedllm.errors import ConfigError, ModelError, nearest
+
+VARIABLE, CHOICES = "FEDLLM_KERNELS", ("auto", "native", "torch")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+OWN = {  # for this processor
+    "x86_64": ("-march=native", "-mprefer-vector-width=512"),
+    "aarch64": ("-mcpu=native",),
+    "arm64": ("-mcpu=native",),
+}
+SECONDS = 120  # for the compiler
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """The kernels, or None, and why."""
+
+    handle: ctypes.CDLL | None
+    about: str
+
+    @property
+    def tiles(self) -> bool:
+        """Whether it has the products, too, which the processor must be made for."""
+        return self.handle is not None and bool(self.handle.fedllm_has_tiles())
+
+
+def library() -> Library:
+    """The kernels of this process.
+
+    Raises:
+        ConfigError: FEDLLM_KERNELS is no choice.
+        ModelError: it asks for kernels that cannot be had.
+    """
+    return _library(os.environ.get(VARIABLE, "auto"))
+
+
+@lru_cache(maxsize=len(CHOICES))
+def _library(choice: str) -> Library:
+    if choice not in CHOICES:
+        raise ConfigError(f"{VARIABLE} is '{choice}'{nearest(choice, CHOICES)}")
+    if choice == "torch":
+        return Library(None, f"torch ({VARIABLE} says so)")
+    found = _found()
+    if found.handle is None and choice == "native":
+        raise ModelError(f"{VARIABLE} is native, but the kernels cannot be had: {found.about}")
+    return found
+
+
+def _found() -> Library:
+    """Compiled now or before."""
+    compiler = _compiler()
+    if compiler is None:
+        return Library(None, "torch (no C compiler: none of cc, gcc and clang is on the PATH)")
+    command = [*compiler, *FLAGS, *OWN.get(platform.machine(), ())]
+    try:
+        with _folder() as folder:
+            handle = ctypes.CDLL(str(_compiled(command, folder)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return Library(None, f"torch ({shlex.join(compiler)} did not compile the kernels: {_reason(error)})")
+    return Library(handle, "native")
+
+
+def _compiler() -> list[str] | None:
+    """$CC, or the first that is there."""
+    if chosen := os.environ.get("CC"):
+        return shlex.split(chosen)
+    return next(([path] for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+def _compiled(command: list[str], folder: Path) -> Path:
+    """The library's file in a folder."""
+    sources = sorted(HERE.glob("*.[ch]"))
+    about, digest = _run([*command, "-dM", "-E", "-x", "c", os.devnull]), hashlib.sha256()
+    for part in (repr(command).encode(), about, *map(Path.read_bytes, sources)):
+        digest.update(hashlib.sha256(part).digest())
+    file = folder / f"{digest.hexdigest()[:32]}.so"
+    if not (file.is_file() and _is_own(file)):
+        partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
+        try:
+            _run([*command, "-o", str(partial), *(str(path) for path in sources if path.suffix == ".c"), "-lm"])
+            os.replace(partial, file)  # whole or not at all
+        finally:
+            partial.unlink(missing_ok=True)
+    return file
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Where they are kept; one that goes away again where that cannot be written, or by others, too."""
+    folder = cache_dir() / "native"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_dir() and _is_own(folder) and os.access(folder, os.W_OK):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="fedllm-native-") as passing:
+        yield Path(passing)
+
+
+def _is_own(path: Path) -> bool:
+    """Nobody else can have written here."""
+    state = path.stat()
+    return state.st_uid == os.getuid() and not state.st_mode & 0o022
+
+
+def _run(command: list[str]) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=SECONDS).stdout
+
+
+def _reason(error: OSError | subprocess.SubprocessError) -> str:
+    """The line that says it."""
+    said = (getattr(error, "stderr", None) or b"").decode(errors="replace") or str(error)
+    lines = said.strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error" in line.lower()), lines[0]).strip()

@@ -1,0 +1,193 @@
+/* What low-rank adapters of several clients add to a frozen product, and its slopes. Rows lie client by client.
+
+       y += s z B_k^T   z = u A_k^T        dz = s dy B_k   dx += dz A_k   dA_k = dz^T u   dB_k = s dy^T z
+
+   u (T, in), y (T, out), z (T, R) in 16 bits; A_k (rank, in), B_k (out, rank) and their slopes in float. R is the rank,
+   up to the next multiple of 8. Each client's rows are taken in blocks that stay in the cache, from one product to the
+   next. A product of two numbers of 16 bits is exact in float, in which all sums are made. */
+
+#include <stdlib.h>
+
+#include "tiles.h"
+
+#ifdef TILES
+
+enum { GROUP = 8, ROWS = 8, BLOCK = 32 }; /* ranks and rows of a tile, rows of a block */
+
+/* z = s x F^T: x (rows, n), z (rows, R), 8 ranks of F (n / 4, R, 4), each in two places of a vector. */
+TILE dot_tile(const bf16 *x, const bf16 *f, bf16 *z, int rows, int64_t n, int64_t R, float s) {
+    __m512 sum[ROWS];
+    UNROLL for (int i = 0; i < rows; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t c = 0; c < n; c += 4, f += 4 * R) {
+        __m512bh factor = words(f, ~0u);
+        UNROLL for (int i = 0; i < rows; i++) sum[i] = _mm512_dpbf16_ps(sum[i], four(x + i * n + c), factor);
+    }
+    UNROLL for (int i = 0; i < rows; i++) {
+        __m512 both = _mm512_add_ps(sum[i], _mm512_permute_ps(sum[i], 0xb1)); /* each rank's sum, twice */
+        __m512i even = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 14, 12, 10, 8, 6, 4, 2, 0);
+        __m256 total = _mm512_castps512_ps256(_mm512_permutexvar_ps(even, both));
+        _mm_storeu_si128((__m128i *)(z + i * R), (__m128i)_mm256_cvtneps_pbh(_mm256_mul_ps(total, _mm256_set1_ps(s))));
+    }
+}
+
+/* For n a multiple of 4. */
+static void dot(const bf16 *x, const bf16 *f, bf16 *z, int64_t rows, int64_t n, int64_t R, float s) {
+    for (int64_t q = 0; q < R; q += GROUP) {
+        int64_t i = 0;
+        for (; i + ROWS <= rows; i += ROWS) dot_tile(x + i * n, f + 4 * q, z + i * R + q, ROWS, n, R, s);
+        for (; i < rows; i++) dot_tile(x + i * n, f + 4 * q, z + i * R + q, 1, n, R, s);
+    }
+}
+
+/* 16 columns of y += s z G: y (rows, n), z (rows, R), G (R / 2, n, 2). */
+TILE add_tile(bf16 *y, const bf16 *z, const bf16 *g, int rows, int64_t n, int64_t R, float s, __mmask32 mask,
+              __mmask16 half) {
+    __m512 sum[ROWS];
+    UNROLL for (int k = 0; k < rows; k++) sum[k] = _mm512_setzero_ps();
+    for (int64_t q = 0; q < R; q += 2) {
+        __m512bh factor = words(g + q * n, mask);
+        UNROLL for (int k = 0; k < rows; k++) sum[k] = _mm512_dpbf16_ps(sum[k], factor, pair(z + k * R + q));
+    }
+    UNROLL for (int k = 0; k < rows; k++) {
+        __m512i own = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(half, y + k * n)), 16);
+        __m512 value = _mm512_fmadd_ps(sum[k], _mm512_set1_ps(s), _mm512_castsi512_ps(own));
+        _mm256_mask_storeu_epi16(y + k * n, half, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+}
+
+TILE add_rows(bf16 *y, const bf16 *z, const bf16 *g, int rows, int64_t n, int64_t R, float s) {
+    for (int64_t c = 0; c < n; c += 16) {
+        __mmask16 half = (__mmask16)mask_of(n - c < 16 ? n - c : 16);
+        add_tile(y + c, z, g + 2 * c, rows, n, R, s, mask_of(2 * (n - c)), half);
+    }
+}
+
+static void add(bf16 *y, const bf16 *z, const bf16 *g, int64_t rows, int64_t n, int64_t R, float s) {
+    int64_t i = 0;
+    for (; i + ROWS <= rows; i += ROWS) add_rows(y + i * n, z + i * R, g, ROWS, n, R, s);
+    for (; i < rows; i++) add_rows(y + i * n, z + i * R, g, 1, n, R, s);
+}
+
+/* 32 columns of F += z^T x for 8 ranks: x (rows, n), F (R, n); pairs (rows / 2, 8, 2) of z. */
+TILE gather_tile(const bf16 *x, const bf16 *pairs, float *f, int64_t rows, int64_t n, __mmask32 mask) {
+    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, /* of two rows */
+                                   39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    __mmask16 first = (__mmask16)mask, second = (__mmask16)(mask >> 16);
+    __m512 left[GROUP], right[GROUP];
+    UNROLL for (int k = 0; k < GROUP; k++) left[k] = _mm512_maskz_loadu_ps(first, f + k * n);
+    UNROLL for (int k = 0; k < GROUP; k++) right[k] = _mm512_maskz_loadu_ps(second, f + k * n + 16);
+    for (int64_t t = 0; t < rows; t += 2, pairs += 2 * GROUP) {
+        __m512i one = (__m512i)words(x + t * n, mask);
+        __m512i two = (__m512i)words(x + (t + 1 < rows ? t + 1 : t) * n, mask);
+        __m512bh here = (__m512bh)_mm512_permutex2var_epi16(one, low, two);
+        __m512bh there = (__m512bh)_mm512_permutex2var_epi16(one, high, two);
+        UNROLL for (int k = 0; k < GROUP; k++) left[k] = _mm512_dpbf16_ps(left[k], here, pair(pairs + 2 * k));
+        UNROLL for (int k = 0; k < GROUP; k++) right[k] = _mm512_dpbf16_ps(right[k], there, pair(pairs + 2 * k));
+    }
+    UNROLL for (int k = 0; k < GROUP; k++) _mm512_mask_storeu_ps(f + k * n, first, left[k]);
+    UNROLL for (int k = 0; k < GROUP; k++) _mm512_mask_storeu_ps(f + k * n + 16, second, right[k]);
+}
+
+/* An odd last row is paired with itself, times zero. */
+static void gather(const bf16 *x, const bf16 *z, float *f, int64_t rows, int64_t n, int64_t R) {
+    bf16 pairs[BLOCK * GROUP];
+    for (int64_t q = 0; q < R; q += GROUP) {
+        for (int64_t t = 0; t < rows + rows % 2; t++)
+            for (int k = 0; k < GROUP; k++) pairs[(t / 2 * GROUP + k) * 2 + t % 2] = t < rows ? z[t * R + q + k] : 0;
+        for (int64_t c = 0; c < n; c += 32) gather_tile(x + c, pairs, f + q * n + c, rows, n, mask_of(n - c));
+    }
+}
+
+/* Rows that were written long ago, and are read in columns. */
+static void fetch(const bf16 *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i);
+}
+
+/* (rank, n) floats to (R, n), zeros below; and those to (n / 4, R, 4) and (R / 2, n, 2). */
+static void rows_of(const float *a, bf16 *rows, int64_t rank, int64_t n, int64_t R) {
+    for (int64_t i = 0; i < rank * n; i++) rows[i] = narrow(a[i]);
+    memset(rows + rank * n, 0, (R - rank) * n * sizeof *rows);
+}
+
+static void fours_of(const bf16 *rows, bf16 *fours, int64_t n, int64_t R) {
+    for (int64_t q = 0; q < R; q++)
+        for (int64_t c = 0; c < n; c += 4) memcpy(fours + c * R + 4 * q, rows + q * n + c, 4 * sizeof *rows);
+}
+
+static void pairs_of(const bf16 *restrict rows, bf16 *restrict pairs, int64_t n, int64_t R) {
+    for (int64_t q = 0; q < R; q += 2, rows += 2 * n, pairs += 2 * n)
+        for (int64_t i = 0; i < n; i++) pairs[2 * i] = rows[i], pairs[2 * i + 1] = rows[n + i];
+}
+
+/* (n, m) to (m, n), times s. */
+static void transposed(const float *a, float *out, int64_t n, int64_t m, float s) {
+    __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                      _mm512_set1_epi32((int)m));
+    for (int64_t q = 0; q < m; q++)
+        for (int64_t i = 0; i < n; i += 16) {
+            __mmask16 mask = (__mmask16)mask_of(n - i < 16 ? n - i : 16);
+            __m512 column = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, step, a + i * m + q, 4);
+            _mm512_mask_storeu_ps(out + q * n + i, mask, _mm512_mul_ps(column, _mm512_set1_ps(s)));
+        }
+}
+
+int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float *b, const int64_t *sizes,
+                    int64_t clients, int64_t rank, int64_t in, int64_t out, int64_t next_a, int64_t next_b, float s) {
+    int64_t R = (rank + GROUP - 1) / GROUP * GROUP, most = in > out ? in : out;
+    bf16 *rows = malloc(R * (most + in + out) * sizeof *rows), *left = rows + R * most, *right = left + R * in;
+    float *turned = malloc(rank * out * sizeof *turned);
+    int status = rows && turned ? 0 : OUT_OF_MEMORY;
+    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b) {
+        rows_of(a, rows, rank, in, R);
+        fours_of(rows, left, in, R);
+        transposed(b, turned, out, rank, 1);
+        rows_of(turned, rows, rank, out, R);
+        pairs_of(rows, right, out, R);
+        for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
+            int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
+            dot(u, left, z, n, in, R, 1);
+            add(y, z, right, n, out, R, s);
+            u += n * in, y += n * out, z += n * R;
+        }
+    }
+    free(turned);
+    free(rows);
+    return status;
+}
+
+/* dx, da and db may be null. */
+int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx, const float *a, const float *b,
+                          float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
+                          int64_t out, int64_t next_a, int64_t next_b, float s) {
+    int64_t R = (rank + GROUP - 1) / GROUP * GROUP, most = in > out ? in : out;
+    bf16 *rows = malloc(R * (most + in + out + BLOCK) * sizeof *rows), *left = rows + R * most, *right = left + R * in;
+    bf16 *dz = right + R * out;
+    float *slope_a = malloc(R * (in + 2 * out) * sizeof *slope_a), *slope_b = slope_a + R * in;
+    float *turned = slope_b + R * out;
+    int status = rows && slope_a ? 0 : OUT_OF_MEMORY;
+    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b) {
+        rows_of(a, rows, rank, in, R);
+        pairs_of(rows, left, in, R);
+        transposed(b, turned, out, rank, 1);
+        rows_of(turned, rows, rank, out, R);
+        fours_of(rows, right, out, R);
+        memset(slope_a, 0, R * (in + out) * sizeof *slope_a);
+        for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
+            int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
+            fetch(u, n * in);
+            dot(dy, right, dz, n, out, R, s);
+            if (db) gather(dy, z, slope_b, n, out, R);
+            if (da) gather(u, dz, slope_a, n, in, R);
+            if (dx) add(dx, dz, left, n, in, R, 1), dx += n * in;
+            dy += n * out, u += n * in, z += n * R;
+        }
+        if (da) memcpy(da, slope_a, rank * in * sizeof *da), da += rank * in;
+        if (db) transposed(slope_b, db, rank, out, s), db += rank * out;
+    }
+    free(slope_a);
+    free(rows);
+    return status;
+}
+
+#endif

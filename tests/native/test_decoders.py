@@ -1,0 +1,136 @@
+"""Whole decoders in bfloat16: with the kernels no further from float64 than with PyTorch's operations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fedllm.batch import IGNORE, Batch, Example, collate
+from fedllm.native import kernels
+from fedllm.native.library import library
+from fedllm.rng import Key
+from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.model import LoadedModel, load
+from fedllm.tasks.task import Task
+from fedllm.tasks.tiny import tiny_tokenizer
+
+pytestmark = pytest.mark.skipif(not library().tiles, reason=f"kernels: {library().about}")
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "pad_token_id": 257,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+BOTH = ["sliding_attention", "full_attention"]
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, sliding_window=16, layer_types=BOTH),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=16),
+    "phi3": lambda: transformers.Phi3Config(**SIZES),
+}
+USED = {  # by what they compute; Gemma's norms and gates are others, Phi's gate and up are one layer
+    "llama": {"norm", "gated", "attention", "low_rank", "cross_entropy"},
+    "qwen3": {"norm", "gated", "attention", "low_rank", "cross_entropy"},
+    "gemma3": {"attention", "low_rank", "cross_entropy"},
+    "mistral": {"norm", "gated", "attention", "low_rank", "cross_entropy"},
+    "phi3": {"norm", "attention", "low_rank", "cross_entropy"},
+}
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> Iterator[None]:
+    """A loaded model has the kernels or not."""
+    load.cache_clear()
+    yield
+    load.cache_clear()
+
+
+@pytest.fixture(params=list(CONFIGS))
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A random model whose layers matter, under its name."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param](), dtype=torch.bfloat16)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.15)
+    place = tmp_path / request.param
+    model.save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
+    return place
+
+
+def batch_of(lengths: tuple[tuple[int, ...], ...], common: int, share: bool) -> Batch:
+    """Sequences of clients, which begin with the same tokens; every other one later has a label."""
+
+    def example(length: int) -> Example:
+        tokens = torch.arange(length) * 7 % 251 + torch.where(torch.arange(length) < common, 0, length % 5)
+        targets = tokens.roll(-1)
+        targets[: common + 2], targets[-1] = IGNORE, IGNORE
+        return Example(tokens, targets)
+
+    return collate([[example(length) for length in own] for own in lengths], share=share)
+
+
+def computed(folder: Path, dtype: str, batch: Batch) -> list[Tensor]:
+    """Losses of the clients, and their gradients."""
+    model: LoadedModel = load(Task(str(folder), Lora(rank=3), dtype=dtype, device="cpu"))
+    generator = torch.Generator().manual_seed(1)
+    stack = {
+        name: (torch.stack([leaf] * 2).double() + 0.05 * torch.randn(2, *leaf.shape, generator=generator).double())
+        for name, leaf in model.fresh(Key(0)).items()
+    }
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    leaves = {name: leaf.to(wide).requires_grad_() for name, leaf in stack.items()}
+    losses = model.losses(leaves, batch)
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), list(leaves.values()))]
+
+
+def distance(found: list[Tensor], exact: list[Tensor]) -> float:
+    """Relative, of all gradients together."""
+    apart = sum(float((f.double() - e).square().sum()) for f, e in zip(found[1:], exact[1:], strict=True))
+    return (apart / sum(float(e.square().sum()) for e in exact[1:])) ** 0.5
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])
+def test_a_decoder_with_kernels(folder: Path, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(((40, 33), (50,)), 12, share)
+    assert bool(batch.shared) == share
+    exact = computed(folder, "float64", batch_of(((40, 33), (50,)), 12, False))
+    called, call = set[str](), kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *rest: (called.add(name), call(name, *rest)))
+    mine = computed(folder, "bfloat16", batch)
+    slopes = {f"{name}_slope" for name in USED[folder.name] - {"cross_entropy"}}
+    assert called == USED[folder.name] | slopes
+    monkeypatch.setenv("FEDLLM_KERNELS", "torch")
+    load.cache_clear()
+    called.clear()
+    theirs = computed(folder, "bfloat16", batch)
+    assert not called
+    assert distance(mine, exact) <= 1.1 * distance(theirs, exact) < 0.05
+    assert torch.allclose(mine[0].double(), exact[0], rtol=0.01)
+
+
+def test_one_clients_tokens_change_no_bit_of_another(folder: Path) -> None:
+    batch = batch_of(((40, 33), (50,)), 0, False)
+    tokens = torch.where(torch.arange(len(batch.tokens)) < 73, batch.tokens, 5)
+    one, again, two = (
+        computed(folder, "bfloat16", b) for b in (batch, batch, dataclasses.replace(batch, tokens=tokens))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
+    assert not any(torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True))

@@ -1,0 +1,232 @@
+"""The kernels against their formulas in float64, for shapes that fill no vector and no block."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedllm.native import kernels
+from fedllm.native.library import library
+
+pytestmark = pytest.mark.skipif(library().handle is None, reason=library().about)
+needs_tiles = pytest.mark.skipif(not library().tiles, reason="the processor multiplies no numbers of 16 bits")
+Row = tuple[int, int, int, int]
+ROUNDING = 2.0**-8  # of a number of 16 bits: half a unit of its last place
+
+
+def drawn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(scale).bfloat16()
+
+
+def near(found: Tensor, exact: Tensor, times: float = 1.0) -> bool:
+    """Within `times` the rounding of 16 bits, for values that cancel relative to the largest."""
+    error = (found.double() - exact.double()).abs()
+    return bool((error <= times * ROUNDING * exact.abs().clamp(min=float(exact.abs().max()) / 64)).all())
+
+
+@given(rows=st.integers(1, 5), size=st.integers(1, 70), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_norms(rows: int, size: int, scale: float) -> None:
+    x, dy, weight = drawn(rows, size, seed=0, scale=scale), drawn(rows, size, seed=1), drawn(size, seed=2)
+    y, r = kernels.norm(x, weight, 1e-5)
+    slope = kernels.norm_slope(dy, x, weight, r)
+    wide = x.double().requires_grad_()
+    exact = weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    (expected,) = torch.autograd.grad(exact, wide, dy.double())
+    assert near(y, exact.detach(), 2.1)  # rounded twice, as in transformers
+    assert torch.allclose(slope.double(), expected, rtol=ROUNDING, atol=1e-5 * float(dy.double().norm()) / scale)
+
+
+@given(size=st.integers(1, 70), scale=st.sampled_from([1e-2, 1.0, 30.0]))
+def test_gated_products(size: int, scale: float) -> None:
+    gate, up, dy = (drawn(3, size, seed=seed, scale=scale) for seed in (0, 1, 2))
+    wide = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    exact = torch.nn.functional.silu(wide[0]) * wide[1]
+    expected = torch.autograd.grad(exact, wide, dy.double())
+    assert torch.allclose(kernels.gated(gate, up).double(), exact, rtol=2.1 * ROUNDING, atol=1e-30)
+    for found, slope in zip(kernels.gated_slope(dy, gate, up), expected, strict=True):
+        assert torch.allclose(found.double(), slope, rtol=2.1 * ROUNDING, atol=1e-6 * scale * scale)
+
+
+def attended(states: list[Tensor], rows: list[Row], window: int | None, scale: float) -> Tensor:
+    """(heads, T, d) queries and (groups, T, .) keys and values to (T, heads, .), sequence by sequence."""
+    q, k, v = (x.repeat_interleave(len(states[0]) // len(x), 0) for x in states)
+    out = torch.zeros(q.shape[1], len(q), v.shape[2], dtype=q.dtype)
+    for first, common, own, length in rows:
+        places = torch.cat([first + torch.arange(common), own + torch.arange(length - common)])
+        behind = torch.arange(common, length)[:, None] - torch.arange(length)
+        hidden = (behind < 0) | (behind >= (window or length))
+        scores = (scale * q[:, places[common:]] @ k[:, places].mT).masked_fill(hidden, -math.inf)
+        found = (scores.softmax(-1) @ v[:, places]).transpose(0, 1)
+        out = out.index_add(0, places[common:], found)
+    return out
+
+
+@needs_tiles
+@given(
+    rows=st.sampled_from(
+        [
+            [(0, 0, 0, 1)],
+            [(0, 0, 0, 7), (7, 0, 7, 33)],
+            [(0, 0, 0, 40), (0, 11, 40, 29), (0, 11, 58, 12)],
+            [(0, 0, 0, 16), (16, 0, 16, 65), (16, 9, 81, 17)],
+        ]
+    ),
+    groups=st.integers(1, 2),
+    per=st.integers(1, 3),
+    sizes=st.sampled_from([(16, 16), (32, 16), (16, 48)]),
+    window=st.none() | st.integers(1, 70),
+    scale=st.sampled_from([0.125, 1.0]),
+)
+def test_attention_within_sequences(
+    rows: list[Row], groups: int, per: int, sizes: tuple[int, int], window: int | None, scale: float
+) -> None:
+    sequences = kernels.Sequences.of(rows)
+    size, size_v = sizes
+    shapes = ((groups * per, size), (groups, size), (groups, size_v))
+    states = [drawn(sequences.tokens, *shape, seed=i).transpose(0, 1) for i, shape in enumerate(shapes)]
+    dout = drawn(sequences.tokens, groups * per, size_v, seed=4)
+    q, k, v = states
+    out, p = kernels.attention((q, k, v), sequences, window, scale)
+    found = [out, *kernels.attention_slope(dout, (q, k, v, p), sequences, window, scale)]
+    wide = [x.double().requires_grad_() for x in states]
+    exact = attended(wide, rows, window, scale)
+    expected = [exact, *(slope.transpose(0, 1) for slope in torch.autograd.grad(exact, wide, dout.double()))]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert float((mine.double() - theirs).detach().norm()) <= 1.5 * ROUNDING * float(theirs.detach().norm()) + 1e-6
+
+
+@needs_tiles
+def test_attention_of_one_sequence_changes_no_bit_of_another() -> None:
+    def passed(spoilt: bool) -> list[Tensor]:
+        q, k, v = (drawn(60, 2, 16, seed=i) for i in range(3))
+        if spoilt:
+            q[20:41], k[20:41], v[20:41] = math.nan, math.inf, 3.0
+        sequences = kernels.Sequences.of([(0, 0, 0, 20), (20, 0, 20, 21), (41, 0, 41, 19)])
+        states = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        out, p = kernels.attention(states, sequences, None, 0.25)
+        return [out, *kernels.attention_slope(drawn(60, 2, 16, seed=3), (*states, p), sequences, None, 0.25)]
+
+    others = [*range(20), *range(41, 60)]
+    for one, two in zip(passed(False), passed(True), strict=True):
+        assert torch.equal(one[others], two[others]) and two[20:41].isnan().any()
+
+
+@given(rows=st.integers(1, 4), size=st.integers(2, 100), scale=st.sampled_from([0.1, 5.0, 200.0]))
+def test_cross_entropy(rows: int, size: int, scale: float) -> None:
+    logits = drawn(rows, size, seed=0, scale=scale)
+    targets = torch.arange(rows) * 7 % size
+    wide = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    (expected,) = torch.autograd.grad(exact.sum(), wide)
+    losses = kernels.cross_entropy_(logits, targets)
+    assert torch.allclose(losses.double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(logits.double(), expected, rtol=1.1 * ROUNDING, atol=1e-6)
+
+
+def test_logits_that_are_extreme() -> None:
+    values = [3.3e38, -3.3e38, 0.0, -math.inf]
+    logits = torch.tensor([values, [0.0, 1.0, math.nan, 2.0]]).bfloat16()
+    losses = kernels.cross_entropy_(logits, torch.tensor([0, 1]))
+    assert losses[0] == 0 and logits[0].tolist() == [0, 0, 0, 0]
+    assert losses[1].isnan() and logits[1].isnan().all()
+
+
+def test_one_row_that_is_not_finite_changes_no_other() -> None:
+    gate, up = drawn(4, 33, seed=0), drawn(4, 33, seed=1)
+    spoilt = gate.clone()
+    spoilt[2] = math.nan
+    one, two = kernels.gated(gate, up), kernels.gated(spoilt, up)
+    assert torch.equal(one[[0, 1, 3]], two[[0, 1, 3]]) and two[2].isnan().all()
+    weight = torch.ones(33).bfloat16()
+    one, two = kernels.norm(gate, weight, 1e-5)[0], kernels.norm(spoilt, weight, 1e-5)[0]
+    assert torch.equal(one[[0, 1, 3]], two[[0, 1, 3]]) and two[2].isnan().all()
+
+
+Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def low_rank_case(sizes: list[int], rank: int, size_in: int, size_out: int) -> Case:
+    """u, y, dy and factors that lie in one buffer with gaps between the clients."""
+    total, clients = sum(sizes), len(sizes)
+    buffer = torch.randn(clients, rank * (size_in + size_out) + 3, generator=torch.Generator().manual_seed(3))
+    a = buffer[:, : rank * size_in].view(clients, rank, size_in)
+    b = buffer[:, rank * size_in : -3].view(clients, size_out, rank)
+    return drawn(total, size_in, seed=0), drawn(total, size_out, seed=1), drawn(total, size_out, seed=2), a, b
+
+
+@needs_tiles
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 3, 31, 32, 70]), min_size=1, max_size=3).filter(any),
+    rank=st.sampled_from([1, 2, 5, 8, 11, 16]),
+    size_in=st.sampled_from([4, 12, 32, 52, 96]),
+    size_out=st.sampled_from([4, 20, 16, 40, 64]),
+    needs=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_low_rank_products(sizes: list[int], rank: int, size_in: int, size_out: int, needs: tuple[bool, ...]) -> None:
+    u, y, dy, a, b = low_rank_case(sizes, rank, size_in, size_out)
+    scale, found, dx = 1.5, y.clone(), drawn(sum(sizes), size_in, seed=4) if needs[2] else None
+    before = None if dx is None else dx.double()
+    z = kernels.low_rank_(found, u, a, b, sizes, scale)
+    da, db = kernels.low_rank_slope(dy, (u, z, a, b), sizes, scale, needs[:2], dx)
+    wide_a, wide_b = (f.bfloat16().double() for f in (a, b))
+    rows = list(zip(u.split(sizes), z.split(sizes), y.split(sizes), dy.split(sizes), strict=True))
+    assert not z[:, rank:].any()
+    exact_z = torch.cat([u_k.double() @ a_k.T for (u_k, *_), a_k in zip(rows, wide_a, strict=True)])
+    assert near(z[:, :rank], exact_z)
+    own_z = [z_k[:, :rank].double() for _, z_k, _, _ in rows]
+    assert near(
+        found,
+        torch.cat(
+            [y_k.double() + scale * z_k @ b_k.T for (_, _, y_k, _), z_k, b_k in zip(rows, own_z, wide_b, strict=True)]
+        ),
+    )
+    own_dz = [(scale * dy_k.double() @ b_k).bfloat16().double() for (*_, dy_k), b_k in zip(rows, wide_b, strict=True)]
+    assert (da is not None) == needs[0] and (db is not None) == needs[1]
+    if da is not None:
+        assert near(da, torch.stack([dz.T @ u_k.double() for (u_k, *_), dz in zip(rows, own_dz, strict=True)]), 1.1)
+    if db is not None:
+        exact = torch.stack([scale * dy_k.double().T @ z_k for (*_, dy_k), z_k in zip(rows, own_z, strict=True)])
+        assert torch.allclose(db.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()) + 1e-30)
+    if dx is not None and before is not None:
+        assert near(dx, before + torch.cat([dz @ a_k for dz, a_k in zip(own_dz, wide_a, strict=True)]), 1.1)
+
+
+@needs_tiles
+@pytest.mark.parametrize("value", [7.0, math.nan])
+def test_low_rank_products_of_one_client_change_no_bit_of_another(value: float) -> None:
+    def passed(spoilt: bool) -> list[Tensor]:
+        u, y, dy, a, b = low_rank_case([35, 5, 40], 5, 40, 24)
+        if spoilt:
+            u[35:40], a[1], b[1], dy[35:40] = value, value, value, value
+        dx = torch.zeros_like(u)
+        z = kernels.low_rank_(y, u, a, b, [35, 5, 40], 2.0)
+        da, db = kernels.low_rank_slope(dy, (u, z, a, b), [35, 5, 40], 2.0, (True, True), dx)
+        assert da is not None and db is not None
+        return [y, dx, da, db]
+
+    for one, two in zip(passed(False), passed(True), strict=True):
+        others = [0, 2] if len(one) == 3 else [*range(35), *range(40, 80)]
+        assert torch.equal(one[others], two[others]) and not torch.equal(one, two)
+
+
+def test_other_numbers_and_devices_are_left_to_torch() -> None:
+    assert kernels.serve(torch.zeros(1).bfloat16())
+    assert not kernels.serve(torch.zeros(1)) and not kernels.serve(torch.zeros(1).half())
+    assert not kernels.serve(torch.zeros(1).bfloat16(), torch.zeros(1, dtype=torch.float64))
+    assert not kernels.serve(torch.zeros(1, device="meta").bfloat16())
+    assert not kernels.serve_low_rank(torch.zeros(2, 6).bfloat16(), 8)
+    assert not kernels.serve_low_rank(torch.zeros(2, 8).bfloat16(), 6)
+    fitting, odd = torch.zeros(1, 2, 16).bfloat16(), torch.zeros(1, 2, 24).bfloat16()
+    assert not kernels.serve_attention(odd, odd, fitting) and not kernels.serve_attention(fitting, fitting, odd)
+
+
+@needs_tiles
+def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_function", lambda name: lambda *arguments: 1)
+    with pytest.raises(MemoryError, match="cross_entropy"):
+        kernels.cross_entropy_(torch.zeros(2, 3).bfloat16(), torch.zeros(2, dtype=torch.int64))
