@@ -24,6 +24,8 @@ SIGNATURES = {
     "norm_slope": "pppppnn",
     "gated": "pppn",
     "gated_slope": "pppppn",
+    "rotary": "pnnpppnnn",
+    "rotary_slope": "pnnpppnnn",
     "attention": "pnn" * 3 + "ppp" + "n" * 7 + "x",
     "attention_slope": "pnn" * 3 + "ppppp" + "p" + "n" * 8 + "x",
     "cross_entropy": "pppnn",
@@ -113,6 +115,22 @@ def low_rank_slope(
     da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
     _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale)
     return da, db
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(T, heads, d) states, each in one piece, turned by (T, d) cosines and sines."""
+    return _turned("rotary", x, cos, sin)
+
+
+def rotary_slope(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Slope of the states."""
+    return _turned("rotary_slope", dy if dy.stride(2) == 1 else dy.contiguous(), cos, sin)
+
+
+def _turned(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    _call(name, x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), y, *x.shape)
+    return y
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from fedllm.errors import CheckError
 from fedllm.native.library import library
 from fedllm.rng import Key
 from fedllm.shift import Shift
-from fedllm.tasks import architecture, gated, norms, recompute
+from fedllm.tasks import architecture, gated, norms, recompute, rotary
 from fedllm.tasks.adapter import Attached, Movable
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
@@ -175,5 +175,6 @@ def load(task: Task) -> LoadedModel:
     recompute.prepare(base.model)
     norms.prepare(base.model)
     gated.prepare(base.model)
+    rotary.prepare(base.model)
     base = replace(base, unpackable=unpackable, caching=unpackable is None or architecture.caching(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: transformers.Phi3Config(**SIZES),
 }
 USED = {  # by what they compute; Gemma's norms and gates are others, Phi's gate and up are one layer
-    "llama": {"norm", "gated", "attention", "low_rank", "cross_entropy"},
-    "qwen3": {"norm", "gated", "attention", "low_rank", "cross_entropy"},
-    "gemma3": {"attention", "low_rank", "cross_entropy"},
-    "mistral": {"norm", "gated", "attention", "low_rank", "cross_entropy"},
-    "phi3": {"norm", "attention", "low_rank", "cross_entropy"},
+    "llama": {"norm", "gated", "attention", "rotary", "low_rank", "cross_entropy"},
+    "qwen3": {"norm", "gated", "attention", "rotary", "low_rank", "cross_entropy"},
+    "gemma3": {"attention", "rotary", "low_rank", "cross_entropy"},
+    "mistral": {"norm", "gated", "attention", "rotary", "low_rank", "cross_entropy"},
+    "phi3": {"norm", "attention", "rotary", "low_rank", "cross_entropy"},
 }
 
 
@@ -134,3 +135,12 @@ def test_one_clients_tokens_change_no_bit_of_another(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
     assert not any(torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True))
+
+
+def test_transformers_own_files_stay_as_they_are(folder: Path) -> None:
+    names = {name: module for name, module in sys.modules.items() if name.startswith("transformers.models.")}
+    before = {name: vars(module).get("apply_rotary_pos_emb") for name, module in names.items()}
+    model = load(Task(str(folder), Lora(rank=3), dtype="bfloat16", device="cpu")).base.model
+    attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    assert attentions and all("forward" in vars(module) for module in attentions)
+    assert all(vars(module).get("apply_rotary_pos_emb") is before[name] for name, module in names.items())

@@ -52,6 +52,22 @@ def test_gated_products(size: int, scale: float) -> None:
         assert torch.allclose(found.double(), slope, rtol=2.1 * ROUNDING, atol=1e-6 * scale * scale)
 
 
+@given(positions=st.integers(1, 5), heads=st.integers(1, 3), half=st.sampled_from([1, 5, 16, 32]))
+def test_rotary_embeddings(positions: int, heads: int, half: int) -> None:
+    x, dy = (drawn(heads, positions, 2 * half, seed=seed).transpose(0, 1) for seed in (0, 1))
+    angles = drawn(positions, 2 * half, seed=2, scale=3).float()
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def turned(x: Tensor) -> Tensor:
+        one, two = x.chunk(2, -1)
+        return x * cos[:, None] + torch.cat([-two, one], -1) * sin[:, None]
+
+    assert torch.equal(kernels.rotary(x, cos, sin), turned(x))
+    wide = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(turned(wide), wide, dy.double())
+    assert torch.allclose(kernels.rotary_slope(dy, cos, sin).double(), expected, rtol=1.1 * ROUNDING, atol=1e-6)
+
+
 def attended(states: list[Tensor], rows: list[Row], window: int | None, scale: float) -> Tensor:
     """(heads, T, d) queries and (groups, T, .) keys and values to (T, heads, .), sequence by sequence."""
     q, k, v = (x.repeat_interleave(len(states[0]) // len(x), 0) for x in states)
@@ -97,7 +113,7 @@ def test_attention_within_sequences(
     exact = attended(wide, rows, window, scale)
     expected = [exact, *(slope.transpose(0, 1) for slope in torch.autograd.grad(exact, wide, dout.double()))]
     for mine, theirs in zip(found, expected, strict=True):
-        assert float((mine.double() - theirs).detach().norm()) <= 1.5 * ROUNDING * float(theirs.detach().norm()) + 1e-6
+        assert float((mine.double() - theirs).detach().norm()) <= 2.5 * ROUNDING * float(theirs.detach().norm()) + 1e-6
 
 
 @needs_tiles
