@@ -28,6 +28,7 @@ from rows import NEED_PEERS, ROWS, Figures, Prepared, check_peers, measure, pair
 from shapes import SHAPES
 
 from fedllm.errors import ConfigError, FedllmError, RunError, nearest
+from fedllm.native.library import library
 from fedllm.tasks.base import resolve_device
 
 QUICK = {"clients": 2, "steps": 2, "rounds": 1}
@@ -107,6 +108,7 @@ def summary(found: dict[str, Figures], facts: Facts, peak: float) -> dict[str, A
         "real_tokens_per_step": facts.tokens,
         "page_faults_per_step": ours.get("page_faults_per_step"),
         "real_tokens_per_step_by_row": {row: figures["real_tokens_per_step"] for row, figures in found.items()},
+        "kernels": library().about,
         "ways": {row: figures["way"] for row, figures in found.items()},
     }
 

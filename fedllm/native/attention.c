@@ -161,7 +161,7 @@ static void backward(const shape *d, const sequence *s, states q, states dout, c
     }
     in_rows(q, s, s->common, s->length, d->size, r->q_pairs);
     in_rows(dout, s, s->common, s->length, d->size_v, r->do_pairs);
-    for (int64_t i = 0; i < N; i += ROWS) { /* keys that queries from the i-th on see */
+    for (int64_t i = 0; i < s->length; i += ROWS) { /* keys that queries from the i-th on see */
         int64_t from = i > s->common ? (i - s->common) / 2 : 0, steps = (rows + 1) / 2 - from;
         const bf16 *ds[ROWS], *ps[ROWS];
         for (int64_t k = 0; k < ROWS; k++) ds[k] = r->ds_pairs + 2 * (from * N + i + k);
