@@ -39,10 +39,15 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """The kernels, or None, and why."""
+    """The kernels, or None and the reason."""
 
     handle: ctypes.CDLL | None
-    about: str
+    reason: str = ""
+
+    @property
+    def about(self) -> str:
+        """What computes, and why."""
+        return "native" if self.handle is not None else f"torch ({self.reason})"
 
     @property
     def tiles(self) -> bool:
@@ -65,10 +70,12 @@ def _library(choice: str) -> Library:
     if choice not in CHOICES:
         raise ConfigError(f"{VARIABLE} is '{choice}'{nearest(choice, CHOICES)}")
     if choice == "torch":
-        return Library(None, f"torch ({VARIABLE} says so)")
+        return Library(None, f"{VARIABLE} says so")
     found = _found()
     if found.handle is None and choice == "native":
-        raise ModelError(f"{VARIABLE} is native, but the kernels cannot be had: {found.about}")
+        raise ModelError(
+            f"{VARIABLE} is native, but there are no kernels: {found.reason}; install a C compiler, or set it to auto"
+        )
     return found
 
 
@@ -76,14 +83,14 @@ def _found() -> Library:
     """Compiled now or before."""
     compiler = _compiler()
     if compiler is None:
-        return Library(None, "torch (no C compiler: none of cc, gcc and clang is on the PATH)")
+        return Library(None, "no C compiler: none of cc, gcc and clang is on the PATH")
     command = [*compiler, *FLAGS, *OWN.get(platform.machine(), ())]
     try:
         with _folder() as folder:
             handle = ctypes.CDLL(str(_compiled(command, folder)))
     except (OSError, subprocess.SubprocessError) as error:
-        return Library(None, f"torch ({shlex.join(compiler)} did not compile the kernels: {_reason(error)})")
-    return Library(handle, "native")
+        return Library(None, f"{shlex.join(compiler)} did not compile them: {_reason(error)}")
+    return Library(handle)
 
 
 def _compiler() -> list[str] | None:
