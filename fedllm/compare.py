@@ -151,7 +151,8 @@ class Comparison:
         left_out = ("compare", "compare_lr", "every", "best")
         evaluation = {name: value for name, value in whole["evaluation"].items() if name not in left_out}
         kept = {name: whole[name] for name in ("task", "federation", "work", "rounds", "seed")}
-        text = json.dumps([fedllm.__version__, what, kept, evaluation, _fingerprint(self.population)], sort_keys=True)
+        made = {"fedllm": fedllm.__version__, **self.model.computed_by}
+        text = json.dumps([made, what, kept, evaluation, _fingerprint(self.population)], sort_keys=True)
         path = cache_dir() / "compare" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
         if path.is_file():
             scores: Scores = json.loads(path.read_text(encoding="utf-8"))

@@ -103,6 +103,9 @@ def test_a_comparison_is_made_once(experiment: Experiment, monkeypatch: pytest.M
     changed = replace(experiment, work=replace(experiment.work, lr=3e-3))
     with pytest.raises(pytest.fail.Exception):
         comparison(changed).local_only()
+    monkeypatch.setattr(LoadedModel, "computed_by", {"kernels": "others"})
+    with pytest.raises(pytest.fail.Exception):
+        comparison(experiment).local_only()
 
 
 def test_base_scores_are_those_of_the_model_without_an_adapter(experiment: Experiment) -> None:
