@@ -31,6 +31,12 @@ typedef struct {
 static int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static int64_t longest(const sequence *all, int64_t count) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) most = all[i].length > most ? all[i].length : most;
+    return most;
+}
+
 /* Position of a sequence's i-th key. */
 static int64_t place(const sequence *s, int64_t i) { return i < s->common ? s->first + i : s->own + i - s->common; }
 
@@ -181,10 +187,10 @@ static void added(const float *restrict x, const sequence *s, float *restrict to
 /* q (heads, T, size), k, v (groups, T, .): strides of a head and of a position follow each. p: all probabilities. */
 int fedllm_attention(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
                      const bf16 *v, int64_t v_head, int64_t v_next, bf16 *p, bf16 *out, const sequence *all,
-                     int64_t count, int64_t longest, int64_t heads, int64_t groups, int64_t size, int64_t size_v,
-                     int64_t window, float scale) {
+                     int64_t count, int64_t heads, int64_t groups, int64_t size, int64_t size_v, int64_t window,
+                     float scale) {
     shape d = {heads, groups, size, size_v, window, scale};
-    int64_t N = padded(longest), per = heads / groups;
+    int64_t N = padded(longest(all, count)), per = heads / groups;
     bf16 *keys = malloc(N * (size + size_v) * sizeof *keys), *values = keys + N * size;
     float *work = malloc(ROWS * (N + size_v) * sizeof *work);
     int status = keys && work ? 0 : OUT_OF_MEMORY;
@@ -203,10 +209,10 @@ int fedllm_attention(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *
 /* dout (T, heads, size_v), dq (T, heads, size), dk (T, groups, size) and dv (T, groups, size_v) lie in one piece. */
 int fedllm_attention_slope(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
                            const bf16 *v, int64_t v_head, int64_t v_next, const bf16 *p, const bf16 *dout, bf16 *dq,
-                           bf16 *dk, bf16 *dv, const sequence *all, int64_t count, int64_t longest, int64_t tokens,
-                           int64_t heads, int64_t groups, int64_t size, int64_t size_v, int64_t window, float scale) {
+                           bf16 *dk, bf16 *dv, const sequence *all, int64_t count, int64_t tokens, int64_t heads,
+                           int64_t groups, int64_t size, int64_t size_v, int64_t window, float scale) {
     shape d = {heads, groups, size, size_v, window, scale};
-    int64_t N = padded(longest), per = heads / groups, both = size + size_v;
+    int64_t N = padded(longest(all, count)), per = heads / groups, both = size + size_v;
     bf16 *numbers = malloc((2 * N * both + ROWS * N + 2 * N * N) * sizeof *numbers);
     float *floats = malloc((ROWS * (N > size ? N : size) + N * both + tokens * both) * sizeof *floats);
     room r = {.values = numbers, .keys = numbers + N * size_v, .q_pairs = numbers + N * both};

@@ -1,5 +1,5 @@
 /* Numbers of 16 bits (bfloat16) to float and back, and the exponential, written so that a compiler makes vector code.
-   All functions of the library give 0, or OUT_OF_MEMORY. */
+   All functions of the library give 0, or what went wrong. */
 
 #ifndef FEDLLM_BF16_H
 #define FEDLLM_BF16_H
@@ -9,7 +9,7 @@
 
 typedef uint16_t bf16;
 
-enum { OUT_OF_MEMORY = 1 };
+enum { OUT_OF_MEMORY = 1, OUT_OF_RANGE = 2 };
 
 static inline uint32_t bits_of(float x) {
     uint32_t bits;

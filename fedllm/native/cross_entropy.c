@@ -6,8 +6,9 @@
 #include "bf16.h"
 
 /* (rows, n) logits to softmax - onehot(target), and losses logsumexp - logit[target]. */
-int fedllm_cross_entropy(bf16 *restrict x, const int64_t *targets, float *restrict losses, int64_t rows,
-                         int64_t n) {
+int fedllm_cross_entropy(bf16 *restrict x, const int64_t *targets, float *restrict losses, int64_t rows, int64_t n) {
+    for (int64_t row = 0; row < rows; row++)
+        if (targets[row] < 0 || targets[row] >= n) return OUT_OF_RANGE;
     float *kept = malloc(n * sizeof *kept);
     if (!kept) return OUT_OF_MEMORY;
     for (int64_t row = 0; row < rows; row++, x += n) {

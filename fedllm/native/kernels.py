@@ -9,15 +9,19 @@ from collections.abc import Mapping, Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fedllm.native.library import library
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WIDTH = 16  # numbers of a vector
 ORDER = 8  # ranks are padded to multiples of it
+ERRORS = {1: (MemoryError, "no memory"), 2: (IndexError, "a target is no word of the vocabulary")}  # as in bf16.h
 KINDS: Mapping[str, Any] = {"p": c_void_p, "n": c_int64, "x": c_float}
 SIGNATURES = {
     "norm": "ppppnnx",
@@ -26,17 +30,22 @@ SIGNATURES = {
     "gated_slope": "pppppn",
     "rotary": "pnnpppnnn",
     "rotary_slope": "pnnpppnnn",
-    "attention": "pnn" * 3 + "ppp" + "n" * 7 + "x",
-    "attention_slope": "pnn" * 3 + "ppppp" + "p" + "n" * 8 + "x",
+    "attention": "pnn" * 3 + "ppp" + "n" * 6 + "x",
+    "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
     "cross_entropy": "pppnn",
     "low_rank": "ppppppnnnnnnx",
     "low_rank_slope": "pppppppppnnnnnnx",
 }
 
 
-def serve(*tensors: Tensor) -> bool:
-    """Whether there are kernels for such tensors."""
-    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors) and library().handle is not None
+def made_for(*values: Tensor | PreTrainedModel) -> bool:
+    """Whether all are what kernels may be for: bfloat16 on a CPU."""
+    return all(value.dtype == torch.bfloat16 and value.device.type == "cpu" for value in values)
+
+
+def serve(*values: Tensor | PreTrainedModel) -> bool:
+    """Whether there are kernels for such tensors, or for a model's."""
+    return made_for(*values) and library().handle is not None
 
 
 def serve_low_rank(x: Tensor, size_out: int) -> bool:
@@ -52,40 +61,43 @@ def serve_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(..., n) rows to the normed ones, and what each was multiplied by, in float32."""
-    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    size = x.shape[-1]
-    r = torch.empty(x.shape[:-1], dtype=torch.float32)
-    _call("norm", x, weight.contiguous(), y, r, r.numel(), size, eps)
+    assert weight.shape == x.shape[-1:]
+    x, y, r = x.contiguous(), x.new_empty(x.shape), torch.empty(x.shape[:-1], dtype=torch.float32)
+    _call("norm", x, weight.contiguous(), y, r, r.numel(), len(weight), eps)
     return y, r
 
 
 def norm_slope(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
     """Slope of x, from what `norm` was given and gave."""
-    dy, x = dy.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    _call("norm_slope", dy, x, weight.contiguous(), r, dx, r.numel(), x.shape[-1])
+    assert dy.shape == x.shape
+    dx = x.new_empty(x.shape)
+    _call("norm_slope", dy.contiguous(), x.contiguous(), weight.contiguous(), r, dx, r.numel(), len(weight))
     return dx
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up, of one shape."""
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    _call("gated", gate, up, y, y.numel())
+    assert gate.shape == up.shape
+    y = gate.new_empty(gate.shape)
+    _call("gated", gate.contiguous(), up.contiguous(), y, y.numel())
     return y
 
 
 def gated_slope(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Slopes of gate and up."""
-    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    _call("gated_slope", dy, gate, up, d_gate, d_up, dy.numel())
+    assert dy.shape == gate.shape == up.shape
+    d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    _call("gated_slope", dy.contiguous(), gate.contiguous(), up.contiguous(), d_gate, d_up, dy.numel())
     return d_gate, d_up
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """(N, V) logits, which become softmax - onehot, and (N,) targets to (N,) losses in float32."""
-    assert logits.is_contiguous() and targets.dtype == torch.int64
+    """(N, V) logits, which become softmax - onehot, and (N,) targets to (N,) losses in float32.
+
+    Raises:
+        IndexError: a target is none of the V.
+    """
+    assert logits.is_contiguous() and targets.shape == logits.shape[:1] and targets.dtype == torch.int64
     losses = torch.empty(len(logits), dtype=torch.float32)
     _call("cross_entropy", logits, targets.contiguous(), losses, *logits.shape)
     return losses
@@ -93,7 +105,8 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
 
 def low_rank_(y: Tensor, u: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], scale: float) -> Tensor:
     """Adds scale u A_k^T B_k^T to y (T, out); u (T, in), A (K, rank, in), B (K, out, rank). Gives z = u A_k^T."""
-    assert y.is_contiguous() and u.is_contiguous()
+    assert y.is_contiguous() and u.is_contiguous() and len(y) == len(u) == sum(sizes) and len(a) == len(b) == len(sizes)
+    assert a.shape[1:] == (b.shape[2], u.shape[1]) and b.shape[1] == y.shape[1]
     a, b, counts = _factors(a), _factors(b), _counts(tuple(sizes))
     z = y.new_empty(len(u), -(-a.shape[1] // ORDER) * ORDER)
     _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale)
@@ -111,7 +124,7 @@ def low_rank_slope(
     """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B."""
     u, z, a, b = saved
     dy, a, b, counts = dy.contiguous(), _factors(a), _factors(b), _counts(tuple(sizes))
-    assert u.is_contiguous() and (dx is None or dx.is_contiguous())
+    assert dy.shape == (len(u), b.shape[1]) and (dx is None or (dx.is_contiguous() and dx.shape == u.shape))
     da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
     _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale)
     return da, db
@@ -128,6 +141,7 @@ def rotary_slope(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turned(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    assert cos.shape == sin.shape == (x.shape[0], x.shape[2]) and x.stride(2) == 1
     y = x.new_empty(x.shape)
     _call(name, x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), y, *x.shape)
     return y
@@ -140,7 +154,6 @@ class Sequences:
 
     table: Tensor
     tokens: int
-    longest: int
     pairs: int
 
     @staticmethod
@@ -148,7 +161,7 @@ class Sequences:
         """From the rows of the table."""
         pairs = sum((length - common) * -(-length // WIDTH) * WIDTH for _, common, _, length in rows)
         own = sum(length - common for _, common, _, length in rows)
-        return Sequences(torch.tensor(rows, dtype=torch.int64), own, max(row[3] for row in rows), pairs)
+        return Sequences(torch.tensor(rows, dtype=torch.int64), own, pairs)
 
 
 def attention(
@@ -156,12 +169,11 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(heads, T, d) queries, (groups, T, d) keys, (groups, T, e) values, each state in one piece, to (T, heads, e), and
     probabilities that the slope needs."""
-    query, _, value = states
-    (heads, _, size), (groups, _, size_v) = query.shape, value.shape
-    out = query.new_empty(sequences.tokens, heads, size_v)
-    p = query.new_empty(heads * sequences.pairs)
-    counts = len(sequences.table), sequences.longest, heads, groups, size, size_v, window or 0
-    _call("attention", *_strides(*states), p, out, sequences.table, *counts, scale)
+    counts = _counted(states, sequences)
+    tokens, heads, _, _, size_v = counts
+    out, p = states[0].new_empty(tokens, heads, size_v), states[0].new_empty(heads * sequences.pairs)
+    table = sequences.table
+    _call("attention", *_strides(*states), p, out, table, len(table), *counts[1:], window or 0, scale)
     return out, p
 
 
@@ -174,22 +186,21 @@ def attention_slope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes of queries, keys and values; (T, ., .) of each. `saved`: these and the probabilities."""
     query, key, value, p = saved
-    (heads, _, size), (groups, _, size_v), tokens = query.shape, value.shape, sequences.tokens
-    dq, dk, dv = (query.new_empty(tokens, *sizes) for sizes in ((heads, size), (groups, size), (groups, size_v)))
-    counts = len(sequences.table), sequences.longest, tokens, heads, groups, size, size_v, window or 0
-    _call(
-        "attention_slope",
-        *_strides(query, key, value),
-        p,
-        dout.contiguous(),
-        dq,
-        dk,
-        dv,
-        sequences.table,
-        *counts,
-        scale,
-    )
+    slopes = tuple(state.new_empty(sequences.tokens, len(state), state.shape[2]) for state in (query, key, value))
+    counts, table = _counted((query, key, value), sequences), sequences.table
+    passed = *_strides(query, key, value), p, dout.contiguous(), *slopes, table
+    _call("attention_slope", *passed, len(table), *counts, window or 0, scale)
+    dq, dk, dv = slopes
     return dq, dk, dv
+
+
+def _counted(states: tuple[Tensor, Tensor, Tensor], sequences: Sequences) -> tuple[int, int, int, int, int]:
+    """Tokens, heads, groups, size and size of a value, of states that fit each other and the sequences."""
+    query, key, value = states
+    (heads, tokens, size), (groups, _, size_v) = query.shape, value.shape
+    assert tokens == sequences.tokens and key.shape == (groups, tokens, size) and value.shape[1] == tokens
+    assert heads % groups == 0 and all(state.stride(2) == 1 for state in states)
+    return tokens, heads, groups, size, size_v
 
 
 def _factors(stack: Tensor) -> Tensor:
@@ -209,8 +220,10 @@ def _strides(*states: Tensor) -> list[Tensor | int]:
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:
-    if _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)):
-        raise MemoryError(f"no memory for the kernel {name}")
+    status = _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    if status:
+        kind, reason = ERRORS[status]
+        raise kind(f"kernel {name}: {reason}")
 
 
 @lru_cache(maxsize=64)

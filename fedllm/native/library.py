@@ -55,18 +55,15 @@ class Library:
         return self.handle is not None and bool(self.handle.fedllm_has_tiles())
 
 
+@lru_cache(maxsize=1)
 def library() -> Library:
-    """The kernels of this process.
+    """The kernels of this process, found at its first call.
 
     Raises:
         ConfigError: FEDLLM_KERNELS is no choice.
         ModelError: it asks for kernels that cannot be had.
     """
-    return _library(os.environ.get(VARIABLE, "auto"))
-
-
-@lru_cache(maxsize=len(CHOICES))
-def _library(choice: str) -> Library:
+    choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise ConfigError(f"{VARIABLE} is '{choice}'{nearest(choice, CHOICES)}")
     if choice == "torch":
@@ -108,12 +105,11 @@ def _compiled(command: list[str], folder: Path) -> Path:
         digest.update(hashlib.sha256(part).digest())
     file = folder / f"{digest.hexdigest()[:32]}.so"
     if not (file.is_file() and _is_own(file)):
-        partial = file.with_name(f".{file.stem}.{os.getpid()}.partial")
-        try:
-            _run([*command, "-o", str(partial), *(str(path) for path in sources if path.suffix == ".c"), "-lm"])
-            os.replace(partial, file)  # whole or not at all
-        finally:
-            partial.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:  # the folder is its owner's alone, too
+            made = Path(place, file.name)
+            _run([*command, "-o", str(made), *(str(path) for path in sources if path.suffix == ".c"), "-lm"])
+            made.chmod(0o700)  # whatever the umask
+            os.replace(made, file)  # whole or not at all
     return file
 
 

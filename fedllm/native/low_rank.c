@@ -91,11 +91,11 @@ TILE gather_tile(const bf16 *x, const bf16 *pairs, float *f, int64_t rows, int64
 
 /* An odd last row is paired with itself, times zero. */
 static void gather(const bf16 *x, const bf16 *z, float *f, int64_t rows, int64_t n, int64_t R) {
-    bf16 pairs[BLOCK * GROUP];
+    bf16 two[BLOCK * GROUP]; /* ranks of two rows */
     for (int64_t q = 0; q < R; q += GROUP) {
         for (int64_t t = 0; t < rows + rows % 2; t++)
-            for (int k = 0; k < GROUP; k++) pairs[(t / 2 * GROUP + k) * 2 + t % 2] = t < rows ? z[t * R + q + k] : 0;
-        for (int64_t c = 0; c < n; c += 32) gather_tile(x + c, pairs, f + q * n + c, rows, n, mask_of(n - c));
+            for (int k = 0; k < GROUP; k++) two[(t / 2 * GROUP + k) * 2 + t % 2] = t < rows ? z[t * R + q + k] : 0;
+        for (int64_t c = 0; c < n; c += 32) gather_tile(x + c, two, f + q * n + c, rows, n, mask_of(n - c));
     }
 }
 
@@ -104,20 +104,24 @@ static void fetch(const bf16 *x, int64_t n) {
     for (int64_t i = 0; i < n; i += 32) __builtin_prefetch(x + i);
 }
 
-/* (rank, n) floats to (R, n), zeros below; and those to (n / 4, R, 4) and (R / 2, n, 2). */
-static void rows_of(const float *a, bf16 *rows, int64_t rank, int64_t n, int64_t R) {
-    for (int64_t i = 0; i < rank * n; i++) rows[i] = narrow(a[i]);
-    memset(rows + rank * n, 0, (R - rank) * n * sizeof *rows);
-}
+/* (R, n) to (n / 4, R, 4), or to (R / 2, n, 2). */
+typedef void layout(const bf16 *rows, bf16 *out, int64_t n, int64_t R);
 
-static void fours_of(const bf16 *rows, bf16 *fours, int64_t n, int64_t R) {
+static void fours(const bf16 *rows, bf16 *out, int64_t n, int64_t R) {
     for (int64_t q = 0; q < R; q++)
-        for (int64_t c = 0; c < n; c += 4) memcpy(fours + c * R + 4 * q, rows + q * n + c, 4 * sizeof *rows);
+        for (int64_t c = 0; c < n; c += 4) memcpy(out + c * R + 4 * q, rows + q * n + c, 4 * sizeof *rows);
 }
 
-static void pairs_of(const bf16 *restrict rows, bf16 *restrict pairs, int64_t n, int64_t R) {
-    for (int64_t q = 0; q < R; q += 2, rows += 2 * n, pairs += 2 * n)
-        for (int64_t i = 0; i < n; i++) pairs[2 * i] = rows[i], pairs[2 * i + 1] = rows[n + i];
+static void pairs(const bf16 *restrict rows, bf16 *restrict out, int64_t n, int64_t R) {
+    for (int64_t q = 0; q < R; q += 2, rows += 2 * n, out += 2 * n)
+        for (int64_t i = 0; i < n; i++) out[2 * i] = rows[i], out[2 * i + 1] = rows[n + i];
+}
+
+/* (rank, n) floats in a layout, with zeros for the ranks up to R. `rows`: (R, n). */
+static void laid_out(const float *f, bf16 *rows, bf16 *out, int64_t rank, int64_t n, int64_t R, layout *to) {
+    for (int64_t i = 0; i < rank * n; i++) rows[i] = narrow(f[i]);
+    memset(rows + rank * n, 0, (R - rank) * n * sizeof *rows);
+    to(rows, out, n, R);
 }
 
 /* (n, m) to (m, n), times s. */
@@ -139,11 +143,9 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
     float *turned = malloc(rank * out * sizeof *turned);
     int status = rows && turned ? 0 : OUT_OF_MEMORY;
     for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b) {
-        rows_of(a, rows, rank, in, R);
-        fours_of(rows, left, in, R);
+        laid_out(a, rows, left, rank, in, R, fours);
         transposed(b, turned, out, rank, 1);
-        rows_of(turned, rows, rank, out, R);
-        pairs_of(rows, right, out, R);
+        laid_out(turned, rows, right, rank, out, R, pairs);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
             dot(u, left, z, n, in, R, 1);
@@ -167,11 +169,9 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
     float *turned = slope_b + R * out;
     int status = rows && slope_a ? 0 : OUT_OF_MEMORY;
     for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b) {
-        rows_of(a, rows, rank, in, R);
-        pairs_of(rows, left, in, R);
+        laid_out(a, rows, left, rank, in, R, pairs);
         transposed(b, turned, out, rank, 1);
-        rows_of(turned, rows, rank, out, R);
-        fours_of(rows, right, out, R);
+        laid_out(turned, rows, right, rank, out, R, fours);
         memset(slope_a, 0, R * (in + out) * sizeof *slope_a);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
+from fedllm.native import kernels
 from fedllm.native.library import library
 from fedllm.rng import Key
 from fedllm.shift import Shift
@@ -57,9 +58,7 @@ class LoadedModel:
     @property
     def computed_by(self) -> Mapping[str, str]:
         """`kernels`: whose computes what is no large product, where there is a choice: bfloat16 on a CPU."""
-        model = self.base.model
-        chosen = model.dtype == torch.bfloat16 and model.device.type == "cpu"
-        return {"kernels": library().about} if chosen else {}
+        return {"kernels": library().about} if kernels.made_for(self.base.model) else {}
 
     def bound(self, key: Key) -> LoadedModel:
         """This model with the frozen leaves of the run's key."""

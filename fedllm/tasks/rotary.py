@@ -29,11 +29,13 @@ Pair = tuple[Tensor, Tensor]
 def prepare(model: PreTrainedModel) -> int:
     """Give the attentions whose rotary embeddings have these values, to the bit, this function; how many they are."""
     found = 0
+    if not kernels.serve(model):
+        return found
     for module in model.modules():
         forward = type(module).forward
         if isinstance(forward, FunctionType) and NAME in forward.__code__.co_names and _fits(module, forward):
             names = {**forward.__globals__, NAME: Rotary(forward.__globals__[NAME])}
-            own = FunctionType(forward.__code__, names, NAME, forward.__defaults__, forward.__closure__)
+            own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
             own.__kwdefaults__ = forward.__kwdefaults__
             module.forward = MethodType(own, module)
             found += 1
@@ -58,8 +60,7 @@ class Rotary:
 def _fits(module: nn.Module, forward: FunctionType) -> bool:
     """Whether this is what the function computes for numbers that the kernel takes."""
     other, size = forward.__globals__.get(NAME), vars(module).get("head_dim")
-    weight = next(module.parameters(), None)
-    if other is None or not isinstance(size, int) or size % 2 or weight is None or not kernels.serve(weight):
+    if other is None or not isinstance(size, int) or size % 2:
         return False
     q, k = (torch.linspace(-3, 5, heads * 7 * size).view(1, heads, 7, size).bfloat16() for heads in (2, 1))
     angles = torch.linspace(0, 9, 7 * size).view(1, 7, size)

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -55,9 +55,14 @@ USED = {  # by what they compute; Gemma's norms and gates are others, Phi's gate
 @pytest.fixture(autouse=True)
 def forgetful() -> Iterator[None]:
     """A loaded model has the kernels or not."""
-    load.cache_clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     load.cache_clear()
+    library.cache_clear()
 
 
 @pytest.fixture(params=list(CONFIGS))
@@ -87,9 +92,9 @@ def batch_of(lengths: tuple[tuple[int, ...], ...], common: int, share: bool) -> 
     return collate([[example(length) for length in own] for own in lengths], share=share)
 
 
-def computed(folder: Path, dtype: str, batch: Batch) -> list[Tensor]:
+def computed(folder: Path, dtype: str, batch: Batch, quantize: Literal["int8"] | None = None) -> list[Tensor]:
     """Losses of the clients, and their gradients."""
-    model: LoadedModel = load(Task(str(folder), Lora(rank=3), dtype=dtype, device="cpu"))
+    model: LoadedModel = load(Task(str(folder), Lora(rank=3), dtype=dtype, device="cpu", quantize=quantize))
     generator = torch.Generator().manual_seed(1)
     stack = {
         name: (torch.stack([leaf] * 2).double() + 0.05 * torch.randn(2, *leaf.shape, generator=generator).double())
@@ -118,12 +123,21 @@ def test_a_decoder_with_kernels(folder: Path, share: bool, monkeypatch: pytest.M
     slopes = {f"{name}_slope" for name in USED[folder.name] - {"cross_entropy"}}
     assert called == USED[folder.name] | slopes
     monkeypatch.setenv("FEDLLM_KERNELS", "torch")
-    load.cache_clear()
+    forget()
     called.clear()
     theirs = computed(folder, "bfloat16", batch)
     assert not called
     assert distance(mine, exact) <= 1.1 * distance(theirs, exact) < 0.05
     assert torch.allclose(mine[0].double(), exact[0], rtol=0.01)
+
+
+def test_a_quantised_decoder_has_the_same_kernels(
+    folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, call = set[str](), kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *rest: (called.add(name), call(name, *rest)))
+    losses, *_ = computed(folder, "bfloat16", batch_of(((40, 33), (50,)), 0, False), "int8")
+    assert called >= USED[folder.name] and torch.isfinite(losses).all()
 
 
 def test_one_clients_tokens_change_no_bit_of_another(folder: Path) -> None:

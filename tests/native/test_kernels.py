@@ -152,6 +152,15 @@ def test_logits_that_are_extreme() -> None:
     assert losses[1].isnan() and logits[1].isnan().all()
 
 
+@pytest.mark.parametrize("target", [-1, 4])
+def test_a_target_that_is_no_word_is_refused_and_nothing_is_written(target: int) -> None:
+    logits = drawn(2, 4, seed=0)
+    before = logits.clone()
+    with pytest.raises(IndexError, match="cross_entropy"):
+        kernels.cross_entropy_(logits, torch.tensor([1, target]))
+    assert torch.equal(logits, before)
+
+
 def test_one_row_that_is_not_finite_changes_no_other() -> None:
     gate, up = drawn(4, 33, seed=0), drawn(4, 33, seed=1)
     spoilt = gate.clone()

@@ -20,8 +20,8 @@ needs_compiler = pytest.mark.skipif(module._compiler() is None, reason="no C com
 
 @pytest.fixture(autouse=True)
 def forgetful(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test finds and compiles anew, in a cache of its own."""
-    monkeypatch.setattr(module, "_library", module._library.__wrapped__)
+    """Each call finds and compiles anew, in a cache of its own."""
+    monkeypatch.setattr(sys.modules[__name__], "library", module.library.__wrapped__)
     monkeypatch.delenv("FEDLLM_KERNELS", raising=False)
 
 
@@ -90,6 +90,17 @@ def test_a_processor_without_such_products_has_the_other_kernels(monkeypatch: py
     found = library()
     assert found.handle is not None and not found.tiles
     assert found.handle.fedllm_norm and not hasattr(found.handle, "fedllm_low_rank")
+
+
+@needs_compiler
+def test_a_mask_that_lets_others_write_does_not_compile_again(told: Path, cache_folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        library()
+        library()
+    finally:
+        os.umask(before)
+    assert compiled(told) == 1 and len(list((cache_folder / "native").iterdir())) == 1
 
 
 def test_without_a_compiler_torch_computes_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

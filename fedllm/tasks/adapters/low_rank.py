@@ -50,6 +50,15 @@ class Frozen:
         return dx if self.rest is None else dx.addmm_(dy, self.rest)
 
 
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a layer's product has beside tensors that train: `sizes[k]` rows are client k's; `scale`: s."""
+
+    frozen: Frozen | Quantized
+    sizes: tuple[int, ...]
+    scale: float
+
+
 def low_rank(
     x: Tensor,
     dropped: Tensor | None,
@@ -64,10 +73,13 @@ def low_rank(
         dropped: u; None if it is x. frozen: W and the bias.
         factors: A (K, rank, in) and B (K, out, rank), in the type in which they train.
     """
-    rank = factors[0].shape[1]
-    joint = len(sizes) > 1 and (x.is_cuda or joint_pays(len(sizes), len(x), rank))
-    form = _Kernel if kernels.serve_low_rank(x, factors[1].shape[1]) else _Joint if joint else _Apart
-    y: Tensor = form.apply(x, dropped, *factors, frozen, tuple(sizes), scale)  # type: ignore[no-untyped-call]
+    (clients, rank, _), size_out = factors[0].shape, factors[1].shape[1]
+    form: type[torch.autograd.Function] = _Apart
+    if kernels.serve_low_rank(x, size_out):
+        form = _Kernel
+    elif clients > 1 and (x.is_cuda or joint_pays(clients, len(x), rank)):
+        form = _Joint
+    y: Tensor = form.apply(x, dropped, *factors, Layer(frozen, tuple(sizes), scale))
     return y
 
 
@@ -78,51 +90,34 @@ def joint_pays(clients: int, tokens: int, rank: int) -> bool:
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        frozen: Frozen | Quantized,
-        sizes: tuple[int, ...],
-        scale: float,
-    ) -> Tensor:
-        y, u = frozen.forward(x), (x if dropped is None else dropped).contiguous()
-        z = kernels.low_rank_(y, u, a, b, sizes, scale)
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, layer: Layer) -> Tensor:
+        y, u = layer.frozen.forward(x), (x if dropped is None else dropped).contiguous()
+        z = kernels.low_rank_(y, u, a, b, layer.sizes, layer.scale)
         ctx.save_for_backward(u, z, a, b)
-        ctx.frozen, ctx.sizes, ctx.scale = frozen, sizes, scale
+        ctx.layer = layer
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_dropped, *needs = ctx.needs_input_grad
-        dx = ctx.frozen.backward(dy) if needs_x else None
+        dx = ctx.layer.frozen.backward(dy) if needs_x else None
         du = torch.zeros_like(ctx.saved_tensors[0]) if needs_dropped else dx
-        da, db = kernels.low_rank_slope(dy, ctx.saved_tensors, ctx.sizes, ctx.scale, (needs[0], needs[1]), du)
-        return dx, du if needs_dropped else None, da, db, None, None, None
+        sizes, scale = ctx.layer.sizes, ctx.layer.scale
+        da, db = kernels.low_rank_slope(dy, ctx.saved_tensors, sizes, scale, (needs[0], needs[1]), du)
+        return dx, du if needs_dropped else None, da, db, None
 
 
 class _Apart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        frozen: Frozen | Quantized,
-        sizes: tuple[int, ...],
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, layer: Layer) -> Tensor:
         u, a, b = x if dropped is None else dropped, a.to(x.dtype), b.to(x.dtype)
-        y, low = frozen.forward(x), []
-        for k, own in enumerate(_rows(sizes)):
+        y, low = layer.frozen.forward(x), []
+        for k, own in enumerate(_rows(layer.sizes)):
             low.append(u[own] @ a[k].T)
-            y[own].addmm_(low[k], b[k].T, alpha=scale)
+            y[own].addmm_(low[k], b[k].T, alpha=layer.scale)
         ctx.save_for_backward(u, a, b, *low)
-        ctx.frozen, ctx.sizes, ctx.scale = frozen, sizes, scale
+        ctx.layer = layer
         return y
 
     @staticmethod
@@ -130,43 +125,34 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, a, b, *low = ctx.saved_tensors
         needs_x, needs_dropped, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dx = ctx.frozen.backward(dy) if needs_x else None
+        dx = ctx.layer.frozen.backward(dy) if needs_x else None
         du = torch.empty_like(u) if needs_dropped else None
         da, db = torch.empty_like(a) if needs_a else None, torch.empty_like(b) if needs_b else None
-        for k, own in enumerate(_rows(ctx.sizes)):
+        for k, own in enumerate(_rows(ctx.layer.sizes)):
             dy_k = dy[own]
             if db is not None:
-                torch.mm(dy_k.T, low[k], out=db[k]).mul_(ctx.scale)
-            dz = (dy_k @ b[k]).mul_(ctx.scale)
+                torch.mm(dy_k.T, low[k], out=db[k]).mul_(ctx.layer.scale)
+            dz = (dy_k @ b[k]).mul_(ctx.layer.scale)
             if da is not None:
                 torch.mm(dz.T, u[own], out=da[k])
             if du is not None:
                 torch.mm(dz, a[k], out=du[own])
             elif dx is not None:
                 dx[own].addmm_(dz, a[k])
-        return dx, du, da, db, None, None, None
+        return dx, du, da, db, None
 
 
 class _Joint(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        frozen: Frozen | Quantized,
-        sizes: tuple[int, ...],
-        scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, layer: Layer) -> Tensor:
         clients, rank, _ = a.shape
-        u, others = x if dropped is None else dropped, _others(sizes, rank, x.device)
+        u, others = x if dropped is None else dropped, _others(layer.sizes, rank, x.device)
         left = a.to(x.dtype).reshape(clients * rank, -1)  # (K rank, in)
         right = b.transpose(0, 1).to(x.dtype).reshape(-1, clients * rank)  # (out, K rank)
         z = (u @ left.T).masked_fill_(others, 0)
-        y = frozen.forward(x).addmm_(z, right.T, alpha=scale)
+        y = layer.frozen.forward(x).addmm_(z, right.T, alpha=layer.scale)
         ctx.save_for_backward(u, left, right, z, others)
-        ctx.frozen, ctx.clients, ctx.scale = frozen, clients, scale
+        ctx.layer, ctx.clients = layer, clients
         return y
 
     @staticmethod
@@ -174,13 +160,13 @@ class _Joint(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, left, right, z, others = ctx.saved_tensors
         needs_x, needs_dropped, needs_a, needs_b, *_ = ctx.needs_input_grad
-        dz = (dy @ right).mul_(ctx.scale).masked_fill_(others, 0)
+        dz = (dy @ right).mul_(ctx.layer.scale).masked_fill_(others, 0)
         da = (dz.T @ u).view(ctx.clients, -1, u.shape[1]) if needs_a else None
-        db = (dy.T @ z).mul_(ctx.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1) if needs_b else None
-        dx = ctx.frozen.backward(dy) if needs_x else None
+        db = (dy.T @ z).mul_(ctx.layer.scale).view(dy.shape[1], ctx.clients, -1).transpose(0, 1) if needs_b else None
+        dx = ctx.layer.frozen.backward(dy) if needs_x else None
         if needs_dropped:
-            return dx, dz @ left, da, db, None, None, None
-        return None if dx is None else dx.addmm_(dz, left), None, da, db, None, None, None
+            return dx, dz @ left, da, db, None
+        return None if dx is None else dx.addmm_(dz, left), None, da, db, None
 
 
 @lru_cache(maxsize=16)
