@@ -14,8 +14,9 @@ static inline __attribute__((always_inline)) int turned(const bf16 *x, int64_t n
     int64_t half = n / 2;
     for (int64_t t = 0; t < positions; t++, c += n, s += n)
         for (int64_t h = 0; h < heads; h++, y += n) {
-            const bf16 *restrict one = x + t * next + h * head, *restrict two = one + half;
-            bf16 *restrict first = y, *restrict second = y + half;
+            const bf16 *one = x + t * next + h * head, *two = one + half;
+            bf16 *first = y, *second = y + half;
+#pragma omp simd
             for (int64_t i = 0; i < half; i++) {
                 float a = wide(one[i]), b = wide(two[i]), s1 = wide(s[i]), s2 = wide(s[half + i]);
                 float along = a * wide(c[i]), along_two = b * wide(c[half + i]);
