@@ -8,7 +8,7 @@ one stack. An evaluation takes the same path and saves no memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -154,19 +154,31 @@ class Site:
 
     def first_job(self, client: str) -> Job:
         """What a client will have to do in a round, for estimates: the first round, from the initial values."""
-        profile = self.experiment.federation.profile(client)
-        ctx = Ctx(0, self.experiment.key, 1, 1, client=client, profile=profile)
-        return Job(ctx, self.fresh, self.examples(client))
+        return Job(self._first(client), self.fresh, self.examples(client))
 
     def tokens(self, ctx: Ctx) -> int:
         """Tokens that a client will compute in its round; 0 if its data cannot be had, which it says when asked."""
+        return sum(self._batch_tokens(ctx))
+
+    def batch_tokens(self, clients: Iterable[str]) -> float:
+        """Mean of the tokens that some clients compute in a micro-batch of the first round; 0 if they have none."""
+        counts = [count for client in clients for count in self._batch_tokens(self._first(client))]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    def _first(self, client: str) -> Ctx:
+        profile = self.experiment.federation.profile(client)
+        return Ctx(0, self.experiment.key, 1, 1, client=client, profile=profile)
+
+    def _batch_tokens(self, ctx: Ctx) -> Iterator[int]:
+        """Of each micro-batch of a client's round; none if its data cannot be had."""
         try:
             examples = self.examples(str(ctx.client))
         except FedllmError:
-            return 0
-        plan = self.experiment.work.suited(ctx.profile).plan(len(examples), ctx)
-        batches = ([examples[index] for index in batch] for step in plan for batch in step)
-        return sum(_num_tokens(batch) - (spared(batch) if self.model.shares else 0) for batch in batches)
+            return
+        for step in self.experiment.work.suited(ctx.profile).plan(len(examples), ctx):
+            for indices in step:
+                batch = [examples[index] for index in indices]
+                yield _num_tokens(batch) - (spared(batch) if self.model.shares else 0)
 
     def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
         """Send: from what the work made to a sealed update; the client's memories are saved."""

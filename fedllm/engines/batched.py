@@ -23,7 +23,7 @@ from fedllm.aggregate import Call, Replies
 from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
-from fedllm.engines.deal import HAND, deal
+from fedllm.engines.deal import HAND, deal, full_stack
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
 from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, address_space, free_bytes, parse_bytes, taken_bytes
 from fedllm.engines.peak import matmul_peak
@@ -31,11 +31,11 @@ from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
-from fedllm.heap import kept_memory, one_heap
+from fedllm.heap import kept_memory, one_heap, settled_objects
 from fedllm.tasks.quantized import num_parameters
 from fedllm.update import Request
 
-STACK = {"cpu": 4, "cuda": 16}
+STACK = {"cuda": 16}  # elsewhere as many as the clients' batches suggest
 FEWEST = {"cpu": 2, "cuda": 1}  # stacks of a cohort, unless the size of a stack is set
 LOOKED_AT = 100  # clients, before the first round; one that comes later and does not fit ends the run then
 SIDE_BY_SIDE = {"work": True, "evaluate": False}  # calls that clients answer at the same time, and whether in stacks
@@ -46,8 +46,8 @@ class Batched(Engine):
     """The batched engine.
 
     Args:
-        stack: clients a stack, at most; results depend on it within rounding, on nothing else here. Default 4, or fewer
-            so that there are two stacks; on a GPU 16.
+        stack: clients a stack, at most; results depend on it within rounding, on nothing else here. Default as many as
+            compute 512 tokens in a micro-batch, from 4 to 16, or fewer so that there are two stacks; on a GPU 16.
         workers: threads. Default one a core, on a GPU one.
         memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
             budget, or a limit on the process's address space, the workers share one heap: smaller, and slower.
@@ -88,14 +88,21 @@ class Batched(Engine):
             crew = Crew(experiment.work, site.model, costs, gate)
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
-            with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
-                stack, fewest = (self.stack, 1) if self.stack else (STACK.get(kind, 4), FEWEST.get(kind, 1))
-                shop = Shop(site, crew, pool, workers, stack, fewest, taken, emit)
+            one_each = partial(torch.set_num_threads, 1)
+            with settled_objects(), ThreadPoolExecutor(workers, initializer=one_each) as pool:
+                shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), taken, emit)
                 try:
                     yield shop.call
                 finally:
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)
+
+    def _stacks(self, site: Site, kind: str) -> tuple[int, int]:
+        """Clients a stack and fewest stacks. Bits depend on both, so they know nothing of workers and memory."""
+        if self.stack is not None:
+            return self.stack, 1
+        size = STACK.get(kind) or full_stack(site.batch_tokens(site.population.clients[:LOOKED_AT]))
+        return size, FEWEST.get(kind, 1)
 
     def _budget(self, site: Site) -> int:
         if self.memory_budget is not None:

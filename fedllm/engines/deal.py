@@ -2,6 +2,9 @@
 
 The last stack of a round is waited for with the other workers idle, and the tokens of stacks cut in the cohort's order
 differ by a fifth. What is dealt depends on the hand alone, not on the workers.
+
+How many clients a full stack has depends on how short their batches are: a product of few rows is far from the
+processor's peak, and a call costs as much for few tokens as for many. More than it takes to mend that costs memory.
 """
 
 from __future__ import annotations
@@ -9,6 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 HAND = 4  # full stacks' worth of clients that are dealt together
+FULL = 512  # tokens in a batch of a full stack
+SIZES = (4, 16)  # clients of a full stack, at least and at most
+
+
+def full_stack(tokens: float) -> int:
+    """Clients of a full stack on a CPU, whose batches have so many tokens each; 0 where that is not known."""
+    fewest, most = SIZES
+    return min(max(fewest, int(FULL / tokens)), most) if tokens else fewest
 
 
 def deal(loads: Sequence[int], size: int, fewest: int = 1) -> list[list[int]]:

@@ -33,8 +33,8 @@ SIGNATURES = {
     "attention": "pnn" * 3 + "ppp" + "n" * 6 + "x",
     "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
     "cross_entropy": "pppnn",
-    "low_rank": "ppppppnnnnnnx",
-    "low_rank_slope": "pppppppppnnnnnnx",
+    "low_rank": "ppppppnnnnnnxppp",
+    "low_rank_slope": "pppppppppnnnnnnxp",
 }
 
 
@@ -51,6 +51,11 @@ def serve(*values: Tensor | PreTrainedModel) -> bool:
 def serve_low_rank(x: Tensor, size_out: int) -> bool:
     """Whether there are kernels for low-rank products of rows x (T, in) to (T, out)."""
     return x.shape[1] % 4 == size_out % 4 == 0 and serve(x) and library().tiles
+
+
+def serve_product(weight: Tensor) -> bool:
+    """Whether low-rank products are better computed together with those of a frozen matrix (out, in)."""
+    return serve(weight) and weight.is_contiguous() and library().products
 
 
 def serve_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -103,13 +108,26 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-def low_rank_(y: Tensor, u: Tensor, a: Tensor, b: Tensor, sizes: Sequence[int], scale: float) -> Tensor:
-    """Adds scale u A_k^T B_k^T to y (T, out); u (T, in), A (K, rank, in), B (K, out, rank). Gives z = u A_k^T."""
+def low_rank_(
+    y: Tensor,
+    u: Tensor,
+    factors: tuple[Tensor, Tensor],
+    sizes: Sequence[int],
+    scale: float,
+    frozen: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """Adds scale u A_k^T B_k^T to y (T, out); u (T, in), A (K, rank, in), B (K, out, rank). Gives z = u A_k^T.
+
+    With x (T, in), W (out, in) and a bias in `frozen`, y becomes their sum with x W^T + bias.
+    """
+    a, b, counts = _factors(factors[0]), _factors(factors[1]), _counts(tuple(sizes))
     assert y.is_contiguous() and u.is_contiguous() and len(y) == len(u) == sum(sizes) and len(a) == len(b) == len(sizes)
     assert a.shape[1:] == (b.shape[2], u.shape[1]) and b.shape[1] == y.shape[1]
-    a, b, counts = _factors(a), _factors(b), _counts(tuple(sizes))
+    x, weight, bias = frozen or (None, None, None)
+    x = None if x is None else x.contiguous()
+    assert x is None or (x.shape == u.shape and weight is not None and _fits(weight, a, b))
     z = y.new_empty(len(u), -(-a.shape[1] // ORDER) * ORDER)
-    _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale)
+    _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale, x, weight, bias)
     return z
 
 
@@ -120,14 +138,23 @@ def low_rank_slope(
     scale: float,
     needs: tuple[bool, bool],
     dx: Tensor | None,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B."""
+    """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B.
+
+    With `weight` W (out, in), dx becomes its sum with dy W.
+    """
     u, z, a, b = saved
     dy, a, b, counts = dy.contiguous(), _factors(a), _factors(b), _counts(tuple(sizes))
     assert dy.shape == (len(u), b.shape[1]) and (dx is None or (dx.is_contiguous() and dx.shape == u.shape))
+    assert weight is None or _fits(weight, a, b)
     da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
-    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale)
+    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale, weight)
     return da, db
+
+
+def _fits(weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    return weight.is_contiguous() and weight.shape == (b.shape[1], a.shape[2])
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

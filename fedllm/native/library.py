@@ -54,6 +54,11 @@ class Library:
         """Whether it has the products, too, which the processor must be made for."""
         return self.handle is not None and bool(self.handle.fedllm_has_tiles())
 
+    @property
+    def products(self) -> bool:
+        """Whether its products with frozen matrices are faster than PyTorch's."""
+        return self.handle is not None and bool(self.handle.fedllm_has_products())
+
 
 @lru_cache(maxsize=1)
 def library() -> Library:

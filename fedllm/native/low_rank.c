@@ -3,11 +3,13 @@
        y += s z B_k^T   z = u A_k^T        dz = s dy B_k   dx += dz A_k   dA_k = dz^T u   dB_k = s dy^T z
 
    u (T, in), y (T, out), z (T, R) in 16 bits; A_k (rank, in), B_k (out, rank) and their slopes in float. R is the rank,
-   up to the next multiple of 8. Each client's rows are taken in blocks that stay in the cache, from one product to the
+   up to the next multiple of 8. Where the frozen matrix is given, its product is computed with it: y = x W^T + bias +
+   s z B_k^T, dx = dy W + dz A_k. Each client's rows are taken in blocks that stay in the cache, from one product to the
    next. A product of two numbers of 16 bits is exact in float, in which all sums are made. */
 
 #include <stdlib.h>
 
+#include "product.h"
 #include "tiles.h"
 
 #ifdef TILES
@@ -136,55 +138,74 @@ static void transposed(const float *a, float *out, int64_t n, int64_t m, float s
         }
 }
 
+static int64_t total(const int64_t *sizes, int64_t clients) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < clients; k++) sum += sizes[k];
+    return sum;
+}
+
+static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Where w is null, y is added to. */
 int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float *b, const int64_t *sizes,
-                    int64_t clients, int64_t rank, int64_t in, int64_t out, int64_t next_a, int64_t next_b, float s) {
-    int64_t R = (rank + GROUP - 1) / GROUP * GROUP, most = in > out ? in : out;
-    bf16 *rows = malloc(R * (most + in + out) * sizeof *rows), *left = rows + R * most, *right = left + R * in;
+                    int64_t clients, int64_t rank, int64_t in, int64_t out, int64_t next_a, int64_t next_b, float s,
+                    const bf16 *x, const bf16 *w, const bf16 *bias) {
+    int64_t R = (rank + GROUP - 1) / GROUP * GROUP;
+    bf16 *rows = malloc(R * (max(in, out) + in + clients * out) * sizeof *rows);
+    bf16 *left = rows + R * max(in, out), *right = left + R * in;
     float *turned = malloc(rank * out * sizeof *turned);
     int status = rows && turned ? 0 : OUT_OF_MEMORY;
-    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b) {
+    const bf16 *own_u = u, *pairs_of = right;
+    bf16 *own_z = z;
+    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * out) {
         laid_out(a, rows, left, rank, in, R, fours);
         transposed(b, turned, out, rank, 1);
-        laid_out(turned, rows, right, rank, out, R, pairs);
+        laid_out(turned, rows, right + k * R * out, rank, out, R, pairs);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
-            dot(u, left, z, n, in, R, 1);
-            add(y, z, right, n, out, R, s);
-            u += n * in, y += n * out, z += n * R;
+            dot(own_u, left, own_z, n, in, R, 1);
+            if (!w) add(y, own_z, pairs_of, n, out, R, s), y += n * out;
+            own_u += n * in, own_z += n * R;
         }
     }
+    own_part own = {z, right, sizes, R, s};
+    if (w && !status) status = product(x, w, bias, y, total(sizes, clients), in, out, 1, &own);
     free(turned);
     free(rows);
     return status;
 }
 
-/* dx, da and db may be null. */
+/* da and db may be null, and dx, which is written where w is there and else added to. */
 int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx, const float *a, const float *b,
                           float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
-                          int64_t out, int64_t next_a, int64_t next_b, float s) {
-    int64_t R = (rank + GROUP - 1) / GROUP * GROUP, most = in > out ? in : out;
-    bf16 *rows = malloc(R * (most + in + out + BLOCK) * sizeof *rows), *left = rows + R * most, *right = left + R * in;
-    bf16 *dz = right + R * out;
+                          int64_t out, int64_t next_a, int64_t next_b, float s, const bf16 *w) {
+    int64_t R = (rank + GROUP - 1) / GROUP * GROUP, T = total(sizes, clients);
+    bf16 *rows = malloc(R * (max(in, out) + clients * in + out + T) * sizeof *rows);
+    bf16 *left = rows + R * max(in, out), *right = left + clients * R * in, *dz = right + R * out;
     float *slope_a = malloc(R * (in + 2 * out) * sizeof *slope_a), *slope_b = slope_a + R * in;
     float *turned = slope_b + R * out;
     int status = rows && slope_a ? 0 : OUT_OF_MEMORY;
-    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b) {
-        laid_out(a, rows, left, rank, in, R, pairs);
+    const bf16 *own_dy = dy, *pairs_of = left;
+    bf16 *own_dz = dz, *own_dx = dx;
+    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * in) {
+        laid_out(a, rows, left + k * R * in, rank, in, R, pairs);
         transposed(b, turned, out, rank, 1);
         laid_out(turned, rows, right, rank, out, R, fours);
         memset(slope_a, 0, R * (in + out) * sizeof *slope_a);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
             fetch(u, n * in);
-            dot(dy, right, dz, n, out, R, s);
-            if (db) gather(dy, z, slope_b, n, out, R);
-            if (da) gather(u, dz, slope_a, n, in, R);
-            if (dx) add(dx, dz, left, n, in, R, 1), dx += n * in;
-            dy += n * out, u += n * in, z += n * R;
+            dot(own_dy, right, own_dz, n, out, R, s);
+            if (db) gather(own_dy, z, slope_b, n, out, R);
+            if (da) gather(u, own_dz, slope_a, n, in, R);
+            if (dx && !w) add(own_dx, own_dz, pairs_of, n, in, R, 1), own_dx += n * in;
+            own_dy += n * out, u += n * in, z += n * R, own_dz += n * R;
         }
         if (da) memcpy(da, slope_a, rank * in * sizeof *da), da += rank * in;
         if (db) transposed(slope_b, db, rank, out, s), db += rank * out;
     }
+    own_part own = {dz, left, sizes, R, 1};
+    if (w && dx && !status) status = product(dy, w, NULL, dx, T, out, in, 0, &own);
     free(slope_a);
     free(rows);
     return status;

@@ -13,7 +13,7 @@
 
 /* Whatever has these is computed in registers: the numbers of its rows are known to the compiler. */
 #define TILE static inline __attribute__((always_inline)) void
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 32")
 
 static inline __mmask32 mask_of(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 static inline __m512bh words(const bf16 *x, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, x); }

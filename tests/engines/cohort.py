@@ -52,6 +52,13 @@ def write_records(path: Path, changed: str | None = None) -> Path:
     return path
 
 
+def write_long(path: Path) -> Path:
+    """One record a client, which fills any `max_length`: 21 tokens of prompt, then the answer."""
+    rows = [{"who": who, "prompt": "ab", "response": "c" * 200} for who in CLIENTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 @dataclass(frozen=True)
 class Devices(Shards):
     """Clients with devices of their own: ranks by client, and a device of the client's name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import fedllm
 from fedllm import tree
 from fedllm.engines.batched import Batched
 from fedllm.engines.serial import Serial
-from fedllm.events import ClientFailed, Event
+from fedllm.events import ClientFailed, EngineStarted, Event
 from fedllm.stage import Stage
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
@@ -43,6 +44,7 @@ from tests.engines.cohort import (
     farthest,
     same,
     sent,
+    write_long,
     write_records,
 )
 
@@ -135,6 +137,45 @@ def test_devices_with_ranks_batches_steps_and_rates_of_their_own(serial: Any, da
     counts = {client: expected[0, client].parts["counts"].tree for client in CLIENTS}
     assert [int(counts[client]["steps"]) for client in CLIENTS] == [3, 6, 5, 3, 3]
     assert [found[0, client].parts["counts"].tree for client in CLIENTS] == list(counts.values())
+
+
+# how large a stack is
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "length", "batch_size", "size"),
+    [
+        (None, "float64", 24, 1, 16),
+        (None, "float64", 64, 1, 8),
+        (None, "float64", 42, 2, 6),  # 512 / 84
+        (None, "float32", 42, 2, 8),  # less the 20 tokens that both begin with, whose successors are no answer
+        (None, "float64", 163, 1, 4),
+        (3, "float64", 24, 1, 3),
+        (20, "float64", 163, 1, 20),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_short_batches_make_large_stacks_unless_a_size_is_set(
+    tmp_path: Path, asked: int | None, dtype: str, length: int, batch_size: int, size: int, workers: int
+) -> None:
+    work = Sgd(lr=0.05, steps=1, batch_size=batch_size, max_length=length)
+    made = experiment(write_long(tmp_path / "people.jsonl"), dtype=dtype, work=work)
+    told: list[Event] = []
+    sent(Batched(stack=asked, workers=workers), made, cohort=CLIENTS[:2], told=told)
+    assert [event.stack for event in told if isinstance(event, EngineStarted)] == [size]
+
+
+def test_clients_without_a_step_say_nothing_of_the_size(data: Path) -> None:
+    told: list[Event] = []
+    sent(Batched(workers=1), experiment(data, work=Sgd(lr=0.05, steps=0)), told=told)
+    assert [event.stack for event in told if isinstance(event, EngineStarted)] == [4]
+
+
+def test_what_is_loaded_is_settled_while_the_engine_is_open(data: Path) -> None:
+    assert not gc.get_freeze_count()
+    with Batched(workers=1).open(experiment(data), None, [].append):
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
 
 
 # a comparison that would not see a mistake proves nothing

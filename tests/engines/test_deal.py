@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from fedllm.client import Site
 from fedllm.engines.batched import Batched
-from fedllm.engines.deal import deal
+from fedllm.engines.deal import deal, full_stack
 from fedllm.errors import ClientError
 from fedllm.rng import Key
 from fedllm.update import Ctx, Profile, Update
 from fedllm.works.sgd import Sgd
-from tests.engines.cohort import CLIENTS, experiment, sent, write_records
+from tests.engines.cohort import CLIENTS, Own, experiment, sent, write_long, write_records
 
 LOADS = st.lists(st.integers(0, 10**6), max_size=40)
 
@@ -57,6 +57,30 @@ def test_as_few_as_hold_all_and_a_power_of_two(clients: int, size: int, fewest: 
 def test_by_hand() -> None:
     """9 + 6 + 5 against 8 + 7 + 1; then 9 and 7 change places, and both have 18."""
     assert deal([5, 9, 1, 7, 6, 8], 3) == [[0, 3, 4], [1, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(0.0, 4), (1, 16), (20, 16), (32, 16), (33, 15), (64, 8), (85.5, 5), (102.4, 5), (102.5, 4), (163, 4), (1e6, 4)],
+)
+def test_short_batches_make_large_stacks(tokens: float, size: int) -> None:
+    """The whole part of 512 over the tokens, from 4 to 16."""
+    assert full_stack(tokens) == size
+
+
+def test_the_mean_is_that_of_the_first_rounds_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ann: no step. ben: 3 steps of 2 micro-batches with one sequence of 40 tokens. cid: one step of 2 with 3 each."""
+    own = (("ann", "steps", 0), ("ben", "steps", 3), ("cid", "steps", 1), ("cid", "batch_size", 3))
+    work = Own(lr=0.1, steps=2, batch_size=1, accumulation=2, max_length=40, own=own)
+    site = Site.of(experiment(write_long(tmp_path / "people.jsonl"), work=work), None)
+    means = [site.batch_tokens(clients) for clients in (["ann"], [], ["ben"], ["cid"], ["ann", "ben", "cid"])]
+    assert means == [0, 0, 40, 120, (6 * 40 + 2 * 120) / 8]
+
+    def lost(client: str) -> None:
+        raise ClientError("its file is gone")
+
+    monkeypatch.setattr(site, "examples", lost)
+    assert site.batch_tokens(["ben", "cid"]) == 0
 
 
 def test_loads_are_the_tokens_that_the_round_trains_on(tmp_path: Path) -> None:

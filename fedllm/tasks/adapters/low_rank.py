@@ -5,10 +5,10 @@
     dA_k = dz^T u   dB_k = s dy^T z
 
 The products with W run over all rows at once. Those with A and B are small, and each call costs as much as it computes.
-In bfloat16 on a CPU there is a kernel for them (`_Kernel`). Elsewhere, where they stay narrow, or the tokens are few,
-the factors of all clients are side by side in one product, whose values between a row and another client's factors are
-set to zero (`_Joint`); else each client has products of its own (`_Apart`). A zero times a NaN is a NaN, so the joint
-form keeps clients apart only while all values are finite: `Sgd` sees to that.
+In bfloat16 on a CPU a kernel computes them with W's in the same sums (`_Kernel`). Elsewhere, where they stay narrow, or
+the tokens are few, the factors of all clients are side by side in one product, whose values between a row and another
+client's factors are set to zero (`_Joint`); else each client has products of its own (`_Apart`). A zero times a NaN is a
+NaN, so the joint form keeps clients apart only while all values are finite: `Sgd` sees to that.
 
 Padding a client's rank with zeros adds zeros.
 """
@@ -58,6 +58,14 @@ class Layer:
     sizes: tuple[int, ...]
     scale: float
 
+    @property
+    def with_product(self) -> Frozen | None:
+        """The frozen matrix, if the kernel is to compute its product, too."""
+        frozen = self.frozen
+        if not isinstance(frozen, Frozen) or frozen.rest is not None or not kernels.serve_product(frozen.weight):
+            return None
+        return frozen
+
 
 def low_rank(
     x: Tensor,
@@ -91,8 +99,13 @@ def joint_pays(clients: int, tokens: int, rank: int) -> bool:
 class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, layer: Layer) -> Tensor:
-        y, u = layer.frozen.forward(x), (x if dropped is None else dropped).contiguous()
-        z = kernels.low_rank_(y, u, a, b, layer.sizes, layer.scale)
+        u = (x if dropped is None else dropped).contiguous()
+        if (frozen := layer.with_product) is not None:
+            y = x.new_empty(len(x), b.shape[1])
+            z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale, (x, frozen.weight, frozen.bias))
+        else:
+            y = layer.frozen.forward(x)
+            z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale)
         ctx.save_for_backward(u, z, a, b)
         ctx.layer = layer
         return y
@@ -101,10 +114,15 @@ class _Kernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_dropped, *needs = ctx.needs_input_grad
-        dx = ctx.layer.frozen.backward(dy) if needs_x else None
-        du = torch.zeros_like(ctx.saved_tensors[0]) if needs_dropped else dx
-        sizes, scale = ctx.layer.sizes, ctx.layer.scale
-        da, db = kernels.low_rank_slope(dy, ctx.saved_tensors, sizes, scale, (needs[0], needs[1]), du)
+        layer, (u, *_) = ctx.layer, ctx.saved_tensors
+        together = layer.with_product if needs_x and not needs_dropped else None
+        weight = together.weight if together is not None else None
+        dx: Tensor | None = None
+        if needs_x:
+            dx = layer.frozen.backward(dy) if together is None else torch.empty_like(u)
+        du = torch.zeros_like(u) if needs_dropped else dx
+        saved, both = ctx.saved_tensors, (needs[0], needs[1])
+        da, db = kernels.low_rank_slope(dy, saved, layer.sizes, layer.scale, both, du, weight)
         return dx, du if needs_dropped else None, da, db, None
 
 

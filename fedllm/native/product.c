@@ -1,0 +1,186 @@
+/* A product with a frozen matrix, to which a product of each row's own client is added in the same sums.
+
+       y_r = s z_r G_c + bias + x_r W        c: the client of row r
+
+   64 columns of W at a time are laid out in pairs of its rows, (k / 2, 64, 2), which stay in the cache while all rows of
+   x pass: six rows make a tile of 24 vectors of sums, which never leave the registers, and each number of x that is read
+   is multiplied by four vectors. A row's sums have one order, whatever the other rows are. */
+
+#include <stdlib.h>
+
+#include "product.h"
+#include "tiles.h"
+
+#ifdef TILES
+
+enum { ROWS = 6, VECTORS = 4, WIDTH = 16, COLUMNS = VECTORS * WIDTH, DEPTH = 768 }; /* DEPTH: rows of W at a time */
+
+/* Sums of a tile. */
+typedef __m512 sums[ROWS * VECTORS];
+
+typedef struct {
+    const bf16 *x, *bias;
+    bf16 *y;
+    int64_t rows, k, n;
+    const own_part *own;
+    const bf16 **g; /* of each row's client */
+} operands;
+
+/* Columns of W from `column` on and its rows from `from` on, as many as are computed with at a time, in pairs. */
+typedef struct {
+    int64_t column, columns, from, depth;
+    bf16 *pairs;
+} panel;
+
+/* Where rows of a tile lie: x from the panel's first row of W on, y and G from its first column on. */
+typedef struct {
+    const bf16 *x[ROWS], *z[ROWS], *g[ROWS];
+    bf16 *y[ROWS];
+} places;
+
+/* 16 rows of 16 pairs, to 16 rows of COLUMNS pairs: the i-th pair of each makes the i-th row. */
+TILE transposed(__m512i *a, bf16 *out) {
+    __m512i b[WIDTH];
+    UNROLL for (int i = 0; i < WIDTH; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    UNROLL for (int i = 0; i < WIDTH; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+        b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+        b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    }
+    UNROLL for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(out + 2 * i * COLUMNS, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
+        _mm512_storeu_si512(out + 2 * (8 + i) * COLUMNS, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
+    }
+}
+
+static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static __mmask16 half_of(int64_t n) { return n > 0 ? (__mmask16)mask_of(min(n, WIDTH)) : 0; }
+
+/* `columns` rows of W (n, k), as columns of pairs; `depth` numbers of each. */
+static void rows_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t columns, bf16 *out) {
+    for (int64_t d = 0; d < depth; d += 2 * WIDTH)
+        for (int64_t c = 0; c < COLUMNS; c += WIDTH) {
+            __m512i rows[WIDTH];
+            __mmask32 mask = mask_of(depth - d);
+            UNROLL for (int i = 0; i < WIDTH; i++) {
+                int there = c + i < columns;
+                rows[i] = (__m512i)words(there ? w + (c + i) * next + d : w, there ? mask : 0);
+            }
+            transposed(rows, out + d * COLUMNS + 2 * c);
+        }
+}
+
+/* `columns` columns of W (k, n), its rows in pairs. */
+static void columns_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t columns, bf16 *out) {
+    __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, /* of two rows */
+                                     39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    for (int64_t d = 0; d < depth; d += 2, w += 2 * next)
+        for (int64_t c = 0; c < COLUMNS; c += WIDTH, out += 2 * WIDTH) {
+            __mmask16 mask = half_of(columns - c);
+            __m512i one = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, w + c));
+            __m512i two = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, w + next + c));
+            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(one, pairs, two));
+        }
+}
+
+/* sum = s z G + bias. */
+TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias, int64_t n, int64_t columns) {
+    UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t q = 0; own && q < own->order; q += 2)
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            __m512bh both = pair(at->z[i] + q);
+            UNROLL for (int j = 0; j < VECTORS; j++) {
+                int64_t left = columns - WIDTH * j;
+                __m512bh g = words(at->g[i] + q * n + 2 * WIDTH * j, left > 0 ? mask_of(2 * left) : 0);
+                sum[i * VECTORS + j] = _mm512_dpbf16_ps(sum[i * VECTORS + j], both, g);
+            }
+        }
+    UNROLL for (int i = 0; own && i < ROWS * VECTORS; i++) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(own->s));
+    UNROLL for (int j = 0; bias && j < VECTORS; j++) {
+        __m256i half = _mm256_maskz_loadu_epi16(half_of(columns - WIDTH * j), bias + WIDTH * j);
+        __m512 wider = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        UNROLL for (int i = 0; i < ROWS; i++) sum[i * VECTORS + j] = _mm512_add_ps(sum[i * VECTORS + j], wider);
+    }
+}
+
+/* sum += x F, F (steps, COLUMNS, 2). */
+TILE summed(__m512 *sum, const places *at, const bf16 *f, int64_t steps) {
+    for (int64_t t = 0; t < steps; t++, f += 2 * COLUMNS) {
+        __m512bh factor[VECTORS];
+        UNROLL for (int j = 0; j < VECTORS; j++) factor[j] = words(f + 2 * WIDTH * j, ~0u);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            __m512bh both = pair(at->x[i] + 2 * t);
+            UNROLL for (int j = 0; j < VECTORS; j++)
+                sum[i * VECTORS + j] = _mm512_dpbf16_ps(sum[i * VECTORS + j], both, factor[j]);
+        }
+    }
+}
+
+TILE written(const __m512 *sum, const places *at, int64_t columns) {
+    UNROLL for (int i = 0; i < ROWS; i++)
+        UNROLL for (int j = 0; j < VECTORS; j++)
+            _mm256_mask_storeu_epi16(at->y[i] + WIDTH * j, half_of(columns - WIDTH * j),
+                                     (__m256i)_mm512_cvtneps_pbh(sum[i * VECTORS + j]));
+}
+
+/* Rows of the t-th tile. The last one has rows again that the one before it had, or its last row several times. */
+static places placed(const operands *o, const panel *f, int64_t t) {
+    places at = {0};
+    int64_t end = min((t + 1) * ROWS, o->rows), first = end > ROWS ? end - ROWS : 0;
+    for (int i = 0; i < ROWS; i++) {
+        int64_t row = min(first + i, end - 1);
+        at.x[i] = o->x + row * o->k + f->from, at.y[i] = o->y + row * o->n + f->column;
+        if (!o->own) continue;
+        at.z[i] = o->own->z + row * o->own->order;
+        at.g[i] = o->g[row] + 2 * f->column;
+    }
+    return at;
+}
+
+/* The t-th tile's part of a product, added to what it has so far. */
+static void tile(const operands *o, const panel *f, int64_t t, __m512 *sofar) {
+    places at = placed(o, f, t);
+    sums sum;
+    if (f->from)
+        UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = sofar[i];
+    else
+        begun(sum, &at, o->own, o->bias ? o->bias + f->column : NULL, o->n, f->columns);
+    summed(sum, &at, f->pairs, f->depth / 2);
+    if (f->from + f->depth == o->k)
+        written(sum, &at, f->columns);
+    else
+        UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sofar[i] = sum[i];
+}
+
+int product(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, int64_t rows, int64_t k, int64_t n, int turned,
+            const own_part *own) {
+    operands o = {x, bias, y, rows, k, n, own, malloc((rows + 1) * sizeof *o.g)};
+    int64_t tiles = (rows + ROWS - 1) / ROWS;
+    panel f = {.pairs = aligned_alloc(64, DEPTH * COLUMNS * sizeof *f.pairs)};
+    sums *sofar = aligned_alloc(64, (k > DEPTH ? tiles + 1 : 1) * sizeof *sofar); /* until W's next rows come */
+    int status = f.pairs && sofar && o.g ? 0 : OUT_OF_MEMORY;
+    for (int64_t c = 0, row = 0; own && row < rows && !status; c++)
+        for (int64_t i = 0; i < own->sizes[c]; i++) o.g[row++] = own->pairs + c * own->order * n;
+    for (f.column = 0; f.column < n && !status; f.column += COLUMNS)
+        for (f.from = 0; f.from < k; f.from += DEPTH) {
+            f.columns = min(COLUMNS, n - f.column), f.depth = min(DEPTH, k - f.from);
+            if (turned)
+                rows_laid_out(w + f.column * k + f.from, k, f.depth, f.columns, f.pairs);
+            else
+                columns_laid_out(w + f.from * n + f.column, n, f.depth, f.columns, f.pairs);
+            for (int64_t t = 0; t < tiles; t++) tile(&o, &f, t, sofar[k > DEPTH ? t : 0]);
+        }
+    free(sofar);
+    free(f.pairs);
+    free(o.g);
+    return status;
+}
+
+#endif
