@@ -7,8 +7,8 @@
 The products with W run over all rows at once. Those with A and B are small, and each call costs as much as it computes.
 In bfloat16 on a CPU a kernel computes them with W's in the same sums (`_Kernel`). Elsewhere, where they stay narrow, or
 the tokens are few, the factors of all clients are side by side in one product, whose values between a row and another
-client's factors are set to zero (`_Joint`); else each client has products of its own (`_Apart`). A zero times a NaN is a
-NaN, so the joint form keeps clients apart only while all values are finite: `Sgd` sees to that.
+client's factors are set to zero (`_Joint`); else each client has products of its own (`_Apart`). A zero times a NaN is
+a NaN, so the joint form keeps clients apart only while all values are finite: `Sgd` sees to that.
 
 Padding a client's rank with zeros adds zeros.
 """
