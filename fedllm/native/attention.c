@@ -29,7 +29,6 @@ typedef struct {
 } states;
 
 static int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t longest(const sequence *all, int64_t count) {
     int64_t most = 0;

@@ -11,6 +11,9 @@ typedef uint16_t bf16;
 
 enum { OUT_OF_MEMORY = 1, OUT_OF_RANGE = 2 };
 
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static inline uint32_t bits_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);

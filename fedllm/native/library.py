@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from fedllm.cache import cache_dir
@@ -49,12 +49,12 @@ class Library:
         """What computes, and why."""
         return "native" if self.handle is not None else f"torch ({self.reason})"
 
-    @property
+    @cached_property
     def tiles(self) -> bool:
         """Whether it has the products, too, which the processor must be made for."""
         return self.handle is not None and bool(self.handle.fedllm_has_tiles())
 
-    @property
+    @cached_property
     def products(self) -> bool:
         """Whether its products with frozen matrices are faster than PyTorch's."""
         return self.handle is not None and bool(self.handle.fedllm_has_products())

@@ -59,7 +59,7 @@ TILE add_tile(bf16 *y, const bf16 *z, const bf16 *g, int rows, int64_t n, int64_
 
 TILE add_rows(bf16 *y, const bf16 *z, const bf16 *g, int rows, int64_t n, int64_t R, float s) {
     for (int64_t c = 0; c < n; c += 16) {
-        __mmask16 half = (__mmask16)mask_of(n - c < 16 ? n - c : 16);
+        __mmask16 half = (__mmask16)mask_of(min(n - c, 16));
         add_tile(y + c, z, g + 2 * c, rows, n, R, s, mask_of(2 * (n - c)), half);
     }
 }
@@ -72,8 +72,7 @@ static void add(bf16 *y, const bf16 *z, const bf16 *g, int64_t rows, int64_t n, 
 
 /* 32 columns of F += z^T x for 8 ranks: x (rows, n), F (R, n); pairs (rows / 2, 8, 2) of z. */
 TILE gather_tile(const bf16 *x, const bf16 *pairs, float *f, int64_t rows, int64_t n, __mmask32 mask) {
-    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, /* of two rows */
-                                   39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i low = side_by_side();
     __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     __mmask16 first = (__mmask16)mask, second = (__mmask16)(mask >> 16);
     __m512 left[GROUP], right[GROUP];
@@ -132,7 +131,7 @@ static void transposed(const float *a, float *out, int64_t n, int64_t m, float s
                                       _mm512_set1_epi32((int)m));
     for (int64_t q = 0; q < m; q++)
         for (int64_t i = 0; i < n; i += 16) {
-            __mmask16 mask = (__mmask16)mask_of(n - i < 16 ? n - i : 16);
+            __mmask16 mask = (__mmask16)mask_of(min(n - i, 16));
             __m512 column = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, step, a + i * m + q, 4);
             _mm512_mask_storeu_ps(out + q * n + i, mask, _mm512_mul_ps(column, _mm512_set1_ps(s)));
         }
@@ -143,8 +142,6 @@ static int64_t total(const int64_t *sizes, int64_t clients) {
     for (int64_t k = 0; k < clients; k++) sum += sizes[k];
     return sum;
 }
-
-static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Where w is null, y is added to. */
 int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float *b, const int64_t *sizes,
@@ -162,7 +159,7 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
         transposed(b, turned, out, rank, 1);
         laid_out(turned, rows, right + k * R * out, rank, out, R, pairs);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
-            int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
+            int64_t n = min(BLOCK, sizes[k] - t);
             dot(own_u, left, own_z, n, in, R, 1);
             if (!w) add(y, own_z, pairs_of, n, out, R, s), y += n * out;
             own_u += n * in, own_z += n * R;
@@ -193,7 +190,7 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
         laid_out(turned, rows, right, rank, out, R, fours);
         memset(slope_a, 0, R * (in + out) * sizeof *slope_a);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
-            int64_t n = sizes[k] - t < BLOCK ? sizes[k] - t : BLOCK;
+            int64_t n = min(BLOCK, sizes[k] - t);
             fetch(u, n * in);
             dot(own_dy, right, own_dz, n, out, R, s);
             if (db) gather(own_dy, z, slope_b, n, out, R);

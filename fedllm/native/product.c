@@ -60,7 +60,6 @@ TILE transposed(__m512i *a, bf16 *out) {
     }
 }
 
-static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static __mmask16 half_of(int64_t n) { return n > 0 ? (__mmask16)mask_of(min(n, WIDTH)) : 0; }
 
 /* `columns` rows of W (n, k), as columns of pairs; `depth` numbers of each. */
@@ -79,8 +78,7 @@ static void rows_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t co
 
 /* `columns` columns of W (k, n), its rows in pairs. */
 static void columns_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t columns, bf16 *out) {
-    __m512i pairs = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, /* of two rows */
-                                     39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i pairs = side_by_side();
     for (int64_t d = 0; d < depth; d += 2, w += 2 * next)
         for (int64_t c = 0; c < COLUMNS; c += WIDTH, out += 2 * WIDTH) {
             __mmask16 mask = half_of(columns - c);

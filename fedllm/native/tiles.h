@@ -18,6 +18,12 @@
 static inline __mmask32 mask_of(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 static inline __m512bh words(const bf16 *x, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, x); }
 
+/* For a permutation of two vectors: the first 16 numbers of both, in turns. */
+static inline __m512i side_by_side(void) {
+    return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                            39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+}
+
 /* 2 or 4 numbers, in all places. */
 static inline __m512bh pair(const bf16 *x) {
     int32_t both;
