@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -25,13 +25,24 @@ from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.deal import HAND, deal, full_stack
 from fedllm.engines.exchange import Reply, answers, one_by_one, received
-from fedllm.engines.memory import PRODUCTS, USABLE, Costs, Gate, address_space, free_bytes, parse_bytes, taken_bytes
+from fedllm.engines.memory import (
+    PRODUCTS,
+    USABLE,
+    Costs,
+    Gate,
+    address_space,
+    free_bytes,
+    layout_bytes,
+    parse_bytes,
+    taken_bytes,
+)
 from fedllm.engines.peak import matmul_peak
 from fedllm.engines.threads import one_thread
 from fedllm.errors import ConfigError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
 from fedllm.heap import kept_memory, one_heap, settled_objects
+from fedllm.native.layouts import kept_layouts
 from fedllm.tasks.quantized import num_parameters
 from fedllm.update import Request
 
@@ -50,7 +61,8 @@ class Batched(Engine):
             compute 512 tokens in a micro-batch, from 4 to 16, or fewer so that there are two stacks; on a GPU 16.
         workers: threads. Default one a core, on a GPU one.
         memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
-            budget, or a limit on the process's address space, the workers share one heap: smaller, and slower.
+            budget, or a limit on the process's address space, the workers share one heap, and frozen weights are not
+            laid out beforehand: smaller, and slower.
     """
 
     stack: int | None = None
@@ -77,25 +89,32 @@ class Batched(Engine):
         Raises:
             RunError: the memory budget is below one of the first clients.
         """
-        if self.memory_budget is not None or address_space() is not None:
+        if self._scarce:
             one_heap()
         with one_thread(), kept_memory():
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
-            costs, gate = Costs.measured(site.model, site.fresh), Gate(self._budget(site))
-            taken = taken_bytes(site.model.device)
+            costs, budget = Costs.measured(site.model, site.fresh), self._budget(site)
+            layouts = 0 if self._scarce else layout_bytes(site.model, budget)
+            gate, (now, most) = Gate(budget - layouts), taken_bytes(site.model.device)
             crew = Crew(experiment.work, site.model, costs, gate)
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
             one_each = partial(torch.set_num_threads, 1)
-            with settled_objects(), ThreadPoolExecutor(workers, initializer=one_each) as pool:
-                shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), taken, emit)
+            laid_out = kept_layouts() if layouts else nullcontext()
+            with settled_objects(), laid_out, ThreadPoolExecutor(workers, initializer=one_each) as pool:
+                shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
                 try:
                     yield shop.call
                 finally:
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)
+
+    @property
+    def _scarce(self) -> bool:
+        """Whether memory counts for more than speed."""
+        return self.memory_budget is not None or address_space() is not None
 
     def _stacks(self, site: Site, kind: str) -> tuple[int, int]:
         """Clients a stack and fewest stacks. Bits depend on both, so they know nothing of workers and memory."""
@@ -121,7 +140,8 @@ class Errand:
 
 @dataclass(eq=False)
 class Shop:
-    """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, now and at most."""
+    """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, with the laid-out
+    weights to come, and at most so far."""
 
     site: Site
     crew: Crew

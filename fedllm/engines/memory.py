@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedllm.batch import Example, collate, spared
 from fedllm.errors import ConfigError
+from fedllm.native import layouts
+from fedllm.native.kernels import serve_product
 from fedllm.tasks.attention import SHORT
 from fedllm.tasks.cross_entropy import pieces
 from fedllm.tasks.model import LoadedModel
@@ -33,6 +35,7 @@ COPIES = 9.0  # of a client's parameters: message, request, start, values, gradi
 SLACK = 1.2  # a heap has holes
 PRODUCTS = 70 << 20  # what the libraries keep of how they multiply matrices of past shapes
 USABLE = 0.8  # of the memory that is free
+LAID_OUT = 0.25  # of the budget, at most: laid-out weights
 
 
 def parse_bytes(text: str) -> int:
@@ -141,6 +144,15 @@ def _example(length: int) -> Example:
     targets = torch.full((length,), -100)
     targets[-1] = 1
     return Example(torch.arange(1, length + 1), targets)
+
+
+def layout_bytes(model: LoadedModel, budget: int) -> int:
+    """What the frozen weights take that are laid out beforehand; 0 if they are not: there is no kernel that reads them
+    so, or they would take more than their share of the budget."""
+    linears = [module for module in model.base.model.modules() if type(module) is nn.Linear]
+    weights = {id(linear.weight): linear.weight for linear in linears if serve_product(linear.weight)}
+    count = layouts.num_bytes(weights.values())
+    return count if count <= LAID_OUT * budget else 0
 
 
 def free_bytes(device: str) -> int:

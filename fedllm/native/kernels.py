@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,42 @@ SIGNATURES = {
     "attention": "pnn" * 3 + "ppp" + "n" * 6 + "x",
     "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
     "cross_entropy": "pppnn",
-    "low_rank": "ppppppnnnnnnxppp",
-    "low_rank_slope": "pppppppppnnnnnnxp",
+    "low_rank": "ppppppnnnnnnxpppn",
+    "low_rank_slope": "pppppppppnnnnnnxpn",
+    "product": "pppnnnn",
+    "laid_out": "ppnnn",
 }
+
+
+class Form(IntEnum):
+    """Of a matrix W in y = x W, as in product.h: as it is, its transpose, or laid out."""
+
+    PLAIN = 0
+    TURNED = 1
+    LAID_OUT = 2
+
+
+LINES, COLUMNS = 32, 64  # a layout is filled up to multiples of them
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A frozen matrix for the product kernel. `form`: of `weight`, unless `layout` holds its values."""
+
+    weight: Tensor
+    form: Form
+    layout: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Those of a row that is multiplied, and of what comes of it."""
+        rows, columns = self.weight.shape
+        return (rows, columns) if self.form is Form.PLAIN else (columns, rows)
+
+    @property
+    def given(self) -> tuple[Tensor, Form]:
+        """What the kernel reads."""
+        return (self.weight, self.form) if self.layout is None else (self.layout, Form.LAID_OUT)
 
 
 def made_for(*values: Tensor | PreTrainedModel) -> bool:
@@ -54,8 +88,9 @@ def serve_low_rank(x: Tensor, size_out: int) -> bool:
 
 
 def serve_product(weight: Tensor) -> bool:
-    """Whether low-rank products are better computed together with those of a frozen matrix (out, in)."""
-    return serve(weight) and weight.is_contiguous() and library().products
+    """Whether products with a frozen matrix are better computed by the kernel, and low-rank ones together with them."""
+    fits = weight.is_contiguous() and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
+    return fits and serve(weight) and library().products
 
 
 def serve_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -114,20 +149,23 @@ def low_rank_(
     factors: tuple[Tensor, Tensor],
     sizes: Sequence[int],
     scale: float,
-    frozen: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    frozen: tuple[Tensor, Matrix, Tensor | None] | None = None,
 ) -> Tensor:
     """Adds scale u A_k^T B_k^T to y (T, out); u (T, in), A (K, rank, in), B (K, out, rank). Gives z = u A_k^T.
 
-    With x (T, in), W (out, in) and a bias in `frozen`, y becomes their sum with x W^T + bias.
+    With x (T, in), W^T (in, out) and a bias in `frozen`, y becomes their sum with x W^T + bias.
     """
     a, b, counts = _factors(factors[0]), _factors(factors[1]), _counts(tuple(sizes))
     assert y.is_contiguous() and u.is_contiguous() and len(y) == len(u) == sum(sizes) and len(a) == len(b) == len(sizes)
     assert a.shape[1:] == (b.shape[2], u.shape[1]) and b.shape[1] == y.shape[1]
-    x, weight, bias = frozen or (None, None, None)
-    x = None if x is None else x.contiguous()
-    assert x is None or (x.shape == u.shape and weight is not None and _fits(weight, a, b))
     z = y.new_empty(len(u), -(-a.shape[1] // ORDER) * ORDER)
-    _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale, x, weight, bias)
+    passed: tuple[Tensor | int | None, ...] = (None, None, None, 0)
+    if frozen is not None:
+        x, matrix, bias = frozen
+        assert x.shape == u.shape and matrix.sizes == (a.shape[2], b.shape[1])
+        weight, form = matrix.given
+        passed = x.contiguous(), weight, bias, form
+    _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale, *passed)
     return z
 
 
@@ -138,23 +176,37 @@ def low_rank_slope(
     scale: float,
     needs: tuple[bool, bool],
     dx: Tensor | None,
-    weight: Tensor | None = None,
+    frozen: Matrix | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B.
 
-    With `weight` W (out, in), dx becomes its sum with dy W.
+    With W (out, in) in `frozen`, dx becomes its sum with dy W.
     """
     u, z, a, b = saved
     dy, a, b, counts = dy.contiguous(), _factors(a), _factors(b), _counts(tuple(sizes))
     assert dy.shape == (len(u), b.shape[1]) and (dx is None or (dx.is_contiguous() and dx.shape == u.shape))
-    assert weight is None or _fits(weight, a, b)
+    assert frozen is None or frozen.sizes == (b.shape[1], a.shape[2])
+    weight, form = (None, 0) if frozen is None else frozen.given
     da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
-    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale, weight)
+    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale, weight, form)
     return da, db
 
 
-def _fits(weight: Tensor, a: Tensor, b: Tensor) -> bool:
-    return weight.is_contiguous() and weight.shape == (b.shape[1], a.shape[2])
+def product(x: Tensor, matrix: Matrix) -> Tensor:
+    """(T, k) rows times W (k, n)."""
+    (k, n), (weight, form) = matrix.sizes, matrix.given
+    assert x.shape[1] == k
+    y = x.new_empty(len(x), n)
+    _call("product", x.contiguous(), weight, y, len(x), k, n, form)
+    return y
+
+
+def laid_out(matrix: Matrix) -> Tensor:
+    """The values of a matrix as the kernel reads them."""
+    k, n = matrix.sizes
+    out = matrix.weight.new_empty(-(-k // LINES) * LINES * -(-n // COLUMNS) * COLUMNS)
+    _call("laid_out", matrix.weight, out, k, n, matrix.form)
+    return out
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

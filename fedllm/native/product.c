@@ -4,7 +4,7 @@
 
    64 columns of W at a time are laid out in pairs of its rows, (k / 2, 64, 2), which stay in the cache while all rows of
    x pass: six rows make a tile of 24 vectors of sums, which never leave the registers, and each number of x that is read
-   is multiplied by four vectors. A row's sums have one order, whatever the other rows are. */
+   is multiplied by four vectors. A row's sums have one order, whatever the other rows are, and however W is given. */
 
 #include <stdlib.h>
 
@@ -21,7 +21,8 @@ typedef __m512 sums[ROWS * VECTORS];
 typedef struct {
     const bf16 *x, *bias;
     bf16 *y;
-    int64_t rows, k, n;
+    int64_t rows;
+    matrix w;
     const own_part *own;
     const bf16 **g; /* of each row's client */
 } operands;
@@ -29,7 +30,7 @@ typedef struct {
 /* Columns of W from `column` on and its rows from `from` on, as many as are computed with at a time, in pairs. */
 typedef struct {
     int64_t column, columns, from, depth;
-    bf16 *pairs;
+    const bf16 *pairs;
 } panel;
 
 /* Where rows of a tile lie: x from the panel's first row of W on, y and G from its first column on. */
@@ -59,6 +60,9 @@ TILE transposed(__m512i *a, bf16 *out) {
         _mm512_storeu_si512(out + 2 * (8 + i) * COLUMNS, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
     }
 }
+
+/* Numbers of k that whole vectors hold. */
+static int64_t in_vectors(int64_t k) { return (k + 2 * WIDTH - 1) / (2 * WIDTH) * 2 * WIDTH; }
 
 static __mmask16 half_of(int64_t n) { return n > 0 ? (__mmask16)mask_of(min(n, WIDTH)) : 0; }
 
@@ -134,7 +138,7 @@ static places placed(const operands *o, const panel *f, int64_t t) {
     int64_t end = min((t + 1) * ROWS, o->rows), first = end > ROWS ? end - ROWS : 0;
     for (int i = 0; i < ROWS; i++) {
         int64_t row = min(first + i, end - 1);
-        at.x[i] = o->x + row * o->k + f->from, at.y[i] = o->y + row * o->n + f->column;
+        at.x[i] = o->x + row * o->w.k + f->from, at.y[i] = o->y + row * o->w.n + f->column;
         if (!o->own) continue;
         at.z[i] = o->own->z + row * o->own->order;
         at.g[i] = o->g[row] + 2 * f->column;
@@ -149,36 +153,62 @@ static void tile(const operands *o, const panel *f, int64_t t, __m512 *sofar) {
     if (f->from)
         UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = sofar[i];
     else
-        begun(sum, &at, o->own, o->bias ? o->bias + f->column : NULL, o->n, f->columns);
+        begun(sum, &at, o->own, o->bias ? o->bias + f->column : NULL, o->w.n, f->columns);
     summed(sum, &at, f->pairs, f->depth / 2);
-    if (f->from + f->depth == o->k)
+    if (f->from + f->depth == o->w.k)
         written(sum, &at, f->columns);
     else
         UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sofar[i] = sum[i];
 }
 
-int product(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, int64_t rows, int64_t k, int64_t n, int turned,
-            const own_part *own) {
-    operands o = {x, bias, y, rows, k, n, own, malloc((rows + 1) * sizeof *o.g)};
+/* A panel in room of its own; as it lies there, where W is laid out. */
+static const bf16 *laid_out(const matrix *w, const panel *f, bf16 *room) {
+    if (w->form == LAID_OUT) return w->values + f->column * in_vectors(w->k) + f->from * COLUMNS;
+    if (w->form == TURNED)
+        rows_laid_out(w->values + f->column * w->k + f->from, w->k, f->depth, f->columns, room);
+    else
+        columns_laid_out(w->values + f->from * w->n + f->column, w->n, f->depth, f->columns, room);
+    return room;
+}
+
+/* The panel at `column` and `from`. */
+static panel cut(const matrix *w, int64_t column, int64_t from) {
+    return (panel){column, min(COLUMNS, w->n - column), from, min(DEPTH, w->k - from), NULL};
+}
+
+int product(const bf16 *x, matrix w, const bf16 *bias, bf16 *y, int64_t rows, const own_part *own) {
+    operands o = {x, bias, y, rows, w, own, malloc((rows + 1) * sizeof *o.g)};
     int64_t tiles = (rows + ROWS - 1) / ROWS;
-    panel f = {.pairs = aligned_alloc(64, DEPTH * COLUMNS * sizeof *f.pairs)};
-    sums *sofar = aligned_alloc(64, (k > DEPTH ? tiles + 1 : 1) * sizeof *sofar); /* until W's next rows come */
-    int status = f.pairs && sofar && o.g ? 0 : OUT_OF_MEMORY;
+    bf16 *room = aligned_alloc(64, DEPTH * COLUMNS * sizeof *room);
+    sums *sofar = aligned_alloc(64, (w.k > DEPTH ? tiles + 1 : 1) * sizeof *sofar); /* until W's next rows come */
+    int status = room && sofar && o.g ? 0 : OUT_OF_MEMORY;
     for (int64_t c = 0, row = 0; own && row < rows && !status; c++)
-        for (int64_t i = 0; i < own->sizes[c]; i++) o.g[row++] = own->pairs + c * own->order * n;
-    for (f.column = 0; f.column < n && !status; f.column += COLUMNS)
-        for (f.from = 0; f.from < k; f.from += DEPTH) {
-            f.columns = min(COLUMNS, n - f.column), f.depth = min(DEPTH, k - f.from);
-            if (turned)
-                rows_laid_out(w + f.column * k + f.from, k, f.depth, f.columns, f.pairs);
-            else
-                columns_laid_out(w + f.from * n + f.column, n, f.depth, f.columns, f.pairs);
-            for (int64_t t = 0; t < tiles; t++) tile(&o, &f, t, sofar[k > DEPTH ? t : 0]);
+        for (int64_t i = 0; i < own->sizes[c]; i++) o.g[row++] = own->pairs + c * own->order * w.n;
+    for (int64_t column = 0; column < w.n && !status; column += COLUMNS)
+        for (int64_t from = 0; from < w.k; from += DEPTH) {
+            panel f = cut(&w, column, from);
+            f.pairs = laid_out(&w, &f, room);
+            for (int64_t t = 0; t < tiles; t++) tile(&o, &f, t, sofar[w.k > DEPTH ? t : 0]);
         }
     free(sofar);
-    free(f.pairs);
+    free(room);
     free(o.g);
     return status;
+}
+
+int fedllm_product(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t k, int64_t n, int64_t form) {
+    return product(x, (matrix){w, k, n, form}, NULL, y, rows, NULL);
+}
+
+/* W, plain or turned, panel by panel: k up to the next multiple of 32 times n up to the next multiple of 64. */
+int fedllm_laid_out(const bf16 *values, bf16 *out, int64_t k, int64_t n, int64_t form) {
+    matrix w = {values, k, n, form};
+    for (int64_t column = 0; column < n; column += COLUMNS, out += COLUMNS * in_vectors(k))
+        for (int64_t from = 0; from < k; from += DEPTH) {
+            panel f = cut(&w, column, from);
+            laid_out(&w, &f, out + from * COLUMNS);
+        }
+    return 0;
 }
 
 #endif

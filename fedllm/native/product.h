@@ -13,9 +13,15 @@ typedef struct {
     float s;
 } own_part;
 
-/* y (rows, n) = x (rows, k) W + bias + the clients' own. W is (k, n), or (n, k) if it is turned; k is even; bias may be
-   null. */
-int product(const bf16 *x, const bf16 *w, const bf16 *bias, bf16 *y, int64_t rows, int64_t k, int64_t n, int turned,
-            const own_part *own);
+/* W (k, n), k even: as it is, its transpose (n, k), or laid out by `fedllm_laid_out`. */
+enum { PLAIN, TURNED, LAID_OUT };
+
+typedef struct {
+    const bf16 *values;
+    int64_t k, n, form;
+} matrix;
+
+/* y (rows, n) = x (rows, k) W + bias + the clients' own. bias and own may be null. */
+int product(const bf16 *x, matrix w, const bf16 *bias, bf16 *y, int64_t rows, const own_part *own);
 
 #endif

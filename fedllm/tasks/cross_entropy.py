@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedllm.native import kernels
+from fedllm.native import kernels, layouts
+from fedllm.native.kernels import Form
 from fedllm.tasks.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -109,13 +110,19 @@ def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: flo
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """(N, d) and (V, d) to (N, V)."""
-    return hidden @ head.T if isinstance(head, Tensor) else head.forward(hidden)
+    """(N, d) and (V, d) to (N, V); no gradient goes through it."""
+    if not isinstance(head, Tensor):
+        return head.forward(hidden)
+    if kernels.serve(hidden) and kernels.serve_product(head):
+        return kernels.product(hidden, layouts.matrix(head, Form.TURNED))
+    return hidden @ head.T
 
 
 def _times_head(slope: Tensor, head: Head) -> Tensor:
     """(N, V) times (V, d), in at least FEW rows: below, a CPU adds up the vocabulary in one running sum, whose rounding
     in float32 is 1e-4 of a gradient in place of 1e-5."""
+    if isinstance(head, Tensor) and kernels.serve(slope) and kernels.serve_product(head):
+        return kernels.product(slope, layouts.matrix(head, Form.PLAIN))
     rows = len(slope)
     padded = slope if rows >= FEW else torch.cat([slope, slope.new_zeros(FEW - rows, slope.shape[1])])
     return (padded @ head if isinstance(head, Tensor) else head.backward(padded))[:rows]

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedllm.native import kernels
+from fedllm.native import kernels, layouts
+from fedllm.native.kernels import Form
 from fedllm.tasks.quantized import Quantized
 
 NARROW, FEW = 64, 6000  # clients x rank, tokens x rank
@@ -102,7 +103,8 @@ class _Kernel(torch.autograd.Function):
         u = (x if dropped is None else dropped).contiguous()
         if (frozen := layer.with_product) is not None:
             y = x.new_empty(len(x), b.shape[1])
-            z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale, (x, frozen.weight, frozen.bias))
+            given = x, layouts.matrix(frozen.weight, Form.TURNED), frozen.bias
+            z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale, given)
         else:
             y = layer.frozen.forward(x)
             z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale)
@@ -116,13 +118,13 @@ class _Kernel(torch.autograd.Function):
         needs_x, needs_dropped, *needs = ctx.needs_input_grad
         layer, (u, *_) = ctx.layer, ctx.saved_tensors
         together = layer.with_product if needs_x and not needs_dropped else None
-        weight = together.weight if together is not None else None
+        matrix = layouts.matrix(together.weight, Form.PLAIN) if together is not None else None
         dx: Tensor | None = None
         if needs_x:
             dx = layer.frozen.backward(dy) if together is None else torch.empty_like(u)
         du = torch.zeros_like(u) if needs_dropped else dx
         saved, both = ctx.saved_tensors, (needs[0], needs[1])
-        da, db = kernels.low_rank_slope(dy, saved, layer.sizes, layer.scale, both, du, weight)
+        da, db = kernels.low_rank_slope(dy, saved, layer.sizes, layer.scale, both, du, matrix)
         return dx, du if needs_dropped else None, da, db, None
 
 
