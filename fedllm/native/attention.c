@@ -39,24 +39,42 @@ static int64_t longest(const sequence *all, int64_t count) {
 /* Position of a sequence's i-th key. */
 static int64_t place(const sequence *s, int64_t i) { return i < s->common ? s->first + i : s->own + i - s->common; }
 
+/* `vectors` of 16 columns of out (8, .) {=, +=} A B, see below. */
+TILE product_tile(const bf16 *const *a, int64_t next_a, const bf16 *b, int64_t next_b, int64_t steps, float *out,
+                  int64_t next_out, int vectors, int add) {
+    __m512 sum[2 * ROWS];
+    UNROLL for (int i = 0; i < ROWS * vectors; i++)
+        sum[i] = add ? _mm512_loadu_ps(out + i / vectors * next_out + i % vectors * WIDTH) : _mm512_setzero_ps();
+    for (int64_t j = 0; j < steps; j++, b += next_b) {
+        __m512bh one = words(b, ~0u), two = words(b + 2 * WIDTH * (vectors - 1), ~0u);
+        UNROLL for (int i = 0; i < ROWS; i++) {
+            __m512bh both = pair(a[i] + j * next_a);
+            sum[i * vectors] = _mm512_dpbf16_ps(sum[i * vectors], one, both);
+            if (vectors > 1) sum[i * vectors + 1] = _mm512_dpbf16_ps(sum[i * vectors + 1], two, both);
+        }
+    }
+    UNROLL for (int i = 0; i < ROWS * vectors; i++)
+        _mm512_storeu_ps(out + i / vectors * next_out + i % vectors * WIDTH, sum[i]);
+}
+
 /* out (8, columns) {=, +=} A B: row i of A in pairs at a[i] + j next_a, B (steps, columns, 2) in rows of next_b. */
 TILE product(const bf16 *const *a, int64_t next_a, const bf16 *b, int64_t next_b, int64_t steps, float *out,
              int64_t next_out, int64_t columns, int add) {
-    for (int64_t c = 0; c < columns; c += WIDTH) {
-        __m512 sum[ROWS];
-        const bf16 *at = b + 2 * c;
-        UNROLL for (int i = 0; i < ROWS; i++)
-            sum[i] = add ? _mm512_loadu_ps(out + i * next_out + c) : _mm512_setzero_ps();
-        for (int64_t j = 0; j < steps; j++, at += next_b) {
-            __m512bh factor = words(at, ~0u);
-            UNROLL for (int i = 0; i < ROWS; i++) sum[i] = _mm512_dpbf16_ps(sum[i], factor, pair(a[i] + j * next_a));
-        }
-        UNROLL for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(out + i * next_out + c, sum[i]);
-    }
+    int64_t c = 0;
+    for (; c + 2 * WIDTH <= columns; c += 2 * WIDTH)
+        product_tile(a, next_a, b + 2 * c, next_b, steps, out + c, next_out, 2, add);
+    if (c < columns) product_tile(a, next_a, b + 2 * c, next_b, steps, out + c, next_out, 1, add);
 }
 
-static void narrowed(const float *restrict x, bf16 *restrict y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) y[i] = narrow(x[i]);
+static inline __m512 widened(const bf16 *x) {
+    __m256i half = _mm256_loadu_si256((const __m256i *)x);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+static inline void narrowed(__m512 x, bf16 *y) { _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+static void row_narrowed(const float *restrict x, bf16 *restrict y, int64_t n) {
+    for (int64_t i = 0; i < n; i += WIDTH) narrowed(_mm512_loadu_ps(x + i), y + i);
 }
 
 /* Keys or values of a sequence side by side in columns: (size / 2, N, 2), N the padded length. */
@@ -72,9 +90,17 @@ static void in_columns(states x, const sequence *s, int64_t size, bf16 *out) {
         }
 }
 
+static inline __m512i half_row(const bf16 *x) {
+    return x ? _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)x)) : _mm512_setzero_si512();
+}
+
 /* Rows two by two: (rows / 2, size, 2); a row that is missing is zeros. */
-static void two_by_two(const bf16 *restrict one, const bf16 *restrict two, bf16 *restrict out, int64_t size) {
-    for (int64_t i = 0; i < size; i++) out[2 * i] = one ? one[i] : 0, out[2 * i + 1] = two ? two[i] : 0;
+static void two_by_two(const bf16 *one, const bf16 *two, bf16 *out, int64_t size) {
+    __m512i pairs = side_by_side();
+    for (int64_t i = 0; i < size; i += WIDTH) {
+        __m512i left = half_row(one ? one + i : NULL), right = half_row(two ? two + i : NULL);
+        _mm512_storeu_si512(out + 2 * i, _mm512_permutex2var_epi16(left, pairs, right));
+    }
 }
 
 static const bf16 *row_of(states x, const sequence *s, int64_t i) {
@@ -91,25 +117,36 @@ static void queries(states x, const sequence *s, int64_t i, const bf16 **rows) {
     for (int k = 0; k < ROWS; k++) rows[k] = row_of(x, s, min(i + k, s->length - 1));
 }
 
-/* Scores of the query at place i to probabilities, over n keys. */
+/* Scores of the query at place i to probabilities, over n keys, a multiple of 16. */
 static void softmax(float *restrict x, bf16 *restrict p, int64_t i, int64_t n, int64_t window, float scale) {
     int64_t from = window > 0 && i >= window ? i - window + 1 : 0;
-    float most = -INFINITY, sum = 0;
-    for (int64_t k = 0; k < n; k++) x[k] = k < from || k > i ? -INFINITY : scale * x[k];
-#pragma omp simd reduction(max : most)
-    for (int64_t k = 0; k < n; k++) most = x[k] > most ? x[k] : most;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < n; k++) sum += x[k] = exponential(x[k] - most);
-    float share = 1 / sum;
-    for (int64_t k = 0; k < n; k++) p[k] = narrow(x[k] * share);
+    __m512 highest = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int64_t k = 0; k < n; k += WIDTH) {
+        __mmask16 seen = (__mmask16)(mask_of(max(0, i + 1 - k)) & ~mask_of(max(0, from - k)));
+        __m512 scaled = _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_loadu_ps(x + k));
+        scaled = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, scaled);
+        _mm512_storeu_ps(x + k, scaled);
+        highest = _mm512_max_ps(scaled, highest);
+    }
+    float most = _mm512_reduce_max_ps(highest);
+    for (int64_t k = 0; k < n; k += WIDTH) {
+        for (int j = 0; j < WIDTH; j++) x[k + j] = exponential(x[k + j] - most);
+        total = _mm512_add_ps(total, _mm512_loadu_ps(x + k));
+    }
+    __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+    for (int64_t k = 0; k < n; k += WIDTH) narrowed(_mm512_mul_ps(_mm512_loadu_ps(x + k), share), p + k);
 }
 
-/* dS of a query from its dP, which it replaces, and P, over n keys. */
+/* dS of a query from its dP and P, over n keys, a multiple of 16. */
 static void slope(const float *restrict dp, const bf16 *restrict p, bf16 *restrict ds, int64_t n, float scale) {
-    float inner = 0;
-#pragma omp simd reduction(+ : inner)
-    for (int64_t k = 0; k < n; k++) inner += wide(p[k]) * dp[k];
-    for (int64_t k = 0; k < n; k++) ds[k] = narrow(scale * wide(p[k]) * (dp[k] - inner));
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t k = 0; k < n; k += WIDTH)
+        total = _mm512_fmadd_ps(widened(p + k), _mm512_loadu_ps(dp + k), total);
+    __m512 inner = _mm512_set1_ps(_mm512_reduce_add_ps(total)), times = _mm512_set1_ps(scale);
+    for (int64_t k = 0; k < n; k += WIDTH) {
+        __m512 apart = _mm512_sub_ps(_mm512_loadu_ps(dp + k), inner);
+        narrowed(_mm512_mul_ps(_mm512_mul_ps(times, widened(p + k)), apart), ds + k);
+    }
 }
 
 /* Queries and keys of `size` numbers, values and outputs of `size_v`; outputs (T, heads, size_v). */
@@ -132,7 +169,7 @@ static void forward(const shape *d, const sequence *s, states q, const bf16 *key
         for (int64_t k = 0; k < ROWS; k++) rows[k] = p + min(k, count - 1) * N;
         product(rows, 2, values, 2 * d->size_v, n / 2, found, d->size_v, d->size_v, 0);
         for (int64_t k = 0; k < count; k++)
-            narrowed(found + k * d->size_v, out + place(s, i + k) * next, d->size_v);
+            row_narrowed(found + k * d->size_v, out + place(s, i + k) * next, d->size_v);
     }
 }
 
@@ -158,7 +195,7 @@ static void backward(const shape *d, const sequence *s, states q, states dout, c
         for (int64_t k = 0; k < count; k++) slope(r->found + k * N, p + k * N, r->ds + k * N, n, d->scale);
         for (int64_t k = 0; k < ROWS; k++) own[k] = r->ds + min(k, count - 1) * N;
         product(own, 2, r->keys, 2 * d->size, n / 2, r->found, d->size, d->size, 0);
-        for (int64_t k = 0; k < count; k++) narrowed(r->found + k * d->size, dq + place(s, i + k) * next, d->size);
+        for (int64_t k = 0; k < count; k++) row_narrowed(r->found + k * d->size, dq + place(s, i + k) * next, d->size);
         for (int64_t k = 0; k < count; k += 2, at += 2 * N) {
             two_by_two(r->ds + k * N, k + 1 < count ? r->ds + (k + 1) * N : NULL, r->ds_pairs + at, n);
             two_by_two(p + k * N, k + 1 < count ? p + (k + 1) * N : NULL, r->p_pairs + at, n);
@@ -179,8 +216,10 @@ static void backward(const shape *d, const sequence *s, states q, states dout, c
 
 /* Adds rows of a sequence's keys or values where they lie: more than one sequence may have them. */
 static void added(const float *restrict x, const sequence *s, float *restrict total, int64_t size) {
-    for (int64_t i = 0; i < s->length; i++)
-        for (int64_t j = 0; j < size; j++) total[place(s, i) * size + j] += x[i * size + j];
+    for (int64_t i = 0; i < s->length; i++, x += size) {
+        float *sum = total + place(s, i) * size;
+        for (int64_t j = 0; j < size; j++) sum[j] += x[j];
+    }
 }
 
 /* q (heads, T, size), k, v (groups, T, .): strides of a head and of a position follow each. p: all probabilities. */
@@ -234,8 +273,8 @@ int fedllm_attention_slope(const bf16 *q, int64_t q_head, int64_t q_next, const 
             added(r.dv, s, total_v, size_v);
         }
         for (int64_t t = 0; t < tokens; t++) {
-            narrowed(total_k + t * size, dk + (t * groups + g) * size, size);
-            narrowed(total_v + t * size_v, dv + (t * groups + g) * size_v, size_v);
+            row_narrowed(total_k + t * size, dk + (t * groups + g) * size, size);
+            row_narrowed(total_v + t * size_v, dv + (t * groups + g) * size_v, size_v);
         }
     }
     free(floats);
