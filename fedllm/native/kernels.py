@@ -26,7 +26,7 @@ ERRORS = {1: (MemoryError, "no memory"), 2: (IndexError, "a target is no word of
 KINDS: Mapping[str, Any] = {"p": c_void_p, "n": c_int64, "x": c_float}
 SIGNATURES = {
     "norm": "ppppnnx",
-    "norm_slope": "pppppnn",
+    "norm_slope": "ppppppnn",
     "gated": "pppn",
     "gated_slope": "pppppn",
     "rotary": "pnnpppnnn",
@@ -34,9 +34,9 @@ SIGNATURES = {
     "attention": "pnn" * 3 + "ppp" + "n" * 6 + "x",
     "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
     "cross_entropy": "pppnn",
-    "low_rank": "ppppppnnnnnnxpppn",
-    "low_rank_slope": "pppppppppnnnnnnxpn",
-    "product": "pppnnnn",
+    "low_rank": "ppppppnnnnnnxppppn",
+    "low_rank_slope": "pppppppppnnnnnnxppn",
+    "product": "pppppnnnn",
     "laid_out": "ppnnn",
 }
 
@@ -107,11 +107,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, r
 
 
-def norm_slope(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
-    """Slope of x, from what `norm` was given and gave."""
+def norm_slope(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Slope of x, from what `norm` was given and gave; added to another one in `plus`."""
     assert dy.shape == x.shape
-    dx = x.new_empty(x.shape)
-    _call("norm_slope", dy.contiguous(), x.contiguous(), weight.contiguous(), r, dx, r.numel(), len(weight))
+    dx, passed = x.new_empty(x.shape), (dy.contiguous(), x.contiguous(), weight.contiguous(), r, _plus(plus, x))
+    _call("norm_slope", *passed, dx, r.numel(), len(weight))
     return dx
 
 
@@ -150,21 +150,22 @@ def low_rank_(
     sizes: Sequence[int],
     scale: float,
     frozen: tuple[Tensor, Matrix, Tensor | None] | None = None,
+    plus: Tensor | None = None,
 ) -> Tensor:
     """Adds scale u A_k^T B_k^T to y (T, out); u (T, in), A (K, rank, in), B (K, out, rank). Gives z = u A_k^T.
 
-    With x (T, in), W^T (in, out) and a bias in `frozen`, y becomes their sum with x W^T + bias.
+    With x (T, in), W^T (in, out) and a bias in `frozen`, y becomes the sum with x W^T + bias and `plus` (T, out).
     """
     a, b, counts = _factors(factors[0]), _factors(factors[1]), _counts(tuple(sizes))
     assert y.is_contiguous() and u.is_contiguous() and len(y) == len(u) == sum(sizes) and len(a) == len(b) == len(sizes)
     assert a.shape[1:] == (b.shape[2], u.shape[1]) and b.shape[1] == y.shape[1]
     z = y.new_empty(len(u), -(-a.shape[1] // ORDER) * ORDER)
-    passed: tuple[Tensor | int | None, ...] = (None, None, None, 0)
+    passed: tuple[Tensor | int | None, ...] = (None, None, None, None, 0)
     if frozen is not None:
         x, matrix, bias = frozen
         assert x.shape == u.shape and matrix.sizes == (a.shape[2], b.shape[1])
         weight, form = matrix.given
-        passed = x.contiguous(), weight, bias, form
+        passed = x.contiguous(), weight, bias, _plus(plus, y), form
     _call("low_rank", u, y, z, a, b, counts, *_sizes(a, b), scale, *passed)
     return z
 
@@ -177,10 +178,11 @@ def low_rank_slope(
     needs: tuple[bool, bool],
     dx: Tensor | None,
     frozen: Matrix | None = None,
+    plus: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B.
 
-    With W (out, in) in `frozen`, dx becomes its sum with dy W.
+    With W (out, in) in `frozen`, dx becomes the sum with dy W and `plus` (T, in).
     """
     u, z, a, b = saved
     dy, a, b, counts = dy.contiguous(), _factors(a), _factors(b), _counts(tuple(sizes))
@@ -188,16 +190,17 @@ def low_rank_slope(
     assert frozen is None or frozen.sizes == (b.shape[1], a.shape[2])
     weight, form = (None, 0) if frozen is None else frozen.given
     da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
-    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale, weight, form)
+    more = None if dx is None else _plus(plus, dx)
+    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale, weight, more, form)
     return da, db
 
 
-def product(x: Tensor, matrix: Matrix) -> Tensor:
-    """(T, k) rows times W (k, n)."""
+def product(x: Tensor, matrix: Matrix, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """(T, k) rows times W (k, n), and the sum with a bias (n) and with `plus` (T, n)."""
     (k, n), (weight, form) = matrix.sizes, matrix.given
     assert x.shape[1] == k
     y = x.new_empty(len(x), n)
-    _call("product", x.contiguous(), weight, y, len(x), k, n, form)
+    _call("product", x.contiguous(), weight, bias, _plus(plus, y), y, len(x), k, n, form)
     return y
 
 
@@ -280,6 +283,12 @@ def _counted(states: tuple[Tensor, Tensor, Tensor], sequences: Sequences) -> tup
     assert tokens == sequences.tokens and key.shape == (groups, tokens, size) and value.shape[1] == tokens
     assert heads % groups == 0 and all(state.stride(2) == 1 for state in states)
     return tokens, heads, groups, size, size_v
+
+
+def _plus(plus: Tensor | None, y: Tensor) -> Tensor | None:
+    """What is added to y, which it is none of."""
+    assert plus is None or (plus.shape == y.shape and plus.data_ptr() != y.data_ptr())
+    return plus if plus is None else plus.contiguous()
 
 
 def _factors(stack: Tensor) -> Tensor:

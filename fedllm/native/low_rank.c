@@ -3,8 +3,8 @@
        y += s z B_k^T   z = u A_k^T        dz = s dy B_k   dx += dz A_k   dA_k = dz^T u   dB_k = s dy^T z
 
    u (T, in), y (T, out), z (T, R) in 16 bits; A_k (rank, in), B_k (out, rank) and their slopes in float. R is the rank,
-   up to the next multiple of 8. Where the frozen matrix is given, its product is computed with it: y = x W^T + bias +
-   s z B_k^T, dx = dy W + dz A_k. Each client's rows are taken in blocks that stay in the cache, from one product to the
+   up to the next multiple of 8. Where the frozen matrix is given, its product is computed with it: y = plus + x W^T +
+   bias + s z B_k^T, dx = plus + dy W + dz A_k. Each client's rows are taken in blocks that stay in the cache, from one product to the
    next. A product of two numbers of 16 bits is exact in float, in which all sums are made. */
 
 #include <stdlib.h>
@@ -146,7 +146,7 @@ static int64_t total(const int64_t *sizes, int64_t clients) {
 /* Where w is null, y is added to. `form`: of W's transpose. */
 int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float *b, const int64_t *sizes,
                     int64_t clients, int64_t rank, int64_t in, int64_t out, int64_t next_a, int64_t next_b, float s,
-                    const bf16 *x, const bf16 *w, const bf16 *bias, int64_t form) {
+                    const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP;
     bf16 *rows = malloc(R * (max(in, out) + in + clients * out) * sizeof *rows);
     bf16 *left = rows + R * max(in, out), *right = left + R * in;
@@ -166,7 +166,7 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
         }
     }
     own_part own = {z, right, sizes, R, s};
-    if (w && !status) status = product(x, (matrix){w, in, out, form}, bias, y, total(sizes, clients), &own);
+    if (w && !status) status = product(x, (matrix){w, in, out, form}, bias, plus, y, total(sizes, clients), &own);
     free(turned);
     free(rows);
     return status;
@@ -175,7 +175,7 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
 /* da and db may be null, and dx, which is written where w is there and else added to. `form`: of W. */
 int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx, const float *a, const float *b,
                           float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
-                          int64_t out, int64_t next_a, int64_t next_b, float s, const bf16 *w, int64_t form) {
+                          int64_t out, int64_t next_a, int64_t next_b, float s, const bf16 *w, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP, T = total(sizes, clients);
     bf16 *rows = malloc(R * (max(in, out) + clients * in + out + T) * sizeof *rows);
     bf16 *left = rows + R * max(in, out), *right = left + clients * R * in, *dz = right + R * out;
@@ -202,7 +202,7 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
         if (db) transposed(slope_b, db, rank, out, s), db += rank * out;
     }
     own_part own = {dz, left, sizes, R, 1};
-    if (w && dx && !status) status = product(dy, (matrix){w, out, in, form}, NULL, dx, T, &own);
+    if (w && dx && !status) status = product(dy, (matrix){w, out, in, form}, NULL, plus, dx, T, &own);
     free(slope_a);
     free(rows);
     return status;

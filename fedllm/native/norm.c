@@ -17,15 +17,21 @@ int fedllm_norm(const bf16 *restrict x, const bf16 *restrict w, bf16 *restrict y
     return 0;
 }
 
-/* dx = r w dy - x r^3 mean(x w dy). */
+/* dx = plus + r w dy - x r^3 mean(x w dy); plus may be null. */
 int fedllm_norm_slope(const bf16 *restrict dy, const bf16 *restrict x, const bf16 *restrict w, const float *r,
-                      bf16 *restrict dx, int64_t rows, int64_t n) {
+                      const bf16 *restrict plus, bf16 *restrict dx, int64_t rows, int64_t n) {
     for (int64_t row = 0; row < rows; row++, x += n, dy += n, dx += n) {
         float inner = 0, scale = r[row];
 #pragma omp simd reduction(+ : inner)
         for (int64_t i = 0; i < n; i++) inner += wide(x[i]) * wide(w[i]) * wide(dy[i]);
         inner *= scale * scale * scale / n;
-        for (int64_t i = 0; i < n; i++) dx[i] = narrow(scale * wide(w[i]) * wide(dy[i]) - inner * wide(x[i]));
+        if (!plus) {
+            for (int64_t i = 0; i < n; i++) dx[i] = narrow(scale * wide(w[i]) * wide(dy[i]) - inner * wide(x[i]));
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++)
+            dx[i] = narrow(wide(plus[i]) + scale * wide(w[i]) * wide(dy[i]) - inner * wide(x[i]));
+        plus += n;
     }
     return 0;
 }

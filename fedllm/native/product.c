@@ -1,6 +1,6 @@
 /* A product with a frozen matrix, to which a product of each row's own client is added in the same sums.
 
-       y_r = s z_r G_c + bias + x_r W        c: the client of row r
+       y_r = s z_r G_c + bias + plus_r + x_r W        c: the client of row r
 
    64 columns of W at a time are laid out in pairs of its rows, (k / 2, 64, 2), which stay in the cache while all rows of
    x pass: six rows make a tile of 24 vectors of sums, which never leave the registers, and each number of x that is read
@@ -19,7 +19,7 @@ enum { ROWS = 6, VECTORS = 4, WIDTH = 16, COLUMNS = VECTORS * WIDTH, DEPTH = 768
 typedef __m512 sums[ROWS * VECTORS];
 
 typedef struct {
-    const bf16 *x, *bias;
+    const bf16 *x, *bias, *plus;
     bf16 *y;
     int64_t rows;
     matrix w;
@@ -35,7 +35,7 @@ typedef struct {
 
 /* Where rows of a tile lie: x from the panel's first row of W on, y and G from its first column on. */
 typedef struct {
-    const bf16 *x[ROWS], *z[ROWS], *g[ROWS];
+    const bf16 *x[ROWS], *z[ROWS], *g[ROWS], *plus[ROWS];
     bf16 *y[ROWS];
 } places;
 
@@ -92,7 +92,11 @@ static void columns_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t
         }
 }
 
-/* sum = s z G + bias. */
+static inline __m512 widened(const bf16 *x, int64_t n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(half_of(n), x)), 16));
+}
+
+/* sum = s z G + bias + plus. */
 TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias, int64_t n, int64_t columns) {
     UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = _mm512_setzero_ps();
     for (int64_t q = 0; own && q < own->order; q += 2)
@@ -106,10 +110,15 @@ TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias,
         }
     UNROLL for (int i = 0; own && i < ROWS * VECTORS; i++) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(own->s));
     UNROLL for (int j = 0; bias && j < VECTORS; j++) {
-        __m256i half = _mm256_maskz_loadu_epi16(half_of(columns - WIDTH * j), bias + WIDTH * j);
-        __m512 wider = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        __m512 wider = widened(bias + WIDTH * j, columns - WIDTH * j);
         UNROLL for (int i = 0; i < ROWS; i++) sum[i * VECTORS + j] = _mm512_add_ps(sum[i * VECTORS + j], wider);
     }
+    if (at->plus[0])
+        UNROLL for (int i = 0; i < ROWS; i++)
+            UNROLL for (int j = 0; j < VECTORS; j++) {
+                __m512 wider = widened(at->plus[i] + WIDTH * j, columns - WIDTH * j);
+                sum[i * VECTORS + j] = _mm512_add_ps(sum[i * VECTORS + j], wider);
+            }
 }
 
 /* sum += x F, F (steps, COLUMNS, 2). */
@@ -139,6 +148,7 @@ static places placed(const operands *o, const panel *f, int64_t t) {
     for (int i = 0; i < ROWS; i++) {
         int64_t row = min(first + i, end - 1);
         at.x[i] = o->x + row * o->w.k + f->from, at.y[i] = o->y + row * o->w.n + f->column;
+        if (o->plus) at.plus[i] = o->plus + row * o->w.n + f->column;
         if (!o->own) continue;
         at.z[i] = o->own->z + row * o->own->order;
         at.g[i] = o->g[row] + 2 * f->column;
@@ -176,8 +186,8 @@ static panel cut(const matrix *w, int64_t column, int64_t from) {
     return (panel){column, min(COLUMNS, w->n - column), from, min(DEPTH, w->k - from), NULL};
 }
 
-int product(const bf16 *x, matrix w, const bf16 *bias, bf16 *y, int64_t rows, const own_part *own) {
-    operands o = {x, bias, y, rows, w, own, malloc((rows + 1) * sizeof *o.g)};
+int product(const bf16 *x, matrix w, const bf16 *bias, const bf16 *plus, bf16 *y, int64_t rows, const own_part *own) {
+    operands o = {x, bias, plus, y, rows, w, own, malloc((rows + 1) * sizeof *o.g)};
     int64_t tiles = (rows + ROWS - 1) / ROWS;
     bf16 *room = aligned_alloc(64, DEPTH * COLUMNS * sizeof *room);
     sums *sofar = aligned_alloc(64, (w.k > DEPTH ? tiles + 1 : 1) * sizeof *sofar); /* until W's next rows come */
@@ -196,8 +206,9 @@ int product(const bf16 *x, matrix w, const bf16 *bias, bf16 *y, int64_t rows, co
     return status;
 }
 
-int fedllm_product(const bf16 *x, const bf16 *w, bf16 *y, int64_t rows, int64_t k, int64_t n, int64_t form) {
-    return product(x, (matrix){w, k, n, form}, NULL, y, rows, NULL);
+int fedllm_product(const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *plus, bf16 *y, int64_t rows, int64_t k,
+                   int64_t n, int64_t form) {
+    return product(x, (matrix){w, k, n, form}, bias, plus, y, rows, NULL);
 }
 
 /* W, plain or turned, panel by panel: k up to the next multiple of 32 times n up to the next multiple of 64. */

@@ -21,7 +21,7 @@ typedef struct {
     int64_t k, n, form;
 } matrix;
 
-/* y (rows, n) = x (rows, k) W + bias + the clients' own. bias and own may be null. */
-int product(const bf16 *x, matrix w, const bf16 *bias, bf16 *y, int64_t rows, const own_part *own);
+/* y (rows, n) = plus + x (rows, k) W + bias + the clients' own. bias, plus (rows, n) and own may be null. */
+int product(const bf16 *x, matrix w, const bf16 *bias, const bf16 *plus, bf16 *y, int64_t rows, const own_part *own);
 
 #endif

@@ -16,7 +16,7 @@ from fedllm.native import kernels
 from fedllm.native.library import library
 from fedllm.rng import Key
 from fedllm.shift import Shift
-from fedllm.tasks import architecture, gated, norms, recompute, rotary
+from fedllm.tasks import architecture, gated, norms, recompute, rotary, whole_layer
 from fedllm.tasks.adapter import Attached, Movable
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
@@ -171,9 +171,11 @@ def load(task: Task) -> LoadedModel:
     """
     base = load_base(task.model, dtype=task.dtype, device=task.device, quantize=task.quantize)
     unpackable = architecture.prepare(base.model, task.model)
-    recompute.prepare(base.model)
     norms.prepare(base.model)
     gated.prepare(base.model)
     rotary.prepare(base.model)
+    if unpackable is None:
+        whole_layer.prepare(base.model)
+    recompute.prepare(base.model)
     base = replace(base, unpackable=unpackable, caching=unpackable is None or architecture.caching(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))

@@ -59,7 +59,7 @@ class _Kernel(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Row, scaling: float, window: int | None
     ) -> Tensor:
         q, k, v = (each if each.stride(2) == 1 else each.contiguous() for each in (query, key, value))
-        out, p = kernels.attention((q, k, v), _sequences(row), window, scaling)
+        out, p = kernels.attention((q, k, v), sequences(row), window, scaling)
         ctx.save_for_backward(q, k, v, p)
         ctx.row, ctx.scaling, ctx.window = row, scaling, window
         return out
@@ -67,12 +67,12 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = kernels.attention_slope(grad, ctx.saved_tensors, _sequences(ctx.row), ctx.window, ctx.scaling)
+        found = kernels.attention_slope(grad, ctx.saved_tensors, sequences(ctx.row), ctx.window, ctx.scaling)
         return *(states.transpose(0, 1) for states in found), None, None, None
 
 
 @lru_cache(maxsize=64)
-def _sequences(row: Row) -> kernels.Sequences:
+def sequences(row: Row) -> kernels.Sequences:
     """Where the keys and queries of each sequence stand in the computed row."""
     shared = row.shared or (0,) * len(row.lengths)
     starts = [0, *accumulate(length - common for length, common in zip(row.lengths, shared, strict=True))]
