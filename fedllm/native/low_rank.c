@@ -125,15 +125,50 @@ static void laid_out(const float *f, bf16 *rows, bf16 *out, int64_t rank, int64_
     to(rows, out, n, R);
 }
 
-/* (n, m) to (m, n), times s. */
-static void transposed(const float *a, float *out, int64_t n, int64_t m, float s) {
-    __m512i step = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                      _mm512_set1_epi32((int)m));
-    for (int64_t q = 0; q < m; q++)
-        for (int64_t i = 0; i < n; i += 16) {
-            __mmask16 mask = (__mmask16)mask_of(min(n - i, 16));
-            __m512 column = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, step, a + i * m + q, 4);
-            _mm512_mask_storeu_ps(out + q * n + i, mask, _mm512_mul_ps(column, _mm512_set1_ps(s)));
+/* Ranks q to q + 7 of a row of B, zeros behind the last. */
+static inline __m256 ranks_of(const float *row, int64_t rank, int64_t q) {
+    return _mm256_maskz_loadu_ps((__mmask8)mask_of(min(rank - q, GROUP)), row + q);
+}
+
+/* The same of 4 rows in 16 bits, row by row. */
+static inline __m512i four_rows(const float *b, int64_t rank, int64_t q) {
+    __m512 two[2];
+    UNROLL for (int i = 0; i < 2; i++, b += 2 * rank)
+        two[i] = _mm512_insertf32x8(_mm512_castps256_ps512(ranks_of(b, rank, q)), ranks_of(b + rank, rank, q), 1);
+    return (__m512i)_mm512_cvtne2ps_pbh(two[1], two[0]);
+}
+
+/* The transpose of B (n, rank) in fours, n a multiple of 4. */
+static void turned_fours(const float *b, bf16 *out, int64_t rank, int64_t n, int64_t R) {
+    __m512i order = _mm512_set_epi16(31, 23, 15, 7, 30, 22, 14, 6, 29, 21, 13, 5, 28, 20, 12, 4,
+                                     27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    for (int64_t i = 0; i < n; i += 4, b += 4 * rank, out += 4 * R)
+        for (int64_t q = 0; q < R; q += GROUP)
+            _mm512_storeu_si512(out + 4 * q, _mm512_permutexvar_epi16(order, four_rows(b, rank, q)));
+}
+
+/* The transpose of B (n, rank) in pairs. */
+static void turned_pairs(const float *b, bf16 *out, int64_t rank, int64_t n, int64_t R) {
+    __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    for (int64_t i = 0; i < n; i += 4, b += 4 * rank, out += 8)
+        for (int64_t q = 0; q < R; q += GROUP) {
+            __m512i pairs = _mm512_permutexvar_epi32(order, four_rows(b, rank, q));
+            _mm_storeu_si128((__m128i *)(out + q * n), _mm512_castsi512_si128(pairs));
+            _mm_storeu_si128((__m128i *)(out + (q + 2) * n), _mm512_extracti32x4_epi32(pairs, 1));
+            _mm_storeu_si128((__m128i *)(out + (q + 4) * n), _mm512_extracti32x4_epi32(pairs, 2));
+            _mm_storeu_si128((__m128i *)(out + (q + 6) * n), _mm512_extracti32x4_epi32(pairs, 3));
+        }
+}
+
+/* out (n, rank) = s times the transpose of f (R, n), n a multiple of 4. */
+static void turned_back(const float *f, float *out, int64_t rank, int64_t n, float s) {
+    for (int64_t i = 0; i < n; i += 4, out += 4 * rank)
+        for (int64_t q = 0; q < rank; q += 4) {
+            __m128 rows[4];
+            UNROLL for (int k = 0; k < 4; k++) rows[k] = _mm_mul_ps(_mm_loadu_ps(f + (q + k) * n + i), _mm_set1_ps(s));
+            _MM_TRANSPOSE4_PS(rows[0], rows[1], rows[2], rows[3]);
+            __mmask8 mask = (__mmask8)mask_of(min(rank - q, 4));
+            UNROLL for (int k = 0; k < 4; k++) _mm_mask_storeu_ps(out + k * rank + q, mask, rows[k]);
         }
 }
 
@@ -148,16 +183,14 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
                     int64_t clients, int64_t rank, int64_t in, int64_t out, int64_t next_a, int64_t next_b, float s,
                     const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP;
-    bf16 *rows = malloc(R * (max(in, out) + in + clients * out) * sizeof *rows);
-    bf16 *left = rows + R * max(in, out), *right = left + R * in;
-    float *turned = malloc(rank * out * sizeof *turned);
-    int status = rows && turned ? 0 : OUT_OF_MEMORY;
+    bf16 *rows = malloc(R * (2 * in + clients * out) * sizeof *rows);
+    bf16 *left = rows + R * in, *right = left + R * in;
+    int status = rows ? 0 : OUT_OF_MEMORY;
     const bf16 *own_u = u, *pairs_of = right;
     bf16 *own_z = z;
     for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * out) {
         laid_out(a, rows, left, rank, in, R, fours);
-        transposed(b, turned, out, rank, 1);
-        laid_out(turned, rows, right + k * R * out, rank, out, R, pairs);
+        turned_pairs(b, right + k * R * out, rank, out, R);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = min(BLOCK, sizes[k] - t);
             dot(own_u, left, own_z, n, in, R, 1);
@@ -167,7 +200,6 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
     }
     own_part own = {z, right, sizes, R, s};
     if (w && !status) status = product(x, (matrix){w, in, out, form}, bias, plus, y, total(sizes, clients), &own);
-    free(turned);
     free(rows);
     return status;
 }
@@ -177,17 +209,15 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
                           float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
                           int64_t out, int64_t next_a, int64_t next_b, float s, const bf16 *w, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP, T = total(sizes, clients);
-    bf16 *rows = malloc(R * (max(in, out) + clients * in + out + T) * sizeof *rows);
-    bf16 *left = rows + R * max(in, out), *right = left + clients * R * in, *dz = right + R * out;
-    float *slope_a = malloc(R * (in + 2 * out) * sizeof *slope_a), *slope_b = slope_a + R * in;
-    float *turned = slope_b + R * out;
+    bf16 *rows = malloc(R * (in + clients * in + out + T) * sizeof *rows);
+    bf16 *left = rows + R * in, *right = left + clients * R * in, *dz = right + R * out;
+    float *slope_a = malloc(R * (in + out) * sizeof *slope_a), *slope_b = slope_a + R * in;
     int status = rows && slope_a ? 0 : OUT_OF_MEMORY;
     const bf16 *own_dy = dy, *pairs_of = left;
     bf16 *own_dz = dz, *own_dx = dx;
     for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * in) {
         laid_out(a, rows, left + k * R * in, rank, in, R, pairs);
-        transposed(b, turned, out, rank, 1);
-        laid_out(turned, rows, right, rank, out, R, fours);
+        turned_fours(b, right, rank, out, R);
         memset(slope_a, 0, R * (in + out) * sizeof *slope_a);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = min(BLOCK, sizes[k] - t);
@@ -199,7 +229,7 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
             own_dy += n * out, u += n * in, z += n * R, own_dz += n * R;
         }
         if (da) memcpy(da, slope_a, rank * in * sizeof *da), da += rank * in;
-        if (db) transposed(slope_b, db, rank, out, s), db += rank * out;
+        if (db) turned_back(slope_b, db, rank, out, s), db += rank * out;
     }
     own_part own = {dz, left, sizes, R, 1};
     if (w && dx && !status) status = product(dy, (matrix){w, out, in, form}, NULL, plus, dx, T, &own);
