@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 
 import fedllm
 from fedllm import tree
 from fedllm.engines.batched import Batched
+from fedllm.engines.memory import layout_bytes
 from fedllm.engines.serial import Serial
 from fedllm.events import ClientFailed, EngineStarted, Event
+from fedllm.native import kernels
+from fedllm.native.kernels import Matrix
+from fedllm.native.library import library
 from fedllm.stage import Stage
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
@@ -28,6 +32,8 @@ from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.adapters import lora
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.tasks.model import load
+from fedllm.tasks.task import Task
 from fedllm.update import Failure, Update
 from fedllm.works.sgd import Sgd
 from tests.engines.cohort import (
@@ -176,6 +182,38 @@ def test_what_is_loaded_is_settled_while_the_engine_is_open(data: Path) -> None:
     with Batched(workers=1).open(experiment(data), None, [].append):
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
+
+
+@pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+@pytest.mark.parametrize(("engine", "kept"), [(Batched(), True), (Batched(memory_budget="2GB"), False)])
+def test_frozen_weights_are_laid_out_where_memory_is_not_scarce(
+    data: Path, monkeypatch: pytest.MonkeyPatch, engine: Batched, kept: bool
+) -> None:
+    """And change no bit."""
+    made, seen, lay_out = experiment(data, dtype="bfloat16"), list[Matrix](), kernels.laid_out
+
+    def watched(matrix: Matrix) -> Tensor:
+        seen.append(matrix)
+        return lay_out(matrix)
+
+    monkeypatch.setattr(kernels, "laid_out", watched)
+    expected = sent(Serial(), made)
+    assert not seen
+    found = sent(engine, made)
+    assert bool(seen) == kept and len({id(matrix.weight) for matrix in seen}) >= len(seen) // 2
+    assert all(same(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+def test_layouts_have_their_share_of_the_budget_or_are_not_made() -> None:
+    model = load(Task("tiny-llama", Lora(), dtype="bfloat16", device="cpu"))
+    base = model.base.model
+    head = base.get_output_embeddings()  # of an odd number of words, which the kernel does not take
+    linears = [module for module in base.modules() if isinstance(module, nn.Linear) and module is not head]
+    whole = 2 * 2 * sum(linear.weight.numel() for linear in linears)
+    assert layout_bytes(model, 4 * whole) == whole
+    assert layout_bytes(model, 4 * whole - 4) == 0
+    assert layout_bytes(load(Task("tiny-llama", Lora(), dtype="float32", device="cpu")), 10**12) == 0
 
 
 # a comparison that would not see a mistake proves nothing
