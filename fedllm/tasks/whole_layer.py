@@ -71,8 +71,8 @@ class Linear:
 
     weight: Tensor
     bias: Tensor | None
-    scale: float
-    pair: Pair | None
+    scale: float = 0.0
+    pair: Pair | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,38 +179,37 @@ class Whole:
 
 def _linear(layer: nn.Module, now: Forward) -> Linear | None:
     """None where it is more than a frozen matrix with low-rank adapters."""
-    forward, pair, scale = vars(layer).get("forward"), None, 0.0
-    if type(layer) is not nn.Linear or not (forward is None or isinstance(forward, Adapted)):
+    if type(layer) is not nn.Linear:
         return None
-    still = Frozen(layer.weight, layer.bias)
-    if forward is not None and (b := now.stack.get(f"{forward.path}.lora_B")) is not None:
-        moved = frozen(layer, forward.path, now.stack)
-        if (forward.dropout and now.dropout) or not isinstance(moved, Frozen) or moved.rest is not None:
+    adapted, found = vars(layer).get("forward"), Linear(layer.weight, layer.bias)
+    if type(adapted) is Adapted:
+        b, still = now.stack.get(f"{adapted.path}.lora_B"), frozen(layer, adapted.path, now.stack)
+        if (adapted.dropout and now.dropout) or not isinstance(still, Frozen) or still.rest is not None:
             return None
-        still, pair, scale = moved, (now.stack[f"{forward.path}.lora_A"], b), forward.scale
-    fits = all(size % 4 == 0 for size in still.weight.shape) and kernels.serve_product(still.weight)
-    trains = still.weight.requires_grad or (still.bias is not None and still.bias.requires_grad)
-    return Linear(still.weight, still.bias, scale, pair) if fits and not trains else None
+        if b is not None:
+            found = Linear(still.weight, still.bias, adapted.scale, (now.stack[f"{adapted.path}.lora_A"], b))
+    elif adapted is not None:
+        return None
+    fits = all(size % 4 == 0 for size in found.weight.shape) and kernels.serve_product(found.weight)
+    trains = found.weight.requires_grad or (found.bias is not None and found.bias.requires_grad)
+    return found if fits and not trains else None
 
 
 def _has_form(layer: nn.Module) -> bool:
-    """Whether its modules are these, and are prepared."""
-    for name, children in CHILDREN.items():
-        module = layer.get_submodule(name) if {*dict(layer.named_children())} >= CHILDREN[""] or not name else None
-        if module is None or {*dict(module.named_children())} != children:
-            return False
+    """Whether its modules are these and no others, and are prepared."""
+    if not all(_children(layer, path) == names for path, names in CHILDREN.items()):
+        return False
     attention: Any = layer.get_submodule("self_attn")
-    norms = (vars(layer.get_submodule(name)).get("forward") for name in CHILDREN[""] if name.endswith("norm"))
-    window, size = getattr(attention.config, "sliding_window", None), vars(attention).get("head_dim", 0)
-    plain = isinstance(getattr(attention, "scaling", None), float) and not [*attention.parameters(recurse=False)]
-    prepared = "forward" in vars(attention) and isinstance(vars(layer.get_submodule("mlp")).get("forward"), Gated)
-    return (
-        plain
-        and prepared
-        and all(isinstance(norm, Normed) for norm in norms)
-        and (window is None or window >= SHORT)
-        and size % kernels.WIDTH == 0
-    )
+    parts = {name: vars(layer.get_submodule(name)).get("forward") for name in CHILDREN[""]}
+    prepared = all(isinstance(part, Normed) for name, part in parts.items() if name.endswith("norm"))
+    prepared = prepared and isinstance(parts["mlp"], Gated) and parts["self_attn"] is not None
+    plain = isinstance(vars(attention).get("scaling"), float) and not [*attention.parameters(recurse=False)]
+    window, size = getattr(attention.config, "sliding_window", None), vars(attention).get("head_dim", 1)
+    return prepared and plain and (window is None or window >= SHORT) and size % kernels.WIDTH == 0
+
+
+def _children(layer: nn.Module, path: str) -> set[str]:
+    return {name for name, _ in layer.get_submodule(path).named_children()}
 
 
 @torch.no_grad()

@@ -15,7 +15,13 @@ from fedllm.batch import IGNORE, Batch, Example, collate
 from fedllm.native import kernels, layouts
 from fedllm.native.library import library
 from fedllm.rng import Key
+from fedllm.tasks.adapters.bottleneck import Bottleneck
 from fedllm.tasks.adapters.lora import Lora
+from fedllm.tasks.adapters.lora_xs import LoraXs
+from fedllm.tasks.adapters.prefix import Prefix
+from fedllm.tasks.adapters.soft_prompt import SoftPrompt
+from fedllm.tasks.adapters.sparse_lora import SparseLora
+from fedllm.tasks.adapters.weights import BitFit, Full, Norms
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.recompute import Recomputed
 from fedllm.tasks.task import Task
@@ -187,6 +193,34 @@ def test_a_pass_that_needs_more_is_the_layers_own(tmp_path: Path, passes: list[b
     computed(model, batch_of(((600,),)))  # too long for the attention kernel
     model.generate({}, [[1, 2, 3]], 2)  # a padded batch, with a cache
     assert passes and not any(passes)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoraXs(rank=3),
+        SparseLora(rank=3),
+        Bottleneck(size=3),
+        Prefix(tokens=2),
+        SoftPrompt(tokens=2),
+        Full(),
+        Norms(),
+        BitFit(),
+    ],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_other_adapters_have_the_layers_own_pass(
+    adapter: Any, tmp_path: Path, passes: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what that gives: a soft prompt stands in front of the layers."""
+    model = load(Task(str(saved(TAKEN["biases"], tmp_path)), adapter, dtype="bfloat16", device="cpu"))
+    passes.clear()
+    mine = computed(model, batch_of(((40, 33),)))
+    assert passes and all(passes) == isinstance(adapter, SoftPrompt) and any(passes) == all(passes)
+    monkeypatch.setattr(Whole, "_plan", lambda *rest: None)
+    theirs = computed(model, batch_of(((40, 33),)))
+    assert all(bool(slope.any()) for slope in mine[1:])
+    assert distance(mine, [each.double() for each in theirs]) < 0.05
 
 
 def test_a_module_that_was_given_another_pass_ends_it(tmp_path: Path, passes: list[bool]) -> None:
