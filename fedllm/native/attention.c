@@ -66,11 +66,6 @@ TILE product(const bf16 *const *a, int64_t next_a, const bf16 *b, int64_t next_b
     if (c < columns) product_tile(a, next_a, b + 2 * c, next_b, steps, out + c, next_out, 1, add);
 }
 
-static inline __m512 widened(const bf16 *x) {
-    __m256i half = _mm256_loadu_si256((const __m256i *)x);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 static inline void narrowed(__m512 x, bf16 *y) { _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 static void row_narrowed(const float *restrict x, bf16 *restrict y, int64_t n) {
@@ -141,11 +136,11 @@ static void softmax(float *restrict x, bf16 *restrict p, int64_t i, int64_t n, i
 static void slope(const float *restrict dp, const bf16 *restrict p, bf16 *restrict ds, int64_t n, float scale) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k += WIDTH)
-        total = _mm512_fmadd_ps(widened(p + k), _mm512_loadu_ps(dp + k), total);
+        total = _mm512_fmadd_ps(widened(p + k, 0xffff), _mm512_loadu_ps(dp + k), total);
     __m512 inner = _mm512_set1_ps(_mm512_reduce_add_ps(total)), times = _mm512_set1_ps(scale);
     for (int64_t k = 0; k < n; k += WIDTH) {
         __m512 apart = _mm512_sub_ps(_mm512_loadu_ps(dp + k), inner);
-        narrowed(_mm512_mul_ps(_mm512_mul_ps(times, widened(p + k)), apart), ds + k);
+        narrowed(_mm512_mul_ps(_mm512_mul_ps(times, widened(p + k, 0xffff)), apart), ds + k);
     }
 }
 

@@ -51,8 +51,7 @@ TILE add_tile(bf16 *y, const bf16 *z, const bf16 *g, int rows, int64_t n, int64_
         UNROLL for (int k = 0; k < rows; k++) sum[k] = _mm512_dpbf16_ps(sum[k], factor, pair(z + k * R + q));
     }
     UNROLL for (int k = 0; k < rows; k++) {
-        __m512i own = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(half, y + k * n)), 16);
-        __m512 value = _mm512_fmadd_ps(sum[k], _mm512_set1_ps(s), _mm512_castsi512_ps(own));
+        __m512 value = _mm512_fmadd_ps(sum[k], _mm512_set1_ps(s), widened(y + k * n, half));
         _mm256_mask_storeu_epi16(y + k * n, half, (__m256i)_mm512_cvtneps_pbh(value));
     }
 }

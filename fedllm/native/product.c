@@ -92,10 +92,6 @@ static void columns_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t
         }
 }
 
-static inline __m512 widened(const bf16 *x, int64_t n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(half_of(n), x)), 16));
-}
-
 /* sum = s z G + bias + plus. */
 TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias, int64_t n, int64_t columns) {
     UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = _mm512_setzero_ps();
@@ -110,13 +106,13 @@ TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias,
         }
     UNROLL for (int i = 0; own && i < ROWS * VECTORS; i++) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(own->s));
     UNROLL for (int j = 0; bias && j < VECTORS; j++) {
-        __m512 wider = widened(bias + WIDTH * j, columns - WIDTH * j);
+        __m512 wider = widened(bias + WIDTH * j, half_of(columns - WIDTH * j));
         UNROLL for (int i = 0; i < ROWS; i++) sum[i * VECTORS + j] = _mm512_add_ps(sum[i * VECTORS + j], wider);
     }
     if (at->plus[0])
         UNROLL for (int i = 0; i < ROWS; i++)
             UNROLL for (int j = 0; j < VECTORS; j++) {
-                __m512 wider = widened(at->plus[i] + WIDTH * j, columns - WIDTH * j);
+                __m512 wider = widened(at->plus[i] + WIDTH * j, half_of(columns - WIDTH * j));
                 sum[i * VECTORS + j] = _mm512_add_ps(sum[i * VECTORS + j], wider);
             }
 }

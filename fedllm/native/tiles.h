@@ -18,6 +18,11 @@
 static inline __mmask32 mask_of(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
 static inline __m512bh words(const bf16 *x, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, x); }
 
+/* 16 numbers, as float. */
+static inline __m512 widened(const bf16 *x, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
 /* For a permutation of two vectors: the first 16 numbers of both, in turns. */
 static inline __m512i side_by_side(void) {
     return _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,

@@ -21,18 +21,15 @@ from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.task import Task
 from fedllm.tasks.tiny import tiny_tokenizer
+from tests.native import decoders
+from tests.native.decoders import distance
 
 pytestmark = pytest.mark.skipif(not library().tiles, reason=f"kernels: {library().about}")
 SIZES: dict[str, Any] = {
+    **decoders.SIZES,
     "vocab_size": 260,
-    "pad_token_id": 257,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "head_dim": 16,
 }
 BOTH = ["sliding_attention", "full_attention"]
@@ -104,12 +101,6 @@ def computed(folder: Path, dtype: str, batch: Batch, quantize: Literal["int8"] |
     leaves = {name: leaf.to(wide).requires_grad_() for name, leaf in stack.items()}
     losses = model.losses(leaves, batch)
     return [losses.detach(), *torch.autograd.grad(losses.sum(), list(leaves.values()))]
-
-
-def distance(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Relative, of all gradients together."""
-    apart = sum(float((f.double() - e).square().sum()) for f, e in zip(found[1:], exact[1:], strict=True))
-    return (apart / sum(float(e.square().sum()) for e in exact[1:])) ** 0.5
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["whole", "shared"])

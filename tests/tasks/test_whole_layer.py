@@ -27,19 +27,11 @@ from fedllm.tasks.recompute import Recomputed
 from fedllm.tasks.task import Task
 from fedllm.tasks.tiny import tiny_tokenizer
 from fedllm.tasks.whole_layer import Whole
+from tests.native import decoders
+from tests.native.decoders import distance
 
 pytestmark = pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
-SIZES: dict[str, Any] = {
-    "vocab_size": 259,
-    "pad_token_id": 257,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SIZES: dict[str, Any] = {**decoders.SIZES, "vocab_size": 259, "hidden_size": 48, "intermediate_size": 100}
 TAKEN = {
     "llama": transformers.LlamaConfig(**SIZES, head_dim=16),
     "biases": transformers.LlamaConfig(**SIZES, head_dim=16, attention_bias=True, mlp_bias=True),
@@ -107,12 +99,6 @@ def computed(model: LoadedModel, batch: Batch) -> list[Tensor]:
         leaves[name] = (leaf + noise).to(wide).requires_grad_()
     losses = model.losses(leaves, batch)
     return [losses.detach(), *torch.autograd.grad(losses.sum(), list(leaves.values()))]
-
-
-def distance(found: list[Tensor], exact: list[Tensor]) -> float:
-    """Relative, of all gradients together."""
-    apart = sum(float((f.double() - e).square().sum()) for f, e in zip(found[1:], exact[1:], strict=True))
-    return (apart / sum(float(e.square().sum()) for e in exact[1:])) ** 0.5
 
 
 @pytest.fixture
