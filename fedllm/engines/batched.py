@@ -24,7 +24,7 @@ from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.deal import HAND, deal, full_stack
-from fedllm.engines.exchange import Reply, answers, one_by_one, received
+from fedllm.engines.exchange import Reply, answers, one_by_one, received, tidied
 from fedllm.engines.memory import (
     PRODUCTS,
     USABLE,
@@ -106,7 +106,7 @@ class Batched(Engine):
             with settled_objects(), laid_out, ThreadPoolExecutor(workers, initializer=one_each) as pool:
                 shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
                 try:
-                    yield shop.call
+                    yield tidied(shop.call)
                 finally:
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)

@@ -9,7 +9,10 @@ from fedllm import wire
 from fedllm.aggregate import Call, Replies
 from fedllm.client import Site
 from fedllm.events import Emit, Wire
+from fedllm.heap import give_back
 from fedllm.update import Failure, Request, Update
+
+TIDY = 500  # replies between two tidyings: of large populations
 
 
 @dataclass(frozen=True)
@@ -62,3 +65,19 @@ def one_by_one(site: Site, emit: Emit) -> Call:
             yield client, received(name, request, reply, emit)
 
     return call
+
+
+def tidied(call: Call) -> Call:
+    """The call; after each `TIDY` replies the heap's free pages go back to the system.
+
+    A tokenizer remembers words (up to 10,000). Each lies between blocks that are freed and taken again, and splits one:
+    a population of 10,000 has let a worker's heap grow from 18 to 83 MB in this way, with 5 MB of it in use.
+    """
+
+    def tidy(name: str, requests: Mapping[str, Request]) -> Replies:
+        for count, reply in enumerate(call(name, requests), start=1):
+            yield reply
+            if count % TIDY == 0:
+                give_back()
+
+    return tidy

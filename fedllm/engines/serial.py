@@ -14,7 +14,7 @@ from pathlib import Path
 from fedllm.aggregate import Call
 from fedllm.client import Site
 from fedllm.engine import Engine
-from fedllm.engines.exchange import one_by_one
+from fedllm.engines.exchange import one_by_one, tidied
 from fedllm.engines.threads import one_thread
 from fedllm.events import Emit
 from fedllm.experiment import Experiment
@@ -29,4 +29,4 @@ class Serial(Engine):
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """Load the task and the clients' data; answer calls until closed."""
         with one_thread(), kept_memory():
-            yield one_by_one(Site.of(experiment, folder), emit)
+            yield tidied(one_by_one(Site.of(experiment, folder), emit))
