@@ -9,7 +9,8 @@ A call costs some microseconds, which a tree of many small leaves would pay for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NoReturn
 
 import torch
@@ -18,7 +19,10 @@ from torch import Tensor
 ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
 BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which costs more than the calls
 
-Place = tuple[int, tuple[int, ...], tuple[int, ...], int]  # block, shape, strides, offset in the block
+CPU = torch.device("cpu")
+
+Shape = tuple[int, ...]
+Place = tuple[int, Shape, Shape, int]  # block, shape, strides, offset in the block
 Kind = tuple[torch.dtype, torch.device]
 Leaves = dict[str, Tensor]
 
@@ -47,7 +51,12 @@ class Bundle(Leaves):
     def ordered(self, names: Iterable[str]) -> Bundle:
         """The same leaves, listed in another order."""
         listed = list(names)
-        return self if listed == list(self) else Bundle(self.blocks, {name: self.layout[name] for name in listed})
+        if listed == list(self):
+            return self
+        other = Bundle((), {})
+        dict.update(other, {name: self[name] for name in listed})
+        other.blocks, other.layout = self.blocks, {name: self.layout[name] for name in listed}
+        return other
 
     def stacked(self) -> Bundle:
         """A copy whose leaves are (1, ...)."""
@@ -79,29 +88,76 @@ def bundled(tree: Mapping[str, Tensor]) -> Leaves:
     if isinstance(tree, Bundle):
         return tree
     layout, kinds, sizes = placed({name: (leaf.shape, (leaf.dtype, leaf.device)) for name, leaf in tree.items()})
-    if not tree or len(sizes) * 2 > len(tree):
+    if not _pays(layout, sizes):
         return dict(tree)
-    blocks = [torch.zeros(n, dtype=dtype, device=device) for n, (dtype, device) in zip(sizes, kinds, strict=True)]
-    bundle = Bundle(blocks, layout)
+    bundle = Bundle(_zeros(kinds, sizes), layout)
     for name, leaf in tree.items():
         bundle[name].copy_(leaf.detach())
     return bundle
 
 
-def placed(leaves: Mapping[str, tuple[torch.Size, Kind]]) -> tuple[dict[str, Place], list[Kind], list[int]]:
+def of_bytes(leaves: Mapping[str, tuple[Shape, torch.dtype, memoryview]]) -> Leaves:
+    """A tree of its own from a copy of each leaf's bytes; `bundled`."""
+    layout, kinds, sizes = placed({name: (shape, (dtype, CPU)) for name, (shape, dtype, _) in leaves.items()})
+    if not _pays(layout, sizes):
+        return {name: _tensor(*leaf) for name, leaf in leaves.items()}
+    bundle = Bundle(_zeros(kinds, sizes), layout)
+    for (_, _, data), memory in zip(leaves.values(), in_bytes(bundle), strict=True):
+        memory[:] = data
+    return bundle
+
+
+def in_bytes(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of each leaf, row by row: its own memory where it is contiguous and on the CPU, else a copy."""
+    if not isinstance(tree, Bundle):
+        yield from (_bytes(leaf) for leaf in tree.values())
+        return
+    blocks = [(_bytes(block), block.element_size()) for block in tree.blocks]
+    for n, shape, _, at in tree.layout.values():
+        memory, size = blocks[n]
+        yield memory[at * size : (at + math.prod(shape)) * size]
+
+
+def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Mapping[str, Place], list[Kind], list[int]]:
     """The place of each leaf, and of each block its kind and its size in values."""
+    return _placed(tuple(leaves.items()), BLOCK_BYTES)
+
+
+@lru_cache(maxsize=64)  # a round's trees have few forms
+def _placed(
+    leaves: tuple[tuple[str, tuple[Shape, Kind]], ...], most: int
+) -> tuple[Mapping[str, Place], list[Kind], list[int]]:
     layout: dict[str, Place] = {}
     kinds: list[Kind] = []
     sizes: list[int] = []
-    for name in sorted(leaves, key=lambda name: (str(leaves[name][1][0]), name)):
-        shape, kind = leaves[name]
-        size, bytes_each = shape.numel(), kind[0].itemsize
-        if not sizes or kind != kinds[-1] or (sizes[-1] + size) * bytes_each > BLOCK_BYTES:
+    for name, (shape, kind) in sorted(leaves, key=lambda leaf: (str(leaf[1][1][0]), leaf[0])):
+        size, bytes_each = math.prod(shape), kind[0].itemsize
+        if not sizes or kind != kinds[-1] or (sizes[-1] + size) * bytes_each > most:
             kinds.append(kind)
             sizes.append(0)
         layout[name] = (len(sizes) - 1, tuple(shape), _strides(shape), sizes[-1])
         sizes[-1] += -(-size * bytes_each // ALIGNMENT) * ALIGNMENT // bytes_each
-    return {name: layout[name] for name in leaves}, kinds, sizes
+    return {name: layout[name] for name, _ in leaves}, kinds, sizes
+
+
+def _pays(layout: Mapping[str, Place], sizes: Sequence[int]) -> bool:
+    """Whether the blocks save half of the calls."""
+    return 0 < len(sizes) * 2 <= len(layout)
+
+
+def _zeros(kinds: Sequence[Kind], sizes: Sequence[int]) -> list[Tensor]:
+    return [torch.zeros(n, dtype=dtype, device=device) for n, (dtype, device) in zip(sizes, kinds, strict=True)]
+
+
+def _bytes(leaf: Tensor) -> memoryview:
+    found: memoryview = leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
+    return found
+
+
+def _tensor(shape: Shape, dtype: torch.dtype, data: memoryview) -> Tensor:
+    flat = torch.empty(math.prod(shape), dtype=dtype)
+    _bytes(flat)[:] = data
+    return flat.reshape(shape)
 
 
 def elementwise(function: Callable[..., Tensor], tree: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> Leaves:

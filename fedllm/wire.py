@@ -1,28 +1,26 @@
-"""Requests, updates and failures as bytes, and back. No pickle: safetensors and one JSON header.
+"""Requests, updates and failures as bytes, and back. No pickle: a safetensors file (`tensorfile`).
 
-    safetensors file = 8 bytes length | JSON (names, types, shapes, `__metadata__`) | values
-
-`__metadata__["fedllm"]` is JSON: the kind of message, the facts of the step, weights and packings of the parts. Tensor
-keys of a request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `shift3/LEAF` for what version 3 of the
-frozen weights adds; of an update: `part0/LEAF` for the first
-part of the header. A packed leaf is stored as `part0/LEAF` (codes, or values) and `scale0/LEAF` or `index0/LEAF`.
+Its text is JSON: the kind of message, the facts of the step, weights and packings of the parts. Tensor keys of a
+request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `shift3/LEAF` for what version 3 of the frozen
+weights adds; of an update: `part0/LEAF` for the first part of the header. A packed leaf is stored as `part0/LEAF`
+(codes, or values) and `scale0/LEAF` or `index0/LEAF`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, TypeAdapter
-from safetensors.torch import load
 from torch import Tensor
 
-from fedllm import packing, tree
+from fedllm import packing, tensorfile, tree
 from fedllm.errors import WireError
 from fedllm.packing import Packing, Picks, Window
 from fedllm.shift import Shift
@@ -34,21 +32,6 @@ Message = Request | Update | Failure
 # What the zeros of sparse parts may take, in values: a short message cannot make its receiver reserve much more.
 MOST_VALUES = 1 << 26
 MOST_VALUES_PER_BYTE = 250  # one float32 in 2000 is sent
-
-# In the order in which a file holds them: wide types first, so that every value lies at a multiple of its size.
-TYPES: Mapping[torch.dtype, str] = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-PLACES = {dtype: place for place, dtype in enumerate(TYPES)}
 
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -103,41 +86,22 @@ def pack(message: Message) -> bytes:
 
     One thing is not kept: a zero of a packed part comes back as +0.
     """
-    tensors: Tree = {}
+    trees: dict[str, Tree] = {}
     header: _Header
     match message:
         case Request():
-            tensors = tree.join(params=message.params)
-            for place, extra in enumerate(message.extras):
-                tensors |= tree.join(**{f"extra{place}": extra})
-            tensors |= message.shift.joined_trees()
-            header = _Request(
-                message.ctx, [len(extra) for extra in message.extras], list(message.shift.steps), message.shift.after
-            )
+            trees["params"] = message.params
+            trees |= {f"extra{place}": extra for place, extra in enumerate(message.extras)}
+            trees |= {f"shift{version}": step for version, step in message.shift.steps.items()}
+            extras, steps = [len(extra) for extra in message.extras], list(message.shift.steps)
+            header = _Request(message.ctx, extras, steps, message.shift.after)
         case Update():
             for place, part in enumerate(message.parts.values()):
-                tensors |= dict(_laid_out(place, part))
+                trees |= _laid_out(place, part)
             header = _Update({name: _without_values(part) for name, part in message.parts.items()})
         case Failure():
             header = _Failure(message)
-    text = json.dumps(asdict(header), separators=(",", ":"))
-    return _file(tensors, text)
-
-
-def _file(tensors: Tree, text: str) -> bytes:
-    """A safetensors file, byte for byte as safetensors writes it; many small leaves take it several times as long."""
-    header: dict[str, object] = {"__metadata__": {"fedllm": text}}
-    leaves: dict[torch.dtype, list[Tensor]] = {}
-    start = 0
-    for name, leaf in sorted(tensors.items(), key=lambda item: (PLACES[item[1].dtype], item[0])):
-        end = start + leaf.numel() * leaf.element_size()
-        header[name] = {"dtype": TYPES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [start, end]}
-        leaves.setdefault(leaf.dtype, []).append(leaf.detach().cpu().reshape(-1))
-        start = end
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % 8)
-    values = (torch.cat(alike).view(torch.uint8).numpy().data for alike in leaves.values())
-    return b"".join([len(head).to_bytes(8, "little"), head, *values])
+    return tensorfile.written(trees, json.dumps(asdict(header), separators=(",", ":")))
 
 
 def unpack(data: bytes) -> Message:
@@ -147,8 +111,8 @@ def unpack(data: bytes) -> Message:
         WireError: the bytes are cut off, or do not hold what their header says.
     """
     try:
-        tensors = load(data)
-        message = _read(_header(data), tensors, len(data))
+        text, trees = tensorfile.read(data)
+        message = _read(_HEADER.validate_json(text, strict=True), trees, len(data))
     except Exception as error:  # bytes from elsewhere may be wrong in any way
         if isinstance(error, WireError):
             raise
@@ -184,73 +148,70 @@ def _without_values(part: Part) -> _Part:
     return _Part(part.weight, False, form.bits, form.block, shapes, windows, picks)  # type: ignore[arg-type]
 
 
-def _laid_out(place: int, part: Part) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that stand for a part on the wire."""
-    form = part.packing
+def _laid_out(place: int, part: Part) -> dict[str, Tree]:
+    """The trees that stand for a part on the wire."""
+    form, key = part.packing, f"part{place}"
+    if not form.sparse and form.bits is None and not form.windows:
+        return {key: part.tree}
+    trees: defaultdict[str, Tree] = defaultdict(dict)
     for name, held in part.tree.items():
         whole = held.detach().cpu()
-        key = f"part{place}/{name}"
         leaf = whole if form.sparse else packing.inside(whole, form.windows.get(name))
         kept = leaf is whole or int(leaf.count_nonzero()) == int(whole.count_nonzero())
-        assert kept, f"{key} has values outside of its window"
+        assert kept, f"{key}/{name} has values outside of its window"
         if form.sparse:
             assert leaf.numel() < 1 << 31, "a position is an int32"
             flat = leaf.reshape(-1)
             index = flat.nonzero().reshape(-1)
-            yield key, flat[index]
-            yield f"index{place}/{name}", index.to(torch.int32)
+            trees[key][name] = flat[index]
+            trees[f"index{place}"][name] = index.to(torch.int32)
         elif form.bits is not None and name in form.scales:
             scales = form.scales[name].cpu()
             codes = packing.codes(leaf, scales, form.block)
             packed = packing.squeeze(codes.reshape(-1)[: leaf.numel()], form.bits)
-            assert torch.equal(_decoded(packed, scales, leaf.shape, form), leaf), f"{key} is not on its grid"
-            yield key, packed
-            yield f"scale{place}/{name}", scales
+            assert torch.equal(_decoded(packed, scales, leaf.shape, form), leaf), f"{key}/{name} is not on its grid"
+            trees[key][name] = packed
+            trees[f"scale{place}"][name] = scales
         else:
-            yield key, leaf
+            trees[key][name] = leaf
+    return trees
 
 
-def _header(data: bytes) -> _Header:
-    """What the message says of itself; safetensors has read the length and the outer JSON already."""
-    outer = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    if "fedllm" not in outer.get("__metadata__", {}):
-        raise WireError("the bytes are a safetensors file, but no message of fedllm; send what wire.pack makes")
-    return _HEADER.validate_json(outer["__metadata__"]["fedllm"], strict=True)
-
-
-def _read(header: _Header, tensors: Tree, size: int) -> Message:
+def _read(header: _Header, trees: defaultdict[str, Tree], size: int) -> Message:
+    held = sum(map(len, trees.values()))
     match header:
         case _Request():
-            extras = tuple(tree.branch(tensors, f"extra{place}") for place in range(len(header.extras)))
+            extras = tuple(trees[f"extra{place}"] for place in range(len(header.extras)))
             _demand([len(extra) for extra in extras] == header.extras, "its extras have other leaves than it says")
-            params, shift = tree.branch(tensors, "params"), _shift(header, tensors)
+            params, shift = trees["params"], _shift(header, trees)
             known = len(params) + sum(header.extras) + sum(map(len, shift.steps.values()))
-            _demand(known == len(tensors), "it holds values that belong to no tree")
+            _demand(known == held, "it holds values that belong to no tree")
             return Request(params, extras, header.ctx, shift)
         case _Update():
             entries = header.parts.values()
             unfolded = [entry for entry in entries if entry.sparse or entry.windows or entry.picks]
             zeros = sum(math.prod(shape) for entry in unfolded for shape in entry.shapes.values())
             _demand(zeros <= max(MOST_VALUES, MOST_VALUES_PER_BYTE * size), f"it would unfold to {zeros} values")
-            parts = {name: _part(place, entry, tensors) for place, (name, entry) in enumerate(header.parts.items())}
+            parts = {name: _part(place, entry, trees) for place, (name, entry) in enumerate(header.parts.items())}
             paired = sum(len(entry.shapes) for entry in entries if entry.sparse or entry.bits)  # two tensors a leaf
             known = sum(len(part.tree) for part in parts.values()) + paired
-            _demand(known == len(tensors), "it holds values that belong to no part")
+            _demand(known == held, "it holds values that belong to no part")
             return Update(parts)
         case _Failure():
-            _demand(not tensors, "a failure holds no values")
+            _demand(not held, "a failure holds no values")
             return header.failure
 
 
-def _shift(header: _Request, tensors: Tree) -> Shift:
+def _shift(header: _Request, trees: Mapping[str, Tree]) -> Shift:
     rising = all(low < high for low, high in pairwise([header.after, *header.shift]))
     _demand(rising, "the versions of its shift do not rise")
-    return Shift.of(tensors, header.shift, header.after)
+    return Shift({version: trees[f"shift{version}"] for version in header.shift}, header.after)
 
 
-def _part(place: int, entry: _Part, tensors: Tree) -> Part:
-    leaves = tree.branch(tensors, f"part{place}")
-    scales: Tree = {}
+def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
+    leaves, scales = trees[f"part{place}"], dict[str, Tensor]()
+    if entry.shapes:
+        leaves = dict(leaves)
     _demand(entry.windows.keys() | entry.picks.keys() <= entry.shapes.keys(), "a window has no shape")
     _demand(not entry.windows.keys() & entry.picks.keys(), "a leaf has two windows")
     windows = {name: _window(edges, entry.shapes[name]) for name, edges in entry.windows.items()}
@@ -258,9 +219,9 @@ def _part(place: int, entry: _Part, tensors: Tree) -> Part:
     for name, shape in entry.shapes.items():
         box = _held(windows.get(name), shape)
         if entry.sparse:
-            leaves[name] = _spread(leaves[name], tensors[f"index{place}/{name}"], shape)
+            leaves[name] = _spread(leaves[name], trees[f"index{place}"][name], shape)
         elif entry.bits is not None:
-            scales[name] = tensors[f"scale{place}/{name}"]
+            scales[name] = trees[f"scale{place}"][name]
             leaves[name] = _decoded(leaves[name], scales[name], box, entry)
         _demand(list(leaves[name].shape) == box, "a window does not have its values")
         leaves[name] = packing.among_zeros(leaves[name], windows.get(name), torch.Size(shape))

@@ -199,13 +199,6 @@ def test_every_message_comes_back_with_the_same_bits(message: wire.Message) -> N
     assert_same(message, wire.unpack(wire.pack(back)))
 
 
-@settings(max_examples=200)
-@given(trees(), st.text(max_size=9))
-def test_the_file_is_what_safetensors_writes(leaves: Tree, text: str) -> None:
-    held = {f"params/{name}": leaf for name, leaf in leaves.items()}
-    assert wire._file(held, text) == save(tree.separate(held), {"fedllm": text})
-
-
 def test_nothing_collides_whatever_its_name() -> None:
     a, b, c = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])
     update = Update(

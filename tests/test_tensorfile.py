@@ -1,0 +1,133 @@
+"""Files of trees against the safetensors library: the same bytes, the same tensors, and whatever it refuses."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from fedllm import tensorfile, tree
+from fedllm.bundle import ALIGNMENT, Bundle, bundled
+from fedllm.tree import Tree
+from tests.test_wire import trees
+
+PREFIXES = ("params", "extra0", "part1")
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(st.sampled_from(PREFIXES), trees(), max_size=3), st.text(max_size=9), st.booleans())
+def test_the_file_is_what_safetensors_writes_and_comes_back(held: dict[str, Tree], text: str, blocks: bool) -> None:
+    given_trees = {prefix: bundled(leaves) for prefix, leaves in held.items()} if blocks else held
+    data, joined = tensorfile.written(given_trees, text), tree.join(**held)
+    assert data == save(tree.separate(joined), {"fedllm": text})
+    found, back = tensorfile.read(data)
+    assert found == text and tree.digest(tree.join(**back)) == tree.digest(joined) == tree.digest(load(data))
+
+
+def many(dtype: torch.dtype = torch.float32, leaves: int = 9, width: int = 5) -> Tree:
+    return {f"layer.{place}.w": torch.full((3, width), float(place), dtype=dtype) for place in range(leaves)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_small_leaves_come_back_in_one_block_of_their_own(dtype: torch.dtype) -> None:
+    data = tensorfile.written({"params": many(dtype)}, "{}")
+    (_, one), (_, other) = tensorfile.read(data), tensorfile.read(data)
+    params = one["params"]
+    assert isinstance(params, Bundle) and len(params.blocks) == 1
+    assert all(leaf.data_ptr() % ALIGNMENT == 0 for leaf in params.values())
+    assert tree.equal(params, many(dtype)) and params.alike(bundled(many(dtype)))
+    params["layer.0.w"].add_(1)
+    assert tree.equal(other["params"], many(dtype)) and tree.equal(tensorfile.read(data)[1]["params"], many(dtype))
+
+
+def test_large_leaves_come_back_alone() -> None:
+    large = many(leaves=2, width=1 << 17)
+    _, back = tensorfile.read(tensorfile.written({"params": large}, "{}"))
+    assert not isinstance(back["params"], Bundle) and tree.equal(back["params"], large)
+
+
+def test_a_bundle_is_written_as_its_leaves_are_whatever_else_is_made_of_it() -> None:
+    leaves = many()
+    for made in (bundled(leaves), tree.scale(bundled(leaves), 2.0), tree.stack([bundled(leaves)])):
+        assert isinstance(made, Bundle)
+        assert tensorfile.written({"p": made}, "") == tensorfile.written({"p": dict(made)}, "")
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def file_of(header: Any, values: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + values
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [3]},
+        {"shape": [2, -1]},
+        {"shape": [2.0]},
+        {"shape": [True, 2]},
+        {"shape": "2"},
+        {"shape": 2},
+        {"shape": [0, 2**70], "data_offsets": [0, 0]},
+        {"dtype": "F64"},
+        {"dtype": "F31"},
+        {"dtype": None},
+        {"data_offsets": [4, 12]},
+        {"data_offsets": [-8, 0]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 4, 8]},
+        {"data_offsets": [0.0, 8.0]},
+        {"data_offsets": [0, 2**70]},
+        {"data_offsets": None},
+    ],
+)
+def test_an_entry_that_lies_is_refused(changes: dict[str, Any]) -> None:
+    head = {"__metadata__": {"fedllm": "x"}}
+    text, back = tensorfile.read(file_of({**head, "p/w": ENTRY}, bytes(8)))
+    assert text == "x" and back["p"]["w"].tolist() == [0.0, 0.0]
+    with pytest.raises(Exception) as caught:  # wire.unpack makes one sentence of any
+        tensorfile.read(file_of({**head, "p/w": {**ENTRY, **changes}}, bytes(8)))
+    assert not isinstance(caught.value, AssertionError | MemoryError)
+
+
+@pytest.mark.parametrize("second", [[0, 8], [4, 12], [12, 20], [16, 24]])
+def test_values_that_overlap_or_leave_a_hole_are_refused(second: list[int]) -> None:
+    head = {"__metadata__": {"fedllm": "x"}, "p/w": ENTRY}
+    assert tensorfile.read(file_of({**head, "p/v": {**ENTRY, "data_offsets": [8, 16]}}, bytes(16)))
+    with pytest.raises(ValueError, match=r"not where|cut off"):
+        tensorfile.read(file_of({**head, "p/v": {**ENTRY, "data_offsets": second}}, bytes(second[1])))
+
+
+@pytest.mark.parametrize("key", ["w", "", "p"])
+def test_a_key_without_a_prefix_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match="not where"):
+        tensorfile.read(file_of({"__metadata__": {"fedllm": "x"}, key: ENTRY}, bytes(8)))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_what_the_library_refuses_is_refused(data: st.DataObject) -> None:
+    """Bytes of header and values that are changed at random."""
+    content = bytearray(tensorfile.written({"p": many(leaves=3), "q": {"n": torch.tensor(3)}}, "{}"))
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 400))] = data.draw(st.integers(0, 255))
+    try:
+        expected = load(bytes(content))
+    except Exception:
+        with pytest.raises(Exception):  # noqa: B017
+            tensorfile.read(bytes(content))
+        return
+    try:
+        _, back = tensorfile.read(bytes(content))
+    except Exception:
+        return  # no message of fedllm, or a type that it does not send
+    assert tree.digest(tree.join(**back)) == tree.digest(expected)
