@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "factors",
         "shift",
         "sparse",
+        "tensorfile",
         "events",
         "cache",
         "disk",
