@@ -90,7 +90,8 @@ def bundled(tree: Mapping[str, Tensor]) -> Leaves:
     layout, kinds, sizes = placed({name: (leaf.shape, (leaf.dtype, leaf.device)) for name, leaf in tree.items()})
     if not _pays(layout, sizes):
         return dict(tree)
-    bundle = Bundle(_zeros(kinds, sizes), layout)
+    blocks = [torch.zeros(size, dtype=dtype, device=device) for size, (dtype, device) in zip(sizes, kinds, strict=True)]
+    bundle = Bundle(blocks, layout)
     for name, leaf in tree.items():
         bundle[name].copy_(leaf.detach())
     return bundle
@@ -101,10 +102,15 @@ def of_bytes(leaves: Mapping[str, tuple[Shape, torch.dtype, memoryview]]) -> Lea
     layout, kinds, sizes = placed({name: (shape, (dtype, CPU)) for name, (shape, dtype, _) in leaves.items()})
     if not _pays(layout, sizes):
         return {name: _tensor(*leaf) for name, leaf in leaves.items()}
-    bundle = Bundle(_zeros(kinds, sizes), layout)
-    for (_, _, data), memory in zip(leaves.values(), in_bytes(bundle), strict=True):
-        memory[:] = data
-    return bundle
+    blocks = [torch.empty(size, dtype=dtype) for size, (dtype, _) in zip(sizes, kinds, strict=True)]
+    memory = [_bytes(block) for block in blocks]
+    for (n, _, _, at), (_, dtype, data) in zip(layout.values(), leaves.values(), strict=True):
+        start = at * dtype.itemsize
+        end = start + len(data)
+        memory[n][start:end] = data
+        if rest := -len(data) % ALIGNMENT:
+            memory[n][end : end + rest] = bytes(rest)
+    return Bundle(blocks, layout)
 
 
 def in_bytes(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
@@ -143,10 +149,6 @@ def _placed(
 def _pays(layout: Mapping[str, Place], sizes: Sequence[int]) -> bool:
     """Whether the blocks save half of the calls."""
     return 0 < len(sizes) * 2 <= len(layout)
-
-
-def _zeros(kinds: Sequence[Kind], sizes: Sequence[int]) -> list[Tensor]:
-    return [torch.zeros(n, dtype=dtype, device=device) for n, (dtype, device) in zip(sizes, kinds, strict=True)]
 
 
 def _bytes(leaf: Tensor) -> memoryview:

@@ -89,8 +89,10 @@ def _cut(delta: Tree, sent: Tree) -> Tree:
 
 def _inside(leaf: Tensor, shape: torch.Size) -> Tensor:
     """The leaf's first values in each axis; a leaf of another form as it is."""
+    if leaf.shape == shape:
+        return leaf
     fits = leaf.dim() == len(shape) and all(own >= size for own, size in zip(leaf.shape, shape, strict=True))
-    return leaf[tuple(map(slice, shape))] if fits and leaf.shape != shape else leaf
+    return leaf[tuple(map(slice, shape))] if fits else leaf
 
 
 def _angles(seen: Sequence[Seen]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ SIGNATURES = {
     "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
     "cross_entropy": "pppnn",
     "low_rank": "ppppppnnnnnnxppppn",
-    "low_rank_slope": "pppppppppnnnnnnxppn",
+    "low_rank_slope": "ppppppppp" + "n" * 8 + "xppn",
     "product": "pppppnnnn",
     "laid_out": "ppnnn",
 }
@@ -182,16 +182,18 @@ def low_rank_slope(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B.
 
+    Where A or B is a leaf of the graph that has a `grad`, the slope is written there, and the leaf has none any more.
     With W (out, in) in `frozen`, dx becomes the sum with dy W and `plus` (T, in).
     """
-    u, z, a, b = saved
-    dy, a, b, counts = dy.contiguous(), _factors(a), _factors(b), _counts(tuple(sizes))
+    u, z, *pair = saved
+    da, db = (_ready(leaf) if needed else None for leaf, needed in zip(pair, needs, strict=True))
+    dy, (a, b), counts = dy.contiguous(), map(_factors, pair), _counts(tuple(sizes))
     assert dy.shape == (len(u), b.shape[1]) and (dx is None or (dx.is_contiguous() and dx.shape == u.shape))
     assert frozen is None or frozen.sizes == (b.shape[1], a.shape[2])
     weight, form = (None, 0) if frozen is None else frozen.given
-    da, db = (a.new_empty(a.shape) if needs[0] else None, b.new_empty(b.shape) if needs[1] else None)
     more = None if dx is None else _plus(plus, dx)
-    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), scale, weight, more, form)
+    next_slopes = (0 if slope is None else slope.stride(0) for slope in (da, db))
+    _call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), *next_slopes, scale, weight, more, form)
     return da, db
 
 
@@ -294,7 +296,21 @@ def _plus(plus: Tensor | None, y: Tensor) -> Tensor | None:
 def _factors(stack: Tensor) -> Tensor:
     """Each client's in one piece, in float32; between them may lie what belongs to others."""
     stack = stack.float()
-    return stack if stack[0].is_contiguous() else stack.contiguous()
+    return stack if _in_pieces(stack) else stack.contiguous()
+
+
+def _in_pieces(stack: Tensor) -> bool:
+    """Whether each client's (., n) lies row by row."""
+    return stack.stride()[1:] == (stack.shape[2], 1)
+
+
+def _ready(leaf: Tensor) -> Tensor:
+    """Memory for a leaf's slope."""
+    place = leaf.grad if leaf.is_leaf else None
+    if place is None or place.dtype != torch.float32 or not _in_pieces(place):
+        return torch.empty(leaf.shape, dtype=torch.float32)
+    leaf.grad = None  # whoever else has a slope of it adds to this one
+    return place
 
 
 def _sizes(a: Tensor, b: Tensor) -> tuple[int, ...]:
@@ -308,7 +324,7 @@ def _strides(*states: Tensor) -> list[Tensor | int]:
 
 
 def _call(name: str, *arguments: Tensor | float | None) -> None:
-    status = _function(name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
+    status = _function(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
     if status:
         kind, reason = ERRORS[status]
         raise kind(f"kernel {name}: {reason}")

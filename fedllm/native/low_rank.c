@@ -206,7 +206,8 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
 /* da and db may be null, and dx, which is written where w is there and else added to. `form`: of W. */
 int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx, const float *a, const float *b,
                           float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
-                          int64_t out, int64_t next_a, int64_t next_b, float s, const bf16 *w, const bf16 *plus, int64_t form) {
+                          int64_t out, int64_t next_a, int64_t next_b, int64_t next_da, int64_t next_db, float s,
+                          const bf16 *w, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP, T = total(sizes, clients);
     bf16 *rows = malloc(R * (in + clients * in + out + T) * sizeof *rows);
     bf16 *left = rows + R * in, *right = left + clients * R * in, *dz = right + R * out;
@@ -227,8 +228,8 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
             if (dx && !w) add(own_dx, own_dz, pairs_of, n, in, R, 1), own_dx += n * in;
             own_dy += n * out, u += n * in, z += n * R, own_dz += n * R;
         }
-        if (da) memcpy(da, slope_a, rank * in * sizeof *da), da += rank * in;
-        if (db) turned_back(slope_b, db, rank, out, s), db += rank * out;
+        if (da) memcpy(da, slope_a, rank * in * sizeof *da), da += next_da;
+        if (db) turned_back(slope_b, db, rank, out, s), db += next_db;
     }
     own_part own = {dz, left, sizes, R, 1};
     if (w && dx && !status) status = product(dy, (matrix){w, out, in, form}, NULL, plus, dx, T, &own);

@@ -92,18 +92,31 @@ static void columns_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t
         }
 }
 
-/* sum = s z G + bias + plus. */
+/* sum = s z G + bias + plus. Rows of one client, as those of nearly all tiles are, have one G. */
 TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias, int64_t n, int64_t columns) {
+    __mmask32 masks[VECTORS];
+    UNROLL for (int j = 0; j < VECTORS; j++)
+        masks[j] = columns > WIDTH * j ? mask_of(2 * (columns - WIDTH * j)) : 0;
     UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t q = 0; own && q < own->order; q += 2)
-        UNROLL for (int i = 0; i < ROWS; i++) {
-            __m512bh both = pair(at->z[i] + q);
-            UNROLL for (int j = 0; j < VECTORS; j++) {
-                int64_t left = columns - WIDTH * j;
-                __m512bh g = words(at->g[i] + q * n + 2 * WIDTH * j, left > 0 ? mask_of(2 * left) : 0);
-                sum[i * VECTORS + j] = _mm512_dpbf16_ps(sum[i * VECTORS + j], both, g);
+    if (own && at->g[0] == at->g[ROWS - 1])
+        for (int64_t q = 0; q < own->order; q += 2) {
+            __m512bh g[VECTORS];
+            UNROLL for (int j = 0; j < VECTORS; j++) g[j] = words(at->g[0] + q * n + 2 * WIDTH * j, masks[j]);
+            UNROLL for (int i = 0; i < ROWS; i++) {
+                __m512bh both = pair(at->z[i] + q);
+                UNROLL for (int j = 0; j < VECTORS; j++)
+                    sum[i * VECTORS + j] = _mm512_dpbf16_ps(sum[i * VECTORS + j], both, g[j]);
             }
         }
+    else
+        for (int64_t q = 0; own && q < own->order; q += 2)
+            UNROLL for (int i = 0; i < ROWS; i++) {
+                __m512bh both = pair(at->z[i] + q);
+                UNROLL for (int j = 0; j < VECTORS; j++) {
+                    __m512bh g = words(at->g[i] + q * n + 2 * WIDTH * j, masks[j]);
+                    sum[i * VECTORS + j] = _mm512_dpbf16_ps(sum[i * VECTORS + j], both, g);
+                }
+            }
     UNROLL for (int i = 0; own && i < ROWS * VECTORS; i++) sum[i] = _mm512_mul_ps(sum[i], _mm512_set1_ps(own->s));
     UNROLL for (int j = 0; bias && j < VECTORS; j++) {
         __m512 wider = widened(bias + WIDTH * j, half_of(columns - WIDTH * j));

@@ -31,7 +31,8 @@ class Attached(Protocol):
         ...
 
     def hidden(self, stack: Tree, batch: Batch) -> Tensor:
-        """(T, d): the decoder's last hidden state of each token of the batch, without the output head."""
+        """(T, d): the decoder's last hidden state of each labelled token of the batch, without the output head; those
+        of other tokens need not be there."""
         ...
 
     def head(self, stack: Tree) -> Head:
@@ -107,9 +108,11 @@ class Decoder:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def row(self, stack: Mapping[str, Tensor], batch: Batch, offset: int = 0) -> Tensor:
-        """(T, d): the last hidden state of a row of sequences, whose positions begin at `offset`."""
-        shared, tokens, positions = batch.shared, batch.tokens, batch.positions + offset
-        forward = Forward(stack, batch.lengths, batch.client_computed, shared, batch.dropout, batch.recompute)
+        """(T, d): the last hidden states of a row of sequences, whose positions begin at `offset`."""
+        shared, tokens, positions, wanted = batch.shared, batch.tokens, batch.positions + offset, batch.rows
+        if shared:
+            wanted = once(batch.lengths, shared).places[wanted]
+        forward = Forward(stack, batch.lengths, batch.client_computed, shared, wanted, batch.dropout, batch.recompute)
         if not shared:
             return self._decoded(forward, "input_ids", tokens, positions)
         kept = once(batch.lengths, shared).kept

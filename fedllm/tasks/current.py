@@ -19,13 +19,14 @@ from torch import Tensor
 class Forward:
     """One forward pass. `stack` leaves are (K, ...). `lengths` None: an ordinary padded batch of one client (K = 1);
     else one row of sequences, `client_tokens[k]` of its tokens client k's. `shared`: as in a batch; those tokens of
-    the sequences are not in the row. `dropout`: a generator per client, or none. `recompute`: keep the inputs of the
-    layers only."""
+    the sequences are not in the row. `wanted`: tokens of the row whose last states somebody needs, in order; None: all.
+    `dropout`: a generator per client, or none. `recompute`: keep the inputs of the layers only."""
 
     stack: Mapping[str, Tensor]
     lengths: tuple[int, ...] | None = None
     client_tokens: tuple[int, ...] = ()
     shared: tuple[int, ...] = ()
+    wanted: Tensor | None = None
     dropout: tuple[torch.Generator, ...] = ()
     recompute: bool = False
 

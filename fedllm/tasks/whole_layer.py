@@ -3,6 +3,8 @@
     h  = norm(x)     q, k, v = turned(Q h), turned(K h), V h     x' = x + O attention(q, k, v)
     h' = norm(x')    g, u = G h', U h'                           y  = x' + D (silu(g) u)
 
+The last layer computes what follows its attention for the tokens alone whose states are needed: those with a label.
+
 Each capital is a frozen matrix with what low-rank adapters of K clients add to it. Sums with x and x', and those of the
 slopes that several products have of h and h', are made within the products before they are rounded. What that saves, a
 graph, modules and sums, is a twentieth of a local step. Layers of another form, and passes that need more, stay as they
@@ -43,6 +45,7 @@ CHILDREN = {
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
 PROBE = (3, 4)  # lengths of two sequences
+AFTER = ("o", "gate", "up", "down")  # attention
 NEAR = 0.02  # of what a layer adds, in 16 bits
 
 Pair = tuple[Tensor, Tensor]
@@ -77,7 +80,8 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a pass through a layer has beside tensors that train. `sizes[k]` rows are client k's."""
+    """What a pass through a layer has beside tensors that train. `sizes[k]` rows are client k's, `sizes_after[k]` of
+    those that go on after attention: `wanted`, where these are not all."""
 
     linears: Mapping[str, Linear]
     norms: tuple[Normed, Normed]
@@ -85,6 +89,22 @@ class Plan:
     sequences: kernels.Sequences
     scaling: float
     sizes: tuple[int, ...]
+    sizes_after: tuple[int, ...]
+    wanted: Tensor | None = None
+
+    def few(self, x: Tensor) -> Tensor:
+        """The rows that go on after attention."""
+        return x if self.wanted is None else x.index_select(0, self.wanted)
+
+    def all(self, few: Tensor, rows: int) -> Tensor:
+        """All rows, of which the others are zero."""
+        if self.wanted is None:
+            return few
+        return few.new_zeros(rows, *few.shape[1:]).index_copy_(0, self.wanted, few)
+
+    def counts(self, name: str) -> tuple[int, ...]:
+        """Rows of each client in a product."""
+        return self.sizes_after if name in AFTER else self.sizes
 
     def product(self, name: str, x: Tensor, pair: Pair | None, plus: Tensor | None = None) -> tuple[Tensor, Any]:
         """(T, in) to (T, out), added to `plus`; and what the slope needs."""
@@ -93,7 +113,7 @@ class Plan:
         if pair is None:
             return kernels.product(x, matrix, linear.bias, plus), None
         y = x.new_empty(len(x), len(linear.weight))
-        return y, kernels.low_rank_(y, x, pair, self.sizes, linear.scale, (x, matrix, linear.bias), plus)
+        return y, kernels.low_rank_(y, x, pair, self.counts(name), linear.scale, (x, matrix, linear.bias), plus)
 
     def slope(self, name: str, dy: Tensor, saved: Saved, plus: Tensor | None = None, needs_x: bool = True) -> Slopes:
         """Slopes of x, added to `plus`, and of both factors."""
@@ -101,7 +121,7 @@ class Plan:
         if saved.pair is None:
             return (kernels.product(dy, matrix, None, plus) if needs_x else None), None, None
         kept, dx = (saved.x, saved.z, *saved.pair), torch.empty_like(saved.x) if needs_x else None
-        da, db = kernels.low_rank_slope(dy, kept, self.sizes, linear.scale, saved.needs, dx, matrix, plus)
+        da, db = kernels.low_rank_slope(dy, kept, self.counts(name), linear.scale, saved.needs, dx, matrix, plus)
         return dx, da, db
 
 
@@ -154,13 +174,17 @@ class Whole:
         if len(linears) < len(LINEARS):
             return None
         assert now.lengths is not None
+        sizes = now.client_tokens or (hidden.shape[1],)
+        wanted = now.wanted if attention.layer_idx == attention.config.num_hidden_layers - 1 else None
         return Plan(
             linears=linears,
             norms=(self.parts["input_layernorm"], self.parts["post_attention_layernorm"]),
             turns=(turns[0][0], turns[1][0]),
             sequences=sequences(Row(now.lengths, now.shared)),
             scaling=attention.scaling,
-            sizes=now.client_tokens or (hidden.shape[1],),
+            sizes=sizes,
+            sizes_after=sizes if wanted is None else _counted(wanted, sizes),
+            wanted=wanted,
         )
 
     def _is_untouched(self) -> bool:
@@ -241,8 +265,8 @@ class _Whole(torch.autograd.Function):
         q, k = (kernels.rotary(state.view(len(x), n, -1), *plan.turns) for state, n in zip((q, k), heads, strict=True))
         v = v.view(len(x), heads[1], -1)
         o, p = kernels.attention(_by_head(q, k, v), plan.sequences, None, plan.scaling)
-        o = o.flatten(1)
-        middle, z["o"] = plan.product("o", o, pairs["o"], plus=x)
+        o = plan.few(o.flatten(1))
+        middle, z["o"] = plan.product("o", o, pairs["o"], plus=plan.few(x))
         h2, r2 = _normed(plan.norms[1], middle)
         gate, z["gate"] = plan.product("gate", h2, pairs["gate"])
         up, z["up"] = plan.product("up", h2, pairs["up"])
@@ -251,7 +275,7 @@ class _Whole(torch.autograd.Function):
         kept = (x, h, r, q, k, v, p, o, middle, h2, r2, gate, up, m)
         ctx.save_for_backward(*kept, *(z[name] for name in LINEARS), *leaves)
         ctx.plan = plan
-        return y
+        return plan.all(y, len(x))
 
     @staticmethod
     @once_differentiable
@@ -266,21 +290,30 @@ class _Whole(torch.autograd.Function):
             for name, own, pair, both in zip(LINEARS, z, pairs, needs, strict=True)
         }
         found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        dy = plan.few(dy)
         dm, *found["down"] = plan.slope("down", dy, of["down"])
         d_gate, d_up = kernels.gated_slope(dm, gate, up)
         dh2, *found["gate"] = plan.slope("gate", d_gate, of["gate"])
         dh2, *found["up"] = plan.slope("up", d_up, of["up"], plus=dh2)
         d_middle = kernels.norm_slope(dh2, middle, plan.norms[1].norm.weight, r2, plus=dy)
         do, *found["o"] = plan.slope("o", d_middle, of["o"])
-        dq, dk, dv = kernels.attention_slope(
-            do.view(len(x), -1, v.shape[2]), (*_by_head(q, k, v), p), plan.sequences, None, plan.scaling
-        )
+        do = plan.all(do, len(x)).view(len(x), -1, v.shape[2])
+        dq, dk, dv = kernels.attention_slope(do, (*_by_head(q, k, v), p), plan.sequences, None, plan.scaling)
         dq, dk = (kernels.rotary_slope(state, *plan.turns) for state in (dq, dk))
         dh, *found["q"] = plan.slope("q", dq.flatten(1), of["q"], needs_x=needs_x)
         dh, *found["k"] = plan.slope("k", dk.flatten(1), of["k"], plus=dh, needs_x=needs_x)
         dh, *found["v"] = plan.slope("v", dv.flatten(1), of["v"], plus=dh, needs_x=needs_x)
-        dx = kernels.norm_slope(dh, x, plan.norms[0].norm.weight, r, plus=d_middle) if needs_x else None
+        dx = None
+        if needs_x:
+            dx = kernels.norm_slope(dh, x, plan.norms[0].norm.weight, r, plus=plan.all(d_middle, len(x)))
         return dx, None, *(slope for name in LINEARS for slope in found[name])
+
+
+def _counted(rows: Tensor, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """How many of some rows are each client's, who has so many of all."""
+    ends = torch.tensor(sizes).cumsum(0)
+    counts = torch.bincount(torch.searchsorted(ends, rows, right=True), minlength=len(sizes))
+    return tuple(counts.tolist())
 
 
 def _normed(normed: Normed, x: Tensor) -> Pair:

@@ -47,12 +47,22 @@ def gradients(stack: Stack, micro: Sequence[Batch], model: Model) -> Tensor:
     losses = torch.zeros(len(stack.values), dtype=torch.float64)
     into = list(stack.leaves(stack.slope).values())
     for number, batch in enumerate(micro):
+        for leaf, place in zip(leaves.values(), into, strict=True):
+            leaf.grad = None if number else place  # a kernel may write it there itself
         loss = model.losses({**stack.held, **leaves}, batch)
         weighted = loss * (torch.tensor(batch.counts) / totals).to(loss)
         found = torch.autograd.grad(weighted.sum(), list(leaves.values()), materialize_grads=True)
-        (torch._foreach_add_ if number else torch._foreach_copy_)(into, found)
+        if number:
+            torch._foreach_add_(into, found)
+        elif rest := [(place, slope) for place, slope in zip(into, found, strict=True) if not _same(place, slope)]:
+            torch._foreach_copy_([place for place, _ in rest], [slope for _, slope in rest])
         losses += weighted.detach().double().cpu()
     return losses
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are one piece of memory."""
+    return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
 
 
 def surviving(

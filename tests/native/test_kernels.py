@@ -276,6 +276,25 @@ def test_a_client_has_the_bits_that_it_has_alone() -> None:
         assert all(torch.equal(one, parts[k]) for one, parts in zip(alone, together, strict=True))
 
 
+@needs_tiles
+def test_slopes_are_written_where_a_leaf_has_them_ready_and_only_once() -> None:
+    sizes, size_in, size_out, rank = [35, 5], 40, 24, 5
+    u, y, dy, a, b = low_rank_case(sizes, rank, size_in, size_out)
+    z = kernels.low_rank_(y, u, (a, b), sizes, 2.0)
+    expected = kernels.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), None)
+    buffer = torch.full((2, 400), math.nan)  # as the leaves of two clients lie side by side
+    places = buffer.as_strided(a.shape, (400, size_in, 1), 0), buffer.as_strided(b.shape, (400, rank, 1), 256)
+    leaves = tuple(leaf.clone().requires_grad_() for leaf in (a, b))
+    for leaf, place in zip(leaves, places, strict=True):
+        leaf.grad = place
+    found, again = (kernels.low_rank_slope(dy, (u, z, *leaves), sizes, 2.0, (True, True), None) for _ in range(2))
+    for place, first, second, true in zip(places, found, again, expected, strict=True):
+        assert first is not None and second is not None and true is not None
+        assert first.data_ptr() == place.data_ptr() != second.data_ptr()
+        assert torch.equal(place, true) and torch.equal(second, true)
+    assert int(buffer.isnan().sum()) == buffer.numel() - a.numel() - b.numel()  # nothing beside them
+
+
 def test_other_numbers_and_devices_are_left_to_torch() -> None:
     assert kernels.serve(torch.zeros(1).bfloat16())
     assert not kernels.serve(torch.zeros(1)) and not kernels.serve(torch.zeros(1).half())

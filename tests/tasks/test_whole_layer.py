@@ -15,6 +15,7 @@ from fedllm.batch import IGNORE, Batch, Example, collate
 from fedllm.native import kernels, layouts
 from fedllm.native.library import library
 from fedllm.rng import Key
+from fedllm.tasks import whole_layer
 from fedllm.tasks.adapters.bottleneck import Bottleneck
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.adapters.lora_xs import LoraXs
@@ -79,11 +80,14 @@ def whole(model: LoadedModel) -> list[Whole]:
     return [each for each in inner if isinstance(each, Whole)]
 
 
-def batch_of(lengths: tuple[tuple[int, ...], ...], **options: Any) -> Batch:
+def batch_of(lengths: tuple[tuple[int, ...], ...], labels: int = 999, **options: Any) -> Batch:
+    """At most so many tokens of each sequence have a label, its last ones."""
+
     def example(length: int) -> Example:
         tokens = torch.arange(length) * 7 % 251 + length % 5
         targets = tokens.roll(-1)
         targets[-1] = IGNORE
+        targets[: max(0, length - 1 - labels)] = IGNORE
         return Example(tokens, targets)
 
     return collate([[example(length) for length in own] for own in lengths], **options)
@@ -117,9 +121,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("name", TAKEN)
 @pytest.mark.parametrize("targets", [("all_linear",), ("v_proj", "up_proj")], ids=["all", "some"])
-def test_gradients(name: str, targets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No further from float64 than layer by layer, with clients of unequal lengths."""
-    folder, batch = saved(TAKEN[name], tmp_path), batch_of(((40, 33), (50,), (3,)))
+@pytest.mark.parametrize("labels", [999, 7])
+def test_gradients(name: str, targets: Any, labels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No further from float64 than layer by layer, with clients of unequal lengths, and few labels."""
+    folder, batch = saved(TAKEN[name], tmp_path), batch_of(((40, 33), (50,), (3,)), labels)
     exact = computed(loaded(folder, "float64", targets=targets), batch)
     model = loaded(folder, targets=targets)
     assert len(whole(model)) == 2
@@ -159,6 +164,27 @@ def test_common_beginnings(tmp_path: Path, passes: list[bool]) -> None:
     mine, theirs = computed(model, shared), computed(model, apart)
     assert shared.shared and all(passes)
     assert distance(mine, [each.double() for each in theirs]) < 0.02
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_the_last_layer_computes_what_has_a_label(share: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bits that all tokens together have; nobody asks for the others."""
+    model, batch = loaded(saved(TAKEN["biases"], tmp_path)), batch_of(((40, 35), (50,), (3,)), 7, share=share)
+    stack = {name: torch.stack([leaf + 0.1] * 3) for name, leaf in model.fresh(Key(0)).items()}
+    rows = list[int]()
+    monkeypatch.setattr(
+        kernels, "gated", lambda gate, up, true=kernels.gated: (rows.append(len(gate)), true(gate, up))[1]
+    )
+    some = model.adapter.hidden(stack, batch)
+    monkeypatch.setattr(whole_layer, "_counted", lambda wanted, sizes: sizes)
+    monkeypatch.setattr(whole_layer.Plan, "few", lambda plan, x: x)
+    monkeypatch.setattr(whole_layer.Plan, "all", lambda plan, few, rows: few)
+    every = model.adapter.hidden(stack, batch)
+    tokens = sum(batch.client_computed)
+    assert rows == [tokens, len(batch.rows), tokens, tokens] and len(batch.rows) == 23 < tokens
+    others = sorted(set(range(len(some))) - set(batch.rows.tolist()))
+    assert torch.equal(some[batch.rows], every[batch.rows])
+    assert not some[others].any() and every[others].any()
 
 
 def test_a_client_has_the_bits_that_it_has_alone(tmp_path: Path) -> None:
