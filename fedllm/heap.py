@@ -67,11 +67,12 @@ def give_back() -> None:
 def fresh(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros. Where they are mapped anew each time, for they are larger than what the heap keeps, it is in huge pages:
     one fault for 2 MiB in place of 512."""
-    made = torch.empty(rows, columns, dtype=dtype, device=device)
-    if device.type == "cpu" and made.nbytes >= LARGEST:
-        first = -(-made.data_ptr() // HUGE) * HUGE
-        size = (made.data_ptr() + made.nbytes - first) // HUGE * HUGE
-        _glibc("madvise")(ctypes.c_void_p(first), ctypes.c_size_t(size), HUGE_PAGES)  # a refusal changes nothing
+    if device.type != "cpu" or rows * columns * dtype.itemsize < LARGEST:
+        return torch.zeros(rows, columns, dtype=dtype, device=device)
+    made = torch.empty(rows, columns, dtype=dtype)
+    first = -(-made.data_ptr() // HUGE) * HUGE
+    size = (made.data_ptr() + made.nbytes - first) // HUGE * HUGE
+    _glibc("madvise")(ctypes.c_void_p(first), ctypes.c_size_t(size), HUGE_PAGES)  # a refusal changes nothing
     return made.zero_()
 
 
