@@ -14,9 +14,6 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
-HUGE, HUGE_PAGES = 2 << 20, 14  # bytes of such a page; madvise's MADV_HUGEPAGE
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # names of mallopt in malloc.h
 LARGEST = 32 << 20  # bytes; glibc refuses a larger threshold
 NEVER = (1 << 31) - 1
@@ -62,18 +59,6 @@ def settled_objects() -> Iterator[None]:
 def give_back() -> None:
     """What all threads have freed, back to the system: after blocks that are not taken again soon."""
     _glibc("malloc_trim")(0)
-
-
-def fresh(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros. Where they are mapped anew each time, for they are larger than what the heap keeps, it is in huge pages:
-    one fault for 2 MiB in place of 512."""
-    if device.type != "cpu" or rows * columns * dtype.itemsize < LARGEST:
-        return torch.zeros(rows, columns, dtype=dtype, device=device)
-    made = torch.empty(rows, columns, dtype=dtype)
-    first = -(-made.data_ptr() // HUGE) * HUGE
-    size = (made.data_ptr() + made.nbytes - first) // HUGE * HUGE
-    _glibc("madvise")(ctypes.c_void_p(first), ctypes.c_size_t(size), HUGE_PAGES)  # a refusal changes nothing
-    return made.zero_()
 
 
 def _glibc(name: str) -> Callable[..., int]:

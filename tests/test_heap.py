@@ -6,9 +6,8 @@ import gc
 import weakref
 
 import pytest
-import torch
 
-from fedllm.heap import LARGEST, fresh, settled_objects
+from fedllm.heap import settled_objects
 
 
 class Ring:
@@ -64,12 +63,3 @@ def test_it_ends_with_an_error() -> None:
     with pytest.raises(KeyError), settled_objects():
         raise KeyError
     assert not gc.get_freeze_count()
-
-
-@pytest.mark.parametrize("columns", [3, LARGEST // 8 + 5])
-def test_fresh_memory_is_zero_whatever_its_size(columns: int) -> None:
-    for _ in range(2):
-        made = fresh(2, columns, torch.float32, torch.device("cpu"))
-        assert made.shape == (2, columns) and made.dtype == torch.float32 and not made.any()
-        made.fill_(1)
-        del made

@@ -133,7 +133,7 @@ class Sgd(Work):
         starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
         layout = Layout.of(starts)
         values = layout.filled(starts)
-        grads = layout.empty(len(starts))
+        grads = torch.zeros_like(values)
         return Carry(
             works=works,
             layout=layout,

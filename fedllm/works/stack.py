@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedllm import tree
 from fedllm.bundle import Bundle, Place, copy_into, placed
-from fedllm.heap import fresh
 from fedllm.tree import Tree
 
 Shapes = dict[str, torch.Size]
@@ -53,13 +52,10 @@ class Layout:
         places, _, sizes = placed({name: (shape, kind) for name, shape in shapes.items()})
         return Layout(own, shapes, places, _edges(sizes), kind)
 
-    def empty(self, clients: int) -> Tensor:
-        """A (K, P) buffer of zeros."""
-        return fresh(clients, self.starts[-1], *self.kind)
-
     def filled(self, trees: Sequence[Tree]) -> Tensor:
         """A (K, P) buffer that holds K trees, zeros elsewhere."""
-        buffer = self.empty(len(trees))
+        dtype, device = self.kind
+        buffer = torch.zeros(len(trees), self.starts[-1], dtype=dtype, device=device)
         for k, params in enumerate(trees):
             if self._placed(params):
                 for mine, theirs in zip(self._blocks(buffer[k]), params.blocks, strict=True):
