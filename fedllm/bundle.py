@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
+REMEMBERED = 1 << 18  # letters of the names of a tree whose places are kept: names come from elsewhere, too
 BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which costs more than the calls
 
 CPU = torch.device("cpu")
@@ -126,7 +127,8 @@ def in_bytes(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
 
 def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Mapping[str, Place], list[Kind], list[int]]:
     """The place of each leaf, and of each block its kind and its size in values."""
-    return _placed(tuple(leaves.items()), BLOCK_BYTES)
+    made = _placed if sum(map(len, leaves)) <= REMEMBERED else _placed.__wrapped__
+    return made(tuple(leaves.items()), BLOCK_BYTES)
 
 
 @lru_cache(maxsize=64)  # a round's trees have few forms

@@ -275,6 +275,16 @@ def test_the_sum_of_bundles_and_plain_trees() -> None:
     assert total.blocks[0].sum() == 66
 
 
+@pytest.mark.parametrize("letters", [3, bundle.REMEMBERED])
+def test_places_of_trees_with_very_long_names_are_not_kept(letters: int) -> None:
+    bundle._placed.cache_clear()
+    tree = {f"{place}{'x' * letters}": torch.full((2,), float(place)) for place in range(6)}
+    before = bundle._placed.cache_info().currsize
+    made = bundled(tree)
+    assert isinstance(made, Bundle) and [float(leaf[0]) for leaf in made.values()] == [0, 1, 2, 3, 4, 5]
+    assert (bundle._placed.cache_info().currsize > before) == (letters < 100)
+
+
 @dataclass
 class Counted(TorchDispatchMode):
     """Counts the tensor operations that are no views: each costs a call and memory."""
