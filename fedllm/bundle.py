@@ -16,11 +16,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
 REMEMBERED = 1 << 18  # letters of the names of a tree whose places are kept: names come from elsewhere, too
 BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which costs more than the calls
-
-CPU = torch.device("cpu")
 
 Shape = tuple[int, ...]
 Place = tuple[int, Shape, Shape, int]  # block, shape, strides, offset in the block
@@ -54,7 +53,7 @@ class Bundle(Leaves):
         listed = list(names)
         if listed == list(self):
             return self
-        other = Bundle((), {})
+        other = Bundle((), {})  # which takes the views that are there: new ones cost a call each
         dict.update(other, {name: self[name] for name in listed})
         other.blocks, other.layout = self.blocks, {name: self.layout[name] for name in listed}
         return other
@@ -125,7 +124,7 @@ def in_bytes(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
         yield memory[at * size : (at + math.prod(shape)) * size]
 
 
-def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Mapping[str, Place], list[Kind], list[int]]:
+def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Mapping[str, Place], Sequence[Kind], Sequence[int]]:
     """The place of each leaf, and of each block its kind and its size in values."""
     made = _placed if sum(map(len, leaves)) <= REMEMBERED else _placed.__wrapped__
     return made(tuple(leaves.items()), BLOCK_BYTES)
@@ -134,7 +133,7 @@ def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Mapping[str, Place
 @lru_cache(maxsize=64)  # a round's trees have few forms
 def _placed(
     leaves: tuple[tuple[str, tuple[Shape, Kind]], ...], most: int
-) -> tuple[Mapping[str, Place], list[Kind], list[int]]:
+) -> tuple[Mapping[str, Place], tuple[Kind, ...], tuple[int, ...]]:
     layout: dict[str, Place] = {}
     kinds: list[Kind] = []
     sizes: list[int] = []
@@ -145,7 +144,7 @@ def _placed(
             sizes.append(0)
         layout[name] = (len(sizes) - 1, tuple(shape), _strides(shape), sizes[-1])
         sizes[-1] += -(-size * bytes_each // ALIGNMENT) * ALIGNMENT // bytes_each
-    return {name: layout[name] for name, _ in leaves}, kinds, sizes
+    return {name: layout[name] for name, _ in leaves}, tuple(kinds), tuple(sizes)
 
 
 def _pays(layout: Mapping[str, Place], sizes: Sequence[int]) -> bool:

@@ -211,7 +211,7 @@ def _shift(header: _Request, trees: Mapping[str, Tree]) -> Shift:
 def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
     leaves, scales = trees[f"part{place}"], dict[str, Tensor]()
     if entry.shapes:
-        leaves = dict(leaves)
+        leaves = dict(leaves)  # some are unfolded, and a bundle takes no others
     _demand(entry.windows.keys() | entry.picks.keys() <= entry.shapes.keys(), "a window has no shape")
     _demand(not entry.windows.keys() & entry.picks.keys(), "a leaf has two windows")
     windows = {name: _window(edges, entry.shapes[name]) for name, edges in entry.windows.items()}
