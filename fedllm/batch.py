@@ -1,9 +1,10 @@
-"""Encoded examples, and batches of them for a stack of K clients: one row of all tokens, no padding."""
+"""Encoded examples, and batches of them for a stack of K clients: one row of what is needed of them, no padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -24,6 +25,15 @@ class Example:
     targets: Tensor
     cut: int = 0
 
+    @cached_property
+    def needed(self) -> int:
+        """How many of its first tokens a causal model must see for its labels; all of them without any.
+
+        The last token of a text is predicted and predicts nothing.
+        """
+        labelled = (self.targets != IGNORE).nonzero()
+        return int(labelled[-1]) + 1 if len(labelled) else len(self.tokens)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -33,6 +43,7 @@ class Batch:
     `row_sequences` (N,) the sequence of each; `lengths` one per sequence; `counts` sequences per client (K).
     `shared`, one per sequence: how many tokens it begins with that the first sequence of its client has, too, and that
     need not be computed again; empty where that is not asked for or there are none.
+    `unseen`, one per client: tokens behind the last label of its sequences, which are in no shape above.
     `dropout` holds one generator per client while it trains and is empty in evaluation. `recompute` saves memory: the
     backward pass computes the layers again.
     """
@@ -44,6 +55,7 @@ class Batch:
     rows: Tensor
     targets: Tensor
     row_sequences: Tensor
+    unseen: tuple[int, ...]
     shared: tuple[int, ...] = ()
     dropout: tuple[torch.Generator, ...] = field(default=())
     recompute: bool = False
@@ -55,21 +67,26 @@ class Batch:
 
     @property
     def client_tokens(self) -> tuple[int, ...]:
-        """Tokens of each client (K)."""
+        """Tokens of each client's examples (K)."""
+        return tuple(seen + unseen for seen, unseen in zip(self._client_row, self.unseen, strict=True))
+
+    @property
+    def client_computed(self) -> tuple[int, ...]:
+        """Tokens of each client that are computed (K): those of the row, but those in common once."""
+        edges = [0, *accumulate(self.counts)]
+        spared = [sum(self.shared[start:stop]) for start, stop in pairwise(edges)]
+        return tuple(tokens - less for tokens, less in zip(self._client_row, spared, strict=True))
+
+    @property
+    def _client_row(self) -> tuple[int, ...]:
+        """Tokens of each client in the row (K)."""
         ends = [0, *accumulate(self.lengths)]
         edges = [0, *accumulate(self.counts)]
         return tuple(ends[stop] - ends[start] for start, stop in pairwise(edges))
 
-    @property
-    def client_computed(self) -> tuple[int, ...]:
-        """Tokens of each client (K) without those that are not computed again."""
-        edges = [0, *accumulate(self.counts)]
-        spared = [sum(self.shared[start:stop]) for start, stop in pairwise(edges)]
-        return tuple(tokens - less for tokens, less in zip(self.client_tokens, spared, strict=True))
-
     def only(self, k: int) -> Batch:
         """Client k's part, as a stack of one."""
-        edges, sequences = [0, *accumulate(self.client_tokens)], [0, *accumulate(self.counts)]
+        edges, sequences = [0, *accumulate(self._client_row)], [0, *accumulate(self.counts)]
         tokens, own = slice(edges[k], edges[k + 1]), slice(sequences[k], sequences[k + 1])
         mine = (self.rows >= tokens.start) & (self.rows < tokens.stop)
         return Batch(
@@ -80,6 +97,7 @@ class Batch:
             rows=self.rows[mine] - tokens.start,
             targets=self.targets[mine],
             row_sequences=self.row_sequences[mine] - own.start,
+            unseen=self.unseen[k : k + 1],
             shared=self.shared[own],
             dropout=self.dropout[k : k + 1],
             recompute=self.recompute,
@@ -110,24 +128,26 @@ def collate(
 ) -> Batch:
     """Examples of K clients to one batch. A client without examples is idle in this step.
 
+    Tokens behind an example's last label are left out: causal attention shows them to nobody whose state is needed.
     `share`: compute what a client's sequences begin with in common once. Causal attention gives it the same values in
     each of them.
     """
     examples = [example for client in clients for example in client]
-    lengths = tuple(len(example.tokens) for example in examples)
-    targets = torch.cat([example.targets for example in examples])
+    lengths = tuple(example.needed for example in examples)
+    targets = torch.cat([example.targets[: example.needed] for example in examples])
     rows = (targets != IGNORE).nonzero().reshape(-1)
     sequences = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     common = [in_common(client) if share else 0 for client in clients]
     shared = tuple(c if place else 0 for c, client in zip(common, clients, strict=True) for place in range(len(client)))
     return Batch(
-        tokens=torch.cat([example.tokens for example in examples]),
+        tokens=torch.cat([example.tokens[: example.needed] for example in examples]),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         lengths=lengths,
         counts=tuple(len(client) for client in clients),
         rows=rows,
         targets=targets[rows],
         row_sequences=sequences[rows],
+        unseen=tuple(sum(len(example.tokens) - example.needed for example in client) for client in clients),
         shared=shared if any(shared) else (),
         dropout=dropout,
         recompute=recompute,

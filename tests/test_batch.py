@@ -28,20 +28,33 @@ def examples(labels: Labels) -> list[list[Example]]:
     return found
 
 
+def seen(positions: list[bool]) -> list[bool]:
+    """Up to the last label; all of them without one."""
+    left = list(positions)
+    while any(positions) and not left[-1]:
+        left.pop()
+    return left
+
+
 @given(LABELS)
 def test_collate_lays_clients_side_by_side(labels: Labels) -> None:
     clients = examples(labels)
     batch = collate(clients)
-    assert batch.tokens.tolist() == list(range(sum(len(e.tokens) for client in clients for e in client)))
-    assert batch.positions.tolist() == [t for client in clients for e in client for t in range(len(e.tokens))]
-    assert batch.lengths == tuple(len(e.tokens) for client in clients for e in client)
+    lengths = [[len(seen(positions)) for positions in client] for client in labels]
+    pairs = [
+        (e, length) for client, own in zip(clients, lengths, strict=True) for e, length in zip(client, own, strict=True)
+    ]
+    assert batch.tokens.tolist() == [token for e, length in pairs for token in e.tokens[:length].tolist()]
+    assert batch.positions.tolist() == [t for _, length in pairs for t in range(length)]
+    assert batch.lengths == tuple(length for _, length in pairs)
     assert batch.counts == tuple(map(len, clients))
-    labelled = [(token, owner) for owner, positions in naive_sequences(labels) for token, is_one in positions if is_one]
-    assert batch.rows.tolist() == [token for token, _ in labelled]
-    assert batch.targets.tolist() == [token + 1000 for token, _ in labelled]
-    assert batch.row_sequences.tolist() == [owner for _, owner in labelled]
+    labelled = [(place, target, owner) for place, (target, owner) in enumerate(naive_rows(labels)) if target]
+    assert batch.rows.tolist() == [place for place, _, _ in labelled]
+    assert batch.targets.tolist() == [target for _, target, _ in labelled]
+    assert batch.row_sequences.tolist() == [owner for _, _, owner in labelled]
     assert batch.sequence_clients.tolist() == [k for k, client in enumerate(clients) for _ in client]
     assert batch.client_tokens == tuple(sum(len(e.tokens) for e in client) for client in clients)
+    assert batch.client_computed == tuple(map(sum, lengths))
     types = {
         batch.tokens.dtype,
         batch.positions.dtype,
@@ -52,12 +65,20 @@ def test_collate_lays_clients_side_by_side(labels: Labels) -> None:
     assert types == {torch.int64}
 
 
-def naive_sequences(labels: Labels) -> list[tuple[int, list[tuple[int, bool]]]]:
-    """(sequence, [(token, is it labelled)])."""
-    found: list[tuple[int, list[tuple[int, bool]]]] = []
-    token = 0
-    for positions in (positions for client in labels for positions in client):
-        found.append((len(found), [(token + place, is_one) for place, is_one in enumerate(positions)]))
+@given(LABELS.filter(lambda labels: any(labels[-1])))
+def test_one_client_of_a_batch_is_the_batch_of_that_client(labels: Labels) -> None:
+    clients = examples(labels)
+    own, alone = collate(clients).only(len(clients) - 1), collate(clients[-1:])
+    for name, value in vars(alone).items():
+        other = vars(own)[name]
+        assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
+
+
+def naive_rows(labels: Labels) -> list[tuple[int, int]]:
+    """(target or 0, sequence) of each token that is seen."""
+    found, token = [], 0
+    for owner, positions in enumerate(positions for client in labels for positions in client):
+        found += [((token + place + 1000) * is_one, owner) for place, is_one in enumerate(seen(positions))]
         token += len(positions)
     return found
 

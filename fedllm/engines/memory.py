@@ -101,7 +101,7 @@ class Costs:
 
     def _batch(self, clients: Sequence[Sequence[Example]], recompute: bool) -> float:
         examples = [example for client in clients for example in client]
-        lengths = [len(example.tokens) for example in examples]
+        lengths = [example.needed for example in examples]
         less = sum(map(spared, clients)) if self.shares else 0
         rows = sum(int((example.targets >= 0).sum()) for example in examples)
         logits = min(rows, self.rows[0]) * self.head[0] + 2 * min(rows, self.rows[1]) * self.head[1]

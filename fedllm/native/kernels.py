@@ -33,10 +33,10 @@ SIGNATURES = {
     "rotary_slope": "pnnpppnnn",
     "attention": "pnn" * 3 + "ppp" + "n" * 6 + "x",
     "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
-    "cross_entropy": "pppnn",
+    "cross_entropy": "ppppnn",
     "low_rank": "ppppppnnnnnnxppppn",
     "low_rank_slope": "ppppppppp" + "n" * 8 + "xppn",
-    "product": "pppppnnnn",
+    "product": "pppppnnnnn",
     "laid_out": "ppnnn",
 }
 
@@ -137,9 +137,19 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         IndexError: a target is none of the V.
     """
+    return _cross_entropy_(logits, targets, None)
+
+
+def cross_entropy_few_(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, but the smallest of softmax become zero (see cross_entropy.c): losses, and each row's sum of these."""
+    rest = torch.empty(len(logits), dtype=torch.float32)
+    return _cross_entropy_(logits, targets, rest), rest
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, rest: Tensor | None) -> Tensor:
     assert logits.is_contiguous() and targets.shape == logits.shape[:1] and targets.dtype == torch.int64
     losses = torch.empty(len(logits), dtype=torch.float32)
-    _call("cross_entropy", logits, targets.contiguous(), losses, *logits.shape)
+    _call("cross_entropy", logits, targets.contiguous(), losses, rest, *logits.shape)
     return losses
 
 
@@ -197,12 +207,17 @@ def low_rank_slope(
     return da, db
 
 
-def product(x: Tensor, matrix: Matrix, bias: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """(T, k) rows times W (k, n), and the sum with a bias (n) and with `plus` (T, n)."""
+def product(
+    x: Tensor, matrix: Matrix, bias: Tensor | None = None, plus: Tensor | None = None, *, few: bool = False
+) -> Tensor:
+    """(T, k) rows times W (k, n), and the sum with a bias (n) and with `plus` (T, n).
+
+    `few`: most of x is zero. The product is the same, but zeros that stand in six rows of x take no time.
+    """
     (k, n), (weight, form) = matrix.sizes, matrix.given
     assert x.shape[1] == k
     y = x.new_empty(len(x), n)
-    _call("product", x.contiguous(), weight, bias, _plus(plus, y), y, len(x), k, n, form)
+    _call("product", x.contiguous(), weight, bias, _plus(plus, y), y, len(x), k, n, form, few)
     return y
 
 

@@ -6,7 +6,7 @@ takes its own memory twice more, once for each direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -18,14 +18,15 @@ from fedllm.native import kernels
 from fedllm.native.kernels import Form, Matrix
 
 COPIES = 2
+MEAN = "mean"
 
 
 @dataclass(eq=False)
 class _Layouts:
-    """Of each form and matrix: its version, and its layout."""
+    """Of each form and matrix: its version, and its layout; of MEAN, its mean."""
 
     blocks: int = 0  # that are open
-    held: dict[Form, WeakTensorKeyDictionary] = field(default_factory=dict)
+    held: dict[Form | str, WeakTensorKeyDictionary] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
 
@@ -35,13 +36,30 @@ _layouts = _Layouts()
 def matrix(weight: Tensor, form: Form) -> Matrix:
     """What the kernel is given for a matrix: its layout, if such are kept and it is a frozen parameter, or itself."""
     plain = Matrix(weight, form)
-    held = _layouts.held.get(form)
+    return Matrix(weight, form, _kept(weight, form, lambda: kernels.laid_out(plain)))
+
+
+def mean(weight: Tensor) -> Tensor:
+    """(n, d) to (d): the mean of its rows."""
+    found = _kept(weight, MEAN, lambda: _mean(weight))
+    return _mean(weight) if found is None else found
+
+
+def _mean(weight: Tensor) -> Tensor:
+    rows = len(weight)
+    return kernels.product(weight.new_ones(1, rows), matrix(weight, Form.PLAIN))[0] / rows
+
+
+def _kept(weight: Tensor, kind: Form | str, make: Callable[[], Tensor]) -> Tensor | None:
+    """What is kept of a frozen parameter, made when it is first asked for; None where nothing is kept."""
+    held = _layouts.held.get(kind)
     if held is None or not isinstance(weight, nn.Parameter) or weight.requires_grad:
-        return plain
+        return None
     found = held.get(weight)
     if found is None or found[0] != weight._version:
-        found = held[weight] = weight._version, kernels.laid_out(plain)
-    return Matrix(weight, form, found[1])
+        found = held[weight] = weight._version, make()
+    kept: Tensor = found[1]
+    return kept
 
 
 def num_bytes(weights: Iterable[Tensor]) -> int:
@@ -54,8 +72,8 @@ def kept_layouts() -> Iterator[None]:
     """Until the end of the last such block, a frozen parameter is laid out when a product first needs it."""
     with _layouts.lock:
         _layouts.blocks += 1
-        for form in (Form.PLAIN, Form.TURNED):
-            _layouts.held.setdefault(form, WeakTensorKeyDictionary())
+        for kind in (Form.PLAIN, Form.TURNED, MEAN):
+            _layouts.held.setdefault(kind, WeakTensorKeyDictionary())
     try:
         yield
     finally:

@@ -198,7 +198,7 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
         }
     }
     own_part own = {z, right, sizes, R, s};
-    if (w && !status) status = product(x, (matrix){w, in, out, form}, bias, plus, y, total(sizes, clients), &own);
+    if (w && !status) status = product(x, (matrix){w, in, out, form, 0}, bias, plus, y, total(sizes, clients), &own);
     free(rows);
     return status;
 }
@@ -232,7 +232,7 @@ int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx
         if (db) turned_back(slope_b, db, rank, out, s), db += next_db;
     }
     own_part own = {dz, left, sizes, R, 1};
-    if (w && dx && !status) status = product(dy, (matrix){w, out, in, form}, NULL, plus, dx, T, &own);
+    if (w && dx && !status) status = product(dy, (matrix){w, out, in, form, 0}, NULL, plus, dx, T, &own);
     free(slope_a);
     free(rows);
     return status;

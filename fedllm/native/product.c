@@ -8,12 +8,10 @@
 
 #include <stdlib.h>
 
-#include "product.h"
-#include "tiles.h"
+#include "few.h"
+#include "panels.h"
 
 #ifdef TILES
-
-enum { ROWS = 6, VECTORS = 4, WIDTH = 16, COLUMNS = VECTORS * WIDTH, DEPTH = 768 }; /* DEPTH: rows of W at a time */
 
 /* Sums of a tile. */
 typedef __m512 sums[ROWS * VECTORS];
@@ -25,72 +23,14 @@ typedef struct {
     matrix w;
     const own_part *own;
     const bf16 **g; /* of each row's client */
+    const few *few; /* null: all pairs */
 } operands;
-
-/* Columns of W from `column` on and its rows from `from` on, as many as are computed with at a time, in pairs. */
-typedef struct {
-    int64_t column, columns, from, depth;
-    const bf16 *pairs;
-} panel;
 
 /* Where rows of a tile lie: x from the panel's first row of W on, y and G from its first column on. */
 typedef struct {
     const bf16 *x[ROWS], *z[ROWS], *g[ROWS], *plus[ROWS];
     bf16 *y[ROWS];
 } places;
-
-/* 16 rows of 16 pairs, to 16 rows of COLUMNS pairs: the i-th pair of each makes the i-th row. */
-TILE transposed(__m512i *a, bf16 *out) {
-    __m512i b[WIDTH];
-    UNROLL for (int i = 0; i < WIDTH; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    UNROLL for (int i = 0; i < WIDTH; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-        b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-        b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
-    }
-    UNROLL for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(out + 2 * i * COLUMNS, _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88));
-        _mm512_storeu_si512(out + 2 * (8 + i) * COLUMNS, _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd));
-    }
-}
-
-/* Numbers of k that whole vectors hold. */
-static int64_t in_vectors(int64_t k) { return (k + 2 * WIDTH - 1) / (2 * WIDTH) * 2 * WIDTH; }
-
-static __mmask16 half_of(int64_t n) { return n > 0 ? (__mmask16)mask_of(min(n, WIDTH)) : 0; }
-
-/* `columns` rows of W (n, k), as columns of pairs; `depth` numbers of each. */
-static void rows_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t columns, bf16 *out) {
-    for (int64_t d = 0; d < depth; d += 2 * WIDTH)
-        for (int64_t c = 0; c < COLUMNS; c += WIDTH) {
-            __m512i rows[WIDTH];
-            __mmask32 mask = mask_of(depth - d);
-            UNROLL for (int i = 0; i < WIDTH; i++) {
-                int there = c + i < columns;
-                rows[i] = (__m512i)words(there ? w + (c + i) * next + d : w, there ? mask : 0);
-            }
-            transposed(rows, out + d * COLUMNS + 2 * c);
-        }
-}
-
-/* `columns` columns of W (k, n), its rows in pairs. */
-static void columns_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t columns, bf16 *out) {
-    __m512i pairs = side_by_side();
-    for (int64_t d = 0; d < depth; d += 2, w += 2 * next)
-        for (int64_t c = 0; c < COLUMNS; c += WIDTH, out += 2 * WIDTH) {
-            __mmask16 mask = half_of(columns - c);
-            __m512i one = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, w + c));
-            __m512i two = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, w + next + c));
-            _mm512_storeu_si512(out, _mm512_permutex2var_epi16(one, pairs, two));
-        }
-}
 
 /* sum = s z G + bias + plus. Rows of one client, as those of nearly all tiles are, have one G. */
 TILE begun(__m512 *sum, const places *at, const own_part *own, const bf16 *bias, int64_t n, int64_t columns) {
@@ -173,42 +113,55 @@ static void tile(const operands *o, const panel *f, int64_t t, __m512 *sofar) {
         UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sum[i] = sofar[i];
     else
         begun(sum, &at, o->own, o->bias ? o->bias + f->column : NULL, o->w.n, f->columns);
-    summed(sum, &at, f->pairs, f->depth / 2);
+    if (o->few) {
+        const int32_t *values;
+        int64_t count = pairs_of(o->few, t, f->from / DEPTH, &values);
+        summed_few(sum, values, count, f->pairs);
+    } else
+        summed(sum, &at, f->pairs, f->depth / 2);
     if (f->from + f->depth == o->w.k)
         written(sum, &at, f->columns);
     else
         UNROLL for (int i = 0; i < ROWS * VECTORS; i++) sofar[i] = sum[i];
 }
 
-/* A panel in room of its own; as it lies there, where W is laid out. */
-static const bf16 *laid_out(const matrix *w, const panel *f, bf16 *room) {
-    if (w->form == LAID_OUT) return w->values + f->column * in_vectors(w->k) + f->from * COLUMNS;
-    if (w->form == TURNED)
-        rows_laid_out(w->values + f->column * w->k + f->from, w->k, f->depth, f->columns, room);
-    else
-        columns_laid_out(w->values + f->from * w->n + f->column, w->n, f->depth, f->columns, room);
-    return room;
-}
-
-/* The panel at `column` and `from`. */
-static panel cut(const matrix *w, int64_t column, int64_t from) {
-    return (panel){column, min(COLUMNS, w->n - column), from, min(DEPTH, w->k - from), NULL};
+/* Of all tiles, where only pairs that are not zero are to be multiplied. */
+static int few_of(few *p, const operands *o, int64_t tiles) {
+    p->panels = (o->w.k + DEPTH - 1) / DEPTH;
+    p->starts = malloc((tiles * p->panels + 1) * sizeof *p->starts);
+    if (!p->starts) return OUT_OF_MEMORY;
+    for (int64_t t = 0, at = 0; t < tiles; t++)
+        for (int64_t from = 0; from < o->w.k; from += DEPTH) {
+            panel f = cut(&o->w, 0, from);
+            places rows = placed(o, &f, t);
+            p->starts[at++] = p->used;
+            if (add(p, rows.x, f.depth)) return OUT_OF_MEMORY;
+        }
+    p->starts[tiles * p->panels] = p->used;
+    return 0;
 }
 
 int product(const bf16 *x, matrix w, const bf16 *bias, const bf16 *plus, bf16 *y, int64_t rows, const own_part *own) {
-    operands o = {x, bias, plus, y, rows, w, own, malloc((rows + 1) * sizeof *o.g)};
+    operands o = {x, bias, plus, y, rows, w, own, malloc((rows + 1) * sizeof *o.g), NULL};
     int64_t tiles = (rows + ROWS - 1) / ROWS;
     bf16 *room = aligned_alloc(64, DEPTH * COLUMNS * sizeof *room);
     sums *sofar = aligned_alloc(64, (w.k > DEPTH ? tiles + 1 : 1) * sizeof *sofar); /* until W's next rows come */
     int status = room && sofar && o.g ? 0 : OUT_OF_MEMORY;
     for (int64_t c = 0, row = 0; own && row < rows && !status; c++)
         for (int64_t i = 0; i < own->sizes[c]; i++) o.g[row++] = own->pairs + c * own->order * w.n;
+    few pairs = {0};
+    if (w.few && !status) status = few_of(&pairs, &o, tiles), o.few = &pairs;
     for (int64_t column = 0; column < w.n && !status; column += COLUMNS)
         for (int64_t from = 0; from < w.k; from += DEPTH) {
             panel f = cut(&w, column, from);
             f.pairs = laid_out(&w, &f, room);
-            for (int64_t t = 0; t < tiles; t++) tile(&o, &f, t, sofar[w.k > DEPTH ? t : 0]);
+            for (int64_t t = 0; t < tiles; t++) {
+                if (w.few && w.form == LAID_OUT) fetch_next(&f, t, tiles);
+                tile(&o, &f, t, sofar[w.k > DEPTH ? t : 0]);
+            }
         }
+    free(pairs.starts);
+    free(pairs.values);
     free(sofar);
     free(room);
     free(o.g);
@@ -216,13 +169,13 @@ int product(const bf16 *x, matrix w, const bf16 *bias, const bf16 *plus, bf16 *y
 }
 
 int fedllm_product(const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *plus, bf16 *y, int64_t rows, int64_t k,
-                   int64_t n, int64_t form) {
-    return product(x, (matrix){w, k, n, form}, bias, plus, y, rows, NULL);
+                   int64_t n, int64_t form, int64_t few) {
+    return product(x, (matrix){w, k, n, form, few}, bias, plus, y, rows, NULL);
 }
 
 /* W, plain or turned, panel by panel: k up to the next multiple of 32 times n up to the next multiple of 64. */
 int fedllm_laid_out(const bf16 *values, bf16 *out, int64_t k, int64_t n, int64_t form) {
-    matrix w = {values, k, n, form};
+    matrix w = {values, k, n, form, 0};
     for (int64_t column = 0; column < n; column += COLUMNS, out += COLUMNS * in_vectors(k))
         for (int64_t from = 0; from < k; from += DEPTH) {
             panel f = cut(&w, column, from);

@@ -13,12 +13,13 @@ typedef struct {
     float s;
 } own_part;
 
-/* W (k, n), k even: as it is, its transpose (n, k), or laid out by `fedllm_laid_out`. */
+/* W (k, n), k even: as it is, its transpose (n, k), or laid out by `fedllm_laid_out`. few: whether most of what it is
+   multiplied by is zero. */
 enum { PLAIN, TURNED, LAID_OUT };
 
 typedef struct {
     const bf16 *values;
-    int64_t k, n, form;
+    int64_t k, n, form, few;
 } matrix;
 
 /* y (rows, n) = plus + x (rows, k) W + bias + the clients' own. bias, plus (rows, n) and own may be null. */

@@ -145,12 +145,33 @@ def test_cross_entropy(rows: int, size: int, scale: float) -> None:
     assert torch.allclose(logits.double(), expected, rtol=1.1 * ROUNDING, atol=1e-6)
 
 
+@given(rows=st.integers(1, 4), size=st.integers(2, 300), scale=st.sampled_from([0.1, 5.0, 200.0]))
+def test_probabilities_that_hardly_count_are_zero_and_summed(rows: int, size: int, scale: float) -> None:
+    logits = drawn(rows, size, seed=0, scale=scale)
+    targets = torch.arange(rows) * 7 % size
+    p, whole, others = logits.double().softmax(1), logits.clone(), torch.ones(rows, size, dtype=torch.bool)
+    others[torch.arange(rows), targets] = False
+    losses = kernels.cross_entropy_(whole, targets)
+    found, rest = kernels.cross_entropy_few_(logits, targets)
+    assert torch.equal(found, losses)
+    least = (p * others).sum(1, keepdim=True) / 2**18
+    assert not logits[(p < 0.999 * least) & others].any()
+    kept = (p > 1.001 * least) | ~others
+    assert torch.equal(logits[kept], whole[kept])
+    expected = (p * ((logits == 0) & others)).sum(1)
+    assert torch.allclose(rest.double(), expected, rtol=1e-4, atol=1e-30)
+
+
 def test_logits_that_are_extreme() -> None:
     values = [3.3e38, -3.3e38, 0.0, -math.inf]
     logits = torch.tensor([values, [0.0, 1.0, math.nan, 2.0]]).bfloat16()
     losses = kernels.cross_entropy_(logits, torch.tensor([0, 1]))
     assert losses[0] == 0 and logits[0].tolist() == [0, 0, 0, 0]
     assert losses[1].isnan() and logits[1].isnan().all()
+    logits = torch.tensor([values, [0.0, 1.0, math.nan, 2.0]]).bfloat16()
+    losses, rest = kernels.cross_entropy_few_(logits, torch.tensor([0, 1]))
+    assert losses[0] == 0 and rest[0] == 0 and not logits[0].any()
+    assert losses[1].isnan() and rest[1].isnan()
 
 
 @pytest.mark.parametrize("target", [-1, 4])

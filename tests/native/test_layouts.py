@@ -49,6 +49,38 @@ def test_products(rows: int, k: int, n: int, form: Form, bias: bool, plus: bool)
     assert torch.equal(alone, found[-1:])
 
 
+@given(
+    rows=st.sampled_from([1, 5, 6, 7, 13, 40]),
+    k=st.sampled_from([2, 30, 64, 66, 772, 1600]),
+    n=st.sampled_from([1, 4, 63, 64, 130]),
+    form=st.sampled_from([Form.PLAIN, Form.TURNED]),
+    share=st.sampled_from([0.0, 0.01, 0.2, 1.0]),
+)
+def test_zeros_that_are_left_out_change_no_bit(rows: int, k: int, n: int, form: Form, share: float) -> None:
+    x, weight = drawn(rows, k, seed=0), frozen(*((k, n) if form is Form.PLAIN else (n, k)))
+    x[torch.rand(rows, k, generator=torch.Generator().manual_seed(2)) >= share] = 0
+    matrix, plus = Matrix(weight, form), drawn(rows, n, seed=3)
+    expected = kernels.product(x, matrix, plus=plus)
+    for each in (matrix, Matrix(weight, form, kernels.laid_out(matrix))):
+        assert torch.equal(kernels.product(x, each, plus=plus, few=True), expected)
+    x[0, k // 2] = torch.nan
+    found = kernels.product(x, matrix, plus=plus, few=True)
+    assert found[0].isnan().all() and torch.equal(found[1:], expected[1:])
+
+
+def test_the_mean_of_a_head_is_made_once_while_a_block_is_open() -> None:
+    weight = frozen(300, 40)
+    expected = weight.double().mean(0)
+    assert (layouts.mean(weight).double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+    assert torch.equal(layouts.mean(weight.data), layouts.mean(weight))
+    with kept_layouts():
+        found = layouts.mean(weight)
+        assert layouts.mean(weight) is found
+        with torch.no_grad():
+            weight.mul_(2)
+        assert torch.equal(layouts.mean(weight), 2 * found)
+
+
 def test_a_sum_is_written_elsewhere_than_what_it_is_added_to() -> None:
     y = drawn(3, 4, seed=0)
     with pytest.raises(AssertionError):

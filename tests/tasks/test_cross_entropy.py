@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedllm.native.library import library
 from fedllm.tasks.cross_entropy import CHUNK, _cut, row_losses
 
 
@@ -150,6 +151,46 @@ def test_a_nan_stays_in_its_row() -> None:
     for place in (0, 2, 3):
         assert torch.equal(found[place], clean[place]) and torch.equal(spoilt.grad[place], hidden.grad[place])
     assert bool(found[1].isnan())
+
+
+def sharp(rows: int, vocabulary: int = 3000, width: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A head whose rows have a mean, and hidden states that give most words next to no probability."""
+    head = nn.Parameter((drawn(vocabulary, width, seed=1) / 8 + 0.1).bfloat16(), requires_grad=False)
+    targets = torch.arange(rows) * 7 % vocabulary
+    return (8 * (drawn(rows, width, seed=0) + head[targets])).bfloat16().requires_grad_(), head, targets
+
+
+needs_products = pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+
+
+@needs_products
+def test_words_that_hardly_count_stand_for_themselves_by_their_mean() -> None:
+    hidden, head, targets = sharp(50)
+    row_losses(hidden, head, targets).sum().backward()
+    assert hidden.grad is not None
+    logits = (hidden.detach() @ head.T).double()
+    p = logits.softmax(1)
+    slope = p.scatter_add(1, targets[:, None], -torch.ones(50, 1, dtype=torch.float64))
+    exact, small = slope @ head.double(), slope.abs() < (1 - p.gather(1, targets[:, None])) / 2**18
+    assert small.double().mean() > 0.8  # most are left out
+    dropped = slope.masked_fill(small, 0) @ head.double()
+    off = [float((each.double() - exact).norm() / exact.norm()) for each in (hidden.grad, dropped, exact.bfloat16())]
+    assert off[0] < 2 * off[2]  # what rounding the exact slope does
+
+
+@needs_products
+def test_a_row_has_the_bits_that_it_has_alone() -> None:
+    hidden, head, targets = sharp(CHUNK + 40)
+    row_losses(hidden, head, targets).sum().backward()
+    own = hidden.detach()[100:103].requires_grad_()
+    row_losses(own, head, targets[100:103]).sum().backward()
+    assert hidden.grad is not None and own.grad is not None and torch.equal(own.grad, hidden.grad[100:103])
+    spoilt = hidden.detach().clone()
+    spoilt[100] = math.nan
+    row_losses(spoilt.requires_grad_(), head, targets).sum().backward()
+    assert spoilt.grad is not None and spoilt.grad[100].isnan().all()
+    others = torch.arange(len(hidden)) != 100
+    assert torch.equal(spoilt.grad[others], hidden.grad[others])
 
 
 @given(st.integers(0, 2000), st.integers(1, 300))

@@ -64,10 +64,10 @@ def test_what_sequences_have_in_common_ends_at_a_token_or_a_label() -> None:
 def test_a_batch_knows_what_it_shares_only_if_asked() -> None:
     batch, whole = collate(clients(), share=True), collate(clients())
     assert batch.shared == SHARED and whole.shared == ()
-    assert batch.lengths == whole.lengths == LENGTHS
-    assert batch.client_tokens == whole.client_computed == (68, 7, 0, 25)
-    assert batch.client_computed == (68 - 24, 7, 0, 25 - 9)
-    assert batch.only(0).shared == (0, 12, 12) and batch.only(3).client_computed == (16,)
+    assert batch.lengths == whole.lengths == tuple(length - 1 for length in LENGTHS)  # the last token is no input
+    assert batch.client_tokens == whole.client_tokens == (68, 7, 0, 25)
+    assert whole.client_computed == (65, 6, 0, 23) and batch.client_computed == (65 - 24, 6, 0, 23 - 9)
+    assert batch.only(0).shared == (0, 12, 12) and batch.only(3).client_computed == (14,)
     assert collate([[example(9, 0, 1)], [example(9, 0, 1)]], share=True).shared == ()
 
 
