@@ -3,9 +3,75 @@
 #include <math.h>
 #include <stdlib.h>
 
-#include "bf16.h"
+#include "tiles.h"
 
 enum { FINENESS = 1 << 18 };
+
+#ifdef TILES
+
+enum { WIDTH = 16 };
+
+static float largest(const bf16 *x, int64_t n) {
+    __m512 most = all(-INFINITY);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        __mmask16 mask = half_of(n - i);
+        most = _mm512_mask_max_ps(most, mask, widened(x + i, mask), most); /* a NaN is passed over */
+    }
+    return _mm512_reduce_max_ps(most);
+}
+
+static float powers(const bf16 *x, int64_t n, float most, float *kept) {
+    __m512 sum = all(0);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        __mmask16 mask = half_of(n - i);
+        __m512 power = exponentials(_mm512_sub_ps(widened(x + i, mask), all(most)));
+        _mm512_mask_storeu_ps(kept + i, mask, power);
+        sum = _mm512_mask_add_ps(sum, mask, sum, power);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
+static float shares(const float *kept, int64_t n, float share, float least, bf16 *x) {
+    __m512 left = all(0);
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        __mmask16 mask = half_of(n - i);
+        __m512 power = _mm512_maskz_loadu_ps(mask, kept + i);
+        __mmask16 small = _mm512_mask_cmp_ps_mask(mask, power, all(least), _CMP_LT_OQ);
+        left = _mm512_mask_add_ps(left, small, left, power);
+        __m512 found = _mm512_maskz_mul_ps((__mmask16)~small, power, all(share));
+        _mm256_mask_storeu_epi16(x + i, mask, (__m256i)_mm512_cvtneps_pbh(found));
+    }
+    return _mm512_reduce_add_ps(left);
+}
+
+#else
+
+static float largest(const bf16 *x, int64_t n) {
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < n; i++) most = wide(x[i]) > most ? wide(x[i]) : most;
+    return most;
+}
+
+static float powers(const bf16 *x, int64_t n, float most, float *kept) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += kept[i] = exponential(wide(x[i]) - most);
+    return sum;
+}
+
+static float shares(const float *kept, int64_t n, float share, float least, bf16 *x) {
+    float left = 0;
+#pragma omp simd reduction(+ : left)
+    for (int64_t i = 0; i < n; i++) {
+        int small = kept[i] < least;
+        left += small ? kept[i] : 0;
+        x[i] = small ? 0 : narrow(kept[i] * share);
+    }
+    return left;
+}
+
+#endif
 
 /* (rows, n) logits to softmax - onehot(target), and losses logsumexp - logit[target].
 
@@ -18,21 +84,11 @@ int fedllm_cross_entropy(bf16 *restrict x, const int64_t *targets, float *restri
     if (!kept) return OUT_OF_MEMORY;
     for (int64_t row = 0; row < rows; row++, x += n) {
         int64_t target = targets[row];
-        float most = -INFINITY, picked = wide(x[target]), sum = 0, left = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < n; i++) most = wide(x[i]) > most ? wide(x[i]) : most;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < n; i++) sum += kept[i] = exponential(wide(x[i]) - most);
-        float share = 1 / sum, least = rest ? (sum - kept[target]) / FINENESS : 0, own = kept[target];
-#pragma omp simd reduction(+ : left)
-        for (int64_t i = 0; i < n; i++) {
-            int small = kept[i] < least;
-            left += small ? kept[i] : 0;
-            x[i] = small ? 0 : narrow(kept[i] * share);
-        }
-        x[target] = narrow(own * share - 1);
+        float most = largest(x, n), picked = wide(x[target]), sum = powers(x, n, most, kept), own = kept[target];
+        float least = rest ? (sum - own) / FINENESS : 0, left = shares(kept, n, 1 / sum, least, x);
+        x[target] = narrow(own / sum - 1);
         losses[row] = most + logf(sum) - picked;
-        if (rest) rest[row] = (own < least ? left - own : left) * share;
+        if (rest) rest[row] = (own < least ? left - own : left) / sum;
     }
     free(kept);
     return 0;

@@ -41,8 +41,6 @@ TILE transposed(__m512i *a, bf16 *out) {
 /* Numbers of k that whole vectors hold. */
 static int64_t in_vectors(int64_t k) { return (k + 2 * WIDTH - 1) / (2 * WIDTH) * 2 * WIDTH; }
 
-static __mmask16 half_of(int64_t n) { return n > 0 ? (__mmask16)mask_of(min(n, WIDTH)) : 0; }
-
 /* `columns` rows of W (n, k), as columns of pairs; `depth` numbers of each. */
 static void rows_laid_out(const bf16 *w, int64_t next, int64_t depth, int64_t columns, bf16 *out) {
     for (int64_t d = 0; d < depth; d += 2 * WIDTH)

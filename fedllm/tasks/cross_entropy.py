@@ -108,7 +108,7 @@ def _sloped(logits: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tens
         W^T p = sum of p_v W_v over the others + (sum of p_v over those) (mean of all W_v)
 
     That is off by less than what p is by being rounded to 16 bits. A row's bits do not depend on other rows. To leave
-    small slopes out is the gradient filtering of Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009).
+    small slopes out is the gradient filtering of "Cut Your Losses in Large-Vocabulary Language Models" (2411.09009).
     """
     losses, rest = kernels.cross_entropy_few_(logits, targets)
     plus = torch.outer(rest.to(logits.dtype), layouts.mean(head))
