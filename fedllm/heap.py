@@ -14,8 +14,9 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # names of mallopt in malloc.h
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8  # names of mallopt in malloc.h
 LARGEST = 32 << 20  # bytes; glibc refuses a larger threshold
+HEAP = 64 << 20  # bytes of a thread's heap, of which it may have several
 NEVER = (1 << 31) - 1
 
 
@@ -26,15 +27,22 @@ def one_heap() -> None:
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """Blocks of up to 32 MiB come from the heap, which is not trimmed until the end."""
+def kept_memory(*, emptied: bool = True) -> Iterator[None]:
+    """Blocks of up to 32 MiB come from the heap, which is not trimmed until the end.
+
+    `emptied`: heaps of other threads are kept, too, when all of one is free. glibc gives such a one back whatever the
+    threshold, unless the heap before it has less room than the padding.
+    """
     mallopt = _glibc("mallopt")
     mallopt(MMAP_THRESHOLD, LARGEST)
-    mallopt(TRIM_THRESHOLD, NEVER)
+    settings = {TRIM_THRESHOLD: NEVER} | ({TOP_PAD: HEAP} if emptied else {})
+    for name, value in settings.items():
+        mallopt(name, value)
     try:
         yield
     finally:
-        mallopt(TRIM_THRESHOLD, 128 << 10)  # glibc's default
+        for name in settings:
+            mallopt(name, 128 << 10)  # glibc's default
         give_back()
 
 

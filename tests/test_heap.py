@@ -1,8 +1,11 @@
-"""What is settled is left out of garbage collections, and only until the end."""
+"""What is settled is left out of garbage collections, and memory that was freed is kept, and only until the end."""
 
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -63,3 +66,39 @@ def test_it_ends_with_an_error() -> None:
     with pytest.raises(KeyError), settled_objects():
         raise KeyError
     assert not gc.get_freeze_count()
+
+
+KEPT = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from fedllm.heap import kept_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+def freed():
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    blocks = [library.malloc(20 << 20) for _ in range(10)]  # three to a heap
+    for block in blocks:
+        ctypes.memset(block, 1, 20 << 20)
+    for block in blocks:
+        library.free(block)
+    return resident()
+
+with ThreadPoolExecutor(1) as pool:
+    before = pool.submit(resident).result()
+    with kept_memory(emptied=sys.argv[1] == "True"):
+        print(pool.submit(freed).result() - before)
+    print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize("emptied", [True, False])
+def test_a_heap_of_another_thread_is_kept_even_if_it_is_empty(emptied: bool) -> None:
+    """Megabytes that are left of 200 that were freed, of which the last heap held 20."""
+    run = subprocess.run([sys.executable, "-c", KEPT, str(emptied)], capture_output=True, text=True, check=True)
+    inside, after = map(int, run.stdout.split())
+    assert (195 < inside < 210 if emptied else 175 < inside < 190) and after < 30

@@ -24,7 +24,7 @@ from fedllm.client import Site
 from fedllm.engine import Engine
 from fedllm.engines.crew import Crew
 from fedllm.engines.deal import HAND, deal, full_stack
-from fedllm.engines.exchange import Reply, answers, one_by_one, received, tidied
+from fedllm.engines.exchange import Opened, answers, one_by_one, received, tidied
 from fedllm.engines.memory import (
     PRODUCTS,
     USABLE,
@@ -91,7 +91,7 @@ class Batched(Engine):
         """
         if self._scarce:
             one_heap()
-        with one_thread(), kept_memory():
+        with one_thread(), kept_memory(emptied=not self._scarce):
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
@@ -134,7 +134,7 @@ class Errand:
     """A client that is asked: its reply is at `place` among those of its stack."""
 
     request: Request
-    stack: Future[list[Reply]]
+    stack: Future[list[Opened]]
     place: int
 
 

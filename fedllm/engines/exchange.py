@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -26,13 +26,30 @@ class Reply:
     sent: int
 
 
-def answers(site: Site, name: str, requests: Sequence[Request]) -> list[Reply]:
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A reply that was read. `size`: its bytes."""
+
+    answer: Update | Failure
+    size: int
+    parts: Mapping[str, int] | None
+    sent: int
+
+    @staticmethod
+    def of(reply: Reply) -> Opened:
+        """Raises WireError: it cannot be read."""
+        answer = wire.unpack(reply.data)
+        assert isinstance(answer, Update | Failure)
+        return Opened(answer, len(reply.data), reply.parts, reply.sent)
+
+
+def answers(site: Site, name: str, requests: Sequence[Request]) -> list[Opened]:
     """The way to the clients and back: requests to replies, both as bytes in between."""
-    return replies(site, name, map(wire.pack, requests))
+    return [Opened.of(reply) for reply in replies(site, name, map(wire.pack, requests))]
 
 
-def replies(site: Site, name: str, sent: Iterable[bytes]) -> list[Reply]:
-    """The clients' side: requests as bytes to replies as bytes. One request at a time is there as bytes."""
+def replies(site: Site, name: str, sent: Iterable[bytes]) -> Iterator[Reply]:
+    """The clients' side: requests as bytes to replies as bytes, of which one at a time is there."""
     requests, sizes = [], []
     for data in sent:
         request = wire.unpack(data)
@@ -40,21 +57,17 @@ def replies(site: Site, name: str, sent: Iterable[bytes]) -> list[Reply]:
         requests.append(site.shift.taken(request))
         sizes.append(len(data))
         del data, request
-    return [
-        Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None, size)
-        for answer, size in zip(site.answers(name, requests), sizes, strict=True)
-    ]
+    for answer, size in zip(site.answers(name, requests), sizes, strict=True):
+        yield Reply(wire.pack(answer), wire.part_bytes(answer) if isinstance(answer, Update) else None, size)
 
 
-def received(name: str, request: Request, reply: Reply, emit: Emit) -> Update | Failure:
+def received(name: str, request: Request, reply: Opened, emit: Emit) -> Update | Failure:
     """The server's side: an answer, and what both messages weighed."""
     client, round = str(request.ctx.client), request.ctx.round
     emit(Wire(round, name, client, "down", reply.sent, wire.part_bytes(request)))
     if reply.parts is not None:
-        emit(Wire(round, name, client, "up", len(reply.data), reply.parts))
-    answer = wire.unpack(reply.data)
-    assert isinstance(answer, Update | Failure)
-    return answer
+        emit(Wire(round, name, client, "up", reply.size, reply.parts))
+    return reply.answer
 
 
 def one_by_one(site: Site, emit: Emit) -> Call:

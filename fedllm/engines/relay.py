@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from fedllm import wire
 from fedllm.aggregate import Replies
-from fedllm.engines.exchange import Reply, received
+from fedllm.engines.exchange import Opened, Reply, received
 from fedllm.errors import RunError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted
 from fedllm.rng import Key
@@ -89,7 +89,7 @@ class Relay:
             replies = self._replies(under_way)
             errand = under_way.popleft()
             for request, reply in zip(errand.requests, replies, strict=True):
-                yield str(request.ctx.client), received(name, request, reply, self.emit)
+                yield str(request.ctx.client), received(name, request, Opened.of(reply), self.emit)
             under_way.extend(islice(todo, 1))
 
     def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[Errand]:
