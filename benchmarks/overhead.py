@@ -43,7 +43,7 @@ def step_ratios(experiment: Experiment, pairs: int) -> dict[str, float]:
     """Paired: the two sides take turns on the same examples."""
     model, population, work = load_model(experiment.task), experiment.federation.load(experiment.key), experiment.work
     client = population.clients[0]
-    encoded = (model.encode(record, work.max_length) for record in population.train[client])
+    encoded = model.encode_all(population.train[client], work.max_length)
     examples = [example for example in encoded if example is not None]
     lora = experiment.task.adapter
     bare = BareLoop(

@@ -215,7 +215,7 @@ class Site:
 
     def _examples(self, client: str) -> tuple[Example, ...]:
         max_length = self.experiment.work.max_length
-        encoded = (self.model.encode(record, max_length) for record in self.population.train[client])
+        encoded = self.model.encode_all(self.population.train[client], max_length)
         return tuple(example for example in encoded if example is not None)
 
 

@@ -115,7 +115,7 @@ class Comparison:
 
     def _examples(self, clients: Sequence[str]) -> list[Example]:
         records = [record for client in clients for record in self.population.train[client]]
-        encoded = (self.model.encode(record, self.experiment.work.max_length) for record in records)
+        encoded = self.model.encode_all(records, self.experiment.work.max_length)
         return [example for example in encoded if example is not None]
 
     def _scored(self, model: LoadedModel, params: Tree) -> tuple[Scores, dict[str, Scores]]:

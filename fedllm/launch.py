@@ -177,8 +177,7 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
     length, cut, dropped = experiment.work.max_length, 0, 0
     for client, records in population.train.items():
         kept = 0
-        for record in records:
-            example = model.encode(record, length)
+        for example in model.encode_all(records, length):
             kept += example is not None
             cut += example is not None and example.cut > 0
         if not kept:

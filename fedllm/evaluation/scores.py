@@ -116,8 +116,7 @@ def nll(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Reco
         found.extend((float(row.double().sum()), float(len(row))) for row in losses)
         waiting.clear()
 
-    for record in records:
-        example = model.encode(record, scorer.max_length)
+    for example in model.encode_all(records, scorer.max_length):
         if example is None:
             owners.append(None)
             continue
@@ -160,7 +159,8 @@ def accuracy(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence
     for record in records:
         if "choices" not in record or "answer" not in record:
             raise DataError("the metric accuracy needs records with 'choices' and 'answer'; map them with fields")
-        options = [model.encode({**record, "response": text}, scorer.max_length) for text in record["choices"]]
+        answered = [{**record, "response": text} for text in record["choices"]]
+        options = list(model.encode_all(answered, scorer.max_length))
         if any(option is None for option in options):
             pairs.append((0.0, 1.0))
             continue

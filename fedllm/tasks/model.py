@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from fedllm.tasks.cross_entropy import row_losses, softcap
 from fedllm.tasks.task import Task
 from fedllm.tasks.template import prompt_text
 from fedllm.tree import Tree, matches
+
+TOGETHER = 64  # records in one call of the tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +114,15 @@ class LoadedModel:
         return row_losses(hidden[rows], self.adapter.head(stack), targets, softcap(self.base.model))
 
     def encode(self, record: Mapping[str, Any], max_length: int) -> Example | None:
-        """A record to an example of the task's objective."""
-        return self.task.objective.encode(record, self.base.tokenizer, self.task.template, max_length)
+        """A record to an example of the task's objective; None if nothing of it carries a label."""
+        (found,) = self.encode_all([record], max_length)
+        return found
+
+    def encode_all(self, records: Iterable[Mapping[str, Any]], max_length: int) -> Iterator[Example | None]:
+        """The same of several, some at a time."""
+        rest = iter(records)
+        while some := list(islice(rest, TOGETHER)):
+            yield from self.task.objective.encode(some, self.base.tokenizer, self.task.template, max_length)
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """The tokens before a record's last response."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from fedllm.batch import Batch, Example, client_means
-from fedllm.tasks.template import Template, encode_response, encode_text
+from fedllm.tasks.template import Piece, Template, encoded, response_pieces, text_pieces
 from fedllm.tree import Tree
 
 if TYPE_CHECKING:
@@ -27,11 +27,21 @@ class Rows(Protocol):
 class Objective:
     """A frozen dataclass of settings."""
 
-    def encode(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
-    ) -> Example | None:
-        """A record to an example; None if nothing of it carries a label."""
+    def pieces(
+        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template
+    ) -> Sequence[Piece]:
+        """A record's text in pieces, and whether the tokens of each carry labels."""
         raise NotImplementedError
+
+    def encode(
+        self,
+        records: Iterable[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        max_length: int,
+    ) -> list[Example | None]:
+        """Records to examples, in one call of the tokenizer; None where nothing of a record carries a label."""
+        return encoded([self.pieces(record, tokenizer, template) for record in records], tokenizer, max_length)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """(K,): one mean loss per client."""
@@ -42,11 +52,11 @@ class Objective:
 class Sft(Objective):
     """Supervised fine-tuning: loss on response tokens only, the mean per example over its own tokens."""
 
-    def encode(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
-    ) -> Example | None:
+    def pieces(
+        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template
+    ) -> Sequence[Piece]:
         """Labels on the responses."""
-        return encode_response(record, tokenizer, template, max_length)
+        return response_pieces(record, tokenizer, template)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over response tokens."""
@@ -57,11 +67,11 @@ class Sft(Objective):
 class Lm(Objective):
     """Language modelling: loss on every token but the first, the mean per example over its own tokens."""
 
-    def encode(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
-    ) -> Example | None:
+    def pieces(
+        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template
+    ) -> Sequence[Piece]:
         """Labels on all tokens."""
-        return encode_text(record, tokenizer, template, max_length)
+        return text_pieces(record, tokenizer, template)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over tokens."""

@@ -26,6 +26,7 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
+IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 OTHERS = "set task.template to alpaca or plain"
 
 
@@ -50,22 +51,27 @@ def messages_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return system + [{"role": role, "content": str(content)} for role, content in turns]
 
 
-def encode_response(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
-) -> Example | None:
-    """An example whose responses carry the labels, each with its end token; None if none is left."""
-    return _example(_pieces(record, tokenizer, template), tokenizer, max_length)
+def response_pieces(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[Piece]:
+    """A record's text, cut into what stands before a response and the response, by turns; responses carry the labels,
+    each with its end token."""
+    turns = messages_of(record)
+    return list(_chat(turns, tokenizer) if template == "chat" else _plain(turns, tokenizer, template))
 
 
-def encode_text(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template, max_length: int
-) -> Example | None:
-    """An example whose tokens all carry labels but the first; None if it has no second one."""
+def text_pieces(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[Piece]:
+    """A record's text, all of which carries labels."""
     if "text" in record:
-        pieces = [(f"{_begin(tokenizer)}{record['text']}{tokenizer.eos_token}", True)]
-    else:
-        pieces = [(text, True) for text, _ in _pieces(record, tokenizer, template)]
-    return _example(pieces, tokenizer, max_length)
+        return [(f"{_begin(tokenizer)}{record['text']}{tokenizer.eos_token}", True)]
+    return [(text, True) for text, _ in response_pieces(record, tokenizer, template)]
+
+
+def encoded(
+    records: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Example | None]:
+    """Records in pieces to examples; None where no label is left. A first token carries none."""
+    texts, fields = [text for pieces in records for text, _ in pieces], {"add_special_tokens": False, **IDS_ALONE}
+    ids = iter(tokenizer(texts, **fields)["input_ids"] if texts else ())
+    return [_example([(next(ids), labelled) for _, labelled in pieces], max_length) for pieces in records]
 
 
 def prompt_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
@@ -75,7 +81,7 @@ def prompt_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, t
         DataError: the record has no response.
     """
     response_text(record)
-    return "".join(text for text, _ in _pieces(record, tokenizer, template)[:-1])
+    return "".join(text for text, _ in response_pieces(record, tokenizer, template)[:-1])
 
 
 def response_text(record: Mapping[str, Any]) -> str:
@@ -88,12 +94,6 @@ def response_text(record: Mapping[str, Any]) -> str:
         if turn["role"] == "assistant":
             return turn["content"]
     raise DataError("a record that is to be answered has no turn of the role 'assistant'")
-
-
-def _pieces(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[Piece]:
-    """A record's text, cut into what stands before a response and the response, by turns."""
-    turns = messages_of(record)
-    return list(_chat(turns, tokenizer) if template == "chat" else _plain(turns, tokenizer, template))
 
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
@@ -146,12 +146,10 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.bos_token) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
 
 
-def _example(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example | None:
+def _example(pieces: Sequence[tuple[list[int], bool]], max_length: int) -> Example | None:
     tokens: list[int] = []
     labels: list[int] = []
-    texts = [text for text, _ in pieces]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for ids, (_, labelled) in zip(encoded, pieces, strict=True):
+    for ids, labelled in pieces:
         tokens += ids
         labels += ids if labelled else [IGNORE] * len(ids)
     # position t predicts token t + 1; the last one predicts nothing

@@ -25,7 +25,7 @@ from fedllm.update import Ctx, Part, Profile, Update
 from fedllm.work import Job, Model, Outcome, Work
 from fedllm.works.gradients import Stack, surviving
 from fedllm.works.schedule import LrSchedule
-from fedllm.works.stack import Layout
+from fedllm.works.stack import Layout, give_back
 
 COUNTED = ("steps", "tokens", "computed")
 
@@ -133,7 +133,7 @@ class Sgd(Work):
         starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
         layout = Layout.of(starts)
         values = layout.filled(starts)
-        grads = torch.zeros_like(values)
+        grads = layout.zeros(len(jobs))
         return Carry(
             works=works,
             layout=layout,
@@ -163,8 +163,11 @@ class Sgd(Work):
         return carry
 
     def finish(self, carry: Carry) -> Sequence[Outcome]:
-        """Each client's delta (local - global), mean loss and counts."""
-        return [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in range(len(carry.starts))]
+        """Each client's delta (local - global), mean loss and counts. The carry ends here."""
+        clients = range(len(carry.starts))
+        found = [carry.failed[k] if k in carry.failed else self._outcome(carry, k) for k in clients]
+        give_back(carry.values, carry.grads)
+        return found
 
     def _outcome(self, carry: Carry, k: int) -> Outcome:
         delta = carry.layout.moved(carry.values[k], k, carry.starts[k])

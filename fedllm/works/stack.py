@@ -7,6 +7,7 @@ Clients whose leaves differ in size (ranks of a low-rank adapter) are padded wit
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedllm import tree
 from fedllm.bundle import Bundle, Place, copy_into, placed
+from fedllm.heap import LARGEST
 from fedllm.tree import Tree
 
 Shapes = dict[str, torch.Size]
@@ -52,10 +54,17 @@ class Layout:
         places, _, sizes = placed({name: (shape, kind) for name, shape in shapes.items()})
         return Layout(own, shapes, places, _edges(sizes), kind)
 
+    def zeros(self, clients: int) -> Tensor:
+        """A (K, P) buffer, in memory that this thread has given back if there is such."""
+        dtype, device = self.kind
+        for place, buffer in enumerate(_kept.buffers):
+            if (buffer.shape, buffer.dtype, buffer.device) == ((clients, self.starts[-1]), dtype, device):
+                return _kept.buffers.pop(place).zero_()
+        return torch.zeros(clients, self.starts[-1], dtype=dtype, device=device)
+
     def filled(self, trees: Sequence[Tree]) -> Tensor:
         """A (K, P) buffer that holds K trees, zeros elsewhere."""
-        dtype, device = self.kind
-        buffer = torch.zeros(len(trees), self.starts[-1], dtype=dtype, device=device)
+        buffer = self.zeros(len(trees))
         for k, params in enumerate(trees):
             if self._placed(params):
                 for mine, theirs in zip(self._blocks(buffer[k]), params.blocks, strict=True):
@@ -94,6 +103,21 @@ class Layout:
         """Whether its leaves lie in blocks as the row's do, so that no view of a leaf is needed."""
         same = isinstance(params, Bundle) and (params.layout is self.places or params.layout == self.places)
         return same and all((block.dtype, block.device) == self.kind for block in params.blocks)  # type: ignore[attr-defined]
+
+
+def give_back(*buffers: Tensor) -> None:
+    """Keep buffers that nobody uses any more for this thread's next stack, in place of those that it kept.
+
+    Only those on a CPU that `heap.kept_memory` does not keep: each page of what malloc maps anew costs a fault.
+    """
+    _kept.buffers = [each for each in buffers if each.device.type == "cpu" and each.nbytes > LARGEST]
+
+
+class _Kept(threading.local):
+    buffers: list[Tensor] = []  # noqa: RUF012 (each thread is given one of its own)
+
+
+_kept = _Kept()
 
 
 def _edges(sizes: Iterable[int]) -> list[int]:

@@ -72,9 +72,9 @@ class AttachedNumbers:
 class Bowl(Objective):
     """f_k, in place of a language model's loss."""
 
-    def encode(self, record, tokenizer, template, max_length):
-        tokens = torch.tensor([*record["a"], *record["b"]])
-        return Example(tokens, torch.zeros_like(tokens))
+    def encode(self, records, tokenizer, template, max_length):
+        listed = [torch.tensor([*record["a"], *record["b"]]) for record in records]
+        return [Example(tokens, torch.zeros_like(tokens)) for tokens in listed]
 
     def __call__(self, model, stack, batch):
         w = torch.cat([stack[name].flatten(1) for name in sorted(stack)], 1)

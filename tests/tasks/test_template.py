@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedllm.batch import IGNORE, Example
 from fedllm.errors import DataError
 from fedllm.tasks.objectives import Lm, Sft
-from fedllm.tasks.template import Template, encode_response, encode_text, messages_of, prompt_text, response_text
+from fedllm.tasks.template import Template, messages_of, prompt_text, response_text
 from fedllm.tasks.tiny import END, START, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -28,6 +28,16 @@ TALK = {
     ]
 }
 ASKED = {"prompt": "2+2", "response": "4"}
+
+
+def encode_response(record: Mapping[str, Any], tokenizer: Any, template: Template, max_length: int) -> Example | None:
+    (example,) = Sft().encode([record], tokenizer, template, max_length)
+    return example
+
+
+def encode_text(record: Mapping[str, Any], tokenizer: Any, template: Template, max_length: int) -> Example | None:
+    (example,) = Lm().encode([record], tokenizer, template, max_length)
+    return example
 
 
 def encoded(record: Mapping[str, Any], template: Template = "chat", max_length: int = LONG) -> Example:
@@ -149,8 +159,19 @@ def test_language_modelling_labels_all_but_the_first_token() -> None:
     assert example is not None and text(example) == f"To be{END}"
 
 
+def test_records_that_are_encoded_together_are_as_alone() -> None:
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}  # without an answer
+    records: list[Mapping[str, Any]] = [TALK, asked, ASKED]
+    together = Sft().encode(records, TOKENIZER, "chat", 75)
+    assert together[1] is None and Sft().encode([], TOKENIZER, "chat", 20) == []
+    for record, example in zip(records[::2], together[::2], strict=True):
+        alone = encoded(record, "chat", 75)
+        assert example is not None and torch.equal(example.tokens, alone.tokens) and example.cut == alone.cut
+        assert torch.equal(example.targets, alone.targets)
+
+
 def test_the_objectives_choose_the_labels() -> None:
-    sft, lm = (objective.encode(TALK, TOKENIZER, "chat", LONG) for objective in (Sft(), Lm()))
+    sft, lm = (encode(TALK, TOKENIZER, "chat", LONG) for encode in (encode_response, encode_text))
     assert sft is not None and lm is not None and torch.equal(sft.tokens, lm.tokens)
     assert int((sft.targets != IGNORE).sum()) == len("Yes?4") + 2
     assert int((lm.targets != IGNORE).sum()) == len(lm.tokens) - 1
