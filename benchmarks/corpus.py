@@ -22,7 +22,8 @@ import fedllm
 from fedllm.data import handbook
 from fedllm.errors import DataError
 from fedllm.federations.sources import file_rows
-from fedllm.tasks.template import Template, encode_response, messages_of, prompt_text
+from fedllm.tasks.objectives import Sft
+from fedllm.tasks.template import Template, messages_of, prompt_text
 from fedllm.update import Ctx
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def chosen(pairs: Iterator[Pair], tokenizer: PreTrainedTokenizerBase, choice: Ch
     """
     found: list[tuple[Pair, int]] = []
     for prompt, completion in islice(pairs, MOST_LOOKED_AT * choice.num):
-        record = {"prompt": prompt, "response": completion}
-        example = encode_response(record, tokenizer, choice.template, choice.max_length) if completion else None
+        records = [{"prompt": prompt, "response": completion}] if completion else []
+        encoded = Sft().encode(records, tokenizer, choice.template, choice.max_length)
+        example = encoded[0] if encoded else None
         if example is not None and (len(example.tokens) == choice.max_length or not choice.fill):
             found.append(((prompt, completion), len(example.tokens)))
         if len(found) == choice.num:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from fedllm import tree
 from fedllm.errors import ClientError
 from fedllm.update import Ctx, Failure, Part, Request, Update
@@ -87,11 +85,7 @@ def _plus(total: Part | None, part: Part, who: str) -> Part:
         raise ClientError(f"{who} has no weight; put a stage that weighs (by_examples or uniform) before the sum")
     if total is None or total.weight is None:
         return Part(part.tree, part.weight)
-    if _form(part) != _form(total):
+    if tree.forms(part.tree) != tree.forms(total.tree):
         raise ClientError(f"{who} has other leaves, shapes or types than those of the clients before it")
     tree.add_(total.tree, part.tree)
     return Part(total.tree, total.weight + part.weight)
-
-
-def _form(part: Part) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (leaf.dtype, leaf.shape) for name, leaf in part.tree.items()}

@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _collections_abc import dict_items, dict_values
 
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
@@ -24,20 +27,55 @@ BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which cos
 Shape = tuple[int, ...]
 Place = tuple[int, Shape, Shape, int]  # block, shape, strides, offset in the block
 Kind = tuple[torch.dtype, torch.device]
+Form = tuple[torch.dtype, torch.Size]
 Leaves = dict[str, Tensor]
+_UNMADE: Any = object()
 
 
 class Bundle(Leaves):
     """A tree whose leaves are views of `blocks` (1-d; the leaves of a block share dtype and device).
 
-    It cannot be given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
+    A view is made when it is first asked for: most trees are passed on, or computed with, block by block. It cannot be
+    given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
     """
 
     def __init__(self, blocks: Sequence[Tensor], layout: Mapping[str, Place]) -> None:
-        views = [(block.as_strided, block.storage_offset()) for block in blocks]
-        leaves = ((name, *views[n], shape, strides, at) for name, (n, shape, strides, at) in layout.items())
-        super().__init__({name: view(shape, strides, first + at) for name, view, first, shape, strides, at in leaves})
+        super().__init__(dict.fromkeys(layout, _UNMADE))
         self.blocks, self.layout = blocks, layout
+
+    def __getitem__(self, name: str) -> Tensor:
+        leaf = super().__getitem__(name)
+        if leaf is _UNMADE:
+            n, shape, strides, at = self.layout[name]
+            block = self.blocks[n]
+            leaf = block.as_strided(shape, strides, block.storage_offset() + at)
+            super().__setitem__(name, leaf)
+        return leaf
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The leaf of that name, or the default."""
+        return self[name] if name in self.layout else default
+
+    def values(self) -> dict_values[str, Tensor]:
+        """All leaves."""
+        return self._made().values()
+
+    def items(self) -> dict_items[str, Tensor]:
+        """All names and leaves."""
+        return self._made().items()
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # one of its own: otherwise dict(bundle) and {**bundle} take what is not made yet
+
+    def __or__(self, other: Mapping[str, Tensor]) -> Leaves:  # type: ignore[override]
+        return {**self, **other}
+
+    def copy(self) -> Leaves:
+        """The same leaves in a tree that can be changed."""
+        return dict(self)
+
+    def _made(self) -> Leaves:
+        return {name: self[name] for name in self}
 
     def alike(self, other: Mapping[str, Tensor]) -> bool:
         """True if the other one is a bundle with the same leaves at the same places."""
@@ -51,12 +89,12 @@ class Bundle(Leaves):
     def ordered(self, names: Iterable[str]) -> Bundle:
         """The same leaves, listed in another order."""
         listed = list(names)
-        if listed == list(self):
-            return self
-        other = Bundle((), {})  # which takes the views that are there: new ones cost a call each
-        dict.update(other, {name: self[name] for name in listed})
-        other.blocks, other.layout = self.blocks, {name: self.layout[name] for name in listed}
-        return other
+        return self if listed == list(self) else Bundle(self.blocks, {name: self.layout[name] for name in listed})
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Of each leaf its type and shape."""
+        return {name: (self.blocks[n].dtype, torch.Size(shape)) for name, (n, shape, _, _) in self.layout.items()}
 
     def stacked(self) -> Bundle:
         """A copy whose leaves are (1, ...)."""
@@ -80,6 +118,13 @@ class Bundle(Leaves):
         raise TypeError("the leaves of a bundle are views of its blocks; change dict(bundle) instead")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+def forms(tree: Mapping[str, Tensor]) -> dict[str, Form]:
+    """Of each leaf its type and shape."""
+    if isinstance(tree, Bundle):
+        return tree.forms
+    return {name: (leaf.dtype, leaf.shape) for name, leaf in tree.items()}
 
 
 def bundled(tree: Mapping[str, Tensor]) -> Leaves:

@@ -149,7 +149,7 @@ class Site:
     def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
         """The leaves that train in a round, and the others."""
         moves = self.experiment.moves
-        held = {name: leaf for name, leaf in params.items() if not moves(name, round)}
+        held = {name: params[name] for name in params if not moves(name, round)}
         start = {name: leaf for name, leaf in params.items() if name not in held} if held else params
         return tree.bundled(start), held
 

@@ -9,11 +9,14 @@ Packing loses nothing: a stage puts values on the grid, the wire only writes the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from fedllm.bundle import forms
 
 Box = tuple[tuple[int, int], ...]  # the range of each axis
 
@@ -73,6 +76,8 @@ def num_bytes(leaves: Mapping[str, Tensor], form: Packing) -> int:
     A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales; one with a
     window as much as the values of the window.
     """
+    if not form.sparse and form.bits is None and not form.windows:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms(leaves).values())
     return sum(_leaf_bytes(name, leaf, form) for name, leaf in leaves.items())
 
 

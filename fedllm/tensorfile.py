@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedllm.bundle import Shape, in_bytes, of_bytes
+from fedllm.bundle import Shape, forms, in_bytes, of_bytes
 from fedllm.errors import WireError
 from fedllm.tree import Tree
 
@@ -41,16 +41,16 @@ METADATA = "__metadata__"
 def written(trees: Mapping[str, Tree], text: str) -> bytes:
     """The file of some trees by their prefixes, and of a text; byte for byte as safetensors writes it."""
     leaves = [
-        (PLACES[leaf.dtype], f"{prefix}/{name}", leaf, memory)
+        (PLACES[form[0]], f"{prefix}/{name}", form, memory)
         for prefix, tree in trees.items()
-        for (name, leaf), memory in zip(tree.items(), in_bytes(tree), strict=True)
+        for (name, form), memory in zip(forms(tree).items(), in_bytes(tree), strict=True)
     ]
     leaves.sort(key=lambda leaf: leaf[:2])
     header: dict[str, object] = {METADATA: {"fedllm": text}}
     start = 0
-    for _, key, leaf, memory in leaves:
+    for _, key, (dtype, shape), memory in leaves:
         end = start + len(memory)
-        header[key] = {"dtype": TYPES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)

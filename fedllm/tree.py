@@ -17,9 +17,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from fedllm.bundle import Bundle, bundled, elementwise
+from fedllm.bundle import Bundle, bundled, elementwise, forms
 
-__all__ = ["bundled"]
+__all__ = ["bundled", "forms"]
 
 Tree = dict[str, Tensor]
 
@@ -105,12 +105,12 @@ def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
 
 def num_bytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes of the leaves' values, without names or headers."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree.values())
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms(tree).values())
 
 
 def num_values(tree: Mapping[str, Tensor]) -> int:
     """How many numbers the leaves hold."""
-    return sum(leaf.numel() for leaf in tree.values())
+    return sum(math.prod(shape) for _, shape in forms(tree).values())
 
 
 def stack(trees: Iterable[Mapping[str, Tensor]]) -> Tree:

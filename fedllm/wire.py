@@ -139,6 +139,8 @@ def _without_values(part: Part) -> _Part:
     form = part.packing
     if form.sparse:
         return _Part(part.weight, sparse=True, shapes={name: list(leaf.shape) for name, leaf in part.tree.items()})
+    if form.bits is None and not form.windows:
+        return _Part(part.weight)
     assert form.bits in (8, 4, 1, None), form.bits
     packed = form.windows if form.bits is None else form.scales
     shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in packed}

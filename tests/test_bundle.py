@@ -347,3 +347,43 @@ def test_a_deep_copy_has_blocks_of_its_own() -> None:
     assert isinstance(other, Bundle) and tree.equal(one, other)
     other.blocks[0].zero_()
     assert not other["n1"].any() and one["n1"].item() == 2
+
+
+def test_views_are_made_when_they_are_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    plain = torch.Tensor.as_strided
+    monkeypatch.setattr(
+        torch.Tensor, "as_strided", lambda block, shape, *rest: made.append(shape) or plain(block, shape, *rest)
+    )
+    whole = small(1.0, 2.0, 3.0)
+    made.clear()
+    doubled = tree.add(whole, whole)
+    assert list(doubled) == list(whole) and "n1" in doubled and len(doubled) == 3
+    assert tree.num_bytes(doubled) == 12 and tree.finite(doubled) and tree.forms(doubled) == tree.forms(whole)
+    assert not made
+    assert doubled["n1"] is doubled["n1"] and doubled.get("n1") is doubled["n1"] and doubled.get("other") is None
+    assert len(made) == 1
+    with pytest.raises(KeyError):
+        doubled["other"]
+
+
+COPIES: Mapping[str, Callable[[Any], Mapping[str, torch.Tensor]]] = {
+    "dict": dict,
+    "unpacked": lambda bundle: {**bundle},
+    "keywords": lambda bundle: dict(**bundle),
+    "or": lambda bundle: bundle | {},
+    "or from the right": lambda bundle: {} | bundle,
+    "or in place": lambda bundle: {}.__ior__(bundle),
+    "update": lambda bundle: [found := {}, found.update(bundle)][0],
+    "copy": lambda bundle: bundle.copy(),
+    "items": lambda bundle: dict(bundle.items()),
+    "values": lambda bundle: dict(zip(bundle, bundle.values(), strict=True)),
+    "a shallow copy": copy.copy,
+    "a deep copy": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_whoever_takes_all_leaves_finds_them_made(name: str) -> None:
+    found = COPIES[name](small(1.0, 2.0, 3.0))
+    assert {leaf: value.tolist() for leaf, value in found.items()} == {"n0": [1.0], "n1": [2.0], "n2": [3.0]}
