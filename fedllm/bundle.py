@@ -70,6 +70,14 @@ class Bundle(Leaves):
     def __or__(self, other: Mapping[str, Tensor]) -> Leaves:  # type: ignore[override]
         return {**self, **other}
 
+    def __eq__(self, other: object) -> bool:
+        return self._made() == (other._made() if isinstance(other, Bundle) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._made())
+
     def copy(self) -> Leaves:
         """The same leaves in a tree that can be changed."""
         return dict(self)

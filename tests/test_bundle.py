@@ -367,6 +367,13 @@ def test_views_are_made_when_they_are_asked_for_and_once(monkeypatch: pytest.Mon
         doubled["other"]
 
 
+def test_bundles_are_compared_and_shown_by_their_leaves() -> None:
+    one, two, other = small(1.0, 2.0), small(1.0, 2.0), small(1.0, 3.0)
+    assert one == two and one == dict(two) and dict(one) == two
+    assert one != other and one != dict(other) and dict(one) != other and one != {}
+    assert repr(one) == repr(dict(one)) and "tensor([2.])" in repr(one)
+
+
 COPIES: Mapping[str, Callable[[Any], Mapping[str, torch.Tensor]]] = {
     "dict": dict,
     "unpacked": lambda bundle: {**bundle},
