@@ -73,7 +73,7 @@ class Bundle(Leaves):
     def __eq__(self, other: object) -> bool:
         return self._made() == (other._made() if isinstance(other, Bundle) else other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def __repr__(self) -> str:
         return repr(self._made())
