@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from fedllm.heap import kept_memory, one_heap, settled_objects
 from fedllm.native.layouts import kept_layouts
 from fedllm.tasks.quantized import num_parameters
 from fedllm.update import Request
+from fedllm.works.stack import keep_buffers
 
 STACK = {"cuda": 16}  # elsewhere as many as the clients' batches suggest
 FEWEST = {"cpu": 2, "cuda": 1}  # stacks of a cohort, unless the size of a stack is set
@@ -101,9 +101,8 @@ class Batched(Engine):
             crew = Crew(experiment.work, site.model, costs, gate)
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
-            one_each = partial(torch.set_num_threads, 1)
             laid_out = kept_layouts() if layouts else nullcontext()
-            with settled_objects(), laid_out, ThreadPoolExecutor(workers, initializer=one_each) as pool:
+            with settled_objects(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
                 shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
                 try:
                     yield tidied(shop.call)
@@ -115,6 +114,11 @@ class Batched(Engine):
     def _scarce(self) -> bool:
         """Whether memory counts for more than speed."""
         return self.memory_budget is not None or address_space() is not None
+
+    def _begin_worker(self) -> None:
+        torch.set_num_threads(1)
+        if not self._scarce:
+            keep_buffers()
 
     def _stacks(self, site: Site, kind: str) -> tuple[int, int]:
         """Clients a stack and fewest stacks. Bits depend on both, so they know nothing of workers and memory."""

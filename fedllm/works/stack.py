@@ -57,9 +57,10 @@ class Layout:
     def zeros(self, clients: int) -> Tensor:
         """A (K, P) buffer, in memory that this thread has given back if there is such."""
         dtype, device = self.kind
-        for place, buffer in enumerate(_kept.buffers):
+        for buffer in _kept.buffers:
             if (buffer.shape, buffer.dtype, buffer.device) == ((clients, self.starts[-1]), dtype, device):
-                return _kept.buffers.pop(place).zero_()
+                _kept.buffers = tuple(other for other in _kept.buffers if other is not buffer)
+                return buffer.zero_()
         return torch.zeros(clients, self.starts[-1], dtype=dtype, device=device)
 
     def filled(self, trees: Sequence[Tree]) -> Tensor:
@@ -105,16 +106,23 @@ class Layout:
         return same and all((block.dtype, block.device) == self.kind for block in params.blocks)  # type: ignore[attr-defined]
 
 
+def keep_buffers() -> None:
+    """From now on this thread keeps the buffers of a stack for its next one, to its end."""
+    _kept.keeps = True
+
+
 def give_back(*buffers: Tensor) -> None:
-    """Keep buffers that nobody uses any more for this thread's next stack, in place of those that it kept.
+    """Nobody uses these buffers any more. A thread that keeps such does, in place of those that it has.
 
     Only those on a CPU that `heap.kept_memory` does not keep: each page of what malloc maps anew costs a fault.
     """
-    _kept.buffers = [each for each in buffers if each.device.type == "cpu" and each.nbytes > LARGEST]
+    if _kept.keeps:
+        _kept.buffers = tuple(each for each in buffers if each.device.type == "cpu" and each.nbytes > LARGEST)
 
 
 class _Kept(threading.local):
-    buffers: list[Tensor] = []  # noqa: RUF012 (each thread is given one of its own)
+    keeps: bool = False
+    buffers: tuple[Tensor, ...] = ()
 
 
 _kept = _Kept()
