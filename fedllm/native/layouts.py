@@ -17,16 +17,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedllm.native import kernels
 from fedllm.native.kernels import Form, Matrix
 
-COPIES = 2
+LAID_OUT = (Form.PLAIN, Form.TURNED)
+COPIES = len(LAID_OUT)
 MEAN = "mean"
 
 
 @dataclass(eq=False)
 class _Layouts:
-    """Of each form and matrix: its version, and its layout; of MEAN, its mean."""
+    """Of each form and matrix: its version, and its layout; of MEAN, its mean, which is small and stays."""
 
     blocks: int = 0  # that are open
-    held: dict[Form | str, WeakTensorKeyDictionary] = field(default_factory=dict)
+    held: dict[Form | str, WeakTensorKeyDictionary] = field(default_factory=lambda: {MEAN: WeakTensorKeyDictionary()})
     lock: Lock = field(default_factory=Lock)
 
 
@@ -72,12 +73,12 @@ def kept_layouts() -> Iterator[None]:
     """Until the end of the last such block, a frozen parameter is laid out when a product first needs it."""
     with _layouts.lock:
         _layouts.blocks += 1
-        for kind in (Form.PLAIN, Form.TURNED, MEAN):
-            _layouts.held.setdefault(kind, WeakTensorKeyDictionary())
+        for form in LAID_OUT:
+            _layouts.held.setdefault(form, WeakTensorKeyDictionary())
     try:
         yield
     finally:
         with _layouts.lock:
             _layouts.blocks -= 1
-            if not _layouts.blocks:
-                _layouts.held.clear()
+            for form in LAID_OUT if not _layouts.blocks else ():
+                _layouts.held.pop(form, None)
