@@ -9,14 +9,13 @@ Packing loses nothing: a stage puts values on the grid, the wire only writes the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedllm.bundle import forms
+from fedllm import tree
 
 Box = tuple[tuple[int, int], ...]  # the range of each axis
 
@@ -77,7 +76,7 @@ def num_bytes(leaves: Mapping[str, Tensor], form: Packing) -> int:
     window as much as the values of the window.
     """
     if not form.sparse and form.bits is None and not form.windows:
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms(leaves).values())
+        return tree.num_bytes(leaves)
     return sum(_leaf_bytes(name, leaf, form) for name, leaf in leaves.items())
 
 

@@ -17,8 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fedllm.native import kernels
 from fedllm.native.kernels import Form, Matrix
 
-LAID_OUT = (Form.PLAIN, Form.TURNED)
-COPIES = len(LAID_OUT)
+DIRECTIONS = (Form.PLAIN, Form.TURNED)
+COPIES = len(DIRECTIONS)
 MEAN = "mean"
 
 
@@ -73,12 +73,12 @@ def kept_layouts() -> Iterator[None]:
     """Until the end of the last such block, a frozen parameter is laid out when a product first needs it."""
     with _layouts.lock:
         _layouts.blocks += 1
-        for form in LAID_OUT:
+        for form in DIRECTIONS:
             _layouts.held.setdefault(form, WeakTensorKeyDictionary())
     try:
         yield
     finally:
         with _layouts.lock:
             _layouts.blocks -= 1
-            for form in LAID_OUT if not _layouts.blocks else ():
+            for form in DIRECTIONS if not _layouts.blocks else ():
                 _layouts.held.pop(form, None)
