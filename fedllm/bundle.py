@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from fedllm.places import ALIGNMENT, Form, Place, Places, Shape, placed
+
 if TYPE_CHECKING:
     from _collections_abc import dict_items, dict_values
 
 CPU = torch.device("cpu")
-ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
-REMEMBERED = 1 << 18  # letters of the names of a tree whose places are kept: names come from elsewhere, too
-BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which costs more than the calls
-
-Shape = tuple[int, ...]
-Place = tuple[int, Shape, Shape, int]  # block, shape, strides, offset in the block
-Kind = tuple[torch.dtype, torch.device]
-Form = tuple[torch.dtype, torch.Size]
 Leaves = dict[str, Tensor]
 _UNMADE: Any = object()
 
@@ -39,7 +32,7 @@ class Bundle(Leaves):
     given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], layout: Mapping[str, Place]) -> None:
+    def __init__(self, blocks: Sequence[Tensor], layout: Places) -> None:
         super().__init__(dict.fromkeys(layout, _UNMADE))
         self.blocks, self.layout = blocks, layout
 
@@ -96,30 +89,34 @@ class Bundle(Leaves):
 
     def ordered(self, names: Iterable[str]) -> Bundle:
         """The same leaves, listed in another order."""
-        listed = list(names)
-        return self if listed == list(self) else Bundle(self.blocks, {name: self.layout[name] for name in listed})
+        layout = self.layout.ordered(tuple(names))
+        return self if layout is self.layout else Bundle(self.blocks, layout)
 
     @property
-    def forms(self) -> dict[str, Form]:
+    def forms(self) -> Mapping[str, Form]:
         """Of each leaf its type and shape."""
-        return {name: (self.blocks[n].dtype, torch.Size(shape)) for name, (n, shape, _, _) in self.layout.items()}
+        return self.layout.forms(tuple(block.dtype for block in self.blocks))
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers the leaves hold."""
+        return sum(self.layout.counts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the leaves' values."""
+        return sum(count * block.dtype.itemsize for count, block in zip(self.layout.counts, self.blocks, strict=True))
 
     def stacked(self) -> Bundle:
         """A copy whose leaves are (1, ...)."""
-        layout = {
-            name: (n, (1, *shape), (math.prod(shape), *strides), at)
-            for name, (n, shape, strides, at) in self.layout.items()
-        }
-        return Bundle([block.clone() for block in self.blocks], layout)
+        return Bundle([block.clone() for block in self.blocks], self.layout.stacked)
 
     def unstacked(self) -> Bundle | None:
         """The leaves (1, ...) as (...), in the same memory; None if one is of another shape."""
-        if any(shape[:1] != (1,) for _, shape, _, _ in self.layout.values()):
-            return None
-        layout = {name: (n, shape[1:], strides[1:], at) for name, (n, shape, strides, at) in self.layout.items()}
-        return Bundle(self.blocks, layout)
+        layout = self.layout.unstacked
+        return None if layout is None else Bundle(self.blocks, layout)
 
-    def __reduce__(self) -> tuple[type[Bundle], tuple[Sequence[Tensor], Mapping[str, Place]]]:
+    def __reduce__(self) -> tuple[type[Bundle], tuple[Sequence[Tensor], Places]]:
         return Bundle, (self.blocks, self.layout)  # a deep copy has blocks of its own
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
@@ -128,7 +125,7 @@ class Bundle(Leaves):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
-def forms(tree: Mapping[str, Tensor]) -> dict[str, Form]:
+def forms(tree: Mapping[str, Tensor]) -> Mapping[str, Form]:
     """Of each leaf its type and shape."""
     if isinstance(tree, Bundle):
         return tree.forms
@@ -177,29 +174,6 @@ def in_bytes(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
         yield memory[at * size : (at + math.prod(shape)) * size]
 
 
-def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Mapping[str, Place], Sequence[Kind], Sequence[int]]:
-    """The place of each leaf, and of each block its kind and its size in values."""
-    made = _placed if sum(map(len, leaves)) <= REMEMBERED else _placed.__wrapped__
-    return made(tuple(leaves.items()), BLOCK_BYTES)
-
-
-@lru_cache(maxsize=64)  # a round's trees have few forms
-def _placed(
-    leaves: tuple[tuple[str, tuple[Shape, Kind]], ...], most: int
-) -> tuple[Mapping[str, Place], tuple[Kind, ...], tuple[int, ...]]:
-    layout: dict[str, Place] = {}
-    kinds: list[Kind] = []
-    sizes: list[int] = []
-    for name, (shape, kind) in sorted(leaves, key=lambda leaf: (str(leaf[1][1][0]), leaf[0])):
-        size, bytes_each = math.prod(shape), kind[0].itemsize
-        if not sizes or kind != kinds[-1] or (sizes[-1] + size) * bytes_each > most:
-            kinds.append(kind)
-            sizes.append(0)
-        layout[name] = (len(sizes) - 1, tuple(shape), _strides(shape), sizes[-1])
-        sizes[-1] += -(-size * bytes_each // ALIGNMENT) * ALIGNMENT // bytes_each
-    return {name: layout[name] for name, _ in leaves}, tuple(kinds), tuple(sizes)
-
-
 def _pays(layout: Mapping[str, Place], sizes: Sequence[int]) -> bool:
     """Whether the blocks save half of the calls."""
     return 0 < len(sizes) * 2 <= len(layout)
@@ -234,8 +208,3 @@ def copy_into(tree: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
         pairs = zip(tree.blocks, source.blocks, strict=True)  # type: ignore[assignment]
     for mine, other in pairs:
         mine.copy_(other)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from fedllm.bundle import Shape, forms, in_bytes, of_bytes
+from fedllm.bundle import forms, in_bytes, of_bytes
 from fedllm.errors import WireError
+from fedllm.places import Form, Shape
 from fedllm.tree import Tree
 
 # In the order in which a file holds them.
@@ -36,25 +38,20 @@ TYPES: Mapping[torch.dtype, str] = {
 PLACES = {dtype: place for place, dtype in enumerate(TYPES)}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 METADATA = "__metadata__"
+OPENING = f'{{"{METADATA}":'
+REMEMBERED = 1 << 17  # letters of a header whose entries are kept: it comes from elsewhere
+
+Entry = tuple[str, str, Shape, torch.dtype, int, int]  # prefix, name, and where its bytes begin and end
 
 
 def written(trees: Mapping[str, Tree], text: str) -> bytes:
     """The file of some trees by their prefixes, and of a text; byte for byte as safetensors writes it."""
-    leaves = [
-        (PLACES[form[0]], f"{prefix}/{name}", form, memory)
-        for prefix, tree in trees.items()
-        for (name, form), memory in zip(forms(tree).items(), in_bytes(tree), strict=True)
-    ]
-    leaves.sort(key=lambda leaf: leaf[:2])
-    header: dict[str, object] = {METADATA: {"fedllm": text}}
-    start = 0
-    for _, key, (dtype, shape), memory in leaves:
-        end = start + len(memory)
-        header[key] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    order, entries = _listed(tuple((prefix, tuple(forms(tree).items())) for prefix, tree in trees.items()))
+    memory = [leaf for tree in trees.values() for leaf in in_bytes(tree)]
+    metadata = json.dumps({"fedllm": text}, separators=(",", ":"), ensure_ascii=False)
+    head = f"{OPENING}{metadata}{entries}}}".encode()
     head += b" " * (-len(head) % 8)
-    return b"".join([len(head).to_bytes(8, "little"), head, *(memory for _, _, _, memory in leaves)])
+    return b"".join([len(head).to_bytes(8, "little"), head, *(memory[place] for place in order)])
 
 
 def read(data: bytes) -> tuple[str, defaultdict[str, Tree]]:
@@ -65,20 +62,58 @@ def read(data: bytes) -> tuple[str, defaultdict[str, Tree]]:
         WireError: they are a file of tensors, but not of fedllm, or the values are not where the header has them.
     """
     first = 8 + int.from_bytes(data[:8], "little")
-    header: dict[str, dict[str, Any]] = json.loads(data[8:first])
-    metadata, values = header.pop(METADATA, {}), memoryview(data)[first:]
+    metadata, rest = _parted(str(data[8:first], "utf-8"))
+    entries, size = (_entries if len(rest) <= REMEMBERED else _entries.__wrapped__)(rest)
+    if first + size != len(data):
+        raise WireError("a message could not be read: it is cut off, or something stands behind it")
+    if not isinstance(metadata.get("fedllm"), str):
+        raise WireError("the bytes are a safetensors file, but no message of fedllm; send what wire.pack makes")
+    values = memoryview(data)[first:]
     leaves: defaultdict[str, dict[str, tuple[Shape, torch.dtype, memoryview]]] = defaultdict(dict)
-    end = 0
+    for prefix, name, shape, dtype, start, stop in entries:
+        leaves[prefix][name] = (shape, dtype, values[start:stop])
+    return metadata["fedllm"], defaultdict(dict, {prefix: of_bytes(held) for prefix, held in leaves.items()})
+
+
+@lru_cache(maxsize=16)
+def _listed(trees: tuple[tuple[str, tuple[tuple[str, Form], ...]], ...]) -> tuple[Sequence[int], str]:
+    """The order in which the leaves of some trees stand in a file, and their entries in its header."""
+    leaves = [(f"{prefix}/{name}", *form) for prefix, leaves in trees for name, form in leaves]
+    order = sorted(range(len(leaves)), key=lambda place: (PLACES[leaves[place][1]], leaves[place][0]))
+    entries, start = dict[str, object](), 0
+    for key, dtype, shape in (leaves[place] for place in order):
+        stop = start + math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    return order, f",{text[1:-1]}" if entries else ""
+
+
+def _parted(header: str) -> tuple[dict[str, Any], str]:
+    """The metadata, and a header without it, which many messages have in common."""
+    if header.startswith(f"{OPENING}{{"):
+        metadata, end = json.JSONDecoder().raw_decode(header, len(OPENING))
+        return metadata, f"{OPENING}0{header[end:].rstrip(' ')}"
+    whole = json.loads(header)
+    return whole.pop(METADATA, {}), json.dumps(whole)
+
+
+@lru_cache(maxsize=16)
+def _entries(text: str) -> tuple[Sequence[Entry], int]:
+    """The leaves that a header without its metadata names, in the order of their values, and the bytes of all.
+
+    Raises:
+        WireError: the values are not where it has them.
+    """
+    found: list[Entry] = []
+    end, header = 0, json.loads(text)
+    header.pop(METADATA, None)
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         counted = "/" in key and all(type(number) is int and number >= 0 for number in (start, *shape))
         if not counted or start != end or stop != start + math.prod(shape) * dtype.itemsize:
             raise WireError(f"a message could not be read: the values of '{key}' are not where its header has them")
         prefix, _, name = key.partition("/")
-        leaves[prefix][name] = (shape, dtype, values[start:stop])
+        found.append((prefix, name, shape, dtype, start, stop))
         end = stop
-    if first + end != len(data):
-        raise WireError("a message could not be read: it is cut off, or something stands behind it")
-    if not isinstance(metadata.get("fedllm"), str):
-        raise WireError("the bytes are a safetensors file, but no message of fedllm; send what wire.pack makes")
-    return metadata["fedllm"], defaultdict(dict, {prefix: of_bytes(held) for prefix, held in leaves.items()})
+    return found, end

@@ -80,8 +80,10 @@ def to(tree: Mapping[str, Tensor], device: str) -> Tree:
 
 
 def norm(tree: Mapping[str, Tensor]) -> float:
-    """The 2-norm over all (floating) leaves together, in float64; the order of the leaves does not change its bits."""
-    return math.hypot(*(float(torch.linalg.vector_norm(tree[name], dtype=torch.float64)) for name in sorted(tree)))
+    """The 2-norm over all (floating) leaves together, in float64; the order of the leaves does not change its bits, but
+    whether they are bundled may."""
+    parts = tree.blocks if isinstance(tree, Bundle) else [tree[name] for name in sorted(tree)]  # zeros are between them
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
 
 
 def finite(tree: Mapping[str, Tensor]) -> bool:
@@ -105,11 +107,15 @@ def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
 
 def num_bytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes of the leaves' values, without names or headers."""
+    if isinstance(tree, Bundle):
+        return tree.num_bytes
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms(tree).values())
 
 
 def num_values(tree: Mapping[str, Tensor]) -> int:
     """How many numbers the leaves hold."""
+    if isinstance(tree, Bundle):
+        return tree.num_values
     return sum(math.prod(shape) for _, shape in forms(tree).values())
 
 

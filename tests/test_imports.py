@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fedllm"
 # Lowest first. A new module is added here, in the lowest layer that it can live in.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
+        "places",
         "bundle",
         "tree",
         "rng",

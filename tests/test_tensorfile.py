@@ -113,6 +113,44 @@ def test_a_key_without_a_prefix_is_refused(key: str) -> None:
         tensorfile.read(file_of({"__metadata__": {"fedllm": "x"}, key: ENTRY}, bytes(8)))
 
 
+def test_metadata_may_stand_anywhere() -> None:
+    text, back = tensorfile.read(file_of({"p/w": ENTRY, "__metadata__": {"fedllm": "x"}}, bytes(8)))
+    assert text == "x" and list(back["p"]) == ["w"]
+    with pytest.raises(ValueError, match="no message of fedllm"):
+        tensorfile.read(file_of({"p/w": ENTRY}, bytes(8)))
+
+
+@pytest.mark.parametrize("between", ["", ",,", ";", ",0,", "}", ",}"])
+def test_what_stands_between_metadata_and_entries_is_json(between: str) -> None:
+    entries = json.dumps({"p/w": ENTRY})[1:]
+    for given_between in (",", between):
+        header = f'{{"__metadata__":{{"fedllm":"x"}}{given_between}{entries}'.encode()
+        content = struct.pack("<Q", len(header)) + header + bytes(8)
+        if given_between == ",":
+            assert tensorfile.read(content)[0] == "x"
+            continue
+        with pytest.raises(ValueError):
+            tensorfile.read(content)
+
+
+def test_of_a_header_that_came_before_values_and_text_are_its_own() -> None:
+    """Entries are worked out once for all messages of a form."""
+    for value in (1.0, 2.0):
+        for leaves in (2, 3):
+            held = {"p": {name: leaf + value for name, leaf in many(leaves=leaves).items()}}
+            text, back = tensorfile.read(tensorfile.written(held, f"{value} {leaves}"))
+            assert text == f"{value} {leaves}" and tree.equal(back["p"], held["p"])
+
+
+@pytest.mark.parametrize("letters", [3, tensorfile.REMEMBERED])
+def test_entries_of_a_long_header_are_not_kept(letters: int) -> None:
+    tensorfile._entries.cache_clear()
+    for _ in range(2):
+        _, back = tensorfile.read(tensorfile.written({"p": {"x" * letters: torch.ones(2)}}, ""))
+        assert list(back["p"]) == ["x" * letters]
+    assert tensorfile._entries.cache_info().hits == (letters < 100)
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_what_the_library_refuses_is_refused(data: st.DataObject) -> None:

@@ -533,6 +533,17 @@ def test_a_header_that_lies_is_refused(lie: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB: nothing huge was reserved
 
 
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_a_weight_that_is_no_number_is_not_taken_for_none(weight: float) -> None:
+    with pytest.raises(WireError, match="finite number"):
+        wire.unpack(wire.pack(Update({"delta": Part({"w": torch.ones(2)}, weight)})))
+
+
+def test_a_reason_may_name_bytes_that_are_no_text() -> None:
+    back = wire.unpack(wire.pack(Failure("a", 3, "no file na\udcefve.txt")))
+    assert back == Failure("a", 3, "no file na\\udcefve.txt")
+
+
 def test_a_long_block_is_only_a_claim() -> None:
     """Filling up one block of that length would take terabytes."""
     found = wire.unpack(doctored(UPDATE, at("parts", "low", "block", value=2**40)))

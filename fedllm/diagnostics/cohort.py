@@ -52,7 +52,9 @@ class Cohort:
         if part is None:
             return
         weight, client = part.weight or 1.0, str(request.ctx.client)
-        delta = _cut(tree.divide(part.tree, weight), request.params) | blocks.alone(reply, request.params, request.ctx)
+        delta = _cut(tree.divide(part.tree, weight), request.params)
+        if alone := blocks.alone(reply, request.params, request.ctx):
+            delta = delta | alone
         self.drift[client] = tree.norm(delta)
         if request.ctx.slot < min(self.settings.clients, MOST_VALUES // max(1, tree.num_values(delta))):
             self.seen.append(Seen(client, weight, {**self.constants, **request.params}, delta))

@@ -61,7 +61,7 @@ def gram(leaves: Sequence[Sequence[Tensor]]) -> Tensor:
     count = len(leaves[0])
     total = torch.zeros(count, count, dtype=torch.float64)
     for own in leaves:
-        flat = _alike(own).flatten(1)
+        flat = alike(own).flatten(1)
         total += flat @ flat.T
     return total
 
@@ -75,7 +75,7 @@ def cosines(products: Tensor) -> list[float]:
     return [float(value) for value in scaled[rows, columns].clamp(-1, 1)]
 
 
-def _alike(leaves: Sequence[Tensor]) -> Tensor:
+def alike(leaves: Sequence[Tensor]) -> Tensor:
     """(K, ...): the leaves in the shape of the largest."""
     if len({leaf.shape for leaf in leaves}) == 1:
         return torch.stack(list(leaves))

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fedllm import factors
 from fedllm.diagnostics import geometry
-from fedllm.factors import Pair
 from fedllm.tree import Tree
 
 
@@ -38,15 +37,6 @@ class Seen:
     def alike(self) -> bool:
         """True if the delta has the form of the parameters."""
         return all(name in self.start and self.start[name].shape == leaf.shape for name, leaf in self.delta.items())
-
-    def pair(self, layer: str) -> Pair:
-        """B and A after training, in float64; a factor that did not move is where it was."""
-        b, a = (self._after(f"{layer}.{name}") for name in (factors.B, factors.A))
-        return b, a
-
-    def _after(self, name: str) -> Tensor:
-        leaf = self.start[name].double()
-        return leaf + self.delta[name] if name in self.delta else leaf
 
 
 @dataclass(frozen=True)
@@ -70,16 +60,17 @@ def bias(seen: Sequence[Seen], after: Tree, most: int | None) -> Bias | None:
     found = layers(seen[0].start, seen[0].delta, most) if seen else []
     if not found or not all(one.alike for one in seen):
         return None
-    total = sum(one.weight for one in seen)
+    share = torch.tensor([one.weight for one in seen], dtype=torch.float64)
+    share = (share / share.sum())[:, None, None]
     norm = lost = mixed = 0.0
     for layer in found:
-        pairs = [(one.weight / total, one.pair(layer)) for one in seen]
-        mean = torch.cat([b for _, (b, _) in pairs], 1), torch.cat([p * a for p, (_, a) in pairs])
+        b, a = (trained(seen, f"{layer}.{name}") for name in (factors.B, factors.A))  # (K, out, rank), (K, rank, in)
+        mean = b.transpose(0, 1).flatten(1), (share * a).flatten(0, 1)  # (out, K rank), (K rank, in)
         square = geometry.inner(mean, mean)
-        b, a = factors.pair(after, layer)
+        came_to = factors.pair(after, layer)
         norm += square
-        lost += geometry.apart(square, mean, (b.double(), a.double()))
-        mixed += geometry.apart(square, mean, _means(pairs, len(a)))
+        lost += geometry.apart(square, mean, (came_to[0].double(), came_to[1].double()))
+        mixed += geometry.apart(square, mean, ((share * b).sum(0), (share * a).sum(0)))
     if not norm > 0:
         return Bias(0.0, None, None)
     return Bias(math.sqrt(norm), math.sqrt(lost / norm), math.sqrt(mixed / norm))
@@ -103,11 +94,9 @@ def layers(leaves: Mapping[str, Tensor], some: Collection[str], most: int | None
     return [found[place * len(found) // count] for place in range(count)]
 
 
-def _means(pairs: Sequence[tuple[float, Pair]], rank: int) -> Pair:
-    """The means of the factors, those of a smaller rank filled up with zeros."""
-    (_, (b, a)), most = pairs[0], max(rank, *(len(a) for _, (_, a) in pairs))
-    mean_b, mean_a = b.new_zeros(len(b), most), a.new_zeros(most, a.shape[1])
-    for p, (b, a) in pairs:
-        mean_b[:, : len(a)] += p * b
-        mean_a[: len(a)] += p * a
-    return mean_b, mean_a
+def trained(seen: Sequence[Seen], name: str) -> Tensor:
+    """(K, ...): a leaf after training in float64; where it did not move it is where it was. Smaller ranks are filled up
+    with zeros, which changes no product."""
+    starts = [one.start[name] for one in seen]
+    moved = [one.delta[name] if name in one.delta else torch.zeros_like(one.start[name]) for one in seen]
+    return geometry.alike(starts).double() + geometry.alike(moved)

@@ -28,9 +28,9 @@ class Objective:
     """A frozen dataclass of settings."""
 
     def pieces(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template
-    ) -> Sequence[Piece]:
-        """A record's text in pieces, and whether the tokens of each carry labels."""
+        self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
+    ) -> Sequence[Sequence[Piece]]:
+        """Each record's text in pieces, and whether the tokens of each carry labels."""
         raise NotImplementedError
 
     def encode(
@@ -41,7 +41,7 @@ class Objective:
         max_length: int,
     ) -> list[Example | None]:
         """Records to examples, in one call of the tokenizer; None where nothing of a record carries a label."""
-        return encoded([self.pieces(record, tokenizer, template) for record in records], tokenizer, max_length)
+        return encoded(self.pieces(list(records), tokenizer, template), tokenizer, max_length)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """(K,): one mean loss per client."""
@@ -53,10 +53,10 @@ class Sft(Objective):
     """Supervised fine-tuning: loss on response tokens only, the mean per example over its own tokens."""
 
     def pieces(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template
-    ) -> Sequence[Piece]:
+        self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
+    ) -> Sequence[Sequence[Piece]]:
         """Labels on the responses."""
-        return response_pieces(record, tokenizer, template)
+        return response_pieces(records, tokenizer, template)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over response tokens."""
@@ -68,10 +68,10 @@ class Lm(Objective):
     """Language modelling: loss on every token but the first, the mean per example over its own tokens."""
 
     def pieces(
-        self, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template
-    ) -> Sequence[Piece]:
+        self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
+    ) -> Sequence[Sequence[Piece]]:
         """Labels on all tokens."""
-        return text_pieces(record, tokenizer, template)
+        return text_pieces(records, tokenizer, template)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over tokens."""

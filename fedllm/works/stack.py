@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fedllm import tree
-from fedllm.bundle import Bundle, Place, copy_into, placed
+from fedllm.bundle import Bundle, copy_into
 from fedllm.heap import LARGEST
+from fedllm.places import Places, placed
 from fedllm.tree import Tree
 
-Shapes = dict[str, torch.Size]
+Shapes = Mapping[str, torch.Size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Layout:
 
     own: Sequence[Shapes]
     shapes: Shapes
-    places: Mapping[str, Place]
+    places: Places
     starts: Sequence[int]
     kind: tuple[torch.dtype, torch.device]
 
@@ -47,7 +48,7 @@ class Layout:
         dtypes = {tensor.dtype for tensor in tensors} or {torch.float32}
         kind = reduce(torch.promote_types, dtypes), (tensors or [torch.zeros(0)])[0].device
         if len(dtypes) == 1 and isinstance(first, Bundle) and all(first.alike(other) for other in trees):
-            shapes = {name: torch.Size(shape) for name, (_, shape, _, _) in first.layout.items()}
+            shapes = first.layout.shapes
             return Layout([shapes] * len(trees), shapes, first.layout, _edges(map(len, first.blocks)), kind)
         own = [{name: leaf.shape for name, leaf in params.items()} for params in trees]
         shapes = {name: torch.Size(map(max, zip(*(shapes[name] for shapes in own), strict=True))) for name in own[0]}

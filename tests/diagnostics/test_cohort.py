@@ -12,6 +12,7 @@ import torch
 from fedllm import factors, tree
 from fedllm.aggregate import Sum
 from fedllm.diagnostics import cohort as module
+from fedllm.diagnostics import products
 from fedllm.diagnostics.cohort import Cohort
 from fedllm.diagnostics.settings import Diagnostics
 from fedllm.events import Diagnosed
@@ -99,8 +100,11 @@ def test_factors_are_seen_through_the_shape_in_which_they_travel(
     for k, (seen, after) in enumerate(zip(round.cohort.seen, round.after, strict=True)):
         assert (seen.client, seen.weight) == (str(k), EXAMPLES[k])
         for layer in LAYERS:
-            for mine, theirs in zip(seen.pair(layer), factors.pair(after, layer), strict=True):
+            for name, theirs in zip((factors.B, factors.A), factors.pair(after, layer), strict=True):
+                (mine,) = products.trained([seen], f"{layer}.{name}")
+                (filled, *_) = products.trained(round.cohort.seen[k:] + round.cohort.seen[:k], f"{layer}.{name}")
                 assert mine.shape == theirs.shape and torch.allclose(mine, theirs.double(), atol=1e-6)
+                assert torch.equal(filled[tuple(map(slice, mine.shape))], mine) and filled.norm() == mine.norm()
         start = factors.sliced(round.server, ranks[k])
         assert found.clients[str(k)] == pytest.approx(tree.norm(tree.sub(after, start)), rel=1e-5)
     assert found.answered == 3 and found.drift == pytest.approx(sum(found.clients.values()) / 3, rel=1e-5)

@@ -14,7 +14,7 @@ from fedllm.batch import IGNORE, Example
 from fedllm.errors import DataError
 from fedllm.tasks.objectives import Lm, Sft
 from fedllm.tasks.template import Template, messages_of, prompt_text, response_text
-from fedllm.tasks.tiny import END, START, tiny_tokenizer
+from fedllm.tasks.tiny import CHAT_TEMPLATE, END, START, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LONG = 10_000
@@ -168,6 +168,24 @@ def test_records_that_are_encoded_together_are_as_alone() -> None:
         alone = encoded(record, "chat", 75)
         assert example is not None and torch.equal(example.tokens, alone.tokens) and example.cut == alone.cut
         assert torch.equal(example.targets, alone.targets)
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+def test_texts_and_chats_may_stand_in_one_file(template: Template) -> None:
+    records: list[Mapping[str, Any]] = [{"text": "one"}, TALK, {"text": "two"}, ASKED]
+    for record, example in zip(records, Lm().encode(records, TOKENIZER, template, LONG), strict=True):
+        alone = encode_text(record, TOKENIZER, template, LONG)
+        assert example is not None and alone is not None and torch.equal(example.tokens, alone.tokens)
+
+
+def test_of_several_chats_the_one_that_is_refused_is_named() -> None:
+    choosy = chat_of(
+        f"{{% if messages | length > 2 %}}{{{{ raise_exception('too long') }}}}{{% endif %}}{CHAT_TEMPLATE}"
+    )
+    records: list[Mapping[str, Any]] = [ASKED, TALK, ASKED]
+    assert all(Sft().encode(records[::2], choosy, "chat", LONG))
+    with pytest.raises(DataError, match=r"refuses the roles system, user, assistant, user \(too long"):
+        Sft().encode(records, choosy, "chat", LONG)
 
 
 def test_the_objectives_choose_the_labels() -> None:
