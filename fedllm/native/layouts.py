@@ -14,8 +14,8 @@ from threading import Lock
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fedllm.native import kernels
-from fedllm.native.kernels import Form, Matrix
+from fedllm.native import products
+from fedllm.native.products import Form, Matrix
 
 DIRECTIONS = (Form.PLAIN, Form.TURNED)
 COPIES = len(DIRECTIONS)
@@ -37,7 +37,7 @@ _layouts = _Layouts()
 def matrix(weight: Tensor, form: Form) -> Matrix:
     """What the kernel is given for a matrix: its layout, if such are kept and it is a frozen parameter, or itself."""
     plain = Matrix(weight, form)
-    return Matrix(weight, form, _kept(weight, form, lambda: kernels.laid_out(plain)))
+    return Matrix(weight, form, _kept(weight, form, lambda: products.laid_out(plain)))
 
 
 def mean(weight: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def mean(weight: Tensor) -> Tensor:
 
 def _mean(weight: Tensor) -> Tensor:
     rows = len(weight)
-    return kernels.product(weight.new_ones(1, rows), matrix(weight, Form.PLAIN))[0] / rows
+    return products.product(weight.new_ones(1, rows), matrix(weight, Form.PLAIN))[0] / rows
 
 
 def _kept(weight: Tensor, kind: Form | str, make: Callable[[], Tensor]) -> Tensor | None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedllm.native import kernels, layouts
-from fedllm.native.kernels import Form
+from fedllm.native import kernels, layouts, products
+from fedllm.native.products import Form
 from fedllm.tasks.quantized import Quantized
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _sloped(logits: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tens
     """
     losses, rest = kernels.cross_entropy_few_(logits, targets)
     plus = torch.outer(rest.to(logits.dtype), layouts.mean(head))
-    return losses, kernels.product(logits, layouts.matrix(head, Form.PLAIN), plus=plus, few=True)
+    return losses, products.product(logits, layouts.matrix(head, Form.PLAIN), plus=plus, few=True)
 
 
 def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: float | None, part_rows: int) -> Tensor:
@@ -134,7 +134,7 @@ def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: flo
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """(N, d) and (V, d) to (N, V); no gradient goes through it."""
     if _by_kernel(head, hidden):
-        return kernels.product(hidden, layouts.matrix(head, Form.TURNED))
+        return products.product(hidden, layouts.matrix(head, Form.TURNED))
     return hidden @ head.T if isinstance(head, Tensor) else head.forward(hidden)
 
 
@@ -142,7 +142,7 @@ def _times_head(slope: Tensor, head: Head) -> Tensor:
     """(N, V) times (V, d), in at least FEW rows: below, a CPU adds up the vocabulary in one running sum, whose rounding
     in float32 is 1e-4 of a gradient in place of 1e-5."""
     if _by_kernel(head, slope):
-        return kernels.product(slope, layouts.matrix(head, Form.PLAIN))
+        return products.product(slope, layouts.matrix(head, Form.PLAIN))
     rows = len(slope)
     padded = slope if rows >= FEW else torch.cat([slope, slope.new_zeros(FEW - rows, slope.shape[1])])
     return (padded @ head if isinstance(head, Tensor) else head.backward(padded))[:rows]

@@ -17,9 +17,9 @@ from fedllm.engines.batched import Batched
 from fedllm.engines.memory import layout_bytes
 from fedllm.engines.serial import Serial
 from fedllm.events import ClientFailed, EngineStarted, Event
-from fedllm.native import kernels
-from fedllm.native.kernels import Matrix
+from fedllm.native import products
 from fedllm.native.library import library
+from fedllm.native.products import Matrix
 from fedllm.stage import Stage
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
@@ -190,13 +190,13 @@ def test_frozen_weights_are_laid_out_where_memory_is_not_scarce(
     data: Path, monkeypatch: pytest.MonkeyPatch, engine: Batched, kept: bool
 ) -> None:
     """And change no bit."""
-    made, seen, lay_out = experiment(data, dtype="bfloat16"), list[Matrix](), kernels.laid_out
+    made, seen, lay_out = experiment(data, dtype="bfloat16"), list[Matrix](), products.laid_out
 
     def watched(matrix: Matrix) -> Tensor:
         seen.append(matrix)
         return lay_out(matrix)
 
-    monkeypatch.setattr(kernels, "laid_out", watched)
+    monkeypatch.setattr(products, "laid_out", watched)
     expected = sent(Serial(), made)
     assert not seen
     found = sent(engine, made)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from fedllm.batch import IGNORE, Batch, Example, collate
-from fedllm.native import kernels
+from fedllm.native import calls
 from fedllm.native.library import library
 from fedllm.rng import Key
 from fedllm.tasks.adapters.lora import Lora
@@ -108,8 +108,8 @@ def test_a_decoder_with_kernels(folder: Path, share: bool, monkeypatch: pytest.M
     batch = batch_of(((40, 33), (50,)), 12, share)
     assert bool(batch.shared) == share
     exact = computed(folder, "float64", batch_of(((40, 33), (50,)), 12, False))
-    called, call = set[str](), kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *rest: (called.add(name), call(name, *rest)))
+    called, function = set[str](), calls._function
+    monkeypatch.setattr(calls, "_function", lambda name: (called.add(name), function(name))[1])
     mine = computed(folder, "bfloat16", batch)
     slopes = {f"{name}_slope" for name in USED[folder.name] - {"cross_entropy", "product"}}
     assert called == USED[folder.name] | slopes
@@ -125,8 +125,8 @@ def test_a_decoder_with_kernels(folder: Path, share: bool, monkeypatch: pytest.M
 def test_a_quantised_decoder_has_the_same_kernels(
     folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called, call = set[str](), kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *rest: (called.add(name), call(name, *rest)))
+    called, function = set[str](), calls._function
+    monkeypatch.setattr(calls, "_function", lambda name: (called.add(name), function(name))[1])
     losses, *_ = computed(folder, "bfloat16", batch_of(((40, 33), (50,)), 0, False), "int8")
     assert called >= USED[folder.name] - {"product"} and torch.isfinite(losses).all()
 

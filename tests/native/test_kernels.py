@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.native import kernels
-from fedllm.native.kernels import Form, Matrix
+from fedllm.native import calls, kernels, products
 from fedllm.native.library import library
+from fedllm.native.products import Form, Matrix
 
 pytestmark = pytest.mark.skipif(library().handle is None, reason=library().about)
 needs_tiles = pytest.mark.skipif(not library().tiles, reason="the processor multiplies no numbers of 16 bits")
@@ -223,8 +223,8 @@ def test_low_rank_products(
     scale, found, dx = 1.5, y.clone(), drawn(sum(sizes), size_in, seed=4) if needs[2] else None
     with_product = None if frozen == "none" else (x, Matrix(weight, Form.TURNED), bias if frozen == "bias" else None)
     before = None if dx is None else dx.double()
-    z = kernels.low_rank_(found, u, (a, b), sizes, scale, with_product)
-    da, db = kernels.low_rank_slope(
+    z = products.low_rank_(found, u, (a, b), sizes, scale, with_product)
+    da, db = products.low_rank_slope(
         dy, (u, z, a, b), sizes, scale, needs[:2], dx, with_product and Matrix(weight, Form.PLAIN)
     )
     if with_product:
@@ -264,10 +264,10 @@ def test_low_rank_products_of_one_client_change_no_bit_of_another(value: float, 
         if spoilt:
             u[35:40], a[1], b[1], dy[35:40] = value, value, value, value
         dx = torch.zeros_like(u)
-        z = kernels.low_rank_(
+        z = products.low_rank_(
             y, u, (a, b), [35, 5, 40], 2.0, (u, Matrix(weight, Form.TURNED), None) if frozen else None
         )
-        da, db = kernels.low_rank_slope(
+        da, db = products.low_rank_slope(
             dy, (u, z, a, b), [35, 5, 40], 2.0, (True, True), dx, Matrix(weight, Form.PLAIN) if frozen else None
         )
         assert da is not None and db is not None
@@ -287,8 +287,8 @@ def test_a_client_has_the_bits_that_it_has_alone() -> None:
 
     def passed(u: Tensor, dy: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         y, dx = torch.empty_like(dy), torch.empty_like(u)
-        z = kernels.low_rank_(y, u, (a, b), sizes, 2.0, (u, Matrix(weight, Form.TURNED), bias))
-        kernels.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), dx, Matrix(weight, Form.PLAIN))
+        z = products.low_rank_(y, u, (a, b), sizes, 2.0, (u, Matrix(weight, Form.TURNED), bias))
+        products.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), dx, Matrix(weight, Form.PLAIN))
         return y, dx
 
     together = [part.split(sizes) for part in passed(u, dy, a, b, sizes)]
@@ -301,14 +301,14 @@ def test_a_client_has_the_bits_that_it_has_alone() -> None:
 def test_slopes_are_written_where_a_leaf_has_them_ready_and_only_once() -> None:
     sizes, size_in, size_out, rank = [35, 5], 40, 24, 5
     u, y, dy, a, b = low_rank_case(sizes, rank, size_in, size_out)
-    z = kernels.low_rank_(y, u, (a, b), sizes, 2.0)
-    expected = kernels.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), None)
+    z = products.low_rank_(y, u, (a, b), sizes, 2.0)
+    expected = products.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), None)
     buffer = torch.full((2, 400), math.nan)  # as the leaves of two clients lie side by side
     places = buffer.as_strided(a.shape, (400, size_in, 1), 0), buffer.as_strided(b.shape, (400, rank, 1), 256)
     leaves = tuple(leaf.clone().requires_grad_() for leaf in (a, b))
     for leaf, place in zip(leaves, places, strict=True):
         leaf.grad = place
-    found, again = (kernels.low_rank_slope(dy, (u, z, *leaves), sizes, 2.0, (True, True), None) for _ in range(2))
+    found, again = (products.low_rank_slope(dy, (u, z, *leaves), sizes, 2.0, (True, True), None) for _ in range(2))
     for place, first, second, true in zip(places, found, again, expected, strict=True):
         assert first is not None and second is not None and true is not None
         assert first.data_ptr() == place.data_ptr() != second.data_ptr()
@@ -329,6 +329,6 @@ def test_other_numbers_and_devices_are_left_to_torch() -> None:
 
 @needs_tiles
 def test_a_kernel_without_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_function", lambda name: lambda *arguments: 1)
+    monkeypatch.setattr(calls, "_function", lambda name: lambda *arguments: 1)
     with pytest.raises(MemoryError, match="cross_entropy"):
         kernels.cross_entropy_(torch.zeros(2, 3).bfloat16(), torch.zeros(2, dtype=torch.int64))

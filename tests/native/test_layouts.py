@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedllm.native import kernels, layouts
-from fedllm.native.kernels import Form, Matrix
+from fedllm.native import layouts, products
+from fedllm.native.calls import addend
 from fedllm.native.layouts import kept_layouts
 from fedllm.native.library import library
+from fedllm.native.products import Form, Matrix
 
 pytestmark = pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
 
@@ -38,14 +39,14 @@ def test_products(rows: int, k: int, n: int, form: Form, bias: bool, plus: bool)
     x, weight = drawn(rows, k, seed=0), frozen(*((k, n) if form is Form.PLAIN else (n, k)))
     more = drawn(n, seed=2) if bias else None, drawn(rows, n, seed=3) if plus else None
     matrix = Matrix(weight, form)
-    found = kernels.product(x, matrix, *more)
+    found = products.product(x, matrix, *more)
     w = weight.double() if form is Form.PLAIN else weight.double().T
     exact = x.double() @ w + sum(each.double() for each in more if each is not None)
     assert (found.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
-    laid_out = kernels.product(x, Matrix(weight, form, kernels.laid_out(matrix)), *more)
+    laid_out = products.product(x, Matrix(weight, form, products.laid_out(matrix)), *more)
     assert torch.equal(laid_out, found)
     parts = [p if p is None else p[-1:] for p in more[1:]]
-    alone = kernels.product(x[-1:], matrix, more[0], *parts)
+    alone = products.product(x[-1:], matrix, more[0], *parts)
     assert torch.equal(alone, found[-1:])
 
 
@@ -60,11 +61,11 @@ def test_zeros_that_are_left_out_change_no_bit(rows: int, k: int, n: int, form: 
     x, weight = drawn(rows, k, seed=0), frozen(*((k, n) if form is Form.PLAIN else (n, k)))
     x[torch.rand(rows, k, generator=torch.Generator().manual_seed(2)) >= share] = 0
     matrix, plus = Matrix(weight, form), drawn(rows, n, seed=3)
-    expected = kernels.product(x, matrix, plus=plus)
-    for each in (matrix, Matrix(weight, form, kernels.laid_out(matrix))):
-        assert torch.equal(kernels.product(x, each, plus=plus, few=True), expected)
+    expected = products.product(x, matrix, plus=plus)
+    for each in (matrix, Matrix(weight, form, products.laid_out(matrix))):
+        assert torch.equal(products.product(x, each, plus=plus, few=True), expected)
     x[0, k // 2] = torch.nan
-    found = kernels.product(x, matrix, plus=plus, few=True)
+    found = products.product(x, matrix, plus=plus, few=True)
     assert found[0].isnan().all() and torch.equal(found[1:], expected[1:])
 
 
@@ -85,7 +86,7 @@ def test_the_mean_of_a_head_is_made_once() -> None:
 def test_a_sum_is_written_elsewhere_than_what_it_is_added_to() -> None:
     y = drawn(3, 4, seed=0)
     with pytest.raises(AssertionError):
-        kernels._plus(y, y)
+        addend(y, y)
 
 
 def test_a_matrix_is_laid_out_once_while_a_block_is_open() -> None:
@@ -99,17 +100,17 @@ def test_a_matrix_is_laid_out_once_while_a_block_is_open() -> None:
         with kept_layouts():
             assert layouts.matrix(weight, Form.TURNED).layout is one.layout
         assert layouts.matrix(weight, Form.TURNED).layout is one.layout
-        assert torch.equal(kernels.product(x, one), kernels.product(x, Matrix(weight, Form.TURNED)))
+        assert torch.equal(products.product(x, one), products.product(x, Matrix(weight, Form.TURNED)))
     assert layouts.matrix(weight, Form.TURNED).layout is None
 
 
 def test_a_matrix_that_has_changed_is_laid_out_again() -> None:
     weight, x = frozen(12, 40), drawn(3, 40, seed=0)
     with kept_layouts():
-        before = kernels.product(x, layouts.matrix(weight, Form.TURNED))
+        before = products.product(x, layouts.matrix(weight, Form.TURNED))
         with torch.no_grad():
             weight.mul_(-1)
-        assert torch.equal(kernels.product(x, layouts.matrix(weight, Form.TURNED)), -before)
+        assert torch.equal(products.product(x, layouts.matrix(weight, Form.TURNED)), -before)
 
 
 def test_what_trains_or_passes_is_not_laid_out() -> None:

@@ -176,7 +176,7 @@ def test_the_last_layer_computes_what_has_a_label(share: bool, tmp_path: Path, m
         kernels, "gated", lambda gate, up, true=kernels.gated: (rows.append(len(gate)), true(gate, up))[1]
     )
     some = model.adapter.hidden(stack, batch)
-    monkeypatch.setattr(whole_layer, "_counted", lambda wanted, sizes: sizes)
+    monkeypatch.setattr(whole_layer, "counted", lambda wanted, sizes: sizes)
     monkeypatch.setattr(whole_layer.Plan, "few", lambda plan, x: x)
     monkeypatch.setattr(whole_layer.Plan, "all", lambda plan, few, rows: few)
     every = model.adapter.hidden(stack, batch)

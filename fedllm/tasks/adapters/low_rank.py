@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedllm.native import kernels, layouts
-from fedllm.native.kernels import Form
+from fedllm.native import kernels, layouts, products
+from fedllm.native.products import Form
 from fedllm.tasks.quantized import Quantized
 
 NARROW, FEW = 64, 6000  # clients x rank, tokens x rank
@@ -104,10 +104,10 @@ class _Kernel(torch.autograd.Function):
         if (frozen := layer.with_product) is not None:
             y = x.new_empty(len(x), b.shape[1])
             given = x, layouts.matrix(frozen.weight, Form.TURNED), frozen.bias
-            z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale, given)
+            z = products.low_rank_(y, u, (a, b), layer.sizes, layer.scale, given)
         else:
             y = layer.frozen.forward(x)
-            z = kernels.low_rank_(y, u, (a, b), layer.sizes, layer.scale)
+            z = products.low_rank_(y, u, (a, b), layer.sizes, layer.scale)
         ctx.save_for_backward(u, z, a, b)
         ctx.layer = layer
         return y
@@ -124,7 +124,7 @@ class _Kernel(torch.autograd.Function):
             dx = layer.frozen.backward(dy) if together is None else torch.empty_like(u)
         du = torch.zeros_like(u) if needs_dropped else dx
         saved, both = ctx.saved_tensors, (needs[0], needs[1])
-        da, db = kernels.low_rank_slope(dy, saved, layer.sizes, layer.scale, both, du, matrix)
+        da, db = products.low_rank_slope(dy, saved, layer.sizes, layer.scale, both, du, matrix)
         return dx, du if needs_dropped else None, da, db, None
 
 
