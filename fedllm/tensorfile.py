@@ -39,14 +39,16 @@ PLACES = {dtype: place for place, dtype in enumerate(TYPES)}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 METADATA = "__metadata__"
 OPENING = f'{{"{METADATA}":'
-REMEMBERED = 1 << 17  # letters of a header whose entries are kept: it comes from elsewhere
+REMEMBERED = 1 << 17  # letters of a header whose entries are kept: names come from elsewhere, too
 
 Entry = tuple[str, str, Shape, torch.dtype, int, int]  # prefix, name, and where its bytes begin and end
 
 
 def written(trees: Mapping[str, Tree], text: str) -> bytes:
     """The file of some trees by their prefixes, and of a text; byte for byte as safetensors writes it."""
-    order, entries = _listed(tuple((prefix, tuple(forms(tree).items())) for prefix, tree in trees.items()))
+    letters = sum(len(name) for tree in trees.values() for name in tree)
+    listed = _listed if letters <= REMEMBERED else _listed.__wrapped__
+    order, entries = listed(tuple((prefix, tuple(forms(tree).items())) for prefix, tree in trees.items()))
     memory = [leaf for tree in trees.values() for leaf in in_bytes(tree)]
     metadata = json.dumps({"fedllm": text}, separators=(",", ":"), ensure_ascii=False)
     head = f"{OPENING}{metadata}{entries}}}".encode()
