@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -467,6 +468,12 @@ def test_settings_are_plain_values_and_the_adapter_is_hashable() -> None:
     assert hash(task(one)) == hash(task(same))
     with pytest.raises(ConfigError, match="must be plain JSON values"):
         Peft("ia3", {"a": object()})
+
+
+def test_peft_and_transformers_do_not_warn_users_of_each_other() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        load(task(Peft("ia3"))).fresh(Key(0))
 
 
 def test_peft_is_imported_only_when_it_is_used() -> None:

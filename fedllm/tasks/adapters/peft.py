@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -102,7 +103,8 @@ class Wrapped:
         inner = copy.deepcopy(base.model, {id(leaf): leaf for leaf in weights} if share else {})
         own, head = {id(module) for module in inner.modules()}, inner.get_output_embeddings()
         try:
-            with _seeded(seed):
+            with _seeded(seed), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
                 model = get_peft_model(inner, copy.deepcopy(config))
         except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
             raise ConfigError(f"task.adapter.peft: {settings.type} on {base.name}: {_first_line(error)}") from error
