@@ -28,8 +28,8 @@ _UNMADE: Any = object()
 class Bundle(Leaves):
     """A tree whose leaves are views of `blocks` (1-d; the leaves of a block share dtype and device).
 
-    A view is made when it is first asked for: most trees are passed on, or computed with, block by block. It cannot be
-    given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
+    Zeros lie between them. A view is made when it is first asked for: most trees are passed on, or computed with, block
+    by block. It cannot be given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
     """
 
     def __init__(self, blocks: Sequence[Tensor], layout: Places) -> None:
@@ -96,16 +96,6 @@ class Bundle(Leaves):
     def forms(self) -> Mapping[str, Form]:
         """Of each leaf its type and shape."""
         return self.layout.forms(tuple(block.dtype for block in self.blocks))
-
-    @property
-    def num_values(self) -> int:
-        """How many numbers the leaves hold."""
-        return sum(self.layout.counts)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the leaves' values."""
-        return sum(count * block.dtype.itemsize for count, block in zip(self.layout.counts, self.blocks, strict=True))
 
     def stacked(self) -> Bundle:
         """A copy whose leaves are (1, ...)."""
@@ -193,7 +183,8 @@ def _tensor(shape: Shape, dtype: torch.dtype, data: memoryview) -> Tensor:
 def elementwise(function: Callable[..., Tensor], tree: Mapping[str, Tensor], *others: Mapping[str, Tensor]) -> Leaves:
     """function(leaf, leaf of each other tree, ...) for each leaf of `tree`; one call a block where all are alike.
 
-    What it makes of a value must not depend on the values beside it, nor on their number, to the last bit.
+    What it makes of a value must not depend on the values beside it, nor on their number, to the last bit; and it makes
+    zeros of zeros.
     """
     if isinstance(tree, Bundle) and all(tree.alike(other) for other in others):
         columns = zip(tree.blocks, *(other.blocks for other in others if isinstance(other, Bundle)), strict=True)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+if TYPE_CHECKING:
+    from functools import _lru_cache_wrapper as Cached
+
 ALIGNMENT = 64  # bytes, as torch's own: products may differ in their last bits where memory is aligned otherwise
-REMEMBERED = 1 << 18  # letters of the names of a tree whose places are kept: names come from elsewhere, too
+REMEMBERED = 1 << 17  # letters of the names of a tree whose places are kept: names come from elsewhere, too
 BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which costs more than the calls
 
 Shape = tuple[int, ...]
 Place = tuple[int, Shape, Shape, int]  # block, shape, strides, offset in the block
 Kind = tuple[torch.dtype, torch.device]
 Form = tuple[torch.dtype, torch.Size]
+Found = TypeVar("Found")
 
 
 class Places(dict[str, Place]):
@@ -25,12 +30,6 @@ class Places(dict[str, Place]):
     def shapes(self) -> Mapping[str, torch.Size]:
         """Of each leaf."""
         return {name: torch.Size(shape) for name, (_, shape, _, _) in self.items()}
-
-    @cached_property
-    def counts(self) -> Sequence[int]:
-        """Values of the leaves of each block, without the zeros between them."""
-        blocks = range(1 + max((n for n, _, _, _ in self.values()), default=-1))
-        return [sum(math.prod(shape) for own, shape, _, _ in self.values() if own == n) for n in blocks]
 
     @cached_property
     def stacked(self) -> Places:
@@ -69,8 +68,12 @@ class Places(dict[str, Place]):
 
 def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Places, Sequence[Kind], Sequence[int]]:
     """The place of each leaf, and of each block its kind and its size in values."""
-    made = _placed if sum(map(len, leaves)) <= REMEMBERED else _placed.__wrapped__
-    return made(tuple(leaves.items()), BLOCK_BYTES)
+    return remembered(_placed, sum(map(len, leaves)))(tuple(leaves.items()), BLOCK_BYTES)
+
+
+def remembered(function: Cached[Found], letters: int) -> Callable[..., Found]:
+    """A function that keeps what it found, for arguments of so many letters; for long ones without keeping it."""
+    return function if letters <= REMEMBERED else function.__wrapped__
 
 
 @lru_cache(maxsize=64)  # a round's trees have few forms

@@ -19,7 +19,7 @@ import torch
 
 from fedllm.bundle import forms, in_bytes, of_bytes
 from fedllm.errors import WireError
-from fedllm.places import Form, Shape
+from fedllm.places import Form, Shape, remembered
 from fedllm.tree import Tree
 
 # In the order in which a file holds them.
@@ -39,7 +39,6 @@ PLACES = {dtype: place for place, dtype in enumerate(TYPES)}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 METADATA = "__metadata__"
 OPENING = f'{{"{METADATA}":'
-REMEMBERED = 1 << 17  # letters of a header whose entries are kept: names come from elsewhere, too
 
 Entry = tuple[str, str, Shape, torch.dtype, int, int]  # prefix, name, and where its bytes begin and end
 
@@ -47,8 +46,8 @@ Entry = tuple[str, str, Shape, torch.dtype, int, int]  # prefix, name, and where
 def written(trees: Mapping[str, Tree], text: str) -> bytes:
     """The file of some trees by their prefixes, and of a text; byte for byte as safetensors writes it."""
     letters = sum(len(name) for tree in trees.values() for name in tree)
-    listed = _listed if letters <= REMEMBERED else _listed.__wrapped__
-    order, entries = listed(tuple((prefix, tuple(forms(tree).items())) for prefix, tree in trees.items()))
+    known = tuple((prefix, tuple(forms(tree).items())) for prefix, tree in trees.items())
+    order, entries = remembered(_listed, letters)(known)
     memory = [leaf for tree in trees.values() for leaf in in_bytes(tree)]
     metadata = json.dumps({"fedllm": text}, separators=(",", ":"), ensure_ascii=False)
     head = f"{OPENING}{metadata}{entries}}}".encode()
@@ -65,7 +64,7 @@ def read(data: bytes) -> tuple[str, defaultdict[str, Tree]]:
     """
     first = 8 + int.from_bytes(data[:8], "little")
     metadata, rest = _parted(str(data[8:first], "utf-8"))
-    entries, size = (_entries if len(rest) <= REMEMBERED else _entries.__wrapped__)(rest)
+    entries, size = remembered(_entries, len(rest))(rest)
     if first + size != len(data):
         raise WireError("a message could not be read: it is cut off, or something stands behind it")
     if not isinstance(metadata.get("fedllm"), str):

@@ -107,15 +107,11 @@ def equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
 
 def num_bytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes of the leaves' values, without names or headers."""
-    if isinstance(tree, Bundle):
-        return tree.num_bytes
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms(tree).values())
 
 
 def num_values(tree: Mapping[str, Tensor]) -> int:
     """How many numbers the leaves hold."""
-    if isinstance(tree, Bundle):
-        return tree.num_values
     return sum(math.prod(shape) for _, shape in forms(tree).values())
 
 

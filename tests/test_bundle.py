@@ -88,6 +88,9 @@ def test_every_function_gives_the_bits_of_leaf_by_leaf(name: str, trees: tuple[T
             assert {n: leaf.shape for n, leaf in found.items()} == {n: leaf.shape for n, leaf in expected.items()}
             assert tree.digest(found) == tree.digest(expected)
             assert (tree.digest(one), tree.digest(other)) == before
+            if isinstance(found, Bundle):  # zeros lie between its leaves
+                sums = (sum(int(part.count_nonzero()) for part in parts) for parts in (found.blocks, found.values()))
+                assert len(set(sums)) == 1
 
 
 @given(pairs(), st.sampled_from([0.3, -2.5]))

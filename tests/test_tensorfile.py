@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedllm import tensorfile, tree
+from fedllm import places, tensorfile, tree
 from fedllm.bundle import ALIGNMENT, Bundle, bundled
 from fedllm.tree import Tree
 from tests.test_wire import trees
@@ -142,7 +142,7 @@ def test_of_a_header_that_came_before_values_and_text_are_its_own() -> None:
             assert text == f"{value} {leaves}" and tree.equal(back["p"], held["p"])
 
 
-@pytest.mark.parametrize("letters", [3, tensorfile.REMEMBERED])
+@pytest.mark.parametrize("letters", [3, places.REMEMBERED])
 def test_entries_of_a_long_header_are_not_kept(letters: int) -> None:
     tensorfile._entries.cache_clear()
     for _ in range(2):

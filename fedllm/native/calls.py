@@ -52,6 +52,6 @@ def _function(name: str) -> Any:
 
 
 def addend(plus: Tensor | None, y: Tensor) -> Tensor | None:
-    """What is addend to y, which it is none of."""
+    """What is added to y, which it is none of."""
     assert plus is None or (plus.shape == y.shape and plus.data_ptr() != y.data_ptr())
     return plus if plus is None else plus.contiguous()
