@@ -9,6 +9,7 @@ secrecy     the server is shown sums, and no sum from which one client's update 
 shapes      what changes the shape or the basis of an update goes with what rests on it: see `check_shapes`
 bandwidth   what fits an update to its client's bandwidth stands last, and is there if a client has one
 optimisers  control terms go with the local rule that they are derived for
+controls    control terms are computed from the update as the local steps made it: see `check_controls`
 quantised   matrices that are kept in few bits stay as they are
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from fedllm.check_controls import check_controls
 from fedllm.check_shapes import check_shapes
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
@@ -44,6 +46,7 @@ def check(experiment: Experiment) -> None:
     _integers(experiment)
     _secrecy(experiment)
     check_shapes(experiment)
+    check_controls(stages)
     _capped(stages)
     _optimizers(experiment)
     _quantised(experiment)
@@ -152,6 +155,8 @@ def _weigher(stages: Sequence[Stage]) -> Stage:
 
 def _weights(stages: Sequence[Stage], weigher: Stage) -> None:
     own = next((stage for stage in stages if stage.own_weights), None)
+    if weigher.fixed_denominator:
+        _over_the_drawn(stages, weigher)
     for stage in stages:
         if own is not None and (stage.needs_equal or _bounds(stage)):
             raise CheckError(
@@ -174,6 +179,23 @@ def _weights(stages: Sequence[Stage], weigher: Stage) -> None:
             raise CheckError(
                 f"stages: {_name(stage)} bounds what one client can change, but {_name(weigher)} divides by a number "
                 "that depends on who answered; set its denominator: cohort"
+            )
+
+
+def _over_the_drawn(stages: Sequence[Stage], weigher: Stage) -> None:
+    """What a denominator that counts lost clients does not go with."""
+    for stage in stages:
+        if stage.own_weights:
+            raise CheckError(
+                f"stages: {_name(weigher)} divides by the number of clients that were drawn, but {_name(stage)} gives "
+                "each client a weight of its own, and nobody knows that of a lost client; set the denominator of "
+                f"{_name(weigher)} to answered"
+            )
+        if stage.over_answered:
+            raise CheckError(
+                f"stages: {_name(weigher)} divides by the number of clients that were drawn, but {_name(stage)} with "
+                "mean: contributors divides by the weights of those who answered; set the denominator of "
+                f"{_name(weigher)} to answered, or leave out mean: contributors"
             )
 
 

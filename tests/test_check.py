@@ -22,6 +22,7 @@ from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
@@ -336,6 +337,26 @@ RULES = {
         of(Prox(), Away(), TopK(0.5), Uniform()),
         r"top_k stands behind away, which takes lora_A and lora_B out of the delta \(into 'rows'\), so that it would",
         of(Prox(), TopK(0.5), Away(), Uniform()),
+    ),
+    "a clip before a control": (
+        of(EarlyClip(), Scaffold(), Uniform()),
+        "early_clip changes the update before scaffold compares it with the local steps, .*; put early_clip behind",
+        of(Scaffold(), EarlyClip(), Uniform()),
+    ),
+    "a clip behind FedDyn": (
+        of(Dyn(), COHORT, Clip()),
+        "control term of dyn is the sum of its clients' only if .*, but clip behind it changes the update",
+        of(Dyn(), COHORT, Flip()),
+    ),
+    "momentum of products": (
+        of(LoraProduct("product"), Momentum(), Uniform()),
+        "momentum works on how far clients have moved, but lora_product with form: product .*; set .* to form: update",
+        of(LoraProduct(), Momentum(), Uniform()),
+    ),
+    "a clip of products": (
+        of(LoraProduct("product"), EarlyClip(), Uniform()),
+        "early_clip works on how far clients have moved, but lora_product",
+        of(LoraProduct("product"), Uniform()),
     ),
     "SCAFFOLD and AdamW": (
         of(Scaffold(), Uniform(), work=Sgd(optimizer="adamw", steps=1)),
