@@ -338,11 +338,6 @@ RULES = {
         r"top_k stands behind away, which takes lora_A and lora_B out of the delta \(into 'rows'\), so that it would",
         of(Prox(), TopK(0.5), Away(), Uniform()),
     ),
-    "a clip before a control": (
-        of(EarlyClip(), Scaffold(), Uniform()),
-        "early_clip changes the update before scaffold compares it with the local steps, .*; put early_clip behind",
-        of(Scaffold(), EarlyClip(), Uniform()),
-    ),
     "a clip behind FedDyn": (
         of(Dyn(), COHORT, Clip()),
         "control term of dyn is the sum of its clients' only if .*, but clip behind it changes the update",
