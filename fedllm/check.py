@@ -27,6 +27,7 @@ from fedllm.stage import Bracket, Norm, Stage
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.update import Profile
 
+NO_SECRECY = "no aggregator that comes with fedllm hides them, so set demands.secrecy to false"
 OWN_PARTS = frozenset({"delta", "metrics", "counts"})  # what the loop itself takes
 
 
@@ -53,14 +54,20 @@ def check(experiment: Experiment) -> None:
 
 
 def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
-    """Refuse clients whose devices the experiment does not suit.
+    """Refuse clients that are too few for the experiment, or whose devices it does not suit.
 
     Args:
-        profiles: by client, as `Federation.profile` gives them.
+        profiles: of all clients, as `Federation.profile` gives them.
 
     Raises:
         CheckError: names the client, what its profile says, and what it does not go with.
     """
+    quorum, most = experiment.limits.quorum, experiment.federation.largest_cohort(len(profiles))
+    if quorum > max(most, 1):
+        raise CheckError(
+            f"limits.quorum is {quorum}, but a round asks {most} of {len(profiles)} clients at most, so that every "
+            f"round would be empty; set limits.quorum to {most} or less"
+        )
     check_ranks(experiment, profiles)
     client, bandwidth = next(((c, p.bandwidth) for c, p in profiles.items() if p.bandwidth is not None), ("", None))
     if bandwidth is None:
@@ -271,11 +278,10 @@ def _secrecy(experiment: Experiment) -> None:
         return
     name = _name(experiment.aggregator)
     if experiment.aggregator.sees == "each":
-        raise CheckError(f"demands.secrecy: aggregator {name} works on each client's update; choose one that sees sums")
+        raise CheckError(f"demands.secrecy: aggregator {name} works on each client's update; {NO_SECRECY}")
     if not experiment.aggregator.secret:
         raise CheckError(
-            f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one; choose one that "
-            "hides them, or set demands.secrecy to false"
+            f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one; {NO_SECRECY}"
         )
     for stage in experiment.trip:
         if stage.shows_each:

@@ -190,7 +190,7 @@ def require_finite(where: str, *leaves: Tensor) -> None:
         RunError: a value is not finite.
     """
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-        raise RunError(f"{where}: the sum of the clients' products holds values that are not finite; lower work.lr")
+        raise RunError(f"{where}: the sum of the clients' products holds values that are not finite; lower work.sgd.lr")
 
 
 def _first(name: str, leaf: Tensor, rank: int) -> tuple[slice, ...]:

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 from fedllm import loop, tree
+from fedllm.advice import advice
 from fedllm.aggregate import Call
 from fedllm.best import best_of
 from fedllm.compare import Comparison
@@ -78,7 +79,8 @@ class Session:
             )
         )
         self.log(self.population.report)
-        for text in _warnings(self.population.report, self.experiment.work.max_length):
+        warnings = _warnings(self.population.report, self.experiment.work.max_length)
+        for text in [*warnings, *advice(self.experiment, self.population)]:
             self.log(Warned(text))
         self._complete(self.state, [self.comparison.base()] if self._has_heldout() else [], save=True)
 

@@ -11,9 +11,10 @@ import pytest
 from fedllm import tree
 from fedllm.aggregate import Aggregator
 from fedllm.catalog import NOUNS
-from fedllm.check import _name, check, check_ranks
+from fedllm.check import _name, check, check_profiles, check_ranks
 from fedllm.errors import CheckError
-from fedllm.experiment import Demands, Experiment
+from fedllm.experiment import Demands, Experiment, Limits
+from fedllm.federations.sampling import All, PoissonSampling, UniformSampling
 from fedllm.federations.shards import Shards
 from fedllm.packing import DENSE
 from fedllm.stage import Bracket, Norm, Stage
@@ -458,3 +459,22 @@ def test_of_720_orders_those_that_pass_are_one_method_and_most_others_run_and_di
     assert all(
         any(a.bracket > b.bracket for a, b in pairwise(order)) or order[0] is not keep for order in wrong
     )  # what differs is refused for its order alone
+
+
+@pytest.mark.parametrize(
+    ("sampling", "most"), [(All(), 4), (UniformSampling(cohort=3), 3), (PoissonSampling(rate=0.1), 4)]
+)
+def test_a_quorum_is_at_most_what_a_round_asks(sampling, most):
+    def made(quorum: int) -> Experiment:
+        return experiment(Uniform(), federation=Shards("quickstart", sampling=sampling), limits=Limits(quorum=quorum))
+
+    profiles = dict.fromkeys("abcd", Profile())
+    check_profiles(made(most), profiles)
+    with pytest.raises(CheckError, match=f"limits.quorum is {most + 1}, but a round asks {most} of 4 clients at most"):
+        check_profiles(made(most + 1), profiles)
+
+
+def test_the_smallest_quorum_suits_a_round_that_asks_nobody():
+    check_profiles(
+        experiment(Uniform(), federation=Shards("quickstart", sampling=PoissonSampling(0.0))), {"a": PLAIN_RANK}
+    )

@@ -73,7 +73,7 @@ class LoraFair(Stage):
         for layer, weighed in rows.tree.items():
             old_b, old_a = factors.pair(params, layer)
             if not bool(torch.isfinite(weighed).all() and torch.isfinite(columns[layer]).all()):
-                raise RunError(f"round {ctx.round}, {layer}: the clients' factors are not finite; lower work.lr")
+                raise RunError(f"round {ctx.round}, {layer}: the clients' factors are not finite; lower work.sgd.lr")
             all_a, all_b = blocks.with_lost(weighed.double(), columns[layer].double(), (old_b, old_a), part.answered)
             new_b, new_a = corrected(all_b.T, all_a, blocks.with_rest(shares, part.answered), self.penalty)
             step |= factors.named(layer, new_b.to(old_b) - old_b, new_a.to(old_a) - old_a)

@@ -303,7 +303,7 @@ def test_a_loss_that_is_no_number_costs_one_client_one_round(data: Path, tmp_pat
     log = events(tmp_path / "run")
     (failed,) = (event for event in log if isinstance(event, ClientFailed))
     assert (failed.client, failed.round) == ("ben", 1)
-    assert "at step 1 its loss is nan" in failed.reason and "lower work.lr" in failed.reason
+    assert "at step 1 its loss is nan" in failed.reason and "lower work.sgd.lr" in failed.reason
     assert [event.clients for event in log if isinstance(event, RoundFinished)] == [3, 2, 3]
     assert finite(result.params)
     (line,) = (line for line in screen.getvalue().splitlines() if "lost" in line)
