@@ -30,6 +30,7 @@ class Observer:
     constants: Tree
     scale: float
     smallest: int | None
+    fixed: bool
 
     @staticmethod
     def of(experiment: Experiment, model: LoadedModel, clients: Sequence[str]) -> Observer | None:
@@ -47,11 +48,14 @@ class Observer:
             constants=tree.to(model.bound(experiment.key).constants, "cpu"),
             scale=scale,
             smallest=min((own for own in ranks if own is not None and rank is not None and own < rank), default=None),
+            fixed=any(stage.fixed_denominator for stage in experiment.trip),
         )
 
     def cohort(self) -> Cohort | None:
         """What will see the next round's updates."""
-        return Cohort(self.settings, self.constants, self.scale, self.smallest) if self.shown else None
+        if not self.shown:
+            return None
+        return Cohort(self.settings, self.constants, self.scale, self.smallest, self.fixed)
 
     def closed(self, cohort: Cohort | None, params: Tree, finished: RoundFinished) -> list[Event]:
         """The events of a round's end: its figures, unless it was empty, `finished` itself, and the alarms that begin.

@@ -49,7 +49,8 @@ def refused(capsys: Any, *words: str | Path) -> str:
 
 SETTINGS = [
     ("roundz=3", ["roundz", "did you mean 'rounds'"]),
-    ("work.sgd.learning_rate=3", ["work.sgd.learning_rate"]),
+    ("work.sgd.learning_rate=3", ["work.sgd.learning_rate", "did you mean 'lr'"]),
+    ("limits.quorum=4", ["limits.quorum is 4", "a round asks 3 of 3 clients"]),
     ("work.sgd.step=3", ["work.sgd.step", "did you mean 'steps'"]),
     ("task.adapter.lora.rnk=3", ["task.adapter.lora.rnk", "did you mean 'rank'"]),
     ("stages=[by_example]", ["unknown stage 'by_example'", "did you mean 'by_examples'"]),
