@@ -93,7 +93,7 @@ def test_many_clients_have_no_lines_of_their_own(events: MakeEvents) -> None:
 def test_numbers_are_those_of_the_events(events: MakeEvents) -> None:
     told = diagnosed.numbers(story(events(rounds=2)))
     assert "<caption>What the updates of run showed, round by round</caption>" in told
-    assert '<td class="number">0.1000</td><td class="number">0.2000</td>' in told  # bias, bias of means
+    assert 'data-column="bias">0.1000</td>' in told and 'data-column="bias of means">0.2000</td>' in told
 
 
 @pytest.mark.parametrize(
