@@ -119,14 +119,14 @@ def _bias(stories: Sequence[Story]) -> list[Figure]:
     if len(stories) == 1:
         traces += _curve(stories[0], "bias_of_means", SHADE["base"], name="mean of the factors", dash=DASHES[1])
     note = "What the aggregation loses of the mean of the clients' products B A, relative to it."
-    return [over_rounds("Aggregation bias", note, traces, from_zero=True, legend=len(stories) > 1)] if traces else []
+    return [over_rounds("Aggregation bias", note, traces, from_zero=True, legend=True)] if traces else []
 
 
 def _cosines(stories: Sequence[Story]) -> list[Figure]:
     """The newest matrix of each run."""
     found: list[Figure] = []
     for story in stories:
-        event = next((event for event in reversed(story.of(Diagnosed)) if event.cosines), None)
+        event = next((event for event in reversed(story.of(Diagnosed)) if any(map(finite, event.cosines))), None)
         if event is None:
             continue
         names = list(event.clients)

@@ -87,9 +87,9 @@ def _curves(stories: Sequence[Story], metric: str, groups: Sequence[str]) -> lis
     if len(stories) > 1:
         curves = [(story.label, story.curve(metric), colour(place)) for place, story in enumerate(stories)]
     else:
-        shown = [f"{metric}/{group}" for group in groups] if len(groups) <= FEW else []
-        curves = [(metric if shown else "federated", stories[0].curve(metric), SHADE["federated"])]
-        curves += [(name, stories[0].curve(name), colour(place + 4)) for place, name in enumerate(shown)]
+        shown = groups if len(groups) <= FEW else []
+        curves = [("federated", stories[0].curve(metric), SHADE["federated"])]
+        curves += [(name, stories[0].curve(f"{metric}/{name}"), colour(place + 4)) for place, name in enumerate(shown)]
     return [line(title, dict(points), shade=shade) for title, points, shade in curves if points]
 
 
@@ -97,9 +97,9 @@ def _levels(stories: Sequence[Story], metric: str) -> list[Trace]:
     """One run: of all that it is compared with. Several: of the base models, one line where they score the same."""
     if len(stories) == 1:
         return [
-            level(COMPARED[which], event.metrics[metric], shade=SHADE[which])
+            level(COMPARED[which], value, shade=SHADE[which])
             for which, event in stories[0].evaluations.items()
-            if which != "federated" and finite(event.metrics.get(metric))
+            if which != "federated" and finite(value := event.metrics.get(metric))
         ]
     bases = [(place, story.label, story.evaluations.get("base")) for place, story in enumerate(stories)]
     found = [(place, label, event.metrics.get(metric)) for place, label, event in bases if event]

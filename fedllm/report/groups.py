@@ -9,7 +9,7 @@ from fedllm.report.plot import SHADE, Figure, bars, by_rows, colour
 from fedllm.report.quantity import finite, labelled
 from fedllm.report.story import COMPARED, Story, client_scores
 
-Scores = Mapping[str, float]
+Scores = Mapping[str, float | None]
 
 
 def by_group(stories: Sequence[Story]) -> list[Figure]:
@@ -17,7 +17,7 @@ def by_group(stories: Sequence[Story]) -> list[Figure]:
     return [
         figure
         for metric, groups in families(stories).items()
-        if groups
+        if len(groups) > 1
         for figure in _group_bars(stories, metric, groups)
     ]
 

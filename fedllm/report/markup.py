@@ -53,7 +53,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, f
                 el("td.number" if big else "td", cell, attrs={"data-column": title} if wide else None)
                 for big, title, cell in zip(numeric[1:], head[1:], others, strict=True)
             ]
-            body.append(el("tr", *([] if place else [el("th", first, attrs=scope)]), *cells))
+            named = {**scope, "data-column": head[0]} if wide else scope
+            body.append(el("tr", *([] if place else [el("th", first, attrs=named)]), *cells))
     whole = el(
         "table.wide" if wide else "table", el("caption", caption), el("thead", el("tr", *top)), el("tbody", *body)
     )

@@ -165,7 +165,8 @@ def over_rounds(
     positive = all(y >= 0 for trace in drawn for y in trace["y"])
     mode = "tozero" if from_zero else "nonnegative" if positive else "normal"
     upright = {"title": {"text": plain(unit)}, "rangemode": mode}
-    return Figure(title, note, drawn, _layout(across, upright, height=320, legend=legend or len(drawn) > 1))
+    height = 320 + 12 * max(0, len(drawn) - 5)  # a narrow screen's legend has a row for two names or for one
+    return Figure(title, note, drawn, _layout(across, upright, height=height, legend=legend or len(drawn) > 1))
 
 
 def _span(traces: Sequence[Trace]) -> tuple[float, float]:
@@ -206,7 +207,15 @@ def by_rows(
 
 def _layout(across: Mapping[str, Any], upright: Mapping[str, Any], *, height: int, legend: bool) -> dict[str, Any]:
     """Transparent, without gestures that would fight with scrolling; the page's style sheet sets inks and grids."""
-    axis = {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#888", "ticklabelstandoff": 6}
+    axis = {
+        "fixedrange": True,
+        "automargin": True,
+        "zeroline": False,
+        "gridcolor": "#888",
+        "ticklabelstandoff": 6,
+        "exponentformat": "power",
+        "minexponent": 5,
+    }
     return {
         "height": height,
         "margin": {"l": 48, "r": 12, "t": 12, "b": 44},

@@ -64,14 +64,14 @@ footer { color: var(--soft); font-size: 0.82rem; padding-top: 36px; padding-bott
 @media (max-width: 600px) { body { font-size: 16px; } main, header, footer, noscript > p {
     padding-left: 16px; padding-right: 16px; }
   header { padding-top: 28px; } h1 { font-size: 1.6rem; }
-  th, td { padding-right: 14px; overflow-wrap: anywhere; } thead th { white-space: normal; }
+  th, td { padding-right: 14px; min-width: 4.5em; overflow-wrap: anywhere; } thead th { white-space: normal; }
   tbody th { min-width: 7em; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
   .wide, .wide caption, .wide tbody, .wide tr, .wide th, .wide td { display: block; }
   .wide thead { display: none; }
   .wide tr { padding: 6px 0; border-top: 1px solid var(--rule); }
   .wide tr > * { border: 0 !important; padding: 2px 0; }
   .wide td { display: flex; justify-content: space-between; gap: 16px; text-align: right; }
-  .wide td::before { content: attr(data-column); color: var(--soft); text-align: left; } }
+  .wide td::before, .wide th::before { content: attr(data-column) " "; color: var(--soft); text-align: left; } }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }
 """
 

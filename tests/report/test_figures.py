@@ -70,7 +70,8 @@ def test_metric_families_of_one_run_and_of_two(events: MakeEvents) -> None:
     nll, match = figures.metrics([one])
     assert (nll.title, names(nll)) == ("nll, per token", ["federated", "base", "local-only", "centralised"])
     assert trace(nll, "federated")["x"] == [5, 10]
-    assert names(match)[:3] == ["exact_match", "exact_match/private", "exact_match/public"]
+    assert names(match)[:3] == ["federated", "private", "public"]
+    assert trace(match, "private")["y"] == list(one.curve("exact_match/private").values())
     both = figures.metrics([one, replace(one, label="other")])
     assert [figure.title for figure in both] == ["nll, per token", "exact_match, per record"]
     assert [names(figure) for figure in both] == [["run", "other", "base"]] * 2  # the base models score the same
