@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -64,6 +65,14 @@ def test_the_matrix_has_each_pair_twice_and_no_diagonal(events: MakeEvents) -> N
     event = replace(made[0], clients=dict.fromkeys("abc", 1.0), cosines=(0.1, 0.2, 0.3))
     (trace,) = by_title(diagnosed.figures([story([event])]))["Cosines in round 1"].traces
     assert trace["z"] == [[None, 0.1, 0.2], [0.1, None, 0.3], [0.2, 0.3, None]]
+
+
+def test_cosines_that_are_not_finite_are_no_figure(events: MakeEvents) -> None:
+    """Of a diverged round there is nothing to see; the newest round with a cosine is shown."""
+    first, second = (event for event in events(rounds=2) if isinstance(event, Diagnosed))
+    broken = replace(second, cosines=(math.nan,) * len(second.cosines))
+    assert "Cosines in round 1" in by_title(diagnosed.figures([story([first, broken])]))
+    assert not any("Cosines" in title for title in by_title(diagnosed.figures([story([broken])])))
 
 
 def test_energy_where_ranks_differ(events: MakeEvents) -> None:
