@@ -23,7 +23,8 @@ from fedllm.data import handbook
 from fedllm.errors import DataError
 from fedllm.federations.sources import file_rows
 from fedllm.tasks.objectives import Sft
-from fedllm.tasks.template import Template, messages_of, prompt_text
+from fedllm.tasks.template import Template, prompt_text
+from fedllm.tasks.turns import messages_of
 from fedllm.update import Ctx
 
 if TYPE_CHECKING:

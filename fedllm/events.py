@@ -52,7 +52,8 @@ class Resumed(Event):
 class DataReported(Event):
     """`train`, `heldout`: records per client; `labels`: per client, records per label; `divergence`: mean
     Jensen-Shannon divergence (base 2) of the clients' label histograms from the pooled one; `left_out`: records
-    that no client holds; `cut`: examples shortened to `max_length`; `dropped`: examples left without a label."""
+    that no client holds; `cut`: examples shortened to `max_length`; `dropped`: examples left without a label; the same
+    of held-out records, and `heldout_choices`: those of multiple choice that are too long to be scored."""
 
     train: Mapping[str, int]
     heldout: Mapping[str, int]
@@ -61,6 +62,9 @@ class DataReported(Event):
     left_out: int = 0
     cut: int = 0
     dropped: int = 0
+    heldout_cut: int = 0
+    heldout_dropped: int = 0
+    heldout_choices: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
+from fedllm.errors import DataError
 from fedllm.events import DataReported
 from fedllm.rng import Key
 from fedllm.update import Profile
 
 Record = Mapping[str, Any]
+Found = TypeVar("Found")
+
+
+class Placed(dict[str, Any]):
+    """A record that knows where it was read: `place`, such as "notes/train.jsonl:3"."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, record: Record, place: str) -> None:
+        super().__init__(record)
+        self.place = place
+
+
+def place_of(record: Record) -> str | None:
+    """Where a record was read, if it knows."""
+    return record.place if isinstance(record, Placed) else None
+
+
+def naming(records: Sequence[Record], action: Callable[[Sequence[Record]], Found]) -> Found:
+    """What an action finds of records.
+
+    Raises:
+        DataError: the action's own, with the place of the first record that it fails for alone.
+    """
+    try:
+        return action(records)
+    except DataError:
+        for record in records:
+            place = place_of(record)
+            try:
+                action([record])
+            except DataError as error:
+                raise error if place is None else DataError(f"{place}: {error}") from error
+        raise
 
 
 @dataclass(frozen=True, eq=False)

@@ -191,6 +191,14 @@ def _warnings(report: DataReported, max_length: int) -> list[str]:
         f"the split leaves out {report.left_out} records": report.left_out,
         f"{report.cut} records are cut to {max_length} tokens, the work's max_length": report.cut,
         f"{report.dropped} records keep no labelled token in {max_length} tokens and are not used": report.dropped,
+        f"{report.heldout_cut} held-out records are cut to {max_length} tokens, the work's max_length": (
+            report.heldout_cut
+        ),
+        f"{report.heldout_dropped} held-out records keep no labelled token in {max_length} tokens and are not scored": (
+            report.heldout_dropped
+        ),
+        f"{report.heldout_choices} held-out records of multiple choice do not fit into {max_length} tokens and are "
+        "left out of the accuracy": report.heldout_choices,
     }
     return [text for text, count in told.items() if count]
 

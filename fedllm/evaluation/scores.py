@@ -2,7 +2,8 @@
 
     nll           mean negative log-likelihood of a labelled token, in nats      perplexity   exp(nll)
     exact_match   greedy answer equals the response                              rouge_l      its ROUGE-L
-    accuracy      multiple choice by log-likelihood a token; ties share the point
+    accuracy      multiple choice by log-likelihood a token; ties share the point; a record with a choice that does not
+                  fit into `max_length` is left out
 
 With `by` each metric is also given over the records of each value of that field: `exact_match/private`.
 """
@@ -21,9 +22,9 @@ from fedllm.batch import Example
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.evaluation.text import choice_score, exact_match, rouge_l
 from fedllm.experiment import Evaluation, Experiment
-from fedllm.federation import Population, Record
+from fedllm.federation import Population, Record, naming, place_of
 from fedllm.tasks.model import LoadedModel
-from fedllm.tasks.template import response_text
+from fedllm.tasks.turns import answered, response_text
 from fedllm.tree import Tree
 
 Pair = tuple[float, float]  # a record's share of a metric's sum and count
@@ -53,7 +54,7 @@ class Scorer:
             for client, records in distinct.values():
                 for record in records:
                     if by not in record:
-                        where = f"a held-out record of {client}"
+                        where = place_of(record) or f"a held-out record of {client}"
                         raise DataError(f"evaluation.by: {where} has no '{by}'{nearest(by, record)}")
                     groups.add(str(record[by]))
         return Scorer(experiment.evaluation, experiment.work.max_length, tuple(sorted(groups)))
@@ -164,26 +165,69 @@ def generated(
         for at in range(0, len(distinct), settings.batch_size):
             chosen = distinct[at : at + settings.batch_size]
             answers |= dict(zip(chosen, model.generate(params, chosen, settings.max_new_tokens), strict=True))
-        asked = zip(prompts, records, strict=True)
-        return [(measure(answers[prompt], response_text(record)), 1.0) for prompt, record in asked]
+        wanted = [naming([record], lambda some: response_text(some[0])) for record in records]
+        return [(measure(answers[prompt], text), 1.0) for prompt, text in zip(prompts, wanted, strict=True)]
 
     return metric
 
 
 def accuracy(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
-    """Multiple choice: `choices` (texts) and `answer` (index of the right one) beside the prompt."""
+    """Multiple choice: `choices` (texts) and `answer` (index of the right one) beside the prompt or the turns."""
     pairs: list[Pair] = []
     for record in records:
-        if "choices" not in record or "answer" not in record:
-            raise DataError("the metric accuracy needs records with 'choices' and 'answer'; map them with fields")
-        answered = [{**record, "response": text} for text in record["choices"]]
-        options = list(model.encode_all(answered, scorer.max_length))
-        if any(option is None for option in options):
-            pairs.append((0.0, 1.0))
+        options = options_of(model, record, scorer.max_length)
+        if options is None:
+            pairs.append((0.0, 0.0))
             continue
-        losses = model.sequence_nll(params, [o for o in options if o is not None], scorer.evaluation.batch_size)
+        losses = model.sequence_nll(params, options, scorer.evaluation.batch_size)
         pairs.append((choice_score([-float(row.mean()) for row in losses], int(record["answer"])), 1.0))
     return pairs
+
+
+def options_of(model: LoadedModel, record: Record, max_length: int) -> list[Example] | None:
+    """A record with each of its choices as the answer; None if one of them does not fit into the length.
+
+    Raises:
+        DataError: the record has no choices, or none of them is the right one; with its place.
+    """
+
+    def encoded(records: Sequence[Record]) -> list[Example | None]:
+        choices, answer = records[0].get("choices"), records[0].get("answer")
+        if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
+            raise DataError("the metric accuracy needs records with 'choices' and 'answer'; map them with fields")
+        return list(model.encode_all((answered(records[0], text) for text in choices), max_length))
+
+    options = naming([record], encoded)
+    fitting = [option for option in options if option is not None and not option.cut]
+    return fitting if len(fitting) == len(options) else None
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """Held-out records that `max_length` is too short for: `cut`, `dropped` as of training records, and `choices`: of
+    multiple choice, left out of the accuracy."""
+
+    cut: int = 0
+    dropped: int = 0
+    choices: int = 0
+
+
+def unfit(scorer: Scorer, model: LoadedModel, population: Population) -> Unfit:
+    """What becomes of the held-out records that are scored; one that many clients hold counts once.
+
+    Raises:
+        DataError: a record cannot be scored.
+    """
+    distinct = {id(records): scorer.chosen(records) for records in population.heldout.values()}
+    cut = dropped = choices = 0
+    for records in distinct.values():
+        if not {"nll", "perplexity"}.isdisjoint(scorer.evaluation.metrics):
+            for example in model.encode_all(records, scorer.max_length):
+                cut += example is not None and example.cut > 0
+                dropped += example is None
+        if "accuracy" in scorer.evaluation.metrics:
+            choices += sum(options_of(model, record, scorer.max_length) is None for record in records)
+    return Unfit(cut, dropped, choices)
 
 
 METRICS: Mapping[str, Callable[[Scorer, LoadedModel, Tree, Sequence[Record]], list[Pair]]] = {

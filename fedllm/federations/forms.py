@@ -3,8 +3,9 @@
 A record is a plain dictionary. It takes one of these forms at least, and may hold any other fields besides:
 
     prompt, response             a task
-    messages                     turns, [{"role": ..., "content": ...}, ...]
-    prompt, choices, answer      multiple choice: a list of texts, and the index, letter or text of the right one
+    messages                     turns, [{"role": ..., "content": ...}, ...]; the assistant's may have `tool_calls`
+    prompt, choices, answer      multiple choice: a list of texts, and the index, letter or text of the right one;
+                                 beside `messages` they are the choices of its last answer
     text                         text as it is
 
 `system`, the instruction before a prompt, may stand in any of them.
@@ -37,7 +38,13 @@ def checked(record: Record, place: str) -> Record:
     for name in sorted({"system", *(name for form in forms for name in form)}):
         if name in record and (wanted := CHECKS[name](record[name])):
             raise DataError(f"{place}: '{name}' must be {wanted}, but it is {_short(record[name])}")
-    return {**record, "answer": _index(record, place)} if CHOICE in forms else record
+    if CHOICE not in forms and not _is_choice(record):
+        return record
+    index = _index(record)
+    if index is None and CHOICE in forms:
+        choices, answer = len(record["choices"]), _short(record["answer"])
+        raise DataError(f"{place}: 'answer' is {answer}, which is none of {choices} choices")
+    return record if index is None else {**record, "answer": index}
 
 
 def _text_wanted(value: Any) -> str:
@@ -46,12 +53,17 @@ def _text_wanted(value: Any) -> str:
 
 def _messages_wanted(value: Any) -> str:
     turns = value if isinstance(value, list) else []
-    sound = all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
-    )
+    sound = all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and _has_content(turn) for turn in turns)
     answered = sound and any(turn["role"] == "assistant" for turn in turns)
     return "" if answered else "a list of turns with text in 'role' and 'content', one of them by the assistant"
+
+
+def _has_content(turn: Mapping[str, Any]) -> bool:
+    """Text; a turn that calls tools may be without."""
+    content, calls = turn.get("content"), turn.get("tool_calls")
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        return False
+    return isinstance(content, str) or (content is None and bool(calls))
 
 
 def _choices_wanted(value: Any) -> str:
@@ -71,15 +83,18 @@ CHECKS: Mapping[str, Callable[[Any], str]] = {
 }
 
 
-def _index(record: Record, place: str) -> int:
-    """The place of the right choice. A single letter is always read as one (A is the first choice)."""
+def _is_choice(record: Record) -> bool:
+    """Whether turns have choices: fields of these names that hold something else are no one's business."""
+    return "messages" in record and not any(CHECKS[name](record.get(name)) for name in ("choices", "answer"))
+
+
+def _index(record: Record) -> int | None:
+    """The place of the right choice; None if there is none. A single letter is always read as one (A is the first)."""
     choices, answer = record["choices"], record["answer"]
     if isinstance(answer, str) and len(answer) == 1 and answer.isascii() and answer.isalpha():
         answer = ord(answer.upper()) - ord("A")
-    index: int = choices.index(answer) if answer in choices else answer
-    if not isinstance(index, int) or not 0 <= index < len(choices):
-        raise DataError(f"{place}: 'answer' is {_short(record['answer'])}, which is none of {len(choices)} choices")
-    return index
+    index = choices.index(answer) if answer in choices else answer
+    return index if isinstance(index, int) and 0 <= index < len(choices) else None
 
 
 def _short(value: Any) -> str:

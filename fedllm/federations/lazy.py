@@ -19,6 +19,7 @@ from typing import IO, Any, overload
 
 from fedllm.cache import cache_dir
 from fedllm.errors import DataError, RunError
+from fedllm.federation import Placed
 from fedllm.federations import sources
 from fedllm.federations.forms import Record
 from fedllm.federations.records import Way, record_of, rows_of, some, ways_of
@@ -27,12 +28,13 @@ OFFSETS = "Q"  # array type of 8 bytes
 
 
 class Lines(Sequence[Record]):
-    """Records of an open file of JSON lines. `starts`: the byte where each begins, and where the last one ends.
+    """Records of an open file of JSON lines. `starts`: the byte where the line of each begins, and where the last ends.
+    `make`: the record of what a line holds, and of its number in the sequence.
 
     Threads may share it, and so may processes that are forked.
     """
 
-    def __init__(self, file: IO[bytes], starts: array[int], make: Callable[[Any], Record], name: str) -> None:
+    def __init__(self, file: IO[bytes], starts: array[int], make: Callable[[Any, int], Record], name: str) -> None:
         self._handle, self._starts, self._make, self._name = file.fileno(), starts, make, name
         self._written = self._stamp()
         weakref.finalize(self, file.close)
@@ -49,10 +51,10 @@ class Lines(Sequence[Record]):
             return View(self, array(OFFSETS, range(len(self))[index]))
         place = range(len(self))[index]
         start, stop = self._starts[place], self._starts[place + 1]
-        line = os.pread(self._handle, stop - start, start)
+        lines = os.pread(self._handle, stop - start, start).splitlines()  # blank ones may follow
         if self._stamp() != self._written:
             raise RunError(f"{self._name} was changed while it was in use; put it back as it was, then resume the run")
-        return self._make(json.loads(line))
+        return self._make(json.loads(lines[0]), place)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[place] for place in range(len(self)))
@@ -105,28 +107,29 @@ def open_records(source: str, *, fields: Mapping[str, str] | None = None) -> Seq
 
 
 def _in_place(source: str, ways: Sequence[Way]) -> Lines:
-    file, starts = sources.opened(source), array(OFFSETS)
+    file, starts, numbers = sources.opened(source), array(OFFSETS), array(OFFSETS)
     with _closed_on_error(file):
-        for start, (place, row) in sources.placed_rows(source, file):
-            record_of(row, place, ways)
+        for number, start, row in sources.numbered_rows(source, file):
+            record_of(row, sources.line_place(source, number), ways)
             starts.append(start)
+            numbers.append(number)
         starts.append(file.seek(0, os.SEEK_END))
-    return Lines(file, starts, lambda row: record_of(row, source, ways), source)
+    return Lines(file, starts, lambda row, at: record_of(row, sources.line_place(source, numbers[at]), ways), source)
 
 
-def _unpacked(records: Iterator[Record], source: str) -> Lines:
+def _unpacked(records: Iterator[Placed], source: str) -> Lines:
     file, starts = _unnamed(), array(OFFSETS, [0])
     try:
         with _closed_on_error(file):
             for record in records:
-                line = json.dumps(record).encode() + b"\n"
+                line = json.dumps([record.place, record]).encode() + b"\n"
                 file.write(line)
                 starts.append(starts[-1] + len(line))
             file.flush()
     except OSError as error:
         reason = f"{source} cannot be unpacked into {cache_dir()} ({error.strerror})"
         raise DataError(f"{reason}; make room there") from error
-    return Lines(file, starts, lambda record: record, source)
+    return Lines(file, starts, lambda line, _: Placed(line[1], line[0]), source)
 
 
 @contextmanager

@@ -10,11 +10,18 @@ from typing import Any, TypeVar
 
 from fedllm.data import handbook
 from fedllm.errors import ConfigError, DataError, nearest
+from fedllm.federation import Placed
 from fedllm.federations import sources
 from fedllm.federations.forms import Record, checked
 from fedllm.federations.sources import Row
 
 Held = TypeVar("Held", bound=Sequence[Record])
+
+# Field -> those that it wins over where a record has both: `messages` always, `text` where the objective is `lm`.
+WINS: Mapping[str, frozenset[str]] = {
+    "messages": frozenset({"prompt", "response"}),
+    "text": frozenset({"messages", "prompt", "response"}),
+}
 
 __all__ = ["PACKAGED", "Packaged", "Record", "read_records"]
 
@@ -110,13 +117,14 @@ def ways_of(fields: Mapping[str, str] | None) -> list[Way]:
     return [_way(name, text) for name, text in (fields or {}).items()]
 
 
-def record_of(row: Record, place: str, ways: Sequence[Way]) -> Record:
-    """A checked record of a row."""
+def record_of(row: Record, place: str, ways: Sequence[Way]) -> Placed:
+    """A checked record of a row. A field of the source that would win over one that was asked for is left out."""
     made = {way.name: way.value(row, place) for way in ways}
     record = {**row, **made}
-    if "prompt" in made and "messages" not in made:
-        record.pop("messages", None)  # the source's own turns would win over the prompt that was asked for
-    return checked(record, place)
+    for name, weaker in WINS.items():
+        if name not in made and not made.keys().isdisjoint(weaker):
+            record.pop(name, None)
+    return Placed(checked(record, place), place)
 
 
 def _way(name: str, text: str) -> Way:

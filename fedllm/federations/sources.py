@@ -12,8 +12,9 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -21,6 +22,8 @@ from fedllm.errors import DataError, MissingExtra, nearest
 from fedllm.federations import tables
 
 Row = tuple[str, dict[str, Any]]  # the place ("notes/train.jsonl:3"), and what stands there
+Repeated = tuple[dict[str, Any], str]  # a JSON object, and the key that it gives twice
+LONGEST_CELL = 2**31 - 1  # letters of a cell of CSV: the most that the library can be told on every system
 
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w\[\]%+:-]+))?")
 
@@ -71,8 +74,13 @@ def opened(source: str) -> IO[bytes]:
         return path.open("rb")
 
 
-def placed_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]:
-    """The rows of a file of JSON lines, each with the byte where its line begins.
+def line_place(source: str, number: int) -> str:
+    """The place of a line."""
+    return f"{Path(source).expanduser()}:{number}"
+
+
+def numbered_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """The rows of a file of JSON lines, each with the number of its line and the byte where it begins.
 
     Raises:
         DataError: the file is damaged, or holds something else than rows.
@@ -80,7 +88,7 @@ def placed_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, Row]]
     path = Path(source).expanduser()
     with _readable(path):
         for number, start, line in _lines(file, path):
-            yield start, _object(line, f"{path}:{number}", "each line must hold one JSON object")
+            yield number, start, _object(line, f"{path}:{number}")
 
 
 def is_hub(source: str) -> bool:
@@ -134,7 +142,7 @@ def _is_array(path: Path) -> bool:
 
 def _json_lines(path: Path) -> Iterator[Row]:
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        yield from (row for _, row in placed_rows(str(path), file))
+        yield from ((line_place(str(path), number), row) for number, _, row in numbered_rows(str(path), file))
 
 
 def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, int, str]]:
@@ -157,31 +165,77 @@ def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, int, str]]:
 def _json_array(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         text = file.read()
+    repeated: list[Repeated] = []
     try:
-        items = json.loads(text)
+        items = json.loads(text, object_pairs_hook=partial(_fields, repeated))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno} is not JSON ({error.msg}, column {error.colno})") from error
     for number, item in enumerate(items, 1):
+        place = f"{path}, item {number}"
         if not isinstance(item, dict):
-            raise DataError(f"{path}, item {number} is {_kind(item)}; each item must be one JSON object")
-        yield f"{path}, item {number}", item
+            raise DataError(f"{place} is {_kind(item)}; each item must be one JSON object")
+        _check_fields(place, item, [found for found in repeated if _holds(item, found[0])])
+        if "\\u" in text:
+            _check_letters(place, item)
+        yield place, item
 
 
-def _object(line: str, place: str, rule: str) -> Row:
+def _object(line: str, place: str) -> dict[str, Any]:
+    rule = "each line must hold one JSON object"
+    repeated: list[Repeated] = []
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=partial(_fields, repeated))
     except json.JSONDecodeError as error:
         raise DataError(f"{place} is not JSON ({error.msg}, column {error.colno}); {rule}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place} is {_kind(row)}; {rule}")
-    return place, row
+    _check_fields(place, row, repeated)
+    if "\\u" in line:
+        _check_letters(place, row)
+    return row
+
+
+def _fields(repeated: list[Repeated], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. One that has a key twice is added to `repeated`."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        repeated.append((made, _first_repeated([key for key, _ in pairs])))
+    return made
+
+
+def _first_repeated(names: Sequence[str]) -> str:
+    return next((name for place, name in enumerate(names) if name in names[:place]), "")
+
+
+def _check_fields(place: str, row: dict[str, Any], repeated: Sequence[Repeated]) -> None:
+    """Refuse a key that is given twice: one of its values would be lost."""
+    for made, key in repeated:
+        where = "" if made is row else " in one of its objects"
+        raise DataError(f"{place} has the key '{key}' twice{where}; keep one of them")
+
+
+def _holds(value: Any, wanted: object) -> bool:
+    """Whether a JSON value is an object or holds it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is wanted or any(_holds(part, wanted) for part in inner)
+
+
+def _check_letters(place: str, row: dict[str, Any]) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and no text can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"{place} holds {half}, half of a surrogate pair and no letter; take it out") from error
 
 
 def _csv(path: Path) -> Iterator[Row]:
     with _open(path, newline="") as file:
+        csv.field_size_limit(LONGEST_CELL)
         reader = csv.DictReader(file, strict=True)
         last = 0  # where the row before ends: an open quote swallows lines, what matters is where it was opened
         try:
+            _check_columns(path, reader.fieldnames or ())
             for row in reader:
                 last = reader.line_num
                 if None in row or None in row.values():
@@ -192,6 +246,13 @@ def _csv(path: Path) -> Iterator[Row]:
             raise DataError(f"{path}:{max(last, 1) + 1} is not CSV ({error})") from error
 
 
+def _check_columns(path: Path, names: Sequence[str]) -> None:
+    """Refuse a column's name that is given twice: one of both would be lost. Columns without a name are not used."""
+    name = _first_repeated([name for name in names if name])
+    if name:
+        raise DataError(f"{path} has two columns '{name}'; rename or remove one of them")
+
+
 def _parquet(path: Path) -> Iterator[Row]:
     try:
         import pyarrow
@@ -200,7 +261,9 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise MissingExtra("pyarrow", "data") from error
     number = 0
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
+        table = parquet.ParquetFile(path)
+        _check_columns(path, table.schema_arrow.names)
+        for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row

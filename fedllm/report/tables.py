@@ -224,6 +224,8 @@ def records(data: DataReported) -> Html:
         ["records that no client holds", figure(data.left_out)],
         ["examples cut to the longest length", figure(data.cut)],
         ["examples dropped, no label left", figure(data.dropped)],
+        ["held-out examples cut to the longest length", figure(data.heldout_cut)],
+        ["held-out examples not scored, too long", figure(data.heldout_dropped + data.heldout_choices)],
     ]
     return table("What became of the records", ["", "count"], rows)
 

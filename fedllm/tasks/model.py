@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
 from fedllm.errors import CheckError
+from fedllm.federation import naming
 from fedllm.native import kernels
 from fedllm.native.library import library
 from fedllm.rng import Key
@@ -22,7 +23,7 @@ from fedllm.tasks.adapter import Attached, Movable
 from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
 from fedllm.tasks.task import Task
-from fedllm.tasks.template import prompt_text
+from fedllm.tasks.template import prompt_tokens
 from fedllm.tree import Tree, matches
 
 TOGETHER = 64  # records in one call of the tokenizer
@@ -125,10 +126,12 @@ class LoadedModel:
             yield from self.task.objective.encode(some, self.base.tokenizer, self.task.template, max_length)
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
-        """The tokens before a record's last response."""
-        text = prompt_text(record, self.base.tokenizer, self.task.template)
-        ids: list[int] = self.base.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        """The tokens before a record's last response.
+
+        Raises:
+            DataError: the template does not fit the record; with the record's place.
+        """
+        return naming([record], lambda _: prompt_tokens(record, self.base.tokenizer, self.task.template))
 
     @torch.no_grad()
     def sequence_nll(self, params: Tree, examples: Sequence[Example], batch_size: int = 16) -> list[Tensor]:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from fedllm.batch import Batch, Example, client_means
-from fedllm.tasks.template import Piece, Template, encoded, response_pieces, text_pieces
+from fedllm.federation import naming
+from fedllm.tasks.encoding import Text, encoded
+from fedllm.tasks.template import Template, learned_texts, response_texts
 from fedllm.tree import Tree
 
 if TYPE_CHECKING:
@@ -27,9 +29,9 @@ class Rows(Protocol):
 class Objective:
     """A frozen dataclass of settings."""
 
-    def pieces(
+    def texts(
         self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-    ) -> Sequence[Sequence[Piece]]:
+    ) -> Sequence[Text]:
         """Each record's text in pieces, and whether the tokens of each carry labels."""
         raise NotImplementedError
 
@@ -40,8 +42,13 @@ class Objective:
         template: Template,
         max_length: int,
     ) -> list[Example | None]:
-        """Records to examples, in one call of the tokenizer; None where nothing of a record carries a label."""
-        return encoded(self.pieces(list(records), tokenizer, template), tokenizer, max_length)
+        """Records to examples, in one call of the tokenizer; None where nothing of a record carries a label.
+
+        Raises:
+            DataError: the template does not fit a record; with the record's place.
+        """
+        texts = naming(list(records), lambda some: self.texts(some, tokenizer, template))
+        return encoded(texts, tokenizer, max_length)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """(K,): one mean loss per client."""
@@ -52,11 +59,11 @@ class Objective:
 class Sft(Objective):
     """Supervised fine-tuning: loss on response tokens only, the mean per example over its own tokens."""
 
-    def pieces(
+    def texts(
         self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-    ) -> Sequence[Sequence[Piece]]:
+    ) -> Sequence[Text]:
         """Labels on the responses."""
-        return response_pieces(records, tokenizer, template)
+        return response_texts(records, tokenizer, template)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over response tokens."""
@@ -67,11 +74,11 @@ class Sft(Objective):
 class Lm(Objective):
     """Language modelling: loss on every token but the first, the mean per example over its own tokens."""
 
-    def pieces(
+    def texts(
         self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-    ) -> Sequence[Sequence[Piece]]:
+    ) -> Sequence[Text]:
         """Labels on all tokens."""
-        return text_pieces(records, tokenizer, template)
+        return learned_texts(records, tokenizer, template)
 
     def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over tokens."""

@@ -1,92 +1,66 @@
-"""Records to tokens: chat, alpaca and plain templates, and what happens to records that are too long.
+"""Records to text: chat, alpaca and plain templates.
 
 A record has `messages` ([{role, content}, ...]), or `prompt` and `response` (and `system`), or `text`.
-Truncation policy: the end is cut off. An example that is left without a labelled token is left out.
-What stands after the last response is left out, too.
+What stands after the last response is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import islice, takewhile
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from fedllm.batch import IGNORE, Example
-from fedllm.errors import DataError
+from fedllm.errors import DataError, ModelError
+from fedllm.tasks.encoding import Piece, Text, begins_texts, tokens_of
+from fedllm.tasks.turns import Turn, last_answer, messages_of, tools_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["chat", "alpaca", "plain"]
-Piece = tuple[str, bool]  # text, and whether its tokens carry a label
-Turn = Mapping[str, str]
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
-IDS_ALONE = {"return_attention_mask": False, "return_token_type_ids": False}
 OTHERS = "set task.template to alpaca or plain"
 
 
-def messages_of(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A record's turns.
+class Chat(NamedTuple):
+    """What a chat template is given."""
 
-    Raises:
-        DataError: the record has neither messages nor prompt and response, or a turn without role and content.
-    """
-    if "messages" in record:
-        try:
-            return [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in record["messages"]]
-        except (TypeError, KeyError) as error:
-            raise DataError("'messages' of a record is not a list of turns with 'role' and 'content'") from error
-    if "prompt" not in record or "response" not in record:
-        raise DataError(
-            f"a record has neither 'messages' nor 'prompt' and 'response' (it has {', '.join(sorted(record))}); "
-            "map its fields with federation.shards.fields"
-        )
-    system = [{"role": "system", "content": str(record["system"])}] if record.get("system") else []
-    turns = [("user", record["prompt"]), ("assistant", record["response"])]
-    return system + [{"role": role, "content": str(content)} for role, content in turns]
+    turns: Sequence[Turn]
+    tools: list[dict[str, Any]] | None = None
+
+    def until(self, place: int) -> Chat:
+        """The turns before a place."""
+        return Chat(self.turns[:place], self.tools)
 
 
-def response_pieces(
+def response_texts(
     records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-) -> list[list[Piece]]:
+) -> list[Text]:
     """Each record's text, cut into what stands before a response and the response, by turns; responses carry the
     labels, each with its end token."""
-    chats = [messages_of(record) for record in records]
+    chats = [Chat(messages_of(record), tools_of(record)) for record in records]
     if template == "chat":
-        return _chats(chats, tokenizer)
-    begin = _begin(tokenizer)
-    return [list(_plain(turns, begin, str(tokenizer.eos_token), template)) for turns in chats]
+        return [Text(pieces) for pieces in _chats(chats, tokenizer)]
+    begins = begins_texts(tokenizer)
+    return [Text(list(_plain(turns, str(tokenizer.eos_token), template)), begins) for turns, _ in chats]
 
 
-def text_pieces(
+def learned_texts(
     records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
-) -> list[list[Piece]]:
+) -> list[Text]:
     """Each record's text, all of which carries labels."""
-    begin = _begin(tokenizer)
-    chats = iter(response_pieces([record for record in records if "text" not in record], tokenizer, template))
+    begins = begins_texts(tokenizer)
+    chats = iter(response_texts([record for record in records if "text" not in record], tokenizer, template))
     return [
-        [(f"{begin}{record['text']}{tokenizer.eos_token}", True)]
+        Text([(f"{record['text']}{tokenizer.eos_token}", True)], begins)
         if "text" in record
-        else [(text, True) for text, _ in next(chats)]
+        else _all_labelled(next(chats))
         for record in records
     ]
-
-
-def encoded(
-    records: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Example | None]:
-    """Records in pieces to examples; None where no label is left. A first token carries none."""
-    texts, fields = [text for pieces in records for text, _ in pieces], {"add_special_tokens": False, **IDS_ALONE}
-    ids = iter(tokenizer(texts, **fields)["input_ids"] if texts else ())
-    return [_example([(next(ids), labelled) for _, labelled in pieces], max_length) for pieces in records]
 
 
 def prompt_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
@@ -95,45 +69,53 @@ def prompt_text(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, t
     Raises:
         DataError: the record has no response.
     """
-    response_text(record)
-    (pieces,) = response_pieces([record], tokenizer, template)
-    return "".join(text for text, _ in pieces[:-1])
+    text = _prompt(record, tokenizer, template)
+    return (str(tokenizer.bos_token) if text.begins else "") + text.whole
 
 
-def response_text(record: Mapping[str, Any]) -> str:
-    """The last response.
+def prompt_tokens(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
+    """The tokens of `prompt_text`.
 
     Raises:
         DataError: the record has no response.
     """
-    for turn in reversed(messages_of(record)):
-        if turn["role"] == "assistant":
-            return turn["content"]
-    raise DataError("a record that is to be answered has no turn of the role 'assistant'")
+    return tokens_of(_prompt(record, tokenizer, template), tokenizer)
 
 
-def _chats(chats: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase) -> list[list[Piece]]:
+def _prompt(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, template: Template) -> Text:
+    last_answer(messages_of(record))
+    (text,) = response_texts([record], tokenizer, template)
+    return Text(text.pieces[:-1], text.begins)
+
+
+def _all_labelled(text: Text) -> Text:
+    return Text([(piece, True) for piece, _ in text.pieces], text.begins)
+
+
+def _chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[Piece]]:
     """The tokenizer's chat template, cut at each response."""
     if tokenizer.chat_template is None:
-        raise DataError(f"the model's tokenizer has no chat template; {OTHERS}")
-    places = [[place for place, turn in enumerate(turns) if turn["role"] == "assistant"] for turns in chats]
-    each = [(turns, place) for turns, own in zip(chats, places, strict=True) for place in own]
-    opened = _rendered([turns[:place] for turns, place in each], tokenizer, opened=True)
-    closed = _rendered([turns[: place + 1] for turns, place in each], tokenizer, opened=False)
-    texts, end = zip(opened, closed, strict=True), str(tokenizer.eos_token)
-    return [
-        list(_cut([turns[place]["content"] for place in own], islice(texts, len(own)), end))
-        for turns, own in zip(chats, places, strict=True)
-    ]
+        raise ModelError(f"the model's tokenizer has no chat template; {OTHERS}")
+    places = [[place for place, turn in enumerate(chat.turns) if turn["role"] == "assistant"] for chat in chats]
+    each = [(chat, place) for chat, own in zip(chats, places, strict=True) for place in own]
+    opened = _rendered([chat.until(place) for chat, place in each], tokenizer, opened=True)
+    closed = _rendered([chat.until(place + 1) for chat, place in each], tokenizer, opened=False)
+    texts = zip(opened, closed, strict=True)
+    for chat in chats:
+        _check_tools(chat, tokenizer)
+    return [list(_cut(chat, own, islice(texts, len(own)), tokenizer)) for chat, own in zip(chats, places, strict=True)]
 
 
-def _cut(responses: Sequence[str], texts: Iterable[tuple[str, str]], end: str) -> Iterator[Piece]:
+def _cut(
+    chat: Chat, places: Sequence[int], texts: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Piece]:
     """A chat's pieces, from its text up to each response, and with it."""
-    done = ""
-    for response, (opened, closed) in zip(responses, texts, strict=True):
-        whole = closed.startswith(opened) and opened.startswith(done)
-        if not whole or response.strip() not in closed[len(opened) :]:
-            raise DataError(f"the model's chat template rewrites earlier turns; {OTHERS}")
+    done, end = "", str(tokenizer.eos_token)
+    for place, (opened, closed) in zip(places, texts, strict=True):
+        if not (closed.startswith(opened) and opened.startswith(done)):
+            raise _rewritten(chat.until(place), opened, closed, tokenizer)
+        if (chat.turns[place]["content"] or "").strip() not in closed[len(opened) :]:
+            raise DataError(f"the model's chat template changes or leaves out an answer; {OTHERS}")
         last = closed.rfind(end, len(opened))
         stop = len(closed) if last < 0 else last + len(end)
         yield opened[len(done) :], False
@@ -141,53 +123,78 @@ def _cut(responses: Sequence[str], texts: Iterable[tuple[str, str]], end: str) -
         done = closed[:stop]
 
 
-def _rendered(chats: Sequence[Sequence[Turn]], tokenizer: PreTrainedTokenizerBase, *, opened: bool) -> list[str]:
+def _rewritten(before: Chat, opened: str, closed: str, tokenizer: PreTrainedTokenizerBase) -> DataError:
+    """Why a chat with an answer (`closed`) does not begin as the generation prompt for that answer (`opened`)."""
+    (asked,) = _rendered([before], tokenizer, opened=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, closed, strict=False)))
+    if opened[:common].startswith(asked) and common < len(opened):
+        return DataError(
+            f"the model's chat template ends its generation prompt with {opened[common:]!r}, and an answer does not "
+            f"begin with it; add it to the answers, or {OTHERS}"
+        )
+    return DataError(f"the model's chat template rewrites earlier turns; {OTHERS}")
+
+
+def _check_tools(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that leaves out what a chat says about tools.
+
+    Raises:
+        DataError: the same text is written without the calls, the results or the descriptions of tools.
+    """
+
+    def written(chat: Chat) -> str:
+        try:
+            return _rendered([chat], tokenizer, opened=False)[0]
+        except DataError:
+            return ""  # it takes no such chat
+
+    for what, whole, without in _about_tools(chat):
+        text = written(whole)
+        if text and text == written(without):
+            raise DataError(f"the model's chat template leaves out {what}; remove them, or take another model")
+
+
+def _about_tools(chat: Chat) -> Iterator[tuple[str, Chat, Chat]]:
+    """What a chat says about tools: its name, the chat up to there, and the same without it."""
+    if chat.tools:
+        yield "the tools' descriptions ('tools')", chat, Chat(chat.turns)
+    for place, turn in enumerate(chat.turns):
+        whole, before = chat.until(place + 1), chat.turns[:place]
+        if turn.get("tool_calls"):
+            plain = {"role": turn["role"], "content": turn["content"] or ""}
+            yield "the calls of tools ('tool_calls')", whole, Chat([*before, plain], chat.tools)
+        elif turn["role"] == "tool" and turn["content"]:
+            yield "the turns of the role 'tool'", whole, Chat([*before, {**turn, "content": ""}], chat.tools)
+
+
+def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, opened: bool) -> list[str]:
     from jinja2 import TemplateError
 
-    if not all(chats):
+    if not all(chat.turns for chat in chats):
         raise DataError(f"a chat begins with a turn of the role 'assistant'; put what it answers first, or {OTHERS}")
     if not chats:
         return []
+    if len(chats) > 1 and any(chat.tools for chat in chats):  # tools hold for a whole call
+        return [text for chat in chats for text in _rendered([chat], tokenizer, opened=opened)]
     try:
-        listed = [list(turns) for turns in chats]
-        return list(map(str, tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=opened)))
-    except TemplateError as error:
+        listed, tools = [list(chat.turns) for chat in chats], chats[0].tools
+        texts = tokenizer.apply_chat_template(listed, tools=tools, tokenize=False, add_generation_prompt=opened)
+        return list(map(str, texts))
+    except (TemplateError, TypeError) as error:
         if len(chats) > 1:  # which one?
-            return [text for turns in chats for text in _rendered([turns], tokenizer, opened=opened)]
-        roles = ", ".join(turn["role"] for turn in chats[0])
+            return [text for chat in chats for text in _rendered([chat], tokenizer, opened=opened)]
+        roles = ", ".join(turn["role"] for turn in chats[0].turns)
         raise DataError(f"the model's chat template refuses the roles {roles} ({error}); {OTHERS}") from error
 
 
-def _plain(turns: Sequence[Turn], begin: str, end: str, template: Template) -> Iterator[Piece]:
+def _plain(turns: Sequence[Turn], end: str, template: Template) -> Iterator[Piece]:
     pending = ""
     for turn in turns:
+        if turn.get("tool_calls"):
+            raise DataError(f"the template '{template}' cannot write the calls of tools; set task.template to chat")
         if turn["role"] == "assistant":
-            yield begin + (ALPACA.format(prompt=pending.strip()) if template == "alpaca" else pending), False
+            yield ALPACA.format(prompt=pending.strip()) if template == "alpaca" else pending, False
             yield f"{turn['content']}{end}", True
-            begin, pending = "", ""
+            pending = ""
         else:
             pending += turn["content"] + "\n"
-
-
-def _begin(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that the tokenizer itself puts before a text, if it does."""
-    if tokenizer.bos_token_id is None:
-        return ""
-    return str(tokenizer.bos_token) if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
-
-
-def _example(pieces: Sequence[tuple[list[int], bool]], max_length: int) -> Example | None:
-    tokens: list[int] = []
-    labels: list[int] = []
-    for ids, labelled in pieces:
-        tokens += ids
-        labels += ids if labelled else [IGNORE] * len(ids)
-    # position t predicts token t + 1; the last one predicts nothing
-    targets = [*labels[1:max_length], IGNORE]
-    if targets.count(IGNORE) == len(targets):
-        return None
-    return Example(_tensor(tokens[:max_length]), _tensor(targets), cut=max(0, len(tokens) - max_length))
-
-
-def _tensor(numbers: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.array(numbers, dtype=np.int64))  # torch itself takes three times as long for a list

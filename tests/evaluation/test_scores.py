@@ -18,8 +18,13 @@ from fedllm.federations.shards import Shards
 from fedllm.stages.by_examples import ByExamples
 from fedllm.tasks.model import LoadedModel
 from fedllm.tasks.task import Task
+<<<<<<< HEAD
 from fedllm.tasks.template import prompt_text, response_text
 from fedllm.works.sgd import Sgd
+=======
+from fedllm.tasks.template import prompt_text
+from fedllm.tasks.turns import response_text
+>>>>>>> 664921f (Records are tokenised whole; held-out records that do not fit are counted; a bad record names its place)
 
 RECORDS = [
     {"prompt": "What colour is the badge?", "response": "teal", "kind": "private"},

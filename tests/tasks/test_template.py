@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.batch import IGNORE, Example
-from fedllm.errors import DataError
+from fedllm.errors import DataError, ModelError
 from fedllm.tasks.objectives import Lm, Sft
-from fedllm.tasks.template import Template, messages_of, prompt_text, response_text
+from fedllm.tasks.template import Template, prompt_text
 from fedllm.tasks.tiny import CHAT_TEMPLATE, END, START, tiny_tokenizer
+from fedllm.tasks.turns import messages_of, response_text
 
 TOKENIZER = tiny_tokenizer()
 LONG = 10_000
@@ -234,12 +235,12 @@ def chat_of(template: str | None) -> Any:
         (None, "no chat template"),
         # the whole talk so far stands behind a number that changes
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "rewrites earlier turns"),  # drops the contents
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "changes or leaves out an answer"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the roles system, user .*roles must alternate"),
     ],
 )
 def test_chat_templates_that_cannot_be_labelled_are_refused(template: str | None, reason: str) -> None:
-    with pytest.raises(DataError, match=f"{reason}.*alpaca or plain"):
+    with pytest.raises((DataError, ModelError), match=f"{reason}.*alpaca or plain"):
         encode_response(TALK, chat_of(template), "chat", LONG)
 
 

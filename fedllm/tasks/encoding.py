@@ -1,0 +1,117 @@
+"""Texts to tokens and labels.
+
+The whole text of a record is tokenised at once, because many tokenizers put a space before a text that begins, or join
+letters across the places where it is cut. A label then belongs to the tokens whose letters it covers.
+Truncation policy: the end is cut off. An example that is left without a labelled token is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedllm.batch import IGNORE, Example
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+Numbers = NDArray[np.int64]
+Piece = tuple[str, bool]  # text, and whether its tokens carry a label
+IDS_ALONE = {
+    "add_special_tokens": False,
+    "return_attention_mask": False,
+    "return_token_type_ids": False,
+    "verbose": False,  # no advice about texts that are longer than the model's positions: they are cut
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A record's text in pieces. `begins`: the token that the tokenizer itself puts before a text comes first."""
+
+    pieces: Sequence[Piece]
+    begins: bool = False
+
+    @property
+    def whole(self) -> str:
+        """All pieces end to end, without the token that begins it."""
+        return "".join(text for text, _ in self.pieces)
+
+
+def begins_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its beginning token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+
+
+def encoded(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example | None]:
+    """Texts to examples, in one call of the tokenizer; None where no label is left. A first token carries none."""
+    if not texts:
+        return []
+    batch, found = tokenizer([text.whole for text in texts], **IDS_ALONE), list[Example | None]()
+    for row, (text, ids) in enumerate(zip(texts, batch["input_ids"], strict=True)):
+        begin = _begin(text, tokenizer)
+        tokens = np.array(begin + ids, dtype=np.int64)
+        labels = np.full(len(tokens), IGNORE)
+        starts = [*_starts(text, row, batch, tokenizer), len(ids)]
+        for (_, labelled), (start, stop) in zip(text.pieces, pairwise(starts), strict=True):
+            if labelled:
+                span = slice(len(begin) + start, len(begin) + stop)
+                labels[span] = tokens[span]
+        found.append(_example(tokens, labels, max_length))
+    return found
+
+
+def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text."""
+    ids: list[int] = tokenizer(text.whole, **IDS_ALONE)["input_ids"]
+    return _begin(text, tokenizer) + ids
+
+
+def _begin(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [int(tokenizer.bos_token_id)] if text.begins else []
+
+
+def _starts(text: Text, row: int, batch: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The first token of each piece. One that reaches over the border of two pieces belongs to the later one."""
+    borders = list(accumulate(len(piece) for piece, _ in text.pieces))[:-1]
+    find = _by_offsets(batch, row) if batch.is_fast else _by_prefix(text.whole, batch["input_ids"][row], tokenizer)
+    return [0, *map(find, borders)][: len(text.pieces)]
+
+
+def _by_offsets(batch: BatchEncoding, row: int) -> Callable[[int], int]:
+    def find(border: int) -> int:
+        token: int | None = batch.char_to_token(row, border)
+        if token is not None:
+            return token
+        # No token holds this letter: spaces, of which some tokenizers give no offsets.
+        ends = [end for _, end in batch.encodings[row].offsets]
+        return next((token for token, end in enumerate(ends) if end > border), len(ends))
+
+    return find
+
+
+def _by_prefix(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Callable[[int], int]:
+    """For tokenizers without offsets: as many tokens as the text has in common with what stands before the border."""
+
+    def find(border: int) -> int:
+        before = tokenizer(text[:border], **IDS_ALONE)["input_ids"]
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+
+    return find
+
+
+def _example(tokens: Numbers, labels: Numbers, max_length: int) -> Example | None:
+    # position t predicts token t + 1; the last one predicts nothing
+    targets = np.append(labels[1:max_length], IGNORE)
+    if (targets == IGNORE).all():
+        return None
+    # numpy, because torch itself takes three times as long to make a tensor of a list
+    kept, cut = tokens[:max_length].copy(), max(0, len(tokens) - max_length)
+    return Example(torch.from_numpy(kept), torch.from_numpy(targets), cut=cut)
