@@ -14,7 +14,7 @@ from fedllm.check import check, check_profiles
 from fedllm.engine import Engine
 from fedllm.engines.choice import chosen
 from fedllm.errors import ConfigError, FedllmError, RunError, nearest
-from fedllm.evaluation.scores import Scorer, check_metrics, unfit
+from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.events import DataReported, Emit, EngineChosen, Log
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
@@ -191,7 +191,7 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
                 f"no record of {client} keeps a labelled token in {length} tokens; raise the work's max_length"
             )
         dropped += len(records) - kept
-    held = unfit(Scorer.of(experiment, population), model, population)
+    held = Scorer.of(experiment, population).unfit(model, population)
     return replace(
         population.report,
         cut=cut,

@@ -19,6 +19,7 @@ from fedllm.best import best_of
 from fedllm.compare import Comparison
 from fedllm.config import dump, experiment_hash
 from fedllm.errors import FedllmError
+from fedllm.evaluation.fit import Unfit
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import (
     CheckpointSaved,
@@ -191,16 +192,9 @@ def _warnings(report: DataReported, max_length: int) -> list[str]:
         f"the split leaves out {report.left_out} records": report.left_out,
         f"{report.cut} records are cut to {max_length} tokens, the work's max_length": report.cut,
         f"{report.dropped} records keep no labelled token in {max_length} tokens and are not used": report.dropped,
-        f"{report.heldout_cut} held-out records are cut to {max_length} tokens, the work's max_length": (
-            report.heldout_cut
-        ),
-        f"{report.heldout_dropped} held-out records keep no labelled token in {max_length} tokens and are not scored": (
-            report.heldout_dropped
-        ),
-        f"{report.heldout_choices} held-out records of multiple choice do not fit into {max_length} tokens and are "
-        "left out of the accuracy": report.heldout_choices,
     }
-    return [text for text, count in told.items() if count]
+    held = Unfit(report.heldout_cut, report.heldout_dropped, report.heldout_choices)
+    return [*(text for text, count in told.items() if count), *held.warnings(max_length)]
 
 
 def _text(record: Mapping[str, Any]) -> str:

@@ -62,6 +62,8 @@ def _scores(opened: Opened, experiment: Experiment) -> dict[str, Figures]:
     """Figures by client, each with its own leaves, and of all together."""
     population = experiment.federation.load(experiment.key)
     scorer = Scorer.of(experiment, population)
+    for text in scorer.unfit(opened.model, population).warnings(scorer.max_length):
+        Console(stderr=True).print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
     total: tree.Tree = {}
     scores: dict[str, Figures] = {}
     for client, records in population.heldout.items():

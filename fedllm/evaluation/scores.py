@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fedllm.batch import Example
 from fedllm.errors import ConfigError, DataError, nearest
+from fedllm.evaluation.fit import Unfit, options_of, unfit
 from fedllm.evaluation.text import choice_score, exact_match, rouge_l
 from fedllm.experiment import Evaluation, Experiment
 from fedllm.federation import Population, Record, naming, place_of
 from fedllm.tasks.model import LoadedModel
-from fedllm.tasks.turns import answered, response_text
+from fedllm.tasks.turns import response_text
 from fedllm.tree import Tree
 
 Pair = tuple[float, float]  # a record's share of a metric's sum and count
@@ -67,6 +68,15 @@ class Scorer:
     def chosen(self, records: Sequence[Record]) -> Sequence[Record]:
         """The first `limit` of a client's records."""
         return records[: self.evaluation.limit]
+
+    def unfit(self, model: LoadedModel, population: Population) -> Unfit:
+        """The held-out records that `max_length` is too short for; one that many clients hold counts once.
+
+        Raises:
+            DataError: a record does not suit a metric.
+        """
+        distinct = {id(records): self.chosen(records) for records in population.heldout.values()}
+        return unfit(model, list(distinct.values()), self._measured(), self.max_length)
 
     def pairs(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> dict[str, list[Pair]]:
         """Each metric's value and count of each record."""
@@ -182,52 +192,6 @@ def accuracy(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence
         losses = model.sequence_nll(params, options, scorer.evaluation.batch_size)
         pairs.append((choice_score([-float(row.mean()) for row in losses], int(record["answer"])), 1.0))
     return pairs
-
-
-def options_of(model: LoadedModel, record: Record, max_length: int) -> list[Example] | None:
-    """A record with each of its choices as the answer; None if one of them does not fit into the length.
-
-    Raises:
-        DataError: the record has no choices, or none of them is the right one; with its place.
-    """
-
-    def encoded(records: Sequence[Record]) -> list[Example | None]:
-        choices, answer = records[0].get("choices"), records[0].get("answer")
-        if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
-            raise DataError("the metric accuracy needs records with 'choices' and 'answer'; map them with fields")
-        return list(model.encode_all((answered(records[0], text) for text in choices), max_length))
-
-    options = naming([record], encoded)
-    fitting = [option for option in options if option is not None and not option.cut]
-    return fitting if len(fitting) == len(options) else None
-
-
-@dataclass(frozen=True)
-class Unfit:
-    """Held-out records that `max_length` is too short for: `cut`, `dropped` as of training records, and `choices`: of
-    multiple choice, left out of the accuracy."""
-
-    cut: int = 0
-    dropped: int = 0
-    choices: int = 0
-
-
-def unfit(scorer: Scorer, model: LoadedModel, population: Population) -> Unfit:
-    """What becomes of the held-out records that are scored; one that many clients hold counts once.
-
-    Raises:
-        DataError: a record cannot be scored.
-    """
-    distinct = {id(records): scorer.chosen(records) for records in population.heldout.values()}
-    cut = dropped = choices = 0
-    for records in distinct.values():
-        if not {"nll", "perplexity"}.isdisjoint(scorer.evaluation.metrics):
-            for example in model.encode_all(records, scorer.max_length):
-                cut += example is not None and example.cut > 0
-                dropped += example is None
-        if "accuracy" in scorer.evaluation.metrics:
-            choices += sum(options_of(model, record, scorer.max_length) is None for record in records)
-    return Unfit(cut, dropped, choices)
 
 
 METRICS: Mapping[str, Callable[[Scorer, LoadedModel, Tree, Sequence[Record]], list[Pair]]] = {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Numbers = NDArray[np.int64]
 Piece = tuple[str, bool]  # text, and whether its tokens carry a label
+Find = Callable[[int, bool], int]  # the first token behind a border, and whether the piece before it carries labels
 IDS_ALONE = {
     "add_special_tokens": False,
     "return_attention_mask": False,
@@ -79,30 +80,40 @@ def _begin(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _starts(text: Text, row: int, batch: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The first token of each piece. One that reaches over the border of two pieces belongs to the later one."""
+    """The first token of each piece. A token over the border of two pieces carries the label of either, unless it is a
+    special one, which may take in the spaces behind it."""
     borders = list(accumulate(len(piece) for piece, _ in text.pieces))[:-1]
-    find = _by_offsets(batch, row) if batch.is_fast else _by_prefix(text.whole, batch["input_ids"][row], tokenizer)
-    return [0, *map(find, borders)][: len(text.pieces)]
+    find = (
+        _by_offsets(batch, row, tokenizer)
+        if batch.is_fast
+        else _by_prefix(text.whole, batch["input_ids"][row], tokenizer)
+    )
+    found = (find(border, labelled) for border, (_, labelled) in zip(borders, text.pieces, strict=False))
+    return [0, *found][: len(text.pieces)]
 
 
-def _by_offsets(batch: BatchEncoding, row: int) -> Callable[[int], int]:
-    def find(border: int) -> int:
-        token: int | None = batch.char_to_token(row, border)
-        if token is not None:
-            return token
-        # No token holds this letter: spaces, of which some tokenizers give no offsets.
-        ends = [end for _, end in batch.encodings[row].offsets]
-        return next((token for token, end in enumerate(ends) if end > border), len(ends))
+def _by_offsets(batch: BatchEncoding, row: int, tokenizer: PreTrainedTokenizerBase) -> Find:
+    encoding = batch.encodings[row]
+
+    def find(border: int, labelled: bool) -> int:
+        token: int | None = encoding.char_to_token(border)
+        if token is None:  # no token holds this letter: a space, of which some tokenizers give no offsets
+            ends = [end for _, end in encoding.offsets]
+            return next((token for token, end in enumerate(ends) if end > border), len(ends))
+        begin, _ = encoding.token_to_chars(token)
+        over = begin < border
+        return token + (over and (labelled or encoding.ids[token] in tokenizer.added_tokens_decoder))
 
     return find
 
 
-def _by_prefix(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Callable[[int], int]:
+def _by_prefix(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Find:
     """For tokenizers without offsets: as many tokens as the text has in common with what stands before the border."""
 
-    def find(border: int) -> int:
+    def find(border: int, labelled: bool) -> int:
         before = tokenizer(text[:border], **IDS_ALONE)["input_ids"]
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False)))
+        return common + (labelled and common < len(before))
 
     return find
 

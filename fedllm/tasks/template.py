@@ -110,14 +110,17 @@ def _cut(
     chat: Chat, places: Sequence[int], texts: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Piece]:
     """A chat's pieces, from its text up to each response, and with it."""
-    done, end = "", str(tokenizer.eos_token)
-    for place, (opened, closed) in zip(places, texts, strict=True):
+    rendered, done, end = list(texts), "", str(tokenizer.eos_token)
+    following = [*(opened for opened, _ in rendered[1:]), None]
+    for place, (opened, closed), after in zip(places, rendered, following, strict=False):
         if not (closed.startswith(opened) and opened.startswith(done)):
             raise _rewritten(chat.until(place), opened, closed, tokenizer)
         if (chat.turns[place]["content"] or "").strip() not in closed[len(opened) :]:
             raise DataError(f"the model's chat template changes or leaves out an answer; {OTHERS}")
         last = closed.rfind(end, len(opened))
         stop = len(closed) if last < 0 else last + len(end)
+        if last >= 0 and after is not None and not after.startswith(closed[:stop]):
+            stop = last  # some templates write the end token behind the last turn alone
         yield opened[len(done) :], False
         yield closed[len(opened) : stop], True
         done = closed[:stop]
