@@ -116,7 +116,8 @@ def _cut(
         if not (closed.startswith(opened) and opened.startswith(done)):
             raise _rewritten(chat.until(place), opened, closed, tokenizer)
         if (chat.turns[place]["content"] or "").strip() not in closed[len(opened) :]:
-            raise DataError(f"the model's chat template changes or leaves out an answer; {OTHERS}")
+            how = "changes an answer, leaves it out or begins it in its generation prompt"
+            raise DataError(f"the model's chat template {how}; {OTHERS}")
         last = closed.rfind(end, len(opened))
         stop = len(closed) if last < 0 else last + len(end)
         if last >= 0 and after is not None and not after.startswith(closed[:stop]):
@@ -132,8 +133,8 @@ def _rewritten(before: Chat, opened: str, closed: str, tokenizer: PreTrainedToke
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opened, closed, strict=False)))
     if opened[:common].startswith(asked) and common < len(opened):
         return DataError(
-            f"the model's chat template ends its generation prompt with {opened[common:]!r}, and an answer does not "
-            f"begin with it; add it to the answers, or {OTHERS}"
+            f"the model's chat template ends its generation prompt with {opened[common:]!r} and does not write it "
+            f"before an answer of the data; remove it from the template, or {OTHERS}"
         )
     return DataError(f"the model's chat template rewrites earlier turns; {OTHERS}")
 

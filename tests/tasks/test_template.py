@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 from fedllm.batch import IGNORE, Example
 from fedllm.errors import DataError, ModelError
+from fedllm.federation import Placed
 from fedllm.tasks.objectives import Lm, Sft
 from fedllm.tasks.template import Template, prompt_text
 from fedllm.tasks.tiny import CHAT_TEMPLATE, END, START, tiny_tokenizer
-from fedllm.tasks.turns import messages_of, response_text
+from fedllm.tasks.turns import answered, messages_of, response_text
 
 TOKENIZER = tiny_tokenizer()
 LONG = 10_000
@@ -235,7 +237,7 @@ def chat_of(template: str | None) -> Any:
         (None, "no chat template"),
         # the whole talk so far stands behind a number that changes
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "changes or leaves out an answer"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "changes an answer, leaves it out or begins it"),
         ("{{ raise_exception('roles must alternate') }}", "refuses the roles system, user .*roles must alternate"),
     ],
 )
@@ -282,3 +284,97 @@ def test_the_real_models_chat_is_labelled_and_has_its_system_turn(smollm2: str) 
     assert tokenizer.decode(kept) == "An apple.<|im_end|>"
     assert tokenizer.decode(example.tokens).startswith("<|im_start|>system\n")
     assert kept[-1] == tokenizer.pad_token_id
+
+
+# tools
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Bern"}}}
+CALLED = {
+    "messages": [
+        {"role": "user", "content": "Rain?", "tool_calls": None},  # as a table has it
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "no", "name": "weather"},
+        {"role": "assistant", "content": "No.", "tool_calls": []},
+    ],
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {}}}],
+}
+WITH_TOOLS = (
+    "{% if tools %}{{ '<tools>' + tools[0]['function']['name'] + '<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['content'] %}{{ m['content'] }}{% endif %}"
+    "{% if 'tool_calls' in m %}{% for c in m['tool_calls'] %}{{ c['function'] | tojson }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_calls_of_tools_are_written_and_learned() -> None:
+    tokenizer = chat_of(WITH_TOOLS)
+    example, plain = (encode_response(record, tokenizer, "chat", LONG) for record in (CALLED, TALK))
+    assert example is not None and plain is not None and torch.equal(plain.tokens, encoded(TALK).tokens)
+    assert labelled(example) == f'{{"name": "weather", "arguments": {{"town": "Bern"}}}}{END}|No.{END}'
+    assert text(example).startswith(f"<tools>weather{END}{START}user\nRain?{END}")
+    described = {**CALLED, "tools": json.dumps(CALLED["tools"])}
+    assert torch.equal(Sft().encode([described, TALK], tokenizer, "chat", LONG)[0].tokens, example.tokens)
+    assert not text(encode_response({**CALLED, "tools": ["hammer"]}, tokenizer, "chat", LONG)).startswith("<tools>")
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [
+        (WITH_TOOLS.replace("if tools", "if false"), "the tools' descriptions"),
+        (WITH_TOOLS.replace("if 'tool_calls' in m", "if false"), "the calls of tools"),
+        (
+            WITH_TOOLS.replace("if m['content']", "if m['content'] and m['role'] != 'tool'"),
+            "the turns of the role 'tool'",
+        ),
+    ],
+)
+def test_a_template_that_leaves_tools_out_is_refused(template: str, left_out: str) -> None:
+    with pytest.raises(DataError, match=f"template leaves out {left_out}"):
+        encode_response(CALLED, chat_of(template), "chat", LONG)
+
+
+def test_calls_of_tools_without_a_chat_template_are_refused() -> None:
+    for template in ("alpaca", "plain"):
+        with pytest.raises(DataError, match=f"'{template}' cannot write the calls of tools; set task.template to chat"):
+            encode_response(CALLED, TOKENIZER, template, LONG)
+    with pytest.raises(DataError, match="calls a tool; exact_match and rouge_l compare texts"):
+        response_text({"messages": CALLED["messages"][:2]})
+    with pytest.raises(DataError, match="refuses the roles user, assistant"):  # None is no text
+        encode_response(CALLED, TOKENIZER, "chat", LONG)
+
+
+# answers
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_another_answer_takes_the_place_of_the_last_one(messages: bool) -> None:
+    record: dict[str, Any] = TALK if messages else {"prompt": "2+2", "system": "Be brief."}
+    other = answered({**record, "text": "4"}, "5")
+    for encode in (encode_response, encode_text):
+        example = encode(other, TOKENIZER, "chat", LONG)
+        assert example is not None
+        assert text(example).endswith(f"2+2{END}\n{START}assistant\n5{END}")
+    assert len(messages_of(other)) == (5 if messages else 3) and TALK["messages"][-1]["content"] == "4"
+
+
+# names
+
+
+def test_a_generation_prompt_that_answers_do_not_begin_with_is_named() -> None:
+    thinking = chat_of(CHAT_TEMPLATE.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}"))
+    told = r"ends its generation prompt with '<think>\\n' and does not write it before an answer.*alpaca or plain"
+    for record in (ASKED, TALK):
+        with pytest.raises(DataError, match=told):
+            encode_response(record, thinking, "chat", LONG)
+    with pytest.raises(DataError, match="begins it in its generation prompt"):
+        encode_response({"prompt": "2+2", "response": "<think>\nEasy.</think>4"}, thinking, "chat", LONG)
+
+
+def test_of_records_that_know_their_place_the_bad_one_is_named() -> None:
+    bad = {"messages": [{"role": "assistant", "content": "Hello!"}, *TALK["messages"]]}
+    records = [Placed(record, f"own.jsonl:{line}") for line, record in enumerate([ASKED, TALK, bad, bad], 1)]
+    with pytest.raises(DataError, match=r"^own\.jsonl:3: a chat begins with a turn of the role 'assistant'"):
+        Sft().encode(records, TOKENIZER, "chat", LONG)
+    with pytest.raises(ModelError, match=r"^the model's tokenizer has no chat template"):
+        Sft().encode(records, chat_of(None), "chat", LONG)
