@@ -11,20 +11,17 @@ import torch
 import fedllm.tasks.model as models
 from fedllm.config import build
 from fedllm.errors import ConfigError, DataError
+from fedllm.evaluation.fit import Unfit
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.experiment import Evaluation, Experiment
-from fedllm.federation import Population
+from fedllm.federation import Placed, Population
 from fedllm.federations.shards import Shards
 from fedllm.stages.by_examples import ByExamples
 from fedllm.tasks.model import LoadedModel
 from fedllm.tasks.task import Task
-<<<<<<< HEAD
-from fedllm.tasks.template import prompt_text, response_text
-from fedllm.works.sgd import Sgd
-=======
 from fedllm.tasks.template import prompt_text
 from fedllm.tasks.turns import response_text
->>>>>>> 664921f (Records are tokenised whole; held-out records that do not fit are counted; a bad record names its place)
+from fedllm.works.sgd import Sgd
 
 RECORDS = [
     {"prompt": "What colour is the badge?", "response": "teal", "kind": "private"},
@@ -155,8 +152,65 @@ def test_unknown_metric_names_the_nearest() -> None:
 
 
 def test_accuracy_needs_choices(model: LoadedModel) -> None:
-    with pytest.raises(DataError, match="choices"):
-        figures(scorer("accuracy"), model, RECORDS)
+    for broken in (RECORDS[0], {**CHOICES[0], "answer": "C"}, {**CHOICES[0], "answer": 3}):
+        with pytest.raises(DataError, match=r"^own\.csv:2: the metric accuracy needs records with 'choices'"):
+            figures(scorer("accuracy"), model, [CHOICES[0], Placed(broken, "own.csv:2")])
+
+
+def test_turns_have_choices_for_their_last_answer(model: LoadedModel) -> None:
+    turns = [{"role": "user", "content": CHOICES[0]["prompt"]}, {"role": "assistant", "content": "red"}]
+    asked = [*turns, {"role": "user", "content": "Again!"}, {"role": "assistant", "content": "?"}]
+    means = [
+        sum(row) / len(row)
+        for text in CHOICES[0]["choices"]
+        for row in [plain_nll(model, {"messages": [*asked[:3], {"role": "assistant", "content": text}]})]
+    ]
+    best, worst = means.index(min(means)), means.index(max(means))
+    record = {"messages": asked, "choices": CHOICES[0]["choices"], "text": "of no use here"}
+    assert figures(scorer("accuracy"), model, [{**record, "answer": best}])["accuracy"] == 1.0
+    assert figures(scorer("accuracy"), model, [{**record, "answer": worst}])["accuracy"] == 0.0
+
+
+def sized(model: LoadedModel, record: dict) -> int:
+    example = model.encode(record, 10_000)
+    assert example is not None
+    return len(example.tokens)
+
+
+def test_what_does_not_fit_is_left_out_and_counted(model: LoadedModel) -> None:
+    """A token is a byte, so `green` makes a record four tokens longer than `a`."""
+    short = {"prompt": "Pick.", "choices": ["red", "a"], "answer": 0}
+    long = {"prompt": "Pick one of these.", "choices": ["a", "green"], "answer": 1}
+    sizes = {text: sized(model, {**long, "response": text}) for text in long["choices"]}
+    assert sizes["green"] == sizes["a"] + 4 and sized(model, {**short, "response": "red"}) < sizes["a"]
+    mean = figures(scorer("accuracy"), model, [short])["accuracy"]
+    plain = {**short, "response": "red"}
+    for length, fits in [(sizes["green"], True), (sizes["green"] - 1, False), (sizes["a"] - 1, False), (20, False)]:
+        chosen = Scorer(Evaluation(metrics=("accuracy",)), length)
+        sums = chosen.sums(model, {}, [short, long])
+        population = Population({"a": [plain]}, {"a": [short, long], "b": [long]})
+        unfit = chosen.unfit(model, population)
+        short_fits = length > 20
+        assert float(sums["count/accuracy"]) == short_fits + fits
+        assert unfit == Unfit(choices=2 * (not fits) + (not short_fits))
+        if short_fits and not fits:
+            assert chosen.figures(sums) == {"accuracy": mean}
+    assert chosen.figures(sums) == {}
+
+
+def test_held_out_records_that_are_cut_or_dropped_are_counted(model: LoadedModel) -> None:
+    first = sized(model, RECORDS[1]) - len("Tuesday") - 1  # tokens before its response
+    shared = [{**RECORDS[1], "response": text} for text in ("Tu", "Tuesday")]
+    population = Population({"a": RECORDS, "b": RECORDS}, {"a": shared, "b": shared})  # one list: counted once
+    for length, expected in [(first + 8, (0, 0)), (first + 7, (1, 0)), (first + 2, (2, 0)), (first, (0, 2))]:
+        for metric in ("nll", "perplexity"):
+            found = Scorer(Evaluation(metrics=(metric,)), length).unfit(model, population)
+            assert (found.cut, found.dropped, found.choices) == (*expected, 0)
+            told = found.warnings(length)
+            assert len(told) == (expected != (0, 0)) and all(f"{length} tokens, the work's" in text for text in told)
+    assert Scorer(Evaluation(metrics=("exact_match",)), 1).unfit(model, population) == Unfit()
+    assert Scorer(Evaluation(limit=1), first + 7).unfit(model, population) == Unfit()
+    assert "2 held-out records have a choice that does not fit" in Unfit(choices=2).warnings(9)[0]
 
 
 def test_a_record_that_is_no_multiple_choice_is_found_before_a_model_is_loaded() -> None:

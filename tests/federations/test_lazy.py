@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 import fedllm
 from fedllm.errors import DataError, RunError
-from fedllm.federation import Joined
+from fedllm.federation import Joined, place_of
 from fedllm.federations import lazy
 from fedllm.federations.lazy import Lines, open_records, view
 from fedllm.federations.records import read_records
@@ -31,6 +32,7 @@ FILES: dict[str, bytes] = {
     "windows.jsonl": TEXT.replace("\n", "\r\n\r\n").encode(),
     "old mac.jsonl": TEXT.replace("\n", "\r").encode(),
     "mixed.JSONL": f"  {TEXT}".replace("\n", " \r\n\r \n").encode(),
+    "other spaces.jsonl": f"\n{TEXT}".replace("\n", "\n\u00a0\n\u2003 \r\n").encode(),
     "packed.jsonl.gz": gzip.compress(TEXT.encode(), mtime=0),
     "array.json": json.dumps(TWO, indent=1).encode(),
     "table.csv": 'prompt,response\r\na,b\r\n"c\nd","é, ""x"""\r\n'.encode(),
@@ -54,6 +56,35 @@ def test_equal_to_what_is_read_at_once(tmp_path: Path, name: str) -> None:
     assert len(records) == 2
     with pytest.raises(IndexError):
         records[2]
+
+
+PLACES = {
+    "plain.jsonl": (":1", ":2"),
+    "windows.jsonl": (":1", ":3"),
+    "old mac.jsonl": (":1", ":2"),
+    "marked.json": (":3", ":4"),
+    "other spaces.jsonl": (":4", ":7"),
+    "packed.jsonl.gz": (":1", ":2"),
+    "array.json": (", item 1", ", item 2"),
+    "table.csv": (":2", ":4"),  # where it ends
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_records_know_their_places(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    records = open_records(str(tmp_path / name))
+    expected = [f"{tmp_path / name}{place}" for place in PLACES[name]]
+    for read in (records, view(records, [0, 1]), read_records(str(tmp_path / name)), deepcopy(list(records))):
+        assert [place_of(record) for record in read] == expected
+
+
+def test_records_of_the_package_and_of_tables_know_their_places(tmp_path: Path) -> None:
+    assert place_of(open_records("quickstart")[2]) == "quickstart, record 3"
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "t.parquet")
+    assert place_of(open_records(str(tmp_path / "t.parquet"))[1]) == f"{tmp_path / 't.parquet'}, row 2"
+    assert place_of({"text": "a"}) is None
 
 
 def test_fields_and_forms_are_applied_to_each_record_on_access(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"prompt": ["a", "c"], "response": ["b", "d"]}), tmp_path / "t.parquet")
     assert read_records(str(tmp_path / "t.parquet"))[1] == {"prompt": "c", "response": "d"}
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet has two columns 'text'"):
+        read_records(str(tmp_path / "twice.parquet"))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"broken\.parquet is not a readable Parquet file"):
         read_records(str(tmp_path / "broken.parquet"))
@@ -80,6 +84,29 @@ def test_a_prompt_that_is_mapped_wins_over_the_turns_of_the_source(tmp_path: Pat
     source = lines(tmp_path / "t.jsonl", {"q": "a", "r": "b", "messages": turns})
     assert "messages" not in read_records(source, fields={"prompt": "q", "response": "r"})[0]
     assert read_records(source)[0]["messages"] == turns
+
+
+CHAT = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "gone"),
+    [
+        ({"prompt": "q", "response": "r"}, {"messages", "text"}),
+        ({"response": "r"}, {"messages", "text"}),
+        ({"messages": "turns"}, {"text"}),
+        ({"prompt": "q", "response": "r", "text": "q"}, {"messages"}),
+        ({"text": "q"}, set()),
+        ({"system": "q"}, set()),
+        ({}, set()),
+    ],
+)
+def test_what_is_mapped_wins_over_fields_of_the_source(tmp_path: Path, fields: dict[str, str], gone: set[str]) -> None:
+    """`messages` would be used in place of prompt and response, and `text` in place of both by `lm`."""
+    row = {"q": "a", "r": "b", "turns": CHAT, "prompt": "c", "response": "d", "messages": CHAT, "text": "e"}
+    (record,) = read_records(lines(tmp_path / "t.jsonl", row), fields=fields)
+    assert row.keys() - record.keys() == gone
+    assert record == {**{name: row[name] for name in row.keys() - gone}, **{to: row[of] for to, of in fields.items()}}
 
 
 @pytest.mark.parametrize("template", ["{q.__class__}", "{q[0]}"])
@@ -116,9 +143,34 @@ def test_answers_of_multiple_choice_become_an_index(tmp_path: Path, answer: obje
     assert record["answer"] == 1
 
 
+@pytest.mark.parametrize(("answer", "found"), [("B", 1), ("yes", 1), (2, 2), ("no", "no"), (3, 3), (None, None)])
+def test_turns_may_have_choices_and_fields_of_that_name(tmp_path: Path, answer: object, found: object) -> None:
+    row = {"messages": CHAT, "choices": ["x", "yes", "z"], "answer": answer}
+    (record,) = read_records(lines(tmp_path / "t.jsonl", row))
+    assert record == {**row, "answer": found}
+    assert read_records(lines(tmp_path / "t.jsonl", {**row, "choices": "A, B"}))[0]["answer"] == answer
+
+
+CALLS = [{"function": {"name": "clock", "arguments": {}}}]
+
+
+@pytest.mark.parametrize("turn", [{"content": None}, {}, {"content": ""}])
+def test_a_turn_that_calls_tools_may_be_without_text(tmp_path: Path, turn: dict[str, Any]) -> None:
+    row = {"messages": [{"role": "assistant", "tool_calls": CALLS, **turn}]}
+    assert read_records(lines(tmp_path / "t.jsonl", row)) == [row]
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+            "'messages' must be a list of turns",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": "b"}]},
+            "'messages' must be a list of turns",
+        ),
         ({"prompt": "a", "response": 3}, r"'response' must be text .* but it is 3"),
         ({"prompt": None, "response": "b"}, "'prompt' must be text .* but it is None"),
         ({"prompt": "a", "response": "b", "system": 1}, "'system' must be text"),
@@ -159,6 +211,18 @@ def test_a_system_of_null_is_no_system(tmp_path: Path) -> None:
         ("t.jsonl", b'{"text": "\xff"}\n', r"t\.jsonl is not UTF-8 text"),
         ("t.jsonl.gz", b"not gzip", r"t\.jsonl\.gz cannot be read"),
         ("t.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"t\.jsonl\.gz cannot be read"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": "a", "n": 1, "n": 2}', r"t\.jsonl:2 has the key 'n' twice; keep one"),
+        (
+            "t.jsonl",
+            b'{"text": "a", "n": {"m": [{"o": 1, "o": 1}]}}',
+            r"t\.jsonl:1 has the key 'o' twice in one",
+        ),
+        ("t.json", b'[{"text": "a"},\n {"text": "a", "text": "b"}]', r"t\.json, item 2 has the key 'text' twice"),
+        ("t.json", b'[{"text": "a", "n": [{"o": 1, "o": 1}]}]', r"t\.json, item 1 has the key 'o' twice in one"),
+        ("t.csv", b"prompt,response,response\na,b,\n", r"t\.csv has two columns 'response'; rename or remove one"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": "\\ud83c"}', r"t\.jsonl:2 holds \\ud83c, half of a surrogate pair"),
+        ("t.jsonl", b'{"text": "a", "n": [{"\\uDF55": 1}]}', r"t\.jsonl:1 holds \\udf55, half of a surrogate pair"),
+        ("t.json", b'[{"text": "a"}, {"text": "\\ud83c!"}]', r"t\.json, item 2 holds \\ud83c, half of a surrogate"),
         ("t.jsonl", b"\n\n", r"t\.jsonl holds no records"),
         ("t.csv", b"prompt,response\n", r"t\.csv holds no records"),
         ("t.txt", b"hello", r"t\.txt is not a file that ends in \.csv, \.json"),
@@ -168,6 +232,17 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, sentence: str)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence):
         read_records(str(tmp_path / name))
+
+
+def test_what_is_near_to_damage(tmp_path: Path) -> None:
+    whole = "\N{SLICE OF PIZZA}"
+    assert read_records(lines(tmp_path / "t.jsonl", {"text": whole})) == [{"text": whole}]  # written as a pair
+    long = "a pear, " * 20_000  # more letters than the csv module takes at first
+    (tmp_path / "t.csv").write_text(f'text,,\nb,,\n"{long}",,\n')  # columns without a name, as spreadsheets leave them
+    assert [record["text"] for record in read_records(str(tmp_path / "t.csv"))] == ["b", long]
+    (tmp_path / "t.csv").write_text(f'text\nb\n"{long}\n')
+    with pytest.raises(DataError, match=r"t\.csv:3 is not CSV \(unexpected end of data\)"):
+        read_records(str(tmp_path / "t.csv"))
 
 
 def test_missing_files_name_their_neighbour(tmp_path: Path) -> None:

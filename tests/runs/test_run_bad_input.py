@@ -21,7 +21,7 @@ from fedllm.catalog import NOUNS
 from fedllm.cli.display import Display
 from fedllm.engine import Engine
 from fedllm.errors import FedllmError
-from fedllm.events import ClientFailed, RoundFinished
+from fedllm.events import ClientFailed, DataReported, RoundFinished, Warned
 from fedllm.stage import Stage
 from fedllm.tree import Tree, equal, finite
 from fedllm.update import Local
@@ -155,6 +155,13 @@ def test_a_wrong_file_is_one_sentence(
     assert not (here / "runs").exists()
 
 
+GREETING = [{"role": "assistant", "content": "Hello!"}]
+CALLING = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]},
+]
+
+
 def test_a_record_is_named_by_file_and_line(here: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = data.read_text(encoding="utf-8").splitlines()
     for bad, words in [
@@ -162,12 +169,30 @@ def test_a_record_is_named_by_file_and_line(here: Path, data: Path, capsys: pyte
         ('{"prompt": "x", "response": 5, "who": "ann"}', ["own.jsonl:3", "'response'"]),
         ("{'prompt'}", ["own.jsonl:3", "JSON"]),
         ("[]", ["own.jsonl:3"]),
+        (json.dumps({"messages": GREETING, "who": "ann"}), ["own.jsonl:3", "begins with a turn of the role"]),
+        (json.dumps({"messages": CALLING, "who": "ann"}), ["own.jsonl:3", "leaves out the calls of tools"]),
     ]:
         (here / "own.jsonl").write_text("\n".join([*lines[:2], bad, *lines[2:]]), encoding="utf-8")
         told = refused(capsys, "run", "mine.yaml", "federation.shards.data=own.jsonl")
         assert all(word in told for word in words), told
     (here / "own.jsonl").write_text("")
     assert "no records" in refused(capsys, "check", "mine.yaml", "federation.shards.data=own.jsonl")
+
+
+def test_held_out_records_are_named_and_counted_as_those_to_train_on(
+    here: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = data.read_text(encoding="utf-8").splitlines()
+    held = here / "held.jsonl"
+    held.write_text("\n".join([*lines, json.dumps({"messages": CALLING, "who": "cid"})]), encoding="utf-8")
+    told = refused(capsys, "run", "mine.yaml", "federation.shards.heldout=held.jsonl", "evaluation.limit=3")
+    assert f"held.jsonl:{len(lines) + 1}: the model's chat template leaves out the calls of tools" in told
+    held.write_text(data.read_text(encoding="utf-8").replace("ann 1?", f"{'long ' * 9}?"))
+    result = fedllm.run(small(data, federation__shards__heldout=str(held), rounds=0), out=here / "run")
+    (report,) = (event for event in events(result.folder) if isinstance(event, DataReported))
+    assert (report.cut, report.dropped, report.heldout_cut, report.heldout_dropped) == (0, 0, 0, 1)
+    (warned,) = (event for event in events(result.folder) if isinstance(event, Warned))
+    assert warned.text.startswith("1 held-out records keep no labelled token in 48 tokens")
 
 
 def test_names_that_do_not_exist(here: Path, finished: fedllm.Result, capsys: pytest.CaptureFixture[str]) -> None:
