@@ -24,7 +24,8 @@ def chat_with(
     if prompt is None and sys.stdin.isatty():
         console.print(f"{opened.model.base.title}, tuned in {folder}. An empty line ends.", highlight=False)
     for line in _lines(console) if prompt is None else [prompt]:
-        turns.append({"role": "user", "content": line})
+        asked = line.encode(errors="replace").decode()  # a terminal may send bytes that are no text
+        turns.append({"role": "user", "content": asked})
         answer = _answer(opened, console, turns, compare, max_new_tokens)
         turns.append({"role": "assistant", "content": answer})
 

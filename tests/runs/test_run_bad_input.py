@@ -210,6 +210,13 @@ def test_names_that_do_not_exist(here: Path, finished: fedllm.Result, capsys: py
     assert [path.name for path in here.iterdir()] == ["mine.yaml"]
 
 
+def test_a_prompt_of_bytes_that_are_no_text_is_answered(
+    finished: fedllm.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = command(capsys, "chat", finished.folder, "--prompt", "hi \udcff", "--max-new-tokens", "1")
+    assert (code, err) == (0, "") and out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
