@@ -42,11 +42,13 @@ def naming(records: Sequence[Record], action: Callable[[Sequence[Record]], Found
         return action(records)
     except DataError:
         for record in records:
-            place = place_of(record)
             try:
                 action([record])
             except DataError as error:
-                raise error if place is None else DataError(f"{place}: {error}") from error
+                place = place_of(record)
+                if place is None:
+                    raise
+                raise DataError(f"{place}: {error}") from error
         raise
 
 

@@ -85,7 +85,7 @@ CHECKS: Mapping[str, Callable[[Any], str]] = {
 
 def _is_choice(record: Record) -> bool:
     """Whether turns have choices: fields of these names that hold something else are no one's business."""
-    return "messages" in record and not any(CHECKS[name](record.get(name)) for name in ("choices", "answer"))
+    return "choices" in record and "messages" in record and not any(CHECKS[name](record.get(name)) for name in ("choices", "answer"))
 
 
 def _index(record: Record) -> int | None:

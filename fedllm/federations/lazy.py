@@ -15,6 +15,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any, overload
 
 from fedllm.cache import cache_dir
@@ -109,12 +110,13 @@ def open_records(source: str, *, fields: Mapping[str, str] | None = None) -> Seq
 def _in_place(source: str, ways: Sequence[Way]) -> Lines:
     file, starts, numbers = sources.opened(source), array(OFFSETS), array(OFFSETS)
     with _closed_on_error(file):
-        for number, start, row in sources.numbered_rows(source, file):
-            record_of(row, sources.line_place(source, number), ways)
+        for number, start, (place, row) in sources.numbered_rows(source, file):
+            record_of(row, place, ways)
             starts.append(start)
             numbers.append(number)
         starts.append(file.seek(0, os.SEEK_END))
-    return Lines(file, starts, lambda row, at: record_of(row, sources.line_place(source, numbers[at]), ways), source)
+    path = str(Path(source).expanduser())
+    return Lines(file, starts, lambda row, at: record_of(row, f"{path}:{numbers[at]}", ways), source)
 
 
 def _unpacked(records: Iterator[Placed], source: str) -> Lines:

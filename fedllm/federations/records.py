@@ -121,7 +121,7 @@ def record_of(row: Record, place: str, ways: Sequence[Way]) -> Placed:
     """A checked record of a row. A field of the source that would win over one that was asked for is left out."""
     made = {way.name: way.value(row, place) for way in ways}
     record = {**row, **made}
-    for name, weaker in WINS.items():
+    for name, weaker in WINS.items() if made else ():
         if name not in made and not made.keys().isdisjoint(weaker):
             record.pop(name, None)
     return Placed(checked(record, place), place)

@@ -14,7 +14,6 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -22,7 +21,7 @@ from fedllm.errors import DataError, MissingExtra, nearest
 from fedllm.federations import tables
 
 Row = tuple[str, dict[str, Any]]  # the place ("notes/train.jsonl:3"), and what stands there
-Repeated = tuple[dict[str, Any], str]  # a JSON object, and the key that it gives twice
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a pair, as JSON writes it
 LONGEST_CELL = 2**31 - 1  # letters of a cell of CSV: the most that the library can be told on every system
 
 HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w\[\]%+:-]+))?")
@@ -74,13 +73,9 @@ def opened(source: str) -> IO[bytes]:
         return path.open("rb")
 
 
-def line_place(source: str, number: int) -> str:
-    """The place of a line."""
-    return f"{Path(source).expanduser()}:{number}"
-
-
-def numbered_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The rows of a file of JSON lines, each with the number of its line and the byte where it begins.
+def numbered_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, int, Row]]:
+    """The rows of a file of JSON lines, each with the number of its line and the byte where it begins. Its place is
+    the file's, a colon and the number.
 
     Raises:
         DataError: the file is damaged, or holds something else than rows.
@@ -88,7 +83,8 @@ def numbered_rows(source: str, file: Iterable[bytes]) -> Iterator[tuple[int, int
     path = Path(source).expanduser()
     with _readable(path):
         for number, start, line in _lines(file, path):
-            yield number, start, _object(line, f"{path}:{number}")
+            place = f"{path}:{number}"
+            yield number, start, (place, _object(line, place))
 
 
 def is_hub(source: str) -> bool:
@@ -142,7 +138,7 @@ def _is_array(path: Path) -> bool:
 
 def _json_lines(path: Path) -> Iterator[Row]:
     with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-        yield from ((line_place(str(path), number), row) for number, _, row in numbered_rows(str(path), file))
+        yield from (row for _, _, row in numbered_rows(str(path), file))
 
 
 def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, int, str]]:
@@ -165,59 +161,66 @@ def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, int, str]]:
 def _json_array(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         text = file.read()
-    repeated: list[Repeated] = []
     try:
-        items = json.loads(text, object_pairs_hook=partial(_fields, repeated))
+        items = STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno} is not JSON ({error.msg}, column {error.colno})") from error
+    except RepeatedKey as error:
+        raise DataError(f"{path}, item {_item_of_repeated_key(text)} {error}") from error
+    half_pairs = SURROGATE.search(text) is not None
     for number, item in enumerate(items, 1):
         place = f"{path}, item {number}"
         if not isinstance(item, dict):
             raise DataError(f"{place} is {_kind(item)}; each item must be one JSON object")
-        _check_fields(place, item, [found for found in repeated if _holds(item, found[0])])
-        if "\\u" in text:
+        if half_pairs:
             _check_letters(place, item)
         yield place, item
 
 
 def _object(line: str, place: str) -> dict[str, Any]:
     rule = "each line must hold one JSON object"
-    repeated: list[Repeated] = []
     try:
-        row = json.loads(line, object_pairs_hook=partial(_fields, repeated))
+        row = STRICT.decode(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{place} is not JSON ({error.msg}, column {error.colno}); {rule}") from error
+    except RepeatedKey as error:
+        raise DataError(f"{place} {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place} is {_kind(row)}; {rule}")
-    _check_fields(place, row, repeated)
-    if "\\u" in line:
+    if SURROGATE.search(line):
         _check_letters(place, row)
     return row
 
 
-def _fields(repeated: list[Repeated], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. One that has a key twice is added to `repeated`."""
+class RepeatedKey(Exception):
+    """What is wrong with a JSON object that has a key twice: one of the values would be lost."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        repeated.append((made, _first_repeated([key for key, _ in pairs])))
+        raise RepeatedKey(f"has the key '{_first_repeated([key for key, _ in pairs])}' twice; keep one of them")
     return made
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_fields)
+
+
+def _item_of_repeated_key(text: str) -> int:
+    """The number of the first item of an array that has a key twice."""
+    at, number = text.index("[") + 1, 0
+    while True:
+        number += 1
+        while text[at] in ", \t\r\n":
+            at += 1
+        try:
+            _, at = STRICT.raw_decode(text, at)
+        except RepeatedKey:
+            return number
 
 
 def _first_repeated(names: Sequence[str]) -> str:
     return next((name for place, name in enumerate(names) if name in names[:place]), "")
-
-
-def _check_fields(place: str, row: dict[str, Any], repeated: Sequence[Repeated]) -> None:
-    """Refuse a key that is given twice: one of its values would be lost."""
-    for made, key in repeated:
-        where = "" if made is row else " in one of its objects"
-        raise DataError(f"{place} has the key '{key}' twice{where}; keep one of them")
-
-
-def _holds(value: Any, wanted: object) -> bool:
-    """Whether a JSON value is an object or holds it."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value is wanted or any(_holds(part, wanted) for part in inner)
 
 
 def _check_letters(place: str, row: dict[str, Any]) -> None:

@@ -215,10 +215,10 @@ def test_a_system_of_null_is_no_system(tmp_path: Path) -> None:
         (
             "t.jsonl",
             b'{"text": "a", "n": {"m": [{"o": 1, "o": 1}]}}',
-            r"t\.jsonl:1 has the key 'o' twice in one",
+            r"t\.jsonl:1 has the key 'o' twice",
         ),
         ("t.json", b'[{"text": "a"},\n {"text": "a", "text": "b"}]', r"t\.json, item 2 has the key 'text' twice"),
-        ("t.json", b'[{"text": "a", "n": [{"o": 1, "o": 1}]}]', r"t\.json, item 1 has the key 'o' twice in one"),
+        ("t.json", b'[{"text": "a", "n": [{"o": 1, "o": 1}]}]', r"t\.json, item 1 has the key 'o' twice"),
         ("t.csv", b"prompt,response,response\na,b,\n", r"t\.csv has two columns 'response'; rename or remove one"),
         ("t.jsonl", b'{"text": "a"}\n{"text": "\\ud83c"}', r"t\.jsonl:2 holds \\ud83c, half of a surrogate pair"),
         ("t.jsonl", b'{"text": "a", "n": [{"\\uDF55": 1}]}', r"t\.jsonl:1 holds \\udf55, half of a surrogate pair"),
