@@ -85,7 +85,9 @@ CHECKS: Mapping[str, Callable[[Any], str]] = {
 
 def _is_choice(record: Record) -> bool:
     """Whether turns have choices: fields of these names that hold something else are no one's business."""
-    return "choices" in record and "messages" in record and not any(CHECKS[name](record.get(name)) for name in ("choices", "answer"))
+    if "messages" not in record or "choices" not in record:
+        return False
+    return not any(CHECKS[name](record.get(name)) for name in ("choices", "answer"))
 
 
 def _index(record: Record) -> int | None:
