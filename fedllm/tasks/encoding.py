@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedllm.batch import IGNORE, Example
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-Numbers = NDArray[np.int64]
 Piece = tuple[str, bool]  # text, and whether its tokens carry a label
 Find = Callable[[int, bool], int]  # the first token behind a border, and whether the piece before it carries labels
 IDS_ALONE = {
@@ -55,17 +53,13 @@ def encoded(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_lengt
     """Texts to examples, in one call of the tokenizer; None where no label is left. A first token carries none."""
     if not texts:
         return []
-    batch, found = tokenizer([text.whole for text in texts], **IDS_ALONE), list[Example | None]()
+    batch = tokenizer([text.whole for text in texts], **IDS_ALONE)
+    found: list[Example | None] = []
     for row, (text, ids) in enumerate(zip(texts, batch["input_ids"], strict=True)):
         begin = _begin(text, tokenizer)
-        tokens = np.array(begin + ids, dtype=np.int64)
-        labels = np.full(len(tokens), IGNORE)
-        starts = [*_starts(text, row, batch, tokenizer), len(ids)]
-        for (_, labelled), (start, stop) in zip(text.pieces, pairwise(starts), strict=True):
-            if labelled:
-                span = slice(len(begin) + start, len(begin) + stop)
-                labels[span] = tokens[span]
-        found.append(_example(tokens, labels, max_length))
+        starts = [len(begin) + start for start in (*_starts(text, row, batch, tokenizer), len(ids))]
+        spans = [span for (_, labelled), span in zip(text.pieces, pairwise(starts), strict=True) if labelled]
+        found.append(_example(begin + ids if begin else ids, spans, max_length))
     return found
 
 
@@ -118,11 +112,16 @@ def _by_prefix(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
     return find
 
 
-def _example(tokens: Numbers, labels: Numbers, max_length: int) -> Example | None:
-    # position t predicts token t + 1; the last one predicts nothing
-    targets = np.append(labels[1:max_length], IGNORE)
-    if (targets == IGNORE).all():
-        return None
+def _example(ids: list[int], spans: Sequence[tuple[int, int]], max_length: int) -> Example | None:
+    """The example of some tokens, of which those in the spans (from, to) carry labels."""
     # numpy, because torch itself takes three times as long to make a tensor of a list
-    kept, cut = tokens[:max_length].copy(), max(0, len(tokens) - max_length)
-    return Example(torch.from_numpy(kept), torch.from_numpy(targets), cut=cut)
+    tokens = np.array(ids[:max_length], dtype=np.int64)
+    targets, labelled = np.full(len(tokens), IGNORE), False
+    for start, stop in spans:
+        first, last = max(start, 1), min(stop, len(tokens))
+        if first < last:  # position t predicts token t + 1; the last one predicts nothing
+            targets[first - 1 : last - 1] = tokens[first:last]
+            labelled = True
+    if not labelled:
+        return None
+    return Example(torch.from_numpy(tokens), torch.from_numpy(targets), cut=max(0, len(ids) - max_length))

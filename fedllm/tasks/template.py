@@ -29,7 +29,7 @@ OTHERS = "set task.template to alpaca or plain"
 class Chat(NamedTuple):
     """What a chat template is given."""
 
-    turns: Sequence[Turn]
+    turns: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
 
     def until(self, place: int) -> Chat:
@@ -102,7 +102,8 @@ def _chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[li
     closed = _rendered([chat.until(place + 1) for chat, place in each], tokenizer, opened=False)
     texts = zip(opened, closed, strict=True)
     for chat in chats:
-        _check_tools(chat, tokenizer)
+        if any(len(turn) > 2 or turn["role"] == "tool" for turn in chat.turns) or chat.tools:
+            _check_tools(chat, tokenizer)
     return [list(_cut(chat, own, islice(texts, len(own)), tokenizer)) for chat, own in zip(chats, places, strict=True)]
 
 
@@ -181,7 +182,7 @@ def _rendered(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase, *, open
     if len(chats) > 1 and any(chat.tools for chat in chats):  # tools hold for a whole call
         return [text for chat in chats for text in _rendered([chat], tokenizer, opened=opened)]
     try:
-        listed, tools = [list(chat.turns) for chat in chats], chats[0].tools
+        listed, tools = [chat.turns for chat in chats], chats[0].tools
         texts = tokenizer.apply_chat_template(listed, tools=tools, tokenize=False, add_generation_prompt=opened)
         return list(map(str, texts))
     except (TemplateError, TypeError) as error:
