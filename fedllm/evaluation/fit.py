@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedllm.batch import Example
@@ -50,19 +50,24 @@ def unfit(model: LoadedModel, groups: Sequence[Sequence[Record]], metrics: Colle
     return Unfit(cut, dropped, choices)
 
 
+def is_choice(record: Record) -> bool:
+    """Whether a record has choices and the index of the right one."""
+    choices, answer = record.get("choices"), record.get("answer")
+    return isinstance(choices, list) and type(answer) is int and 0 <= answer < len(choices)
+
+
 def options_of(model: LoadedModel, record: Record, max_length: int) -> list[Example] | None:
-    """A record with each of its choices as the answer; None if one of them does not fit.
+    """A record of multiple choice with each choice as its answer; None if one of them does not fit.
 
     Raises:
-        DataError: the record has no choices, or none of them is the right one; with its place.
+        DataError: the template does not fit the record; with its place.
     """
-
-    def encoded(records: Sequence[Record]) -> list[Example | None]:
-        choices, answer = records[0].get("choices"), records[0].get("answer")
-        if not isinstance(choices, list) or type(answer) is not int or not 0 <= answer < len(choices):
-            raise DataError("the metric accuracy needs records with 'choices' and 'answer'; map them with fields")
-        return list(model.encode_all((answered(records[0], text) for text in choices), max_length))
-
-    options = naming([record], encoded)
+    options = naming([record], lambda _: list(model.encode_all(_answered(record), max_length)))
     fitting = [option for option in options if option is not None and not option.cut]
     return fitting if len(fitting) == len(options) else None
+
+
+def _answered(record: Record) -> Iterator[Record]:
+    if not is_choice(record):
+        raise DataError("the metric accuracy needs 'choices', a list, and 'answer', one of them")
+    return (answered(record, text) for text in record["choices"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedllm.batch import Example
 from fedllm.errors import ConfigError, DataError, nearest
-from fedllm.evaluation.fit import Unfit, options_of, unfit
+from fedllm.evaluation.fit import Unfit, is_choice, options_of, unfit
 from fedllm.evaluation.text import choice_score, exact_match, rouge_l
 from fedllm.experiment import Evaluation, Experiment
 from fedllm.federation import Population, Record, naming, place_of
@@ -118,17 +118,19 @@ class Scorer:
 
 
 def _require_choices(population: Population, limit: int | None) -> None:
-    """
+    """Refuse a record that is to be scored and is no multiple choice.
+
     Raises:
-        DataError: a record that is to be scored is no multiple choice.
+        DataError: names the record.
     """
     distinct = {id(records): (client, records) for client, records in population.heldout.items()}
     for client, records in distinct.values():
         for record in records[:limit]:
-            if "choices" not in record or "answer" not in record:
+            if not is_choice(record):
+                where = place_of(record) or f"a held-out record of {client}"
                 raise DataError(
-                    f"the metric accuracy needs records with 'choices' and 'answer', and a held-out record of {client} "
-                    "has not both; map them with federation.shards.fields, or leave accuracy out of evaluation.metrics"
+                    f"the metric accuracy needs 'choices', a list, and 'answer', one of them, which {where} has not; "
+                    "map them with federation.shards.fields, or leave accuracy out of evaluation.metrics"
                 )
 
 

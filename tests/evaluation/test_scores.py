@@ -153,7 +153,7 @@ def test_unknown_metric_names_the_nearest() -> None:
 
 def test_accuracy_needs_choices(model: LoadedModel) -> None:
     for broken in (RECORDS[0], {**CHOICES[0], "answer": "C"}, {**CHOICES[0], "answer": 3}):
-        with pytest.raises(DataError, match=r"^own\.csv:2: the metric accuracy needs records with 'choices'"):
+        with pytest.raises(DataError, match=r"^own\.csv:2: the metric accuracy needs 'choices', a list"):
             figures(scorer("accuracy"), model, [CHOICES[0], Placed(broken, "own.csv:2")])
 
 
@@ -221,10 +221,10 @@ def test_a_record_that_is_no_multiple_choice_is_found_before_a_model_is_loaded()
         stages=(ByExamples(),),
         evaluation=Evaluation(metrics=("accuracy",), limit=6),
     )
-    with pytest.raises(
-        DataError, match=r"accuracy needs records with 'choices' and 'answer', and a .* of b has not both"
-    ):
+    with pytest.raises(DataError, match=r"accuracy needs 'choices', .* which a held-out record of b has not"):
         Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES[:5], RECORDS[0]]}))
+    with pytest.raises(DataError, match=r"and 'answer', one of them, which own\.csv:2 has not"):
+        Scorer.of(made, Population({}, {"a": [Placed({**CHOICES[0], "answer": 3}, "own.csv:2")]}))
     Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES, RECORDS[0]]}))  # behind the limit
 
 
