@@ -22,6 +22,7 @@ from fedllm.errors import DataError, RunError
 from fedllm.federations import sources
 from fedllm.federations.forms import Record
 from fedllm.federations.records import Way, record_of, rows_of, some, ways_of
+from fedllm.system import read_at
 
 OFFSETS = "Q"  # array type of 8 bytes
 
@@ -49,7 +50,7 @@ class Lines(Sequence[Record]):
             return View(self, array(OFFSETS, range(len(self))[index]))
         place = range(len(self))[index]
         start, stop = self._starts[place], self._starts[place + 1]
-        line = os.pread(self._handle, stop - start, start)
+        line = read_at(self._handle, stop - start, start)
         if self._stamp() != self._written:
             raise RunError(f"{self._name} was changed while it was in use; put it back as it was, then resume the run")
         return self._make(json.loads(line))

@@ -83,9 +83,9 @@ def _family(stories: Sequence[Story], family: str, names: Sequence[str]) -> list
 def _levels(story: Story, name: str) -> list[Trace]:
     until = max(story.curve(name), default=0)
     return [
-        level(COMPARED[which], event.metrics[name], until=until, shade=SHADE[which])
+        level(COMPARED[which], value, until=until, shade=SHADE[which])
         for which, event in story.evaluations.items()
-        if which != "federated" and finite(event.metrics.get(name))
+        if which != "federated" and finite(value := event.metrics.get(name))
     ]
 
 

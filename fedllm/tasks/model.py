@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
+from fedllm.checksum import checksum
 from fedllm.errors import CheckError
 from fedllm.native import kernels
 from fedllm.native.library import library
@@ -57,6 +58,10 @@ class LoadedModel:
         transformers' norms round to float32, and the slopes of the common tokens would add up in another order."""
         wide = self.base.model.dtype == torch.float64
         return self.task.adapter.shares and self.base.unpackable is None and not wide
+
+    def start_digest(self, key: Key) -> str:
+        """A checksum of the adapter's leaves at the start of a run, frozen ones included."""
+        return checksum(self.adapter.fresh(key.fold("adapter")))
 
     @property
     def computed_by(self) -> Mapping[str, str]:

@@ -1,0 +1,82 @@
+"""What a run is made from beside its settings: the content of its data files and of its base model.
+
+Neither is part of the experiment's hash, so the run folder keeps checksums of both (`about.inputs` in
+`experiment.yaml`), and a run whose inputs have changed since is not gone on with.
+
+    data    SHA-256 of each file
+    model   a checksum of weights, configuration and tokenizer, and the dtype in which it was loaded
+    start   a checksum of the adapter's initial values
+    stamp   names, sizes and times of the model's files: while they are the same, no model has to be loaded to compare
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm.errors import FedllmError
+from fedllm.experiment import Experiment
+from fedllm.tasks.model import LoadedModel, load
+
+Inputs = Mapping[str, Any]
+
+
+def inputs_of(experiment: Experiment, model: LoadedModel) -> Inputs:
+    """Of the experiment now."""
+    return {
+        "data": {file: _sha256(Path(file).expanduser()) for file in experiment.federation.files()},
+        "dtype": str(model.base.model.dtype),
+        "model": model.base.digest,
+        "start": model.start_digest(experiment.key),
+        "stamp": _stamp(experiment),
+    }
+
+
+def changed(experiment: Experiment, then: Inputs, now: Inputs) -> list[str]:
+    """What has changed, for an error. A model in another dtype cannot be compared."""
+    found = [f"the data file {file}" for file, known in then.get("data", {}).items() if now["data"].get(file) != known]
+    if then.get("dtype") != now["dtype"]:
+        return found
+    if then.get("model") != now["model"]:
+        return [*found, f"the base model {experiment.task.model}"]
+    if then.get("start") != now["start"]:
+        found.append("what the adapter begins with")
+    return found
+
+
+def changed_since(experiment: Experiment, then: Inputs) -> list[str]:
+    """The same of a finished run, whose model is loaded only if its files are other ones."""
+    found = [
+        f"the data file {file}"
+        for file, known in then.get("data", {}).items()
+        if _sha256(Path(file).expanduser()) != known
+    ]
+    if then.get("stamp") in (None, _stamp(experiment)):
+        return found
+    try:
+        return changed(experiment, then, inputs_of(experiment, load(experiment.task)))
+    except FedllmError:
+        return [*found, f"the base model {experiment.task.model}"]
+
+
+def _sha256(path: Path) -> str:
+    """Of a file; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _stamp(experiment: Experiment) -> str:
+    """Of the files of a model and of an adapter to start from, where they are given by their paths."""
+    told = []
+    for name in (experiment.task.model, getattr(experiment.task.adapter, "init_from", None)):
+        place = Path(name or "-").expanduser()
+        place = place / "adapter" if (place / "adapter").is_dir() else place
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if path.is_file():
+                told.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
