@@ -30,8 +30,8 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """`settings` is the resolved experiment; `model` the title of the base model; `loading`: seconds that the command
-    had taken before."""
+    """`settings` is the resolved experiment; `model` the title of the base model; `seconds` had
+    passed since the command began."""
 
     name: str
     experiment_hash: str
@@ -42,15 +42,15 @@ class RunStarted(Event):
     trainable: int
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
-    loading: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The run goes on with `round`; what the log holds of it or later was lost. `loading`: as of `RunStarted`."""
+    """The run goes on with `round`; what the log holds of it or later was lost. `seconds`: as of `RunStarted`."""
 
     round: int
-    loading: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _log(origin: Origin, opening: Sequence[Event]) -> Iterator[str]:
             record = json.loads(line)
             if record["event"] == "run_started":
                 for event in opening:
-                    once = {"loading": record.get("loading", 0.0)} if isinstance(event, RunStarted) else {}
+                    once = {"seconds": record.get("seconds", 0.0)} if isinstance(event, RunStarted) else {}
                     yield to_json_text({"at": record["at"], **to_json(event), **once}) + "\n"
             elif not _of_the_whole(record):
                 yield line

@@ -37,13 +37,12 @@ class Ledger:
 
 
 def elapsed(log: Iterable[tuple[float, Event]]) -> float:
-    """Seconds of each process that worked on a run, from its start (`loading` before its first event) to its last
-    event, added up."""
+    """Seconds of each process that worked on a run, from its start to its last event, added up."""
     total, began, last = 0.0, None, 0.0
     for at, event in log:
         if began is None or isinstance(event, Resumed):
-            loading = event.loading if isinstance(event, RunStarted | Resumed) else 0.0
-            total, began = total + loading + (0.0 if began is None else last - began), at
+            before = event.seconds if isinstance(event, RunStarted | Resumed) else 0.0
+            total, began = total + before + (0.0 if began is None else last - began), at
         last = at
     return total + (0.0 if began is None else last - began)
 

@@ -98,7 +98,7 @@ class Session:
                 trainable=tree.num_values(self.state.params),
                 settings=dump(self.experiment),
                 versions={**versions(), **self.model.computed_by},
-                loading=self._loading(),
+                seconds=self._before(),
             ),
             report,
             *(Warned(text) for text in _warnings(report, self.experiment.work.max_length)),
@@ -127,7 +127,7 @@ class Session:
         if self.observer is not None:
             for event in (*logged, Resumed(saved.round)):
                 self.observer.alarms(event)
-        self.log(Resumed(saved.round, self._loading()))
+        self.log(Resumed(saved.round, self._before()))
 
     def rounds(self, call: Call) -> None:
         """The rounds that are left, unless a limit ends the run."""
@@ -187,7 +187,8 @@ class Session:
         told = partial(summary, self.experiment, self.folder, self.state)
         write_summary(self.folder, told(engine=engine, seconds=seconds, title=title, failure=failure))
 
-    def _loading(self) -> float:
+    def _before(self) -> float:
+        """Seconds since the command began."""
         return round(max(0.0, time() - self.began), 3)
 
     def secure(self) -> None:

@@ -32,6 +32,7 @@ def run_file(
     experiment = load(file, overrides)
     folder = out or default_folder(experiment, name, continues)
     status = Folder(folder).status(experiment)
+    page, console = folder / "report.html", Console()
     again = _line(file, overrides, engine=engine, out=out, continues=continues)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder} holds this experiment, unfinished; go on with:  {again}")
@@ -50,7 +51,10 @@ def run_file(
     except Interrupted as stopped:
         print(f"fedllm: {stopped}; go on with:\n  {again}", file=sys.stderr)
         sys.exit(130)
-    page, console = folder / "report.html", Console()
+    except RunError:
+        if Folder(folder).finished and status != "finished":  # without a result, of which the page can tell more
+            print(_reported(folder, page))
+        raise
     told = f"Report: {page}" if status == "finished" and page.is_file() else _reported(folder, page)
     if status == "finished":
         print("This run is finished; its figures:")
