@@ -19,6 +19,7 @@ from fedllm.errors import RunError, nearest
 from fedllm.events import Event, RunStarted, to_json
 from fedllm.experiment import Experiment
 from fedllm.folder import Folder
+from fedllm.inputs import Inputs, changed_data, changed_model
 from fedllm.jsontext import to_json_text
 from fedllm.ledger import limit_reached
 from fedllm.state import Checkpoints, Run
@@ -107,14 +108,33 @@ def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: Run) 
         raise RunError(f"--continue: {limit}, which counts the rounds of {path}; raise it")
 
 
-def warnings(origin: Origin, experiment: Experiment) -> list[str]:
+def refuse_another_model(origin: Origin, now: Inputs) -> None:
+    """
+    Raises:
+        RunError: the model has the old one's name and not its content.
+    """
+    found = changed_model(origin.experiment, origin.about.get("inputs", {}), now)
+    if found:
+        raise RunError(
+            f"--continue: since {origin.folder.path} began, {found[0]} changed, and its parameters belong to what that "
+            "was; put it back, or begin anew"
+        )
+
+
+def warnings(origin: Origin, experiment: Experiment, now: Inputs) -> list[str]:
     """What the user of a run that goes on should know."""
+    changed = changed_data(origin.about.get("inputs", {}), now)
+    told = [
+        f"since {origin.folder.path} began, {name} changed: rounds from here on are of what it is now"
+        for name in changed
+    ]
     schedule = getattr(experiment.work, "lr_schedule", None)
     if schedule is None or schedule.over != "run" or schedule.shape == "constant":
-        return []
+        return told
     return [
+        *told,
         f"the learning rate is scheduled over the whole run: in the first {origin.state.round} rounds over "
-        f"{origin.experiment.rounds}, from here on over {experiment.rounds}; this is not one run of {experiment.rounds}"
+        f"{origin.experiment.rounds}, from here on over {experiment.rounds}; this is not the same as one run of all",
     ]
 
 

@@ -35,28 +35,32 @@ def inputs_of(experiment: Experiment, model: LoadedModel) -> Inputs:
 
 
 def changed(experiment: Experiment, then: Inputs, now: Inputs) -> list[str]:
-    """What has changed, for an error. A model in another dtype cannot be compared."""
-    found = [f"the data file {file}" for file, known in then.get("data", {}).items() if now["data"].get(file) != known]
+    """What has changed, for an error."""
+    return [*changed_data(then, now), *changed_model(experiment, then, now)]
+
+
+def changed_data(then: Inputs, now: Inputs) -> list[str]:
+    """The files of data among it."""
+    known = then.get("data", {})
+    return [f"the data file {file}" for file in known if now["data"].get(file) != known[file]]
+
+
+def changed_model(experiment: Experiment, then: Inputs, now: Inputs) -> list[str]:
+    """The model, and what the adapter begins with, among it. A model in another dtype cannot be compared."""
     if then.get("dtype") != now["dtype"]:
-        return found
+        return []
     if then.get("model") != now["model"]:
-        return [*found, f"the base model {experiment.task.model}"]
-    if then.get("start") != now["start"]:
-        found.append("what the adapter begins with")
-    return found
+        return [f"the base model {experiment.task.model}"]
+    return [] if then.get("start") == now["start"] else ["what the adapter begins with"]
 
 
 def changed_since(experiment: Experiment, then: Inputs) -> list[str]:
     """The same of a finished run, whose model is loaded only if its files are other ones."""
-    found = [
-        f"the data file {file}"
-        for file, known in then.get("data", {}).items()
-        if _sha256(Path(file).expanduser()) != known
-    ]
+    found = changed_data(then, {"data": {file: _sha256(Path(file).expanduser()) for file in then.get("data", {})}})
     if then.get("stamp") in (None, _stamp(experiment)):
         return found
     try:
-        return changed(experiment, then, inputs_of(experiment, load(experiment.task)))
+        return [*found, *changed_model(experiment, then, inputs_of(experiment, load(experiment.task)))]
     except FedllmError:
         return [*found, f"the base model {experiment.task.model}"]
 

@@ -20,7 +20,7 @@ from fedllm.events import DataReported, Emit, EngineChosen, Log, Warned
 from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.folder import ELSEWHERE, Folder, Status, default_folder
-from fedllm.further import Origin, origin_of
+from fedllm.further import Origin, origin_of, refuse_another_model
 from fedllm.inputs import Inputs, changed, changed_since, inputs_of
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
@@ -134,6 +134,8 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
     experiment, folder, name = plan.experiment, plan.folder, plan.name
     new, now = not plan.checkpoints.rounds(), inputs_of(experiment, model)
     if new:
+        if plan.origin is not None:
+            refuse_another_model(plan.origin, now)
         more = {} if plan.origin is None else {"continues": plan.origin.mark}
         folder.create(experiment, name, inputs=now, **more)
     else:
@@ -144,7 +146,7 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
         if not new:
             session.resume(plan.listeners)
         elif plan.origin is not None:
-            session.take_over(plan.origin, plan.listeners, engine=engine_name, name=name)
+            session.take_over(plan.origin, plan.listeners, now, engine=engine_name, name=name)
         else:
             session.begin(engine=engine_name, name=name)
         session.log(EngineChosen(engine_name, why))

@@ -41,6 +41,7 @@ from fedllm.experiment import Experiment
 from fedllm.federation import Population
 from fedllm.folder import Folder, versions
 from fedllm.further import Origin, hand_over, warnings
+from fedllm.inputs import Inputs
 from fedllm.ledger import Ledger, elapsed, limit_reached
 from fedllm.observer import Observer
 from fedllm.outputs import summary, write_adapters, write_summary
@@ -74,14 +75,14 @@ class Session:
             self.log(event)
         self._complete(self.state, [self.comparison.base()] if self._has_heldout() else [], save=True)
 
-    def take_over(self, origin: Origin, listeners: Sequence[Emit], *, engine: str, name: str) -> None:
+    def take_over(self, origin: Origin, listeners: Sequence[Emit], now: Inputs, *, engine: str, name: str) -> None:
         """Go on from what another run has come to: its log and its last checkpoint, with a start and base scores of
         this run."""
         hand_over(origin, self.folder, self.experiment, self._opening(engine, name))
         self.resume(listeners)
         if self._has_heldout():
             self.log(self.comparison.base())
-        for text in warnings(origin, self.experiment):
+        for text in warnings(origin, self.experiment, now):
             self.log(Warned(text))
 
     def _opening(self, engine: str, name: str) -> list[Event]:

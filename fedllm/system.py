@@ -25,7 +25,6 @@ try:
 except ImportError:
     resource = None  # type: ignore[assignment]
 
-LOCK = ".lock"  # a file in a folder, where the folder itself cannot be locked
 _seeking = Lock()
 
 
@@ -37,7 +36,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         BlockingIOError: another process is in it.
     """
     if fcntl is None:
-        with _lock_file(folder / LOCK):
+        with _lock_file(folder.with_name(f".{folder.name}.lock")):
             yield
         return
     handle = os.open(folder, os.O_RDONLY)
