@@ -1,5 +1,5 @@
-"""Whatever goes wrong beside the rounds costs a run neither its adapter nor its summary; and nothing passes for a result
-that is none."""
+"""Whatever goes wrong beside the rounds costs a run neither its adapter nor its summary; and nothing that is no result
+passes for one."""
 
 from __future__ import annotations
 
