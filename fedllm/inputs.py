@@ -18,7 +18,7 @@ from typing import Any
 
 from fedllm.errors import FedllmError
 from fedllm.experiment import Experiment
-from fedllm.tasks.model import LoadedModel, load
+from fedllm.tasks.model import LoadedModel, load, stamp
 
 Inputs = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def inputs_of(experiment: Experiment, model: LoadedModel) -> Inputs:
         "dtype": str(model.base.model.dtype),
         "model": model.base.digest,
         "start": model.start_digest(experiment.key),
-        "stamp": _stamp(experiment),
+        "stamp": stamp(experiment.task),
     }
 
 
@@ -57,7 +57,7 @@ def changed_model(experiment: Experiment, then: Inputs, now: Inputs) -> list[str
 def changed_since(experiment: Experiment, then: Inputs) -> list[str]:
     """The same of a finished run, whose model is loaded only if its files are other ones."""
     found = changed_data(then, {"data": {file: _sha256(Path(file).expanduser()) for file in then.get("data", {})}})
-    if then.get("stamp") in (None, _stamp(experiment)):
+    if then.get("stamp") in (None, stamp(experiment.task)):
         return found
     try:
         return [*found, *changed_model(experiment, then, inputs_of(experiment, load(experiment.task)))]
@@ -72,15 +72,3 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
-
-
-def _stamp(experiment: Experiment) -> str:
-    """Of the files of a model and of an adapter to start from, where they are given by their paths."""
-    told = []
-    for name in (experiment.task.model, getattr(experiment.task.adapter, "init_from", None)):
-        place = Path(name or "-").expanduser()
-        place = place / "adapter" if (place / "adapter").is_dir() else place
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if path.is_file():
-                told.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
-    return hashlib.sha256(repr(told).encode()).hexdigest()

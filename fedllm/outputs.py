@@ -61,14 +61,20 @@ def base_name(model: LoadedModel) -> str:
 
 
 def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mapping[str, Tree]:
-    """What each client has kept to itself."""
+    """What each client has kept to itself.
+
+    Raises:
+        RunError: a client's memory is gone or damaged.
+    """
     stages = experiment.trip
     places = [place for place, stage in enumerate(stages) if isinstance(stage, Keep)]
     if not places or not folder.memories.is_dir():
         return {}
     store = ClientStore(folder.memories)
     found: dict[str, Tree] = {}
-    for client in sorted(path.name for path in folder.memories.iterdir() if path.is_dir()):
+    clients = {path.name for path in folder.memories.iterdir() if path.is_dir()}
+    store.require({client: version for client, version in state.remembered.items() if client not in clients})
+    for client in sorted(clients):
         memories = store.load(client, state.round, len(stages))
         found[client] = {name: leaf for place in places for name, leaf in memories[place].items()}
     return found

@@ -21,6 +21,7 @@ from fedllm.compare import Comparison
 from fedllm.diagnostics.cohort import Cohort
 from fedllm.errors import RunError
 from fedllm.events import Evaluated, Event, RoundStarted, Warned
+from fedllm.finished import open_run
 from fedllm.folder import Folder
 from fedllm.tasks.base import load_base
 from fedllm.tasks.model import load
@@ -116,6 +117,8 @@ def test_a_memory_that_is_gone_is_refused(data: Path, tmp_path: Path) -> None:
         remove()  # the newest, then all
         with pytest.raises(RunError, match="what client ben remembered after round 2 is gone"):
             fedllm.run(stateful(data), out=out, resume=True)
+    with pytest.raises(RunError, match="what client ben remembered after round 2 is gone"):
+        open_run(out)
 
 
 @pytest.fixture
@@ -140,7 +143,6 @@ def change_model() -> None:
     with torch.no_grad():
         base.model.get_input_embeddings().weight[5, 7] += 0.125
     base.model.save_pretrained("model")
-    load.cache_clear()
 
 
 @pytest.mark.parametrize(
