@@ -141,7 +141,7 @@ class Session:
             return ""
         lost, note = None, ""
         for _, event in read(self.folder.events):
-            if isinstance(event, ClientFailed) and event.call == "work":
+            if isinstance(event, ClientFailed) and event.call != "evaluate":
                 lost = lost or event
             elif isinstance(event, RoundFinished):
                 if event.clients and not event.note:
