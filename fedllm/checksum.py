@@ -18,8 +18,8 @@ LARGE = 1 << 16  # bytes
 
 
 def checksum(tree: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and values; the order of the leaves does not matter. One thread, for memory is the limit:
-    several wait for each other on a busy machine."""
+    """Of names, dtypes, shapes and values; the order of the leaves does not matter. It takes one thread: memory is
+    the limit, and several would wait for each other on a busy machine."""
     state, threads = hashlib.sha256(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:

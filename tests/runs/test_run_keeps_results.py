@@ -101,23 +101,24 @@ def test_status_is_read_again_under_the_lock(data: Path, tmp_path: Path, monkeyp
 
     def meanwhile(experiment: Any) -> Any:
         monkeypatch.setattr(launch, "_loaded", loaded)
-        stopped(small(data, work__sgd__lr=0.05), out)
+        stopped(small(data, rounds=1, work__sgd__lr=0.05), out, round=0)
         return loaded(experiment)
 
     monkeypatch.setattr(launch, "_loaded", meanwhile)
     with pytest.raises(RunError, match=r"holds another experiment \(work.sgd.lr: 0.05 there, 0.1 here\)"):
-        fedllm.run(small(data), out=out, resume=True)
-    fedllm.run(small(data, work__sgd__lr=0.05), out=out, resume=True)  # whose run is whole
+        fedllm.run(small(data, rounds=1), out=out, resume=True)
+    fedllm.run(small(data, rounds=1, work__sgd__lr=0.05), out=out, resume=True)  # whose run is whole
 
 
 def test_a_memory_that_is_gone_is_refused(data: Path, tmp_path: Path) -> None:
-    out = stopped(stateful(data), tmp_path / "run")
+    experiment = stateful(data, evaluation__metrics=[])
+    out = stopped(experiment, tmp_path / "run", round=1)
     memory = out / "checkpoints" / "clients" / "ben"
     for remove in (lambda: max(memory.glob("*.safetensors")).unlink(), lambda: shutil.rmtree(memory)):
         remove()  # the newest, then all
-        with pytest.raises(RunError, match="what client ben remembered after round 2 is gone"):
-            fedllm.run(stateful(data), out=out, resume=True)
-    with pytest.raises(RunError, match="what client ben remembered after round 2 is gone"):
+        with pytest.raises(RunError, match="what client ben remembered after round 1 is gone"):
+            fedllm.run(experiment, out=out, resume=True)
+    with pytest.raises(RunError, match="what client ben remembered after round 1 is gone"):
         open_run(out)
 
 
