@@ -148,7 +148,9 @@ class Session:
                     return ""
                 note = note or f"; round {event.round + 1}: {event.note}"
         why = "" if lost is None else f"; {lost.client} was lost: {lost.reason}"
-        return f"no round of {self.state.round} had enough answers, so nothing was trained{note}{why}"
+        quorum = self.experiment.limits.quorum
+        enough = "an answer" if quorum == 1 else f"the {quorum} answers that limits.quorum asks for"
+        return f"no round of {self.state.round} had {enough}, so nothing was trained{note}{why}"
 
     def fail(self, engine: str, failure: str) -> None:
         """The end of the log and the summary of a run without a result, which has no adapter.

@@ -138,7 +138,7 @@ def test_the_aggregate_is_the_mean_over_the_survivors(data: Path, tmp_path: Path
 def test_a_run_of_empty_cohorts_ends_where_it_began(data: Path, tmp_path: Path) -> None:
     sampling = {"poisson": {"rate": 0.0}}
     experiment = small(data, federation__shards__sampling=sampling, stages=[{"adam": {}}, "by_examples"], rounds=2)
-    with pytest.raises(RunError, match="no round of 2 had enough answers, so nothing was trained; round 1: nobody was"):
+    with pytest.raises(RunError, match="no round of 2 had an answer, so nothing was trained; round 1: nobody was"):
         fedllm.run(experiment, out=tmp_path / "run")
     ended = Checkpoints(tmp_path / "run" / "checkpoints", 2).load()
     assert ended is not None
@@ -162,6 +162,13 @@ def test_a_run_whose_clients_all_fail_says_so_now_and_later(data: Path, tmp_path
     assert summary["bytes_up"] == 0 < summary["bytes_down"]
     assert "nothing was trained" in summary["failure"]
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_that_never_reaches_its_quorum_says_so(data: Path, tmp_path: Path) -> None:
+    losses = [{"client": "ann", "round": round} for round in (0, 1)]
+    experiment = small(data, federation__shards__failures=losses, rounds=2, limits__quorum=3)
+    with pytest.raises(RunError, match=r"no round of 2 had the 3 answers that limits.quorum asks for.*2 of 3 answered"):
+        fedllm.run(experiment, out=tmp_path / "run")
 
 
 def test_uniform_cohorts_are_kept_by_the_run(data: Path, tmp_path: Path) -> None:
