@@ -53,6 +53,23 @@ def mark(ctx: Ctx) -> Tensor:
     return mine
 
 
+def with_lost(rows: Tensor, columns: Tensor, start: factors.Pair, answered: float) -> tuple[Tensor, Tensor]:
+    """The stack with one more slot: the factors that all began with stand for the clients that were lost.
+
+    rows (K rank, in): the p_k A_k; columns (K rank, out): the transposed B_k. answered: sum_k p_k. If it is 1, nobody
+    is missing, and the stack stays as it is.
+    """
+    if answered == 1:
+        return rows, columns
+    b, a = start
+    return torch.cat([rows, (1 - answered) * a.to(rows)]), torch.cat([columns, b.T.to(columns)])
+
+
+def with_rest(shares: Tensor, answered: float) -> Tensor:
+    """The p_k (K,) beside the stack of `with_lost`."""
+    return shares if answered == 1 else torch.cat([shares, shares.new_tensor([1 - answered])])
+
+
 def _among(block: Tensor, first: int, count: int) -> Tensor:
     """(count, n): a block's rows from `first` on, zeros elsewhere."""
     whole = block.new_zeros(count, block.shape[1])

@@ -9,6 +9,7 @@ secrecy     the server is shown sums, and no sum from which one client's update 
 shapes      what changes the shape or the basis of an update goes with what rests on it: see `check_shapes`
 bandwidth   what fits an update to its client's bandwidth stands last, and is there if a client has one
 optimisers  control terms go with the local rule that they are derived for
+controls    control terms are computed from the update as the local steps made it: see `check_controls`
 quantised   matrices that are kept in few bits stay as they are
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from fedllm.check_controls import check_controls
 from fedllm.check_shapes import check_shapes
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
@@ -25,6 +27,7 @@ from fedllm.stage import Bracket, Norm, Stage
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.update import Profile
 
+NO_SECRECY = "no aggregator that comes with fedllm hides them, so set demands.secrecy to false"
 OWN_PARTS = frozenset({"delta", "metrics", "counts"})  # what the loop itself takes
 
 
@@ -44,20 +47,27 @@ def check(experiment: Experiment) -> None:
     _integers(experiment)
     _secrecy(experiment)
     check_shapes(experiment)
+    check_controls(stages)
     _capped(stages)
     _optimizers(experiment)
     _quantised(experiment)
 
 
 def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
-    """Refuse clients whose devices the experiment does not suit.
+    """Refuse clients that are too few for the experiment, or whose devices it does not suit.
 
     Args:
-        profiles: by client, as `Federation.profile` gives them.
+        profiles: of all clients, as `Federation.profile` gives them.
 
     Raises:
         CheckError: names the client, what its profile says, and what it does not go with.
     """
+    quorum, most = experiment.limits.quorum, experiment.federation.largest_cohort(len(profiles))
+    if quorum > max(most, 1):
+        raise CheckError(
+            f"limits.quorum is {quorum}, but a round asks {most} of {len(profiles)} clients at most, so that every "
+            f"round would be empty; set limits.quorum to {most} or less"
+        )
     check_ranks(experiment, profiles)
     client, bandwidth = next(((c, p.bandwidth) for c, p in profiles.items() if p.bandwidth is not None), ("", None))
     if bandwidth is None:
@@ -152,6 +162,8 @@ def _weigher(stages: Sequence[Stage]) -> Stage:
 
 def _weights(stages: Sequence[Stage], weigher: Stage) -> None:
     own = next((stage for stage in stages if stage.own_weights), None)
+    if weigher.fixed_denominator:
+        _over_the_drawn(stages, weigher)
     for stage in stages:
         if own is not None and (stage.needs_equal or _bounds(stage)):
             raise CheckError(
@@ -174,6 +186,23 @@ def _weights(stages: Sequence[Stage], weigher: Stage) -> None:
             raise CheckError(
                 f"stages: {_name(stage)} bounds what one client can change, but {_name(weigher)} divides by a number "
                 "that depends on who answered; set its denominator: cohort"
+            )
+
+
+def _over_the_drawn(stages: Sequence[Stage], weigher: Stage) -> None:
+    """What a denominator that counts lost clients does not go with."""
+    for stage in stages:
+        if stage.own_weights:
+            raise CheckError(
+                f"stages: {_name(weigher)} divides by the number of clients that were drawn, but {_name(stage)} gives "
+                "each client a weight of its own, and nobody knows that of a lost client; set the denominator of "
+                f"{_name(weigher)} to answered"
+            )
+        if stage.over_answered:
+            raise CheckError(
+                f"stages: {_name(weigher)} divides by the number of clients that were drawn, but {_name(stage)} with "
+                "mean: contributors divides by the weights of those who answered; set the denominator of "
+                f"{_name(weigher)} to answered, or leave out mean: contributors"
             )
 
 
@@ -249,11 +278,10 @@ def _secrecy(experiment: Experiment) -> None:
         return
     name = _name(experiment.aggregator)
     if experiment.aggregator.sees == "each":
-        raise CheckError(f"demands.secrecy: aggregator {name} works on each client's update; choose one that sees sums")
+        raise CheckError(f"demands.secrecy: aggregator {name} works on each client's update; {NO_SECRECY}")
     if not experiment.aggregator.secret:
         raise CheckError(
-            f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one; choose one that "
-            "hides them, or set demands.secrecy to false"
+            f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one; {NO_SECRECY}"
         )
     for stage in experiment.trip:
         if stage.shows_each:

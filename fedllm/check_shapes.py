@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedllm.check_controls import compares
 from fedllm.errors import CheckError
 from fedllm.experiment import Experiment
 from fedllm.ranges import written as _name
-from fedllm.stage import Stage, hooked
+from fedllm.stage import Norm, Stage, hooked
 from fedllm.tasks.adapters.lora import Lora
 
 
@@ -103,6 +104,7 @@ def _factors(experiment: Experiment) -> None:
 
 def _bases(stages: Sequence[Stage]) -> None:
     for place, stage in enumerate(stages):
+        _absolute(stage, stages[place + 1 :])
         # What stands behind a stage that reshapes works on another shape, whose basis is its own.
         for other in (stages[:place] if stage.reshapes else stages) if stage.rebases else ():
             if other.needs_basis:
@@ -124,11 +126,21 @@ def _bases(stages: Sequence[Stage]) -> None:
                     f"delta (into {parts}), so that it would not see them; put it before {_name(stage)}, or leave out "
                     "one of the two"
                 )
-            if hooked([behind]) and "delta" in behind.takes:
+            if compares(behind):
                 raise CheckError(
                     f"stages: {_name(behind)} compares the update with the local steps, but {_name(stage)} before it "
                     "turns the update into another shape; leave out one of the two"
                 )
+
+
+def _absolute(stage: Stage, behind: Sequence[Stage]) -> None:
+    """Momentum of values is none of steps, an error that is kept belongs to a step, and a bound would shrink values."""
+    for other in behind if stage.absolute else ():
+        if other.needs_basis or other.norm is Norm.BOUNDS:
+            raise CheckError(
+                f"stages: {_name(other)} works on how far clients have moved, but {_name(stage)} with form: product "
+                f"before it sends what they came to; set {_name(stage)} to form: update"
+            )
 
 
 def _shifts(stages: Sequence[Stage]) -> None:

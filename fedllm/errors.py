@@ -19,6 +19,36 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 MOST_NAMES = 50  # that an error lists
+SIMILAR = 0.6  # of two names, from which on one may be meant by the other
+ELSEWHERE = {  # what others call a setting or a value -> what it is called here
+    "learning_rate": ("lr",),
+    "local_steps": ("steps",),
+    "max_steps": ("steps",),
+    "num_train_epochs": ("epochs",),
+    "local_epochs": ("epochs",),
+    "per_device_train_batch_size": ("batch_size",),
+    "gradient_accumulation_steps": ("accumulation",),
+    "max_seq_length": ("max_length",),
+    "max_seq_len": ("max_length",),
+    "max_grad_norm": ("clip_norm",),
+    "optim": ("optimizer",),
+    "scheduler": ("lr_schedule",),
+    "lr_scheduler_type": ("lr_schedule", "shape"),
+    "num_rounds": ("rounds",),
+    "num_clients": ("clients",),
+    "dataset": ("data",),
+    "base_model": ("model",),
+    "model_name_or_path": ("model",),
+    "torch_dtype": ("dtype",),
+    "random_seed": ("seed",),
+    "gpu": ("cuda",),
+    "r": ("rank",),
+    "lora_r": ("rank",),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "target_modules": ("targets",),
+    "use_rslora": ("rslora",),
+}
 
 
 class FedllmError(ValueError):
@@ -66,10 +96,16 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, FedllmError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A tail for an error about an unknown name: the nearest known one, else all of them."""
+def nearest(name: str, known: Iterable[str], similar: float = SIMILAR) -> str:
+    """A tail for an error about an unknown name: the known one that means the same elsewhere or is spelt most like it,
+    else all of them.
+
+    similar: of two spellings, from 0 to 1, from which on one may be meant by the other. Proper names, such as those of
+    methods, need more than the names of settings: fedmedian is no misspelt fedadam.
+    """
     names = sorted(known)
-    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    close = [other for other in ELSEWHERE.get(name, ()) if other in names]
+    close = close or get_close_matches(name, names, n=1, cutoff=similar)
     if close:
         return f"; did you mean '{close[0]}'?"
     if len(names) > MOST_NAMES:

@@ -87,12 +87,13 @@ def holders(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tree:
     }
 
 
-def faded(name: str, delta: Tensor, param: Tensor, share: Tensor) -> Tensor:
+def faded(name: str, delta: Tensor, param: Tensor, share: Tensor, answered: float = 1.0) -> Tensor:
     """The step to the mean of zero-padded factors, from the mean of their padded deltas.
 
     `share` (rank,): the weights of those who have a component, over all weights; who lacks it counts with zeros.
+    `answered`: the weights of all who answered, over all weights; who did not answer counts with the old value.
     """
-    return delta + (along(name, share) - 1) * param
+    return delta + (along(name, share) - answered) * param
 
 
 def norm(leaves: Mapping[str, Tensor]) -> float:
@@ -189,7 +190,7 @@ def require_finite(where: str, *leaves: Tensor) -> None:
         RunError: a value is not finite.
     """
     if not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
-        raise RunError(f"{where}: the sum of the clients' products holds values that are not finite; lower work.lr")
+        raise RunError(f"{where}: the sum of the clients' products holds values that are not finite; lower work.sgd.lr")
 
 
 def _first(name: str, leaf: Tensor, rank: int) -> tuple[slice, ...]:

@@ -69,6 +69,10 @@ class Federation:
         """The cohort of a round; may be empty."""
         raise NotImplementedError
 
+    def largest_cohort(self, clients: int) -> int:
+        """How many of so many clients a round asks at most."""
+        return clients
+
     def profile(self, client: str) -> Profile:
         """What a client's device can do."""
         return Profile()

@@ -10,11 +10,11 @@ from time import time
 from typing import Any
 
 from fedllm import loop
-from fedllm.catalog import name_of
+from fedllm.catalog import NOUNS, name_of
 from fedllm.check import check, check_profiles
 from fedllm.engine import Engine
 from fedllm.engines.choice import chosen
-from fedllm.errors import FedllmError, RunError
+from fedllm.errors import ConfigError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.events import DataReported, Emit, EngineChosen, Log, Warned
 from fedllm.experiment import Experiment
@@ -27,7 +27,7 @@ from fedllm.lock import locked
 from fedllm.rehearsal import rehearse
 from fedllm.session import Session, failed
 from fedllm.shift import Shift
-from fedllm.spec import Reader
+from fedllm.spec import Reader, named
 from fedllm.state import Checkpoints
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tree import Tree
@@ -180,7 +180,13 @@ def engine_of(engine: str | Engine) -> Engine | None:
     """
     if not isinstance(engine, str):
         return engine
-    made: Engine | None = None if engine == "auto" else Reader().component(Engine, read_yaml(engine), "engine")
+    if engine == "auto":
+        return None
+    given = read_yaml(engine)
+    name = named(given, "engine")[0]
+    if name not in NOUNS[Engine]:
+        raise ConfigError(f"unknown engine '{name}'{nearest(name, ['auto', *NOUNS[Engine]])}")
+    made: Engine = Reader().component(Engine, given, "engine")
     return made
 
 

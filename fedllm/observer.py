@@ -32,6 +32,7 @@ class Observer:
     constants: Tree
     scale: float
     smallest: int | None
+    fixed: bool
     trouble: str = ""  # of this round's figures
 
     @staticmethod
@@ -50,12 +51,15 @@ class Observer:
             constants=tree.to(model.bound(experiment.key).constants, "cpu"),
             scale=scale,
             smallest=min((own for own in ranks if own is not None and rank is not None and own < rank), default=None),
+            fixed=any(stage.fixed_denominator for stage in experiment.trip),
         )
 
     def cohort(self) -> Cohort | None:
         """What will see the next round's updates."""
         self.trouble = ""
-        return Cohort(self.settings, self.constants, self.scale, self.smallest) if self.shown else None
+        if not self.shown:
+            return None
+        return Cohort(self.settings, self.constants, self.scale, self.smallest, self.fixed)
 
     def seen(self, cohort: Cohort | None, request: Request, reply: Update) -> None:
         """Show the cohort an update. What goes wrong there costs the round its figures, and nothing else."""

@@ -11,12 +11,13 @@ method=full                          another method, with the adapter that it ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from fedllm.catalog import METHODS, NOUNS
 from fedllm.errors import ConfigError, nearest
 from fedllm.experiment import Experiment
+from fedllm.presets import PROPER
 from fedllm.spec import class_of, dotted, hints, mapping, named, noun_of, record_of, settings_of, unknown_key
 from fedllm.yamltext import read_yaml
 
@@ -102,10 +103,10 @@ def _set(hint: Any, old: Any, steps: list[str], value: Any, path: str) -> Any:
 
 def _in_record(cls: type, old: Mapping[str, Any], steps: list[str], value: Any, path: str) -> dict[str, Any]:
     key, *rest = steps
-    known = hints(cls)
+    known = [item.name for item in fields(cls)]
     if key not in known:
         raise unknown_key(dotted(path, key), key, known)
-    return {**old, key: _set(known[key], old.get(key), rest, value, dotted(path, key))}
+    return {**old, key: _set(hints(cls)[key], old.get(key), rest, value, dotted(path, key))}
 
 
 def _in_component(noun: type, old: Any, steps: list[str], value: Any, path: str) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def _in_method(old: Any, steps: list[str], value: Any) -> Any:
         return value
     name, *rest = steps
     if name not in METHODS:
-        raise ConfigError(f"unknown method '{name}'{nearest(name, METHODS)}")
+        raise ConfigError(f"unknown method '{name}'{nearest(name, METHODS, PROPER)}")
     if not rest:
         return {name: value}
     before, given = (None, None) if old is None else named(old, "method")

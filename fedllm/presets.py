@@ -12,6 +12,7 @@ from fedllm.stage import Stage
 if TYPE_CHECKING:
     from fedllm.catalog import Method, Table
 
+PROPER = 0.82  # dp_fedavg and fedmedian are other methods, fedprx is a misspelt one
 Same = Callable[[str, Any, Any], bool]  # (key of an experiment, one value, another): do they mean the same
 
 
@@ -28,7 +29,7 @@ def expand(
     """
     name, settings = _named(spec["method"])
     if name not in methods:
-        raise ConfigError(f"unknown method '{name}'{nearest(name, methods)}")
+        raise ConfigError(f"unknown method '{name}'{nearest(name, methods, PROPER)}")
     method = methods[name]
     sets = {"stages": _configured(name, method, settings, nouns[Stage]), "aggregator": method.aggregator}
     for key, value in sets.items():

@@ -14,6 +14,7 @@ from time import perf_counter, time
 from typing import Any
 
 from fedllm import loop, tree
+from fedllm.advice import advice
 from fedllm.aggregate import Call
 from fedllm.best import best_of
 from fedllm.compare import Comparison
@@ -103,6 +104,7 @@ class Session:
             ),
             report,
             *(Warned(text) for text in _warnings(report, self.experiment.work.max_length)),
+            *(Warned(text) for text in advice(self.experiment, self.population)),
         ]
 
     def resume(self, listeners: Sequence[Emit]) -> None:

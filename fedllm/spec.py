@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -137,7 +137,7 @@ def mapping(value: Any, path: str) -> Mapping[str, Any]:
     return value
 
 
-def unknown_key(path: str, key: object, known: Mapping[str, Any]) -> ConfigError:
+def unknown_key(path: str, key: object, known: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist."""
     return ConfigError(f"unknown key '{path}'{nearest(str(key), known)}")
 

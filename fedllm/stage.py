@@ -63,6 +63,8 @@ class Stage:
     shifts: ClassVar[bool] = False  # decode makes the part "shift": factors whose product joins the frozen weights
     steers: ClassVar[bool] = False  # decode turns the mean of the updates into another step
     of_adapter: ClassVar[str | None] = None  # the one adapter that it works on
+    keeps_delta: ClassVar[bool] = False  # encode leaves the values of the delta as they are
+    needs_delta: ClassVar[bool] = False  # decode is right only for the mean of the deltas that its own encode saw
     needs_equal: ClassVar[bool] = False  # right only if every client weighs the same
     equal: ClassVar[bool] = False  # of a weigher: every client weighs the same
     first: ClassVar[bool] = False  # must stand before every other stage
@@ -70,6 +72,16 @@ class Stage:
     @property
     def fixed_denominator(self) -> bool:
         """Of a weigher: it divides by a number that does not depend on who answered."""
+        return False
+
+    @property
+    def over_answered(self) -> bool:
+        """Its decode divides by the weights of those who answered, whatever the weigher has divided by."""
+        return False
+
+    @property
+    def absolute(self) -> bool:
+        """What it sends are the values that a client came to, not how far it moved."""
         return False
 
     @property

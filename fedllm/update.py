@@ -98,13 +98,17 @@ class Part:
 
     weight None: the WEIGH stage decides. w > 0: its own weight. 0: a plain sum, never divided.
     From the WEIGH stage on the tree is weight * values, until its `decode` divides by the sum.
-    exact: marks, a few values that no stage may round; a note for the client's own stages, which is not sent.
+    exact: values that no stage may round; a note for the client's own stages, which is not sent.
+    answered: on the server, behind the weigher's `decode`: the sum of the weights over what it was divided by. Below 1
+    where the denominator counts clients that were lost. What is no difference from what was sent needs it: the old
+    value stands for the rest, 1 - answered.
     """
 
     tree: Tree
     weight: float | None = None
     packing: Packing = DENSE
     exact: bool = False
+    answered: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class Work:
         """The local update rule: "sgd", "momentum", "adamw", ..."""
         raise NotImplementedError
 
+    @property
+    def idle(self) -> str:
+        """Why a client with these settings trains nothing; empty if it trains."""
+        return ""
+
     def tuned(self, *, lr: float, times: int) -> Work:
         """The same work at another learning rate, with `times` as many examples a step."""
         raise NotImplementedError

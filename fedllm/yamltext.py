@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -13,6 +14,8 @@ import yaml
 
 from fedllm.errors import ConfigError
 
+MOST_REPEATED = 10_000  # values that aliases stand for
+HUGE = 10**12  # values: as good as endless
 FORMS = {  # tag -> what is written so, and the characters that it begins with
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -54,8 +57,13 @@ def read_yaml(text: str) -> Any:
     Raises:
         ConfigError: it is not YAML, or a key is given twice; with the line.
     """
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_short(node)
+        return loader.construct_document(node)
     except ConfigError:
         raise
     except yaml.MarkedYAMLError as error:
@@ -65,6 +73,37 @@ def read_yaml(text: str) -> Any:
         raise ConfigError(f"{line}it is not YAML: {problem}{hint}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"it is not YAML: {' '.join(str(error).split())}") from error
+    finally:
+        loader.dispose()
+
+
+def _require_short(root: yaml.Node) -> None:
+    """Refuse aliases that stand for very much: a few hundred letters can name what no memory holds.
+
+    Each node is counted once and its size is kept, so that this takes as long as the text, not as what it stands for.
+    """
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: an alias stands for what it is a part of; write it out"
+            )
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = min(1 + sum(map(size, parts)), HUGE)
+            open_nodes.discard(id(node))
+        return sizes[id(node)]
+
+    repeated = size(root) - len(sizes)
+    if repeated > MOST_REPEATED:
+        raise ConfigError(
+            f"its aliases (*name) stand for more than {MOST_REPEATED:,} values that are written elsewhere; write out "
+            "what is needed"
+        )
 
 
 class _Dumper(yaml.SafeDumper):
@@ -77,6 +116,14 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _text)
+
+
+def write_line(value: Any) -> str:
+    """YAML in one line, as an override's value may be written: `[{prox: {mu: 0.1}}, uniform]`."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=math.inf
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def write_yaml(value: Any) -> str:

@@ -11,9 +11,10 @@ import pytest
 from fedllm import tree
 from fedllm.aggregate import Aggregator
 from fedllm.catalog import NOUNS
-from fedllm.check import _name, check, check_ranks
+from fedllm.check import _name, check, check_profiles, check_ranks
 from fedllm.errors import CheckError
-from fedllm.experiment import Demands, Experiment
+from fedllm.experiment import Demands, Experiment, Limits
+from fedllm.federations.sampling import All, PoissonSampling, UniformSampling
 from fedllm.federations.shards import Shards
 from fedllm.packing import DENSE
 from fedllm.stage import Bracket, Norm, Stage
@@ -22,6 +23,7 @@ from fedllm.stages.by_examples import ByExamples
 from fedllm.stages.dyn import Dyn
 from fedllm.stages.keep import Keep
 from fedllm.stages.lora_pad import LoraPad
+from fedllm.stages.lora_product import LoraProduct
 from fedllm.stages.momentum import Momentum
 from fedllm.stages.prox import Prox
 from fedllm.stages.quantize import Quantize
@@ -337,6 +339,21 @@ RULES = {
         r"top_k stands behind away, which takes lora_A and lora_B out of the delta \(into 'rows'\), so that it would",
         of(Prox(), TopK(0.5), Away(), Uniform()),
     ),
+    "a clip behind FedDyn": (
+        of(Dyn(), COHORT, Clip()),
+        "control term of dyn is the sum of its clients' only if .*, but clip behind it changes the update",
+        of(Dyn(), COHORT, Flip()),
+    ),
+    "momentum of products": (
+        of(LoraProduct("product"), Momentum(), Uniform()),
+        "momentum works on how far clients have moved, but lora_product with form: product .*; set .* to form: update",
+        of(LoraProduct(), Momentum(), Uniform()),
+    ),
+    "a clip of products": (
+        of(LoraProduct("product"), EarlyClip(), Uniform()),
+        "early_clip works on how far clients have moved, but lora_product",
+        of(LoraProduct("product"), Uniform()),
+    ),
     "SCAFFOLD and AdamW": (
         of(Scaffold(), Uniform(), work=Sgd(optimizer="adamw", steps=1)),
         r"scaffold is derived for plain SGD, but work uses adamw: .* permit it with scaffold: \{allow: \[adamw\]\}",
@@ -442,3 +459,22 @@ def test_of_720_orders_those_that_pass_are_one_method_and_most_others_run_and_di
     assert all(
         any(a.bracket > b.bracket for a, b in pairwise(order)) or order[0] is not keep for order in wrong
     )  # what differs is refused for its order alone
+
+
+@pytest.mark.parametrize(
+    ("sampling", "most"), [(All(), 4), (UniformSampling(cohort=3), 3), (PoissonSampling(rate=0.1), 4)]
+)
+def test_a_quorum_is_at_most_what_a_round_asks(sampling, most):
+    def made(quorum: int) -> Experiment:
+        return experiment(Uniform(), federation=Shards("quickstart", sampling=sampling), limits=Limits(quorum=quorum))
+
+    profiles = dict.fromkeys("abcd", Profile())
+    check_profiles(made(most), profiles)
+    with pytest.raises(CheckError, match=f"limits.quorum is {most + 1}, but a round asks {most} of 4 clients at most"):
+        check_profiles(made(most + 1), profiles)
+
+
+def test_the_smallest_quorum_suits_a_round_that_asks_nobody():
+    check_profiles(
+        experiment(Uniform(), federation=Shards("quickstart", sampling=PoissonSampling(0.0))), {"a": PLAIN_RANK}
+    )

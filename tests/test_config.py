@@ -375,8 +375,11 @@ def test_yaml_that_is_wrong_is_refused_with_its_line(text, message):
 
 
 def test_a_value_that_holds_itself_is_refused():
+    spec = parse("task: {model: m}\nfederation: {shards: {data: x, fields: {}}}\nwork: sgd\nstages: []")
+    fields = spec["federation"]["shards"]["fields"]
+    fields["a"] = fields
     with pytest.raises(ConfigError, match=r"federation\.shards\.fields is"):
-        build(parse("task: {model: m}\nfederation: {shards: {data: x, fields: &f {a: *f}}}\nwork: sgd\nstages: []"))
+        build(spec)
 
 
 # Overrides

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from fedllm.advice import advice
+from fedllm.aggregate import Aggregator
 from fedllm.check import check, check_profiles
 from fedllm.cli.moving import moving_line
-from fedllm.config import experiment_hash, find, load
+from fedllm.config import dump, experiment_hash, find, load
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.folder import default_folder
+from fedllm.tasks.decided import check_task
+from fedllm.yamltext import write_line
 
 
 def check_file(file: str, overrides: Sequence[str]) -> None:
@@ -16,26 +21,44 @@ def check_file(file: str, overrides: Sequence[str]) -> None:
     experiment, path = load(file, overrides), find(file)
     check(experiment)
     check_metrics(experiment.evaluation)
+    check_task(experiment.task)
     population = experiment.federation.load(experiment.key)
     check_profiles(experiment, {client: experiment.federation.profile(client) for client in population.clients})
     Scorer.of(experiment, population)
     data = population.report
     cohort = experiment.federation.sample(population.clients, 0, experiment.key.fold("cohort", 0))
-    lines = {
-        "experiment": f"{path.name}, hash {experiment_hash(experiment)[:8]}",
-        "model": f"{experiment.task.model}, {experiment.task.adapter}",
-        "clients": f"{len(population.clients)}, {len(cohort)} in the first of {experiment.rounds} rounds",
-        "records": f"{sum(data.train.values())} to train on, {sum(data.heldout.values())} held out",
-        "stages": ", ".join(str(stage) for stage in experiment.trip),
-        "aggregator": f"{experiment.aggregator} (sees {experiment.aggregator.sees})",
-        "work": str(experiment.work),
-        "folder": str(default_folder(experiment, path.stem)),
-    }
+    rounds = "one round" if experiment.rounds == 1 else f"the first of {experiment.rounds} rounds"
+    settings = dump(experiment)
+    lines = [
+        ("experiment", f"{path.name}, hash {experiment_hash(experiment)[:8]}"),
+        ("model", experiment.task.model),
+        ("clients", f"{len(population.clients)}, {len(cohort)} in {rounds}"),
+        ("records", f"{sum(data.train.values())} to train on, {sum(data.heldout.values())} held out"),
+        ("server", _seen(experiment.aggregator)),
+        ("adapter", write_line(_short(settings["task"]["adapter"]))),
+        ("work", write_line(_short(settings["work"]))),
+        ("stages", write_line([_short(stage) for stage in settings["stages"]])),
+        ("folder", str(default_folder(experiment, path.stem))),
+    ]
     moving = moving_line(experiment, cohort)
-    if moving is not None:
-        lines["frozen"] = moving
-    if data.left_out:
-        lines["warning"] = f"the split leaves out {data.left_out} records"
-    for name, text in lines.items():
+    lines += [("frozen", moving)] if moving is not None else []
+    lines += [("warning", f"the split leaves out {data.left_out} records")] if data.left_out else []
+    lines += [("warning", text) for text in advice(experiment, population)]
+    for name, text in lines:
         print(f"{name:11} {text}")
     print("ok")
+
+
+def _short(component: Mapping[str, Any]) -> Any:
+    """A component as a file may write it: its name alone, if it has no settings."""
+    ((name, settings),) = component.items()
+    return {name: dict(settings)} if settings else name
+
+
+def _seen(aggregator: Aggregator) -> str:
+    """What the server learns of the clients' updates, in words."""
+    if aggregator.sees == "each":
+        return "works on each client's update"
+    if aggregator.secret:
+        return "learns the sum of the clients' updates, and none of them alone"
+    return "adds up the clients' updates, and could read each of them"

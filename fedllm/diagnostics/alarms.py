@@ -72,8 +72,8 @@ def diverging(points: Sequence[Point], settings: Diagnostics) -> str:
         return ""
     return (
         f"clients diverge: the mean cosine of their updates is {points[-1].cosine:.2g}, their agreement "
-        f"{found[-1]:.2g}, below {settings.agreement:g} {_for(settings)}; take fewer local steps, a lower work.lr or "
-        "a method that corrects drift (scaffold, fedprox)"
+        f"{found[-1]:.2g}, below {settings.agreement:g} {_for(settings)}; take fewer local steps, a lower work.sgd.lr "
+        "or a method that corrects drift (scaffold, fedprox)"
     )
 
 
@@ -95,7 +95,7 @@ def stalled(points: Sequence[Point], settings: Diagnostics) -> str:
         return ""
     return (
         f"the training loss does not fall: {found[1]:.4g} on average over the last {settings.rounds} rounds, "
-        f"{found[0]:.4g} over those before; stop here, lower work.lr, or look at the clients' losses"
+        f"{found[0]:.4g} over those before; stop here, lower work.sgd.lr, or look at the clients' losses"
     )
 
 

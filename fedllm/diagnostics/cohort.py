@@ -37,17 +37,21 @@ class Cohort:
     Args:
         settings: how many clients and layers. constants: the adapter's frozen leaves, which all clients have.
         scale: of the adapter's products. smallest: rank among all clients, where it is below the adapter's.
+        fixed: lost clients count in the mean as no change, so that it is not to be that of those who answered.
     """
 
     settings: Diagnostics
     constants: Tree
     scale: float
     smallest: int | None
+    fixed: bool = False
+    asked: int = 0
     seen: list[Seen] = field(default_factory=list)
     drift: dict[str, float] = field(default_factory=dict)
 
     def __call__(self, request: Request, reply: Update) -> None:
         """Take in one client's sealed update; what is kept is a copy."""
+        self.asked = request.ctx.cohort
         part = reply.parts.get("delta")
         if part is None:
             return
@@ -66,7 +70,7 @@ class Cohort:
         after = {**self.constants, **params}
         lost = bias(self.seen, after, self.settings.layers)
         rank, energy = spectra(after, layers(after, params, self.settings.layers), self.smallest)
-        whole = len(self.seen) == len(self.drift)
+        whole = len(self.seen) == (self.asked if self.fixed else len(self.drift))
         return [
             Diagnosed(
                 round=round,

@@ -43,8 +43,10 @@ class Scorer:
         """The scorer of an experiment.
 
         Raises:
-            DataError: a held-out record lacks the field `by`.
+            DataError: a held-out record lacks the field `by`, or what a metric needs.
         """
+        if "accuracy" in experiment.evaluation.metrics:
+            _require_choices(population, experiment.evaluation.limit)
         by, groups = experiment.evaluation.by, set()
         if by is not None:
             distinct = {id(records): (client, records) for client, records in population.heldout.items()}
@@ -102,6 +104,21 @@ class Scorer:
         for metric in self._measured():
             yield metric
             yield from (f"{metric}/{group}" for group in self.groups)
+
+
+def _require_choices(population: Population, limit: int | None) -> None:
+    """
+    Raises:
+        DataError: a record that is to be scored is no multiple choice.
+    """
+    distinct = {id(records): (client, records) for client, records in population.heldout.items()}
+    for client, records in distinct.values():
+        for record in records[:limit]:
+            if "choices" not in record or "answer" not in record:
+                raise DataError(
+                    f"the metric accuracy needs records with 'choices' and 'answer', and a held-out record of {client} "
+                    "has not both; map them with federation.shards.fields, or leave accuracy out of evaluation.metrics"
+                )
 
 
 def nll(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:

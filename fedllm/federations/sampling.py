@@ -18,6 +18,10 @@ class Sampling:
         """The cohort, in the clients' own order. `key` is the round's."""
         raise NotImplementedError
 
+    def most(self, clients: int) -> int:
+        """The size of the largest cohort that may be drawn from so many clients."""
+        return clients
+
 
 @dataclass(frozen=True)
 class All(Sampling):
@@ -51,6 +55,10 @@ class UniformSampling(Sampling):
         chosen = torch.randperm(len(clients), generator=key.generator())[: self.cohort]
         return [clients[index] for index in sorted(chosen.tolist())]
 
+    def most(self, clients: int) -> int:
+        """`cohort`."""
+        return min(self.cohort, clients)
+
 
 @dataclass(frozen=True)
 class PoissonSampling(Sampling):
@@ -66,3 +74,7 @@ class PoissonSampling(Sampling):
         """A binomial number of them."""
         taken = torch.rand(len(clients), generator=key.generator(), dtype=torch.float64) < self.rate
         return [client for client, chosen in zip(clients, taken.tolist(), strict=True) if chosen]
+
+    def most(self, clients: int) -> int:
+        """All of them, or none at a rate of 0."""
+        return clients if self.rate > 0 else 0

@@ -104,6 +104,10 @@ class Shards(Federation):
         """By `sampling`."""
         return self.sampling.draw(clients, key)
 
+    def largest_cohort(self, clients: int) -> int:
+        """By `sampling`."""
+        return self.sampling.most(clients)
+
     def failure(self, client: str, round: int, call: str, key: Key) -> str | None:
         """By `failures` and `failure_rate`."""
         if Loss(client, round, call) in self.failures:

@@ -8,7 +8,7 @@ from itertools import combinations
 from fedllm.events import Diagnosed, RoundFinished, RunStarted
 from fedllm.report.markup import Html, table
 from fedllm.report.plot import DASHES, SHADE, Figure, Trace, colour, line, matrix, over_rounds, squared
-from fedllm.report.quantity import figure
+from fedllm.report.quantity import figure, finite
 from fedllm.report.story import Story
 
 _FEW = 12  # clients whose lines an eye can still tell apart
@@ -32,7 +32,7 @@ _CURVES = {
 def figures(stories: Sequence[Story]) -> list[Figure]:
     """All pictures of the chapter; for one run with few clients also each client's drift."""
     curves = [
-        over_rounds(title, note, traces)
+        over_rounds(title, note, traces, legend=len(stories) > 1)
         for field, (title, note) in _CURVES.items()
         if (
             traces := [
@@ -96,7 +96,7 @@ def _drift(stories: Sequence[Story]) -> list[Figure]:
         name = "mean" if len(stories) == 1 else story.label
         traces += _curve(story, "drift", _shade(stories, place), name=name)
     note = "How far clients went in a round: the norm of each update, as the server received it."
-    return [over_rounds("Drift", note, traces, from_zero=True)] if traces else []
+    return [over_rounds("Drift", note, traces, from_zero=True, legend=len(stories) > 1)] if traces else []
 
 
 def _client_drifts(story: Story) -> list[Trace]:
@@ -119,14 +119,14 @@ def _bias(stories: Sequence[Story]) -> list[Figure]:
     if len(stories) == 1:
         traces += _curve(stories[0], "bias_of_means", SHADE["base"], name="mean of the factors", dash=DASHES[1])
     note = "What the aggregation loses of the mean of the clients' products B A, relative to it."
-    return [over_rounds("Aggregation bias", note, traces, from_zero=True)] if traces else []
+    return [over_rounds("Aggregation bias", note, traces, from_zero=True, legend=True)] if traces else []
 
 
 def _cosines(stories: Sequence[Story]) -> list[Figure]:
     """The newest matrix of each run."""
     found: list[Figure] = []
     for story in stories:
-        event = next((event for event in reversed(story.of(Diagnosed)) if event.cosines), None)
+        event = next((event for event in reversed(story.of(Diagnosed)) if any(map(finite, event.cosines))), None)
         if event is None:
             continue
         names = list(event.clients)
@@ -137,6 +137,7 @@ def _cosines(stories: Sequence[Story]) -> list[Figure]:
     return found
 
 
-def _full(count: int, upper: Mapping[tuple[int, int], float]) -> list[list[float | None]]:
-    """Both triangles; nothing on the diagonal."""
-    return [[upper.get((min(i, j), max(i, j))) for j in range(count)] for i in range(count)]
+def _full(count: int, upper: Mapping[tuple[int, int], float | None]) -> list[list[float | None]]:
+    """Both triangles; nothing on the diagonal or where a cosine is not finite."""
+    known = {pair: value for pair, value in upper.items() if finite(value)}
+    return [[known.get((min(i, j), max(i, j))) for j in range(count)] for i in range(count)]

@@ -3,7 +3,7 @@ their events can fill: none where nothing was recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from fedllm.events import ClientFinished, DataReported, Evaluated, RoundFinished, Wire
@@ -20,11 +20,11 @@ from fedllm.report.plot import (
     line,
     over_rounds,
 )
-from fedllm.report.quantity import finite, lower_is_better
-from fedllm.report.story import COMPARED, Story, client_metrics, client_scores
+from fedllm.report.quantity import finite, labelled, lower_is_better
+from fedllm.report.story import COMPARED, OWN, Story, client_metrics, client_scores
 
 _MIB = 2**20
-_FEW = 12  # lines or labels that an eye can still tell apart
+FEW = 12  # lines or labels that an eye can still tell apart
 
 
 def loss(stories: Sequence[Story]) -> list[Figure]:
@@ -39,7 +39,7 @@ def loss(stories: Sequence[Story]) -> list[Figure]:
     if not any(trace["x"] for trace in traces):
         return []
     note = "Mean over each round's clients of the loss during local training; what an aggregator hides is missing."
-    return [over_rounds("Training loss", note, traces)]
+    return [over_rounds("Training loss", note, traces, legend=len(stories) > 1)]
 
 
 def _client_losses(story: Story) -> list[Trace]:
@@ -47,7 +47,7 @@ def _client_losses(story: Story) -> list[Trace]:
     for event in story.of(ClientFinished):
         if finite(event.loss):
             seen.setdefault(event.client, {})[event.round + 1] = event.loss
-    if len(seen) > _FEW:
+    if len(seen) > FEW:
         return []
     return [
         line(client, points, shade=colour(place + 1), thin=True) for place, (client, points) in enumerate(seen.items())
@@ -55,44 +55,64 @@ def _client_losses(story: Story) -> list[Trace]:
 
 
 def metrics(stories: Sequence[Story]) -> list[Figure]:
-    """One run: a figure per metric, its fields (`exact_match/private`) as further lines, with the levels of the base
-    model and of the comparisons. Several runs: a figure per metric and field."""
-    names = dict.fromkeys(name for story in stories for event in story.of(Evaluated) for name in event.metrics)
-    families: dict[str, list[str]] = {}
-    for name in names:
-        families.setdefault(name.split("/")[0] if len(stories) == 1 else name, []).append(name)
-    return [figure for family, names in families.items() for figure in _family(stories, family, names)]
-
-
-def _family(stories: Sequence[Story], family: str, names: Sequence[str]) -> list[Figure]:
-    if len(stories) == 1:
-        shades = [SHADE["federated"], *(colour(place + 3) for place in range(len(names)))]
-        curves = [(name, stories[0].curve(name), shade) for name, shade in zip(names, shades, strict=False)]
-        curves = [("federated", *curves[0][1:])] if names == [family] else curves
-    else:
-        curves = [(story.label, story.curve(family), colour(place)) for place, story in enumerate(stories)]
-    traces = [line(title, dict(points), shade=shade) for title, points, shade in curves if points]
-    if not traces:
-        return []
-    if len(stories) == 1 and family in names:
-        traces += _levels(stories[0], family)
-    better = "Lower" if lower_is_better(family) else "Higher"
-    return [over_rounds(family, f"{better} is better. The shared model on held-out records.", traces)]
-
-
-def _levels(story: Story, name: str) -> list[Trace]:
-    until = max(story.curve(name), default=0)
+    """A figure per metric. One run: the lines of a few groups (`exact_match/private`), the levels of the base model and
+    of the comparisons. Several runs: a line each, and the base model's level."""
+    note = "{} is better. The shared model on held-out records."
     return [
-        level(COMPARED[which], value, until=until, shade=SHADE[which])
-        for which, event in story.evaluations.items()
-        if which != "federated" and finite(value := event.metrics.get(name))
+        over_rounds(
+            labelled(metric),
+            note.format(better(metric).capitalize()),
+            traces,
+            levels=_levels(stories, metric),
+            legend=len(stories) > 1,
+        )
+        for metric, groups in families(stories).items()
+        if (traces := _curves(stories, metric, groups))
     ]
+
+
+def families(stories: Sequence[Story]) -> dict[str, list[str]]:
+    """The metrics of all evaluations, and for each the groups that `evaluation.by` splits it into."""
+    names = dict.fromkeys(name for story in stories for event in story.of(Evaluated) for name in event.metrics)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        metric, split, group = name.removeprefix(OWN).partition("/")
+        groups = found.setdefault(metric, [])
+        if split and group not in groups:
+            groups.append(group)
+    return found
+
+
+def _curves(stories: Sequence[Story], metric: str, groups: Sequence[str]) -> list[Trace]:
+    if len(stories) > 1:
+        curves = [(story.label, story.curve(metric), colour(place)) for place, story in enumerate(stories)]
+    else:
+        shown = groups if len(groups) <= FEW else []
+        curves = [("federated", stories[0].curve(metric), SHADE["federated"])]
+        curves += [(name, stories[0].curve(f"{metric}/{name}"), colour(place + 4)) for place, name in enumerate(shown)]
+    return [line(title, dict(points), shade=shade) for title, points, shade in curves if points]
+
+
+def _levels(stories: Sequence[Story], metric: str) -> list[Trace]:
+    """One run: of all that it is compared with. Several: of the base models, one line where they score the same."""
+    if len(stories) == 1:
+        return [
+            level(COMPARED[which], value, shade=SHADE[which])
+            for which, event in stories[0].evaluations.items()
+            if which != "federated" and finite(value := event.metrics.get(metric))
+        ]
+    bases = [(place, story.label, story.evaluations.get("base")) for place, story in enumerate(stories)]
+    found = [(place, label, event.metrics.get(metric)) for place, label, event in bases if event]
+    scores = [(place, label, value) for place, label, value in found if finite(value)]
+    if len({value for _, _, value in scores}) == 1:
+        return [level(COMPARED["base"], scores[0][2], shade=SHADE["base"])]
+    return [level(f"{label} {COMPARED['base']}", value, shade=colour(place)) for place, label, value in scores]
 
 
 def clients(stories: Sequence[Story]) -> list[Figure]:
     """The final evaluation of every client, worst first: one run beside its comparisons, or several runs."""
     events = [event for story in stories for event in story.evaluations.values()]
-    names = dict.fromkeys(name for event in events for name in client_metrics(event))
+    names = dict.fromkeys(name for event in events for name in client_metrics(event) if "/" not in name)
     return [figure for name in names for figure in _client_bars(stories, name)]
 
 
@@ -107,22 +127,30 @@ def _client_bars(stories: Sequence[Story], metric: str) -> list[Figure]:
     if not scores:
         return []
     order = max(scores, key=lambda group: group[0] == "federated")[2]
-    sign = -1 if lower_is_better(metric) else 1
     everyone = dict.fromkeys(client for _, _, found in scores for client in found)
-    rows = sorted(everyone, key=lambda client: sign * order.get(client, float("inf")))
+    rows = worst_first(metric, everyone, order)
     traces = [bars(name, rows, found, shade=shade) for name, shade, found in scores]
-    better = "lower" if lower_is_better(metric) else "higher"
-    note = f"Each client's own held-out records, worst client first ({better} is better)."
-    return [by_rows(f"{metric} by client", note, traces, rows=rows)]
+    note = f"Each client's own held-out records, worst client first ({better(metric)} is better)."
+    return [by_rows(f"{metric} by client", note, traces, rows=rows, legend=len(stories) > 1)]
+
+
+def better(metric: str) -> str:
+    """Which value of a metric is the better one."""
+    return "lower" if lower_is_better(metric) else "higher"
+
+
+def worst_first(metric: str, names: Iterable[str], scores: Mapping[str, float]) -> list[str]:
+    """Names by their score, the worst first; those without one last."""
+    sign = -1 if lower_is_better(metric) else 1
+    return sorted(names, key=lambda name: sign * scores[name] if name in scores else float("inf"))
 
 
 def traffic(stories: Sequence[Story]) -> list[Figure]:
-    """Bytes of each round, and of all rounds so far."""
+    """Bytes of each round, and of all rounds so far where there are several."""
     each = "Serialised messages of the round's clients, headers included."
-    return [
-        *_directions(stories, "Bytes per round", each, iter),
-        *_directions(stories, "Bytes so far", "The same, added up.", accumulate),
-    ]
+    several = any(len(story.of(RoundFinished)) > 1 for story in stories)
+    added = _directions(stories, "Bytes so far", "The same, added up.", accumulate) if several else []
+    return [*_directions(stories, "Bytes per round", each, iter), *added]
 
 
 def _directions(
@@ -138,7 +166,8 @@ def _directions(
             shade = colour(side if len(stories) == 1 else place)
             if points:
                 traces.append(line(name, dict(points), shade=shade, dash=DASHES[side]))
-    return [over_rounds(title, note, traces, unit="MiB", from_zero=True)] if traces else []
+    legend = len(stories) > 1
+    return [over_rounds(title, note, traces, unit="MiB", from_zero=True, legend=legend)] if traces else []
 
 
 def parts(stories: Sequence[Story]) -> list[Figure]:
@@ -183,7 +212,7 @@ def partition(data: DataReported) -> list[Figure]:
         groups = {"training": dict(data.train), "held out": dict(data.heldout)}
         note = "Records that each client trains on, and those that it keeps back to be judged by."
     else:
-        kept = sorted(totals, key=lambda label: -totals[label])[: _FEW - 1 if len(totals) > _FEW else _FEW]
+        kept = sorted(totals, key=lambda label: -totals[label])[: FEW - 1 if len(totals) > FEW else FEW]
         groups = {label: {client: data.labels.get(client, {}).get(label, 0) for client in rows} for label in kept}
         if len(totals) > len(kept):
             groups["all other labels"] = {
@@ -208,4 +237,4 @@ def seconds(stories: Sequence[Story]) -> list[Figure]:
     else:
         traces = [line(name, dict(values), shade=colour(place)) for place, (name, values) in enumerate(timed)]
     note = "From drawing the cohort to the merged model."
-    return [over_rounds("Time per round", note, traces, unit="seconds", from_zero=True)]
+    return [over_rounds("Time per round", note, traces, unit="seconds", from_zero=True, legend=len(stories) > 1)]

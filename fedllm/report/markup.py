@@ -37,19 +37,27 @@ def el(name: str, *children: str, attrs: Mapping[str, str] | None = None) -> Htm
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> Html:
     """A table whose first column names the rows, once for a group of rows. With `figures`, columns that hold
-    nothing but numbers are set flush right."""
+    nothing but numbers are set flush right. A wide table names the column in each cell: a narrow screen shows its rows
+    as lists."""
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(head)
     numeric = [figures and bool(column) and all(_NUMBER.fullmatch(cell) for cell in column) for column in columns]
     names = ["th", *("th.number" if number else "th" for number in numeric[1:])]
+    wide = len(head) > 3
     top = [el(name, title, attrs={"scope": "col"}) for name, title in zip(names, head, strict=True)]
     body = []
     for first, group in groupby(rows, key=itemgetter(0)):
         members = list(group)
         scope = {"scope": "rowgroup", "rowspan": str(len(members))} if len(members) > 1 else {"scope": "row"}
         for place, (_, *others) in enumerate(members):
-            cells = [el("td.number" if big else "td", cell) for big, cell in zip(numeric[1:], others, strict=True)]
-            body.append(el("tr", *([] if place else [el("th", first, attrs=scope)]), *cells))
-    whole = el("table", el("caption", caption), el("thead", el("tr", *top)), el("tbody", *body))
+            cells = [
+                el("td.number" if big else "td", cell, attrs={"data-column": title} if wide else None)
+                for big, title, cell in zip(numeric[1:], head[1:], others, strict=True)
+            ]
+            named = {**scope, "data-column": head[0]} if wide else scope
+            body.append(el("tr", *([] if place else [el("th", first, attrs=named)]), *cells))
+    whole = el(
+        "table.wide" if wide else "table", el("caption", caption), el("thead", el("tr", *top)), el("tbody", *body)
+    )
     return el("div.scroll", whole, attrs={"tabindex": "0", "role": "region", "aria-label": caption})
 
 

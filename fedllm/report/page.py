@@ -15,7 +15,7 @@ from fedllm.disk import not_written
 from fedllm.events import RunStarted
 from fedllm.report import tables
 from fedllm.report.markup import Html, el, pairs
-from fedllm.report.quantity import figure
+from fedllm.report.quantity import figure, labelled
 from fedllm.report.sections import sections
 from fedllm.report.story import Story, load_all
 from fedllm.report.style import SCRIPT, STYLE
@@ -111,7 +111,7 @@ def _key_figures(story: Story) -> Html:
         metrics = found["federated"].metrics
         for name in [name for name in metrics if "/" not in name][:2]:
             before = found["base"].metrics.get(name) if "base" in found else None
-            items.append((name, figure(metrics[name]), "" if before is None else f"base {figure(before)}"))
+            items.append((labelled(name), figure(metrics[name]), "" if before is None else f"base {figure(before)}"))
     costs = tables.costs(story)
     wanted = ("sent up", "sent down", "time", "tokens per second", "share of the matrix peak", "epsilon")
     return pairs(items + [(name, costs[name], "") for name in wanted if name in costs])

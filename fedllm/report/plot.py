@@ -64,11 +64,12 @@ def plain(text: str, *, limit: int = 36) -> str:
 def line(
     name: str, points: Mapping[int, float | None], *, shade: str, dash: str = "solid", thin: bool = False
 ) -> Trace:
-    """A line through the finite points, with markers where there are few."""
+    """A line through the finite points, with markers where there are few; a single point always has one."""
     xs = [x for x, y in points.items() if finite(y)]
+    marked = len(xs) == 1 or (len(xs) <= 25 and dash == "solid" and not thin)
     return {
         "type": "scatter",
-        "mode": "lines+markers" if len(xs) <= 25 and dash == "solid" and not thin else "lines",
+        "mode": "lines+markers" if marked else "lines",
         "name": plain(name),
         "x": xs,
         "y": [points[x] for x in xs],
@@ -79,13 +80,13 @@ def line(
     }
 
 
-def level(name: str, value: float, *, until: int, shade: str) -> Trace:
-    """A horizontal line to compare with."""
+def level(name: str, value: float, *, shade: str) -> Trace:
+    """A horizontal line to compare with, one of the `levels` of `over_rounds`, which sets its ends."""
     return {
         "type": "scatter",
         "mode": "lines",
         "name": plain(name),
-        "x": [0, until],
+        "x": [],
         "y": [value, value],
         "hovertemplate": "%{fullData.name}: %{y:.5~g}<extra></extra>",
         "line": {"color": shade, "width": 1.5, "dash": "dot"},
@@ -144,22 +145,51 @@ def squared(title: str, note: str, trace: Trace, *, rows: Sequence[str]) -> Figu
     return Figure(title, note, (trace,), _layout(axis, upright, height=140 + 22 * len(rows) + 60, legend=False))
 
 
-def over_rounds(title: str, note: str, traces: Sequence[Trace], *, unit: str = "", from_zero: bool = False) -> Figure:
-    """A figure whose x axis counts rounds; 0 is before the first."""
-    last = max((x for trace in traces for x in trace["x"]), default=0)
-    across: dict[str, Any] = {"title": {"text": "round"}, "rangemode": "tozero"}
-    if last <= 8:
+def over_rounds(
+    title: str,
+    note: str,
+    traces: Sequence[Trace],
+    *,
+    levels: Sequence[Trace] = (),
+    unit: str = "",
+    from_zero: bool = False,
+    legend: bool = False,
+) -> Figure:
+    """A figure whose x axis counts rounds, from the first to the last that has a point. `levels` cross all of it. It
+    has a legend if `legend` is set or if there are several lines."""
+    first, last = _span(traces)
+    across: dict[str, Any] = {"title": {"text": "round"}, "range": [first, last]}
+    if last - first <= 9:
         across["dtick"] = 1
-    positive = all(y >= 0 for trace in traces for y in trace["y"])
+    drawn = (*traces, *({**trace, "x": [first, last]} for trace in levels))
+    positive = all(y >= 0 for trace in drawn for y in trace["y"])
     mode = "tozero" if from_zero else "nonnegative" if positive else "normal"
     upright = {"title": {"text": plain(unit)}, "rangemode": mode}
-    return Figure(title, note, tuple(traces), _layout(across, upright, height=320, legend=len(traces) > 1))
+    height = 320 + 12 * max(0, len(drawn) - 5)  # a narrow screen's legend has a row for two names or for one
+    return Figure(title, note, drawn, _layout(across, upright, height=height, legend=legend or len(drawn) > 1))
+
+
+def _span(traces: Sequence[Trace]) -> tuple[float, float]:
+    """The ends of the round axis: all points with a little room, half a round beside bars and a single point."""
+    rounds = [x for trace in traces for x in trace["x"]] or [0]
+    first, last = min(rounds), max(rounds)
+    wide = first == last or any(trace["type"] == "bar" for trace in traces)
+    room = 0.5 if wide else 0.03 * (last - first)
+    return first - room, last + room
 
 
 def by_rows(
-    title: str, note: str, traces: Sequence[Trace], *, rows: Sequence[str], unit: str = "", stacked: bool = False
+    title: str,
+    note: str,
+    traces: Sequence[Trace],
+    *,
+    rows: Sequence[str],
+    unit: str = "",
+    stacked: bool = False,
+    legend: bool = False,
 ) -> Figure:
-    """A figure with one lying bar, or group of bars, for each row; the first row is on top."""
+    """A figure with one lying bar, or group of bars, for each row; the first row is on top. `legend` as in
+    `over_rounds`."""
     deep = len(rows) * (26 if stacked else 12 + 12 * len(traces))
     upright: dict[str, Any] = {"range": [len(rows) - 0.4, -0.6], "showgrid": False}
     if len(rows) <= 40:
@@ -169,15 +199,23 @@ def by_rows(
     layout = _layout(
         {"title": {"text": plain(unit)}, "rangemode": "tozero"},
         upright,
-        height=min(560, 130 + deep),
-        legend=len(traces) > 1,
+        height=130 + min(deep, max(430, 18 * min(len(rows), 40))),
+        legend=legend or len(traces) > 1,
     )
     return Figure(title, note, tuple(traces), {**layout, "barmode": "stack" if stacked else "group"})
 
 
 def _layout(across: Mapping[str, Any], upright: Mapping[str, Any], *, height: int, legend: bool) -> dict[str, Any]:
     """Transparent, without gestures that would fight with scrolling; the page's style sheet sets inks and grids."""
-    axis = {"fixedrange": True, "automargin": True, "zeroline": False, "gridcolor": "#888", "ticklabelstandoff": 6}
+    axis = {
+        "fixedrange": True,
+        "automargin": True,
+        "zeroline": False,
+        "gridcolor": "#888",
+        "ticklabelstandoff": 6,
+        "exponentformat": "power",
+        "minexponent": 5,
+    }
     return {
         "height": height,
         "margin": {"l": 48, "r": 12, "t": 12, "b": 44},

@@ -6,6 +6,7 @@ import math
 from typing import TypeGuard
 
 NOTHING = "\N{EM DASH}"
+_COUNTED = {"nll": "token", "perplexity": "token", "exact_match": "record", "rouge_l": "record", "accuracy": "record"}
 _LOWER_IS_BETTER = {"loss", "nll", "perplexity", "error", "bits"}
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -58,7 +59,7 @@ def remaining(seconds: float) -> str:
 
 def part_of_whole(value: float | None) -> str:
     """0.5 is "50.0 %"."""
-    return NOTHING if value is None else share(value, 1.0)
+    return share(value, 1.0) if finite(value) else NOTHING
 
 
 def share(part: float, whole: float) -> str:
@@ -70,6 +71,12 @@ def lower_is_better(metric: str) -> bool:
     """Whether a small value is good: losses, perplexities, error rates. `exact_match/private` is judged by its
     first half, `own/nll` as `nll`."""
     return not _LOWER_IS_BETTER.isdisjoint(metric.removeprefix("own/").split("/")[0].lower().split("_"))
+
+
+def labelled(metric: str) -> str:
+    """A metric's name with what its figure over several clients is a mean over: "nll, per token"."""
+    counted = _COUNTED.get(metric.removeprefix("own/").split("/")[0])
+    return f"{metric}, per {counted}" if counted else metric
 
 
 def printable(text: str) -> str:

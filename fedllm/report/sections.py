@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.events import DataReported, RunStarted
-from fedllm.report import diagnosed, figures, tables
+from fedllm.report import diagnosed, figures, groups, tables
 from fedllm.report.citation import bibtex
 from fedllm.report.markup import Html, el, folded, joined
 from fedllm.report.plot import Figure
@@ -22,7 +22,7 @@ def sections(stories: Sequence[Story]) -> list[Section]:
     sent = _figures([*figures.traffic(stories), *figures.parts(stories)], tables.spending(stories))
     return [
         ("Results", joined([overview, tables.headline(stories)])),
-        ("Training", _figures([*figures.loss(stories), *figures.metrics(stories)])),
+        ("Training", _figures([*figures.loss(stories), *figures.metrics(stories), *groups.by_group(stories)])),
         ("Clients", _clients(stories)),
         ("Updates", _updates(stories)),
         ("Communication", sent),
@@ -59,8 +59,10 @@ def _numbers(stories: Sequence[Story]) -> list[Html]:
 
 
 def _clients(stories: Sequence[Story]) -> Html:
-    gains = [tables.gains(story) for story in stories] if len(stories) == 1 else []
-    return joined([*gains, _figures(figures.clients(stories)), tables.worst(stories)])
+    several = len(stories) > 1
+    gains = [] if several else [tables.gains(stories[0])]
+    split = [] if several else groups.by_client_and_group(stories[0])
+    return joined([*gains, _figures([*figures.clients(stories), *split]), *tables.worst(stories)])
 
 
 def _updates(stories: Sequence[Story]) -> Html:

@@ -89,6 +89,12 @@ class Story:
         return started.model if started else str(self.summary.get("model") or "unknown model")
 
     @property
+    def by(self) -> str:
+        """The field that `evaluation.by` names; "group" if the log does not tell."""
+        started = self.last(RunStarted)
+        return str((started.settings.get("evaluation", {}).get("by") if started else None) or "group")
+
+    @property
     def evaluations(self) -> dict[str, Evaluated]:
         """The newest evaluation of each kind, in the order base, local-only, federated, centralised."""
         newest = {event.which: event for event in self.of(Evaluated)}

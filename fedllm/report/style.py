@@ -29,9 +29,9 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 0.86rem; padding
   border-bottom: 1px solid var(--rule); }
 a { color: var(--mark); text-decoration: none; } a:hover, a:focus { text-decoration: underline; }
 section { padding: 40px 0 4px; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 1px; margin: 0 0 26px;
+dl { display: flex; flex-wrap: wrap; gap: 1px; margin: 0 0 26px;
   background: var(--rule); border: 1px solid var(--rule); border-radius: 6px; overflow: hidden; }
-dl > div { background: var(--paper); padding: 12px 16px; }
+dl > div { flex: 1 1 140px; background: var(--paper); padding: 12px 16px; }
 dt { color: var(--soft); font-size: 0.78rem; } dd { margin: 2px 0 0; font-size: 1.3rem;
   font-variant-numeric: tabular-nums; }
 dd small { color: var(--soft); font-size: 0.78rem; display: block; }
@@ -63,9 +63,15 @@ pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 6p
 footer { color: var(--soft); font-size: 0.82rem; padding-top: 36px; padding-bottom: 56px; }
 @media (max-width: 600px) { body { font-size: 16px; } main, header, footer, noscript > p {
     padding-left: 16px; padding-right: 16px; }
-  header { padding-top: 28px; } h1 { font-size: 1.6rem; } dl { grid-template-columns: 1fr 1fr;
-  } th, td { padding-right: 14px; }
-  tbody th { min-width: 7em; } }
+  header { padding-top: 28px; } h1 { font-size: 1.6rem; }
+  th, td { padding-right: 14px; min-width: 4.5em; overflow-wrap: anywhere; } thead th { white-space: normal; }
+  tbody th { min-width: 7em; } pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+  .wide, .wide caption, .wide tbody, .wide tr, .wide th, .wide td { display: block; }
+  .wide thead { display: none; }
+  .wide tr { padding: 6px 0; border-top: 1px solid var(--rule); }
+  .wide tr > * { border: 0 !important; padding: 2px 0; }
+  .wide td { display: flex; justify-content: space-between; gap: 16px; text-align: right; }
+  .wide td::before, .wide th::before { content: attr(data-column) " "; color: var(--soft); text-align: left; } }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }
 """
 

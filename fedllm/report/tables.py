@@ -18,8 +18,13 @@ from fedllm.events import (
 )
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.markup import Html, el, folded, joined, table
-from fedllm.report.quantity import NOTHING, duration, figure, lower_is_better, part_of_whole, share, size
+from fedllm.report.quantity import NOTHING, duration, figure, labelled, lower_is_better, part_of_whole, share, size
 from fedllm.report.story import COMPARED, Story, client_metrics, client_scores
+
+_LONG = 24  # rows of a table that a reader still looks through
+_MEANS = (
+    "means over the held-out tokens, or records, of all clients together; a client with more of them counts for more"
+)
 
 
 def headline(stories: Sequence[Story]) -> Html:
@@ -31,16 +36,29 @@ def headline(stories: Sequence[Story]) -> Html:
     models = list(dict.fromkeys(model for one in found for model in one))
     if len(stories) == 1:
         head = ["metric", *models]
-        rows = [[name, *(figure(found[0][model].get(name)) for model in models)] for name in metrics]
+        rows = [[labelled(name), *(figure(found[0][model].get(name)) for model in models)] for name in metrics]
     else:
         head = ["metric", "model", *(story.label for story in stories)]
         rows = [
-            [name, model, *(figure(one.get(model, {}).get(name)) for one in found)]
+            [labelled(name), model, *(figure(one.get(model, {}).get(name)) for one in found)]
             for name in metrics
             for model in models
             if any(name in one.get(model, {}) for one in found)
         ]
-    return joined([table("Final figures", head, rows), _notes(stories)])
+    return joined([*_whole_first("Final figures", head, rows), _notes(stories)])
+
+
+def _whole_first(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Html]:
+    """A table; where it is long, the rows of groups (`nll/private`) in one of their own that opens on demand."""
+    whole = [row for row in rows if "/" not in row[0]]
+    if len(rows) <= _LONG or not whole:
+        return [table(caption, head, rows)]
+    groups = [row for row in rows if "/" in row[0]]
+    return [table(caption, head, whole), *_folded_rows(f"{caption} of each group", head, groups)]
+
+
+def _folded_rows(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Html]:
+    return [folded(caption, table(caption, head, rows))] if rows else []
 
 
 def _notes(stories: Sequence[Story]) -> Html:
@@ -55,6 +73,9 @@ def _notes(stories: Sequence[Story]) -> Html:
         el("li", el("b", COMPARED[which]), text, f" ({', '.join(names)})" if len(names) < len(stories) else "")
         for (which, text), names in sorted(said.items(), key=lambda item: list(COMPARED).index(item[0][0]))
     ]
+    lines.insert(0, el("li", el("b", "per token, per record"), f": {_MEANS}"))
+    if any("local-only" in story.figures for story in stories):
+        lines.append(el("li", el("b", "local-only"), " is the mean over the clients of what their models score"))
     if any(model.endswith(", own") for story in stories for model in story.figures):
         text = ": each client's model on its own held-out records; else on everybody's"
         lines.append(el("li", el("b", "own"), text))
@@ -128,8 +149,9 @@ def cost(story: Story) -> Html:
     return table("What it took", ["", "whole run"], [list(item) for item in items.items()]) if items else Html("")
 
 
-def worst(stories: Sequence[Story]) -> Html:
-    """How the clients fare: the worst one, the mean, the best; of several runs under the federated model alone."""
+def worst(stories: Sequence[Story]) -> list[Html]:
+    """How the clients fare: the worst one, the mean, the best; of several runs under the federated model alone. Groups
+    that only one client has are left out."""
     rows = []
     for story in stories:
         for which, event in story.evaluations.items():
@@ -138,7 +160,7 @@ def worst(stories: Sequence[Story]) -> Html:
             name = COMPARED[which] if len(stories) == 1 else story.label
             for metric in client_metrics(event):
                 found = client_scores(event, metric)
-                if found:
+                if len(found) > ("/" in metric):
                     rows.append([metric, name, *_spread(metric, found)])
     order = list(dict.fromkeys(row[0] for row in rows))
     rows.sort(key=lambda row: order.index(row[0]))
@@ -151,7 +173,7 @@ def worst(stories: Sequence[Story]) -> Html:
         "best",
         "best client",
     ]
-    return table("Best and worst served clients", head, rows) if rows else Html("")
+    return _whole_first("Best and worst served clients", head, rows) if rows else []
 
 
 def _spread(metric: str, found: Mapping[str, float]) -> list[str]:

@@ -27,7 +27,10 @@ class Dyn(Stage):
 
     The sum over the clients is the decoded mean times its total weight, so every client must weigh the same. A round
     that nobody answered changes nothing. No settings give FedAvg: the server's step has no limit at alpha = 0.
-    Stages that change the delta stand behind this one.
+
+    h is -alpha / N times the sum of all deltas, as each h_k is -alpha times the sum of its client's. What changes the
+    deltas on their way from the local steps to the server's sum makes h another than the mean of the h_k: a stage that
+    does so is refused, and so is a server's step beside this one's.
 
     Args:
         alpha: strength of the regulariser, above 0; 0.01 is the value of the authors' CIFAR-10 example, and the
@@ -40,6 +43,8 @@ class Dyn(Stage):
 
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
     needs_equal: ClassVar[bool] = True
+    needs_delta: ClassVar[bool] = True
+    keeps_delta: ClassVar[bool] = True
     needs_basis: ClassVar[bool] = True
     steers: ClassVar[bool] = True
 

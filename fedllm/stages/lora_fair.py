@@ -6,6 +6,9 @@
 Clients go on from (B, A): the mean of A is kept, and the product is nearer to what they have learned than that of the
 means. A large lambda is FedIT.
 
+With a fixed denominator sum_k p_k may be below 1. A client that is lost then counts as no change: in all three sums the
+old factors, which all began with, have the rest of the weight, as one more client's.
+
 Bian et al. 2024, arXiv 2411.14961, which measures the distance by the cosine; here it is the Frobenius norm, for which
 the minimum has a closed form.
 """
@@ -70,8 +73,9 @@ class LoraFair(Stage):
         for layer, weighed in rows.tree.items():
             old_b, old_a = factors.pair(params, layer)
             if not bool(torch.isfinite(weighed).all() and torch.isfinite(columns[layer]).all()):
-                raise RunError(f"round {ctx.round}, {layer}: the clients' factors are not finite; lower work.lr")
-            new_b, new_a = corrected(columns[layer].T.double(), weighed.double(), shares, self.penalty)
+                raise RunError(f"round {ctx.round}, {layer}: the clients' factors are not finite; lower work.sgd.lr")
+            all_a, all_b = blocks.with_lost(weighed.double(), columns[layer].double(), (old_b, old_a), part.answered)
+            new_b, new_a = corrected(all_b.T, all_a, blocks.with_rest(shares, part.answered), self.penalty)
             step |= factors.named(layer, new_b.to(old_b) - old_b, new_a.to(old_a) - old_a)
         for name in self.makes:
             total = total.without(name)

@@ -5,6 +5,10 @@
 Exact for any ranks. Every client begins the next round with fresh factors of its own rank, and is sent the stack: a
 download grows with the sum of the ranks of the rounds that it has missed.
 
+With a fixed denominator sum_k p_k may be below 1. A client that is lost then counts as no change: the old product has
+the rest of the weight, W <- W + s (sum_k p_k B_k A_k + (1 - sum_k p_k) B A). B is zero when a round begins, so that
+this adds nothing; in a run that starts from a trained adapter, the first round is the exception.
+
 Wang et al. 2024, arXiv 2409.05976. Its weights p_k multiply one of the two factors; on both they would count twice.
 """
 
@@ -62,9 +66,11 @@ class LoraMerge(Stage):
         columns, step, merged = total.parts["columns"].tree, dict(part.tree), dict[str, torch.Tensor]()
         for layer, weighed in rows.tree.items():
             factors.require_finite(f"round {ctx.round}, {layer}", weighed, columns[layer])
-            there = weighed.any(1) | columns[layer].any(1)  # a slot may be empty, and a rank below the adapter's
-            merged |= factors.named(layer, columns[layer][there].T, weighed[there])
             b, a = factors.pair(params, layer)
+            answered = part.answered if bool(b.any()) else 1.0  # a product of zero adds nothing
+            weighed, whole = blocks.with_lost(weighed, columns[layer], (b, a), answered)
+            there = weighed.any(1) | whole.any(1)  # a slot may be empty, and a rank below the adapter's
+            merged |= factors.named(layer, whole[there].T, weighed[there])
             drawn = torch.rand(a.shape, generator=ctx.rng(f"{layer}.lora_A"), dtype=torch.float64) * 2 - 1
             step |= factors.named(layer, -b, (drawn / math.sqrt(a.shape[1])).to(a) - a)
         for name in self.makes:

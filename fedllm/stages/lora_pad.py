@@ -3,6 +3,10 @@
     padded         A <- sum_k p_k pad(A_k)            a client counts with zeros where it has no component
     contributors   A_j <- sum_{k: r_k > j} p_k A_kj / sum_{k: r_k > j} p_k        j: a component; B alike
 
+With a fixed denominator sum_k p_k may be below 1. A client that is lost then counts as no change (padded): the rest of
+the weight is that of the old A, A <- sum_k p_k pad(A_k) + (1 - sum_k p_k) A. The mean over the contributors divides by
+those who answered, whatever the denominator, and is refused beside a fixed one.
+
 padded: the baseline of Cho et al. 2024 (HetLoRA), arXiv 2401.06432, and Wang et al. 2024 (FLoRA), arXiv 2409.05976.
 contributors: Chen et al. 2024 (RBLA), arXiv 2408.08699; the masked mean of HAFLQ, arXiv 2411.06581.
 """
@@ -38,6 +42,12 @@ class LoraPad(Stage):
     makes: ClassVar[frozenset[str]] = frozenset({"holders"})
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
     unequal: ClassVar[bool] = True
+    keeps_delta: ClassVar[bool] = True
+
+    @property
+    def over_answered(self) -> bool:
+        """True for the contributors."""
+        return self.mean == "contributors"
 
     def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
         """The first components."""
@@ -59,14 +69,16 @@ class LoraPad(Stage):
         if part is None or holders is None:
             return total, state
         step = {
-            name: self._step(name, leaf, params[name], holders.tree[name]) if name in holders.tree else leaf
+            name: self._step(name, leaf, params[name], holders.tree[name], part.answered)
+            if name in holders.tree
+            else leaf
             for name, leaf in part.tree.items()
         }
         return total.without("holders").having("delta", replace(part, tree=step)), state
 
-    def _step(self, name: str, delta: Tensor, param: Tensor, share: Tensor) -> Tensor:
+    def _step(self, name: str, delta: Tensor, param: Tensor, share: Tensor, answered: float) -> Tensor:
         """`share` (rank,): the weights of those who have the component, over all weights."""
         if self.mean == "padded":
-            return factors.faded(name, delta, param, share)
+            return factors.faded(name, delta, param, share, answered)
         along = factors.along(name, share)
         return torch.where(along > 0, delta / along, 0)

@@ -3,6 +3,10 @@
     client   B_k A_k - B_0 A_0        or B_k A_k        as one leaf (out, in) of each layer
     server   B, A <- U sqrt(S), sqrt(S) V^T of the largest singular values of B_0 A_0 + step        or of the step
 
+With a fixed denominator the weights of those who answered may sum to less than 1. A client that is lost then counts as
+no change: an update of zero; of the products, the old one has the rest of the weight, sum_k p_k B_k A_k +
+(1 - sum_k p_k) B_0 A_0.
+
 A step is the mean, or what a server optimiser behind this stage makes of it. FlexLoRA with dense products: Bai et al.
 2024, arXiv 2402.11505; `lora_stack` computes the same from the factors, with fewer bytes and in sight of the server.
 """
@@ -29,7 +33,8 @@ class LoraProduct(Stage):
     counts them as zero, as the paper does.
 
     Args:
-        form: what is sent: the `update` of the product, which optimisers, clipping and rounding need, or the `product`.
+        form: what is sent: the `update` of the product, or the `product` itself. Optimisers, errors that are kept and
+            bounds need the `update`, and are refused behind the `product`.
     """
 
     form: Literal["update", "product"] = "update"
@@ -39,6 +44,11 @@ class LoraProduct(Stage):
     unequal: ClassVar[bool] = True
     both_factors: ClassVar[bool] = True
     rebases: ClassVar[bool] = True
+
+    @property
+    def absolute(self) -> bool:
+        """True for the product."""
+        return self.form == "product"
 
     def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
         """The largest components."""
@@ -72,6 +82,8 @@ class LoraProduct(Stage):
             product = step.pop(_dense(layer))
             if self.form == "update":
                 product = product + old_b @ old_a
+            elif part.answered != 1:
+                product = product + (1 - part.answered) * (old_b @ old_a)
             new_b, new_a = factors.best(product, len(old_a), f"round {ctx.round}, {layer}")
             step |= factors.named(layer, new_b - old_b, new_a - old_a)
         return total.having("delta", replace(part, tree=step)), state

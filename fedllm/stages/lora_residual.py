@@ -6,6 +6,9 @@
 W + s B A is then what the clients learned, exactly, and they go on from (B, A) as in FedIT. R is sent as its factors,
 of rank K x rank; this form of it needs no difference of two large products.
 
+With a fixed denominator sum_k p_k may be below 1. A client that is lost then counts as no change: in all sums the old
+factors, which all began with, have the rest of the weight, as one more client's.
+
 Singhal et al. 2024, arXiv 2410.09432, eq. 9 to 11.
 """
 
@@ -60,7 +63,8 @@ class LoraResidual(Stage):
         for layer, weighed in rows.tree.items():
             old_b, old_a = factors.pair(params, layer)
             factors.require_finite(f"round {ctx.round}, {layer}", weighed, columns[layer])
-            (b, a), gap = _means_and_gap(columns[layer].double(), weighed.double(), shares)
+            all_a, all_b = blocks.with_lost(weighed.double(), columns[layer].double(), (old_b, old_a), part.answered)
+            (b, a), gap = _means_and_gap(all_b, all_a, blocks.with_rest(shares, part.answered))
             step |= factors.named(layer, b.to(old_b) - old_b, a.to(old_a) - old_a)
             residual |= factors.named(layer, gap[0].to(old_b), gap[1].to(old_a))
         for name in self.makes:
@@ -69,7 +73,7 @@ class LoraResidual(Stage):
 
 
 def _means_and_gap(columns: Tensor, rows: Tensor, shares: Tensor) -> tuple[factors.Pair, factors.Pair]:
-    """(B, A), and the factors of R, of those who answered.
+    """(B, A), and the factors of R, of those who have a share.
 
     columns (K rank, out): the transposed B_k. rows (K rank, in): the p_k A_k. shares (K,): the p_k.
     """

@@ -8,6 +8,10 @@ a stack of zeros, so that a sum is a concatenation; the zeros are not sent.
     contributors   the j-th component of client k counts p_k / sum_{l: r_l > j} p_l in place of p_k (raFLoRA), so that
                    components that few clients have are not damped
 
+With a fixed denominator sum_k p_k may be below 1. A client that is lost then counts as no change: the old product has
+the rest of the weight, P = sum_k p_k B_k A_k + (1 - sum_k p_k) B A, as one more slot of the stack. The mean over the
+contributors divides by those who answered, whatever the denominator, and is refused beside a fixed one.
+
 Bai et al. 2024 (FlexLoRA), arXiv 2402.11505; raFLoRA 2026, arXiv 2602.13486.
 """
 
@@ -46,6 +50,11 @@ class LoraStack(Stage):
     rebases: ClassVar[bool] = True
     shows_each: ClassVar[bool] = True
 
+    @property
+    def over_answered(self) -> bool:
+        """True for the contributors."""
+        return self.mean == "contributors"
+
     def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
         """The largest components."""
         return factors.sliced(params, ctx.profile.rank), {}
@@ -74,7 +83,8 @@ class LoraStack(Stage):
             if self.mean == "contributors":
                 share = holders[layer].repeat(len(a) // len(old_a))[:, None]
                 a = torch.where(share > 0, a / share, 0)
-            new_b, new_a = factors.truncated(columns[layer].T, a, len(old_a), f"round {ctx.round}, {layer}")
+            a, b = blocks.with_lost(a, columns[layer], (old_b, old_a), part.answered)
+            new_b, new_a = factors.truncated(b.T, a, len(old_a), f"round {ctx.round}, {layer}")
             step |= factors.named(layer, new_b - old_b, new_a - old_a)
         for name in self.makes:
             total = total.without(name)

@@ -26,6 +26,9 @@ class Scaffold(Stage):
     optimum of the *unweighted* mean of the clients' losses, whatever the weights. No settings give FedAvg; with one
     client the correction is 0 up to rounding. Stages that change the delta stand behind this one.
 
+    The control is sent as it is: c is the mean of the c_k that the clients remember, and a rounding on the way would
+    stay in the difference for good, as a bias of the optimum.
+
     Args:
         allow: further local optimisers that the experiment permits, such as "momentum" or "adamw".
     """
@@ -35,6 +38,7 @@ class Scaffold(Stage):
     takes: ClassVar[frozenset[str]] = frozenset({"delta"})
     makes: ClassVar[frozenset[str]] = frozenset({"control"})
     needs_basis: ClassVar[bool] = True
+    keeps_delta: ClassVar[bool] = True
 
     @property
     def optimizers(self) -> frozenset[str]:
@@ -62,7 +66,7 @@ class Scaffold(Stage):
         old = {name: memory.get(name, torch.zeros_like(leaf)) for name, leaf in delta.tree.items() if name in scratch}
         new = {name: -scratch[name] - delta.tree[name] / local.facts["lr_sum"] for name in old} if moved else old
         change = {name: leaf - old[name] for name, leaf in new.items()}
-        return update.having("control", Part(change, 0.0)), {**memory, **new}
+        return update.having("control", Part(change, 0.0, exact=True)), {**memory, **new}
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
         """Move c by the sum over the cohort, over the population."""

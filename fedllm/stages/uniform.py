@@ -24,8 +24,8 @@ class Uniform(Stage):
 
     Args:
         denominator: "answered" divides by the clients that answered; "cohort" by those that were drawn, so that a lost
-            client counts as a delta of zero and no client's absence changes what the others weigh. A part with a weight
-            of its own is divided by the same number.
+            client counts as no change and no client's absence changes what the others weigh. A part with a weight of
+            its own is divided by the same number; a stage that weighs the delta itself is refused.
     """
 
     denominator: Literal["answered", "cohort"] = "answered"
@@ -48,11 +48,13 @@ class Uniform(Stage):
         return weights.divide(self._spread(total, ctx.cohort)), state
 
     def _spread(self, total: Update, cohort: int) -> Update:
-        """The total, its parts weighing as much as the whole cohort."""
+        """The total, its parts weighing as much as the whole cohort, and how much of it answered."""
         if not self.fixed_denominator:
             return total
         parts = {
-            name: replace(part, weight=float(cohort)) if part.weight and name != FIGURES else part
+            name: replace(part, weight=float(cohort), answered=part.weight / cohort)
+            if part.weight and name != FIGURES
+            else part
             for name, part in total.parts.items()
         }
         return replace(total, parts=parts)

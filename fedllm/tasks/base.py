@@ -42,6 +42,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "float16": torch.float16,
     }
 )
+CPU_FILE = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,28 +202,54 @@ def quiet_dependencies() -> None:
         os.environ.setdefault(variable, value)
 
 
-def _fast_bfloat16(device: str, cpu_file: Path = Path("/proc/cpuinfo")) -> bool:
+def emulates_bfloat16(device: str, cpu_file: Path = CPU_FILE) -> bool:
+    """True of a device that is known to have no instructions for products in bfloat16, which are then slow."""
+    if device.startswith("cuda"):
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and _cpu_flags(cpu_file).isdisjoint(BFLOAT16_FLAGS) and bool(_cpu_flags(cpu_file))
+
+
+def _fast_bfloat16(device: str, cpu_file: Path = CPU_FILE) -> bool:
     if device.startswith("cuda"):
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device != "cpu" or not cpu_file.exists():
-        return False
+    return device == "cpu" and not _cpu_flags(cpu_file).isdisjoint(BFLOAT16_FLAGS)
+
+
+def _cpu_flags(cpu_file: Path) -> frozenset[str]:
+    """What the processor says that it can do; nothing where it does not say."""
+    if not cpu_file.exists():
+        return frozenset()
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpu_file.read_text(), flags=re.MULTILINE)
-    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+    return frozenset() if flags is None else frozenset(flags[1].split())
 
 
 def _locate(name: str) -> tuple[Path | None, str]:
     """The local folder of a name and its title; no folder if the name can only be one of the hub."""
+    path = place_of(name)
+    if path is None:
+        return None, name
+    if path.is_dir():
+        return path, path.name
+    return convert(path), f"{path.stem}, dequantised"
+
+
+def place_of(name: str) -> Path | None:
+    """The folder or .gguf file that a model's name means; None if it can only be one of the hub.
+
+    Raises:
+        ModelError: it is none of the three.
+    """
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return path.resolve(), path.resolve().name
+        return path.resolve()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {path}; check the path of the model")
-        return convert(path), f"{path.stem}, dequantised"
+        return path
     if path.exists():
         raise ModelError(f"{path} is neither a model folder nor a .gguf file")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        return None, name
+        return None
     raise ModelError(
         f"unknown model '{name}': no packaged name, folder, .gguf file or 'owner/name' of the hub"
         f"{nearest(name, ALIASES)}"

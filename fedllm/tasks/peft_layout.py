@@ -78,16 +78,26 @@ def write_weights(params: Tree, folder: Path, *, base_name: str) -> None:
     _write(folder, params, {"fedllm": "weights", "base_model_name_or_path": base_name})
 
 
+def adapter_file(folder: Path) -> Path:
+    """The weights of a run folder's adapter, or of a folder in PEFT's layout.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = (folder / "adapter" if (folder / "adapter").is_dir() else folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ConfigError(f"{INIT}: {folder} holds no adapter_model.safetensors")
+    return file
+
+
 def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, scale: float) -> Tree:
     """Read LoRA factors from a run folder or a folder in PEFT's layout.
 
     Raises:
         ConfigError: no adapter there, or its layers, ranks or scale are not those of the task.
     """
-    place = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    file = place / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ConfigError(f"{INIT}: {folder} holds no adapter_model.safetensors")
+    file = adapter_file(folder)
+    place = file.parent
     leaves = {key.removeprefix(PREFIX).removesuffix(SUFFIX): leaf for key, leaf in load_file(file).items()}
     for name, shape in shapes.items():
         if name not in leaves:

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, Path | None]
 
 
-def from_folder(folder: Path, dtype: torch.dtype) -> Loaded:
-    """A local folder with safetensors weights. Raises ModelError for any other."""
+def require_model(folder: Path) -> None:
+    """
+    Raises:
+        ModelError: a local folder is no model's with safetensors weights, as far as its files' names tell.
+    """
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{folder} holds an adapter, not a base model; name the model that it was trained on")
     if not (folder / "config.json").exists():
@@ -28,6 +31,11 @@ def from_folder(folder: Path, dtype: torch.dtype) -> Loaded:
             f"{folder} holds {found}, but no safetensors; fedllm reads no pickle weights, which can hold code: "
             "save the model as safetensors first"
         )
+
+
+def from_folder(folder: Path, dtype: torch.dtype) -> Loaded:
+    """A local folder with safetensors weights. Raises ModelError for any other."""
+    require_model(folder)
     try:
         return *_read(str(folder), dtype), folder
     except ModelError:

@@ -99,7 +99,7 @@ def _alone(stack: Stack, micro: Sequence[Batch], model: Model, k: int, states: S
 
 def _reason(loss: Tensor) -> str:
     spoilt = "gradient is not finite" if math.isfinite(float(loss)) else f"loss is {float(loss)}"
-    return f"its {spoilt}; lower work.lr or set work.clip_norm"
+    return f"its {spoilt}; lower work.sgd.lr or set work.sgd.clip_norm"
 
 
 def _rewind(micro: Sequence[Batch], states: Sequence[Tensor]) -> None:

@@ -97,6 +97,13 @@ class Sgd(Work):
         """One of "sgd", "momentum" (SGD with momentum) and "adamw"."""
         return "momentum" if self.optimizer == "sgd" and self.momentum else self.optimizer
 
+    @property
+    def idle(self) -> str:
+        """Without steps, or with steps of no length."""
+        if self.steps == 0:
+            return "work.sgd.steps is 0"
+        return "work.sgd.lr is 0" if self.lr == 0 else ""
+
     def tuned(self, *, lr: float, times: int) -> Sgd:
         """More micro-batches a step, so that memory stays as it is."""
         return replace(self, lr=lr, accumulation=self.accumulation * times)
@@ -172,7 +179,9 @@ class Sgd(Work):
     def _outcome(self, carry: Carry, k: int) -> Outcome:
         delta = carry.layout.moved(carry.values[k], k, carry.starts[k])
         if not tree.finite(delta):
-            return f"after step {carry.steps[k]} its weights are not finite; lower work.lr or set work.clip_norm"
+            return (
+                f"after step {carry.steps[k]} its weights are not finite; lower work.sgd.lr or set work.sgd.clip_norm"
+            )
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
         facts["computed"] = carry.computed[k]
         loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)

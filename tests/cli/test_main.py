@@ -18,7 +18,7 @@ import yaml
 from fedllm.catalog import METHODS, NOUNS
 from fedllm.cli import running
 from fedllm.cli.display import Display
-from fedllm.config import experiment_hash
+from fedllm.config import experiment_hash, override
 from fedllm.events import Event, RoundStarted, Wire
 from fedllm.federations.records import PACKAGED
 from fedllm.stage import Stage
@@ -153,7 +153,10 @@ def test_check_says_what_would_happen_and_writes_nothing(here: Path, capsys: Cap
     lines = dict(line.split(maxsplit=1) for line in out.splitlines()[:-1])
     assert out.splitlines()[-1] == "ok"
     assert lines["records"] == "11 to train on, 11 held out"
-    assert lines["model"].startswith("tiny-llama, Lora(rank=2")
+    assert lines["model"] == "tiny-llama"
+    told = [f"{key}={lines[key.rpartition('.')[2]]}" for key in ("task.adapter", "work", "stages")]
+    assert override(small("people.jsonl"), told) == small("people.jsonl"), "settings are YAML that an override takes"
+    assert lines["server"] == "adds up the clients' updates, and could read each of them"
     assert lines["clients"].startswith("3, ")
     experiment = small("people.jsonl", federation__shards__sampling={"poisson": {"rate": 0.5}})
     cohort = experiment.federation.sample(("ann", "ben", "cid"), 0, experiment.key.fold("cohort", 0))

@@ -57,7 +57,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "ffa_lora": ONE_SHAPE,
     "rolora": ONE_SHAPE,
     "fedsa_lora": ONE_SHAPE,
-    "lora_fair": ONE_SHAPE,
+    "lora_fair": {"dyn": "lora_fair", **ONE_SHAPE},
     "zero_padding": {},
     "rbla": {},
     "flexlora": ONE_BASIS,

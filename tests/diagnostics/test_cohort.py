@@ -172,3 +172,15 @@ def test_dissimilarity_of_one_direction_is_one() -> None:
 
 def test_nobody_answered() -> None:
     assert Cohort(Diagnostics(), {}, 1.0, None).diagnosed(0, {}) == []
+
+
+@pytest.mark.parametrize(("fixed", "lost", "told"), [(True, 1, False), (True, 0, True), (False, 1, True)])
+def test_a_mean_that_counts_lost_clients_has_no_bias_against_that_of_those_who_answered(
+    fixed: bool, lost: int, told: bool
+) -> None:
+    whole = a_round((), (4, 4, 4))
+    cohort = Cohort(Diagnostics(), {}, 2.0, None, fixed)
+    for k in range(3 - lost):
+        cohort(*whole.sent(k, ({},)))
+    (found,) = cohort.diagnosed(0, whole.server)
+    assert (found.bias is not None) is told and found.bias_of_means is not None

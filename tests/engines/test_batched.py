@@ -293,7 +293,7 @@ def test_a_client_that_turns_nan_is_lost_by_name_and_alone(
     fedllm.run(made[1], engine=Batched(stack=3, workers=2), out=tmp_path / "run", listeners=[told.append])
     lost = [event for event in told if isinstance(event, ClientFailed)]
     assert [(event.round, event.client) for event in lost] == [(0, "ben"), (1, "ben")]
-    assert lost[0].reason == "at step 1 its loss is nan; lower work.lr or set work.clip_norm"
+    assert lost[0].reason == "at step 1 its loss is nan; lower work.sgd.lr or set work.sgd.clip_norm"
     run = Checkpoints(tmp_path / "run" / "checkpoints", 2).load()
     assert run is not None and math.isfinite(tree.norm(run.params))
 

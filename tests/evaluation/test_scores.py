@@ -9,12 +9,17 @@ import pytest
 import torch
 
 import fedllm.tasks.model as models
+from fedllm.config import build
 from fedllm.errors import ConfigError, DataError
 from fedllm.evaluation.scores import Scorer, check_metrics
-from fedllm.experiment import Evaluation
+from fedllm.experiment import Evaluation, Experiment
+from fedllm.federation import Population
+from fedllm.federations.shards import Shards
+from fedllm.stages.by_examples import ByExamples
 from fedllm.tasks.model import LoadedModel
 from fedllm.tasks.task import Task
 from fedllm.tasks.template import prompt_text, response_text
+from fedllm.works.sgd import Sgd
 
 RECORDS = [
     {"prompt": "What colour is the badge?", "response": "teal", "kind": "private"},
@@ -149,10 +154,22 @@ def test_accuracy_needs_choices(model: LoadedModel) -> None:
         figures(scorer("accuracy"), model, RECORDS)
 
 
-def test_by_a_missing_field_is_refused() -> None:
-    from fedllm.config import build
-    from fedllm.federation import Population
+def test_a_record_that_is_no_multiple_choice_is_found_before_a_model_is_loaded() -> None:
+    made = Experiment(
+        task=Task("tiny-llama"),
+        federation=Shards("quickstart"),
+        work=Sgd(steps=1),
+        stages=(ByExamples(),),
+        evaluation=Evaluation(metrics=("accuracy",), limit=6),
+    )
+    with pytest.raises(
+        DataError, match=r"accuracy needs records with 'choices' and 'answer', and a .* of b has not both"
+    ):
+        Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES[:5], RECORDS[0]]}))
+    Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES, RECORDS[0]]}))  # behind the limit
 
+
+def test_by_a_missing_field_is_refused() -> None:
     spec = {
         "task": {"model": "tiny-llama"},
         "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},

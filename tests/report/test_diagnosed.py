@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,14 @@ def test_the_matrix_has_each_pair_twice_and_no_diagonal(events: MakeEvents) -> N
     assert trace["z"] == [[None, 0.1, 0.2], [0.1, None, 0.3], [0.2, 0.3, None]]
 
 
+def test_cosines_that_are_not_finite_are_no_figure(events: MakeEvents) -> None:
+    """Of a diverged round there is nothing to see; the newest round with a cosine is shown."""
+    first, second = (event for event in events(rounds=2) if isinstance(event, Diagnosed))
+    broken = replace(second, cosines=(math.nan,) * len(second.cosines))
+    assert "Cosines in round 1" in by_title(diagnosed.figures([story([first, broken])]))
+    assert not any("Cosines" in title for title in by_title(diagnosed.figures([story([broken])])))
+
+
 def test_energy_where_ranks_differ(events: MakeEvents) -> None:
     made = [replace(e, energy_above=0.25, smallest_rank=4) if isinstance(e, Diagnosed) else e for e in events(rounds=2)]
     assert lines(by_title(diagnosed.figures([story(made)]))["Energy above the smallest rank"]) == {"run": [0.25, 0.25]}
@@ -93,7 +102,7 @@ def test_many_clients_have_no_lines_of_their_own(events: MakeEvents) -> None:
 def test_numbers_are_those_of_the_events(events: MakeEvents) -> None:
     told = diagnosed.numbers(story(events(rounds=2)))
     assert "<caption>What the updates of run showed, round by round</caption>" in told
-    assert '<td class="number">0.1000</td><td class="number">0.2000</td>' in told  # bias, bias of means
+    assert 'data-column="bias">0.1000</td>' in told and 'data-column="bias of means">0.2000</td>' in told
 
 
 @pytest.mark.parametrize(

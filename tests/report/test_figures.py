@@ -10,8 +10,8 @@ from dataclasses import replace
 import plotly.graph_objects as go
 import pytest
 
-from fedllm.events import ClientFinished, DataReported, Evaluated, Event, RoundFinished, Wire
-from fedllm.report import diagnosed, figures
+from fedllm.events import ClientFinished, DataReported, Diagnosed, Evaluated, Event, RoundFinished, RunStarted, Wire
+from fedllm.report import diagnosed, figures, groups
 from fedllm.report.plot import Figure, line, over_rounds, plain
 from fedllm.report.story import Story
 
@@ -27,7 +27,7 @@ def everything(stories: list[Story]) -> list[Figure]:
         draw(stories)
         for draw in (
             *(figures.loss, figures.metrics, figures.clients, figures.traffic, figures.parts, figures.seconds),
-            diagnosed.figures,
+            *(diagnosed.figures, groups.by_group),
         )
     ]
     data = [data for one in stories if (data := one.last(DataReported))]
@@ -68,12 +68,44 @@ def test_hidden_losses_draw_nothing() -> None:
 def test_metric_families_of_one_run_and_of_two(events: MakeEvents) -> None:
     one = story(events(rounds=10))
     nll, match = figures.metrics([one])
-    assert (nll.title, names(nll)) == ("nll", ["federated", "base", "local-only", "centralised"])
+    assert (nll.title, names(nll)) == ("nll, per token", ["federated", "base", "local-only", "centralised"])
     assert trace(nll, "federated")["x"] == [5, 10]
-    assert names(match)[:3] == ["exact_match", "exact_match/private", "exact_match/public"]
+    assert names(match)[:3] == ["federated", "private", "public"]
+    assert trace(match, "private")["y"] == list(one.curve("exact_match/private").values())
     both = figures.metrics([one, replace(one, label="other")])
-    assert [figure.title for figure in both] == ["nll", "exact_match", "exact_match/private", "exact_match/public"]
-    assert names(both[2]) == ["run", "other"]
+    assert [figure.title for figure in both] == ["nll, per token", "exact_match, per record"]
+    assert [names(figure) for figure in both] == [["run", "other", "base"]] * 2  # the base models score the same
+    assert trace(both[0], "base")["y"] == [one.evaluations["base"].metrics["nll"]] * 2
+    apart = figures.metrics([one, story(events(rounds=5, speed=0.5), "other"), story([], "empty")])
+    assert names(apart[0]) == ["run", "other", "base"]
+    lower = [
+        replace(e, metrics={"nll": 1.0}) if isinstance(e, Evaluated) and e.which == "base" else e for e in one.events
+    ]
+    assert names(figures.metrics([one, story(lower, "lower")])[0])[2:] == ["run base", "lower base"]
+
+
+def test_the_round_axis_begins_and_ends_at_points(events: MakeEvents) -> None:
+    (nll, _) = figures.metrics([story(events(rounds=10))])  # evaluated after rounds 5 and 10
+    first, last = nll.layout["xaxis"]["range"]
+    assert 4.5 < first < 5 and 10 < last < 10.5
+    assert trace(nll, "base")["x"] == [first, last]
+
+
+def test_a_single_round_shows_points(events: MakeEvents) -> None:
+    made = events(rounds=1)
+    for figure in everything([story(made)]):
+        lines = [one for one in figure.traces if one["type"] == "scatter" and one["line"]["dash"] != "dot"]
+        assert all(one["mode"] == "lines+markers" for one in lines)
+    (figure,) = figures.loss([story(made)])
+    assert len(figure.traces) == 5 and figure.layout["xaxis"]["range"] == [0.5, 1.5]
+    assert [figure.title for figure in figures.traffic([story(made)])] == ["Bytes per round"]
+
+
+def test_runs_side_by_side_always_have_a_legend(events: MakeEvents) -> None:
+    """Also where one of them has nothing to show: a lone line does not say whose it is."""
+    for figure in everything([story(events(rounds=2), "one"), story([], "two")]):
+        if figure.traces[0]["type"] == "scatter":
+            assert figure.layout["showlegend"]
 
 
 def test_clients_stand_worst_first_whichever_way_is_better(events: MakeEvents) -> None:
@@ -84,6 +116,36 @@ def test_clients_stand_worst_first_whichever_way_is_better(events: MakeEvents) -
     assert nll.traces[0]["x"] == [3.0, 2.0, 1.0]
     assert nll.layout["yaxis"]["ticktext"] == ["b", "c", "a"]
     assert accuracy.traces[0]["customdata"] == ["a", "b"]
+
+
+SPLIT = {"nll": 2.0, "nll/x": 1.5, "nll/y": 2.5, "nll/z": 2.0}
+
+
+def test_groups_share_one_figure(events: MakeEvents) -> None:
+    """Nine groups are nine rows of one figure, the worst first, and not nine figures."""
+    split = {"nll": 2.0, **{f"nll/{place}": 1.0 + place for place in range(9)}}
+    settings = {"evaluation": {"by": "kind"}}
+    started = RunStarted("a", "5e90c1d7", "serial", "model", 1, 2, 10, settings, {})
+    run = story([started, Evaluated("base", 0, {"nll": 9.0, "nll/0": 7.0}), Evaluated("federated", 1, split)])
+    (figure,) = groups.by_group([run])
+    assert figure.title == "nll, per token, by kind"
+    assert names(figure) == ["base", "federated"]
+    assert trace(figure, "federated")["x"] == [float(9 - place) for place in range(9)]
+    assert figure.layout["yaxis"]["ticktext"][0] == "8"
+    assert trace(figure, "base")["x"] == [7.0] and trace(figure, "base")["y"] == [8]  # the row of group 0
+    assert [figure.title for figure in figures.clients([run])] == []
+    (several,) = groups.by_group([run, replace(run, label="other")])
+    assert names(several) == ["run", "other"]
+
+
+def test_clients_are_split_by_group_where_they_have_several() -> None:
+    clients = {"a": {"nll": 1.0, "nll/x": 0.5, "nll/y": 1.5}, "b": {"nll": 3.0, "nll/y": 3.0}}
+    (figure,) = groups.by_client_and_group(story([Evaluated("federated", 1, SPLIT, clients)]))
+    assert figure.layout["yaxis"]["ticktext"] == ["b", "a"]
+    assert (trace(figure, "x")["customdata"], trace(figure, "x")["x"]) == (["a"], [0.5])
+    assert trace(figure, "y")["x"] == [3.0, 1.5]
+    own = {"a": {"nll": 1.0, "nll/x": 1.0}, "b": {"nll": 3.0, "nll/y": 3.0}}  # split by the field of the clients
+    assert groups.by_client_and_group(story([Evaluated("federated", 1, SPLIT, own)])) == []
 
 
 def test_bytes_are_added_up_in_mebibytes() -> None:
@@ -131,6 +193,12 @@ def test_points_that_are_not_finite_are_left_out(events: MakeEvents) -> None:
     broken = [
         replace(event, loss=math.nan) if isinstance(event, RoundFinished) and event.round == 2 else event
         for event in events(rounds=5)
+    ]
+    broken = [
+        replace(event, drift=math.nan, cosine=None, cosines=(math.nan, *event.cosines[1:]))
+        if isinstance(event, Diagnosed)
+        else event
+        for event in broken
     ]
     scores = {"nll": math.inf, "exact_match": 0.5}
     broken.append(Evaluated("federated", 5, scores, {"archive": {"nll": math.nan}, "clinic": {"nll": 2.0}}))

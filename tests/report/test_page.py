@@ -41,6 +41,7 @@ class Outline(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
+        self.tiles: list[str] = []
         self.text = ""
         self.feed(text)
         self.close()
@@ -61,6 +62,8 @@ class Outline(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
+        if self.open and self.open[-1] == "dt":
+            self.tiles.append(data)
         if not {"script", "style"} & set(self.open):
             self.text += data
 
@@ -99,8 +102,8 @@ def test_one_run_has_all_chapters(small: None, events: MakeEvents, folder: Write
     )
     assert [tag for tag, _ in seen.tags].count("section") == 10
     assert all(word in seen.text for word in chapters.split())
-    assert ["nll", "2.720", "1.816", "1.542", "1.524"] in seen.rows
-    assert ["exact_match/private", "0.0384", "0.2988", "0.3777", "0.3827"] in seen.rows
+    assert ["nll, per token", "2.720", "1.816", "1.542", "1.524"] in seen.rows
+    assert ["exact_match/private, per record", "0.0384", "0.2988", "0.3777", "0.3827"] in seen.rows
     assert "local-only: each client alone, as many steps" in seen.text
     assert ["round 7", "clinic", "no reply within 30 s"] in seen.rows
     assert ["records that no client holds", "17"] in seen.rows
@@ -147,7 +150,7 @@ def test_own_records_are_compared_with_own_records(small: None, folder: Write, t
     )
     seen = outline([run], tmp_path)
     assert ["metric", "local-only", "local-only, own", "federated"] in seen.rows
-    assert ["nll", "3.500", "2.250", "2"] in seen.rows
+    assert ["nll, per token", "3.500", "2.250", "2"] in seen.rows
     assert "own: each client's model on its own held-out records" in seen.text
     assert ["nll", "local-only", "b", "4", "2.250", "0.5000", "a"] in seen.rows
     assert "better than training alone: 1 of 2 in nll." in seen.text
@@ -223,6 +226,49 @@ def test_an_unfinished_run_says_so(small: None, events: MakeEvents, folder: Writ
     made = events(rounds=9)
     third = next(place for place, event in enumerate(made) if isinstance(event, RoundFinished) and event.round == 2)
     assert "not finished: 3 of 9 rounds" in outline([folder("a", made[: third + 1])], tmp_path).text
+
+
+def test_a_diverged_run_shows_dashes(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:
+    """Figures that are not finite are null in JSON files."""
+    nothing = {"nll": None, "exact_match": 0.0}
+    made = [
+        replace(event, metrics=nothing, clients={"archive": nothing})
+        if isinstance(event, Evaluated) and event.which == "federated"
+        else replace(event, loss=None)
+        if isinstance(event, RoundFinished)
+        else event
+        for event in events(rounds=2)
+    ]
+    run = folder("a", made, {"share_of_peak": None, "tokens_per_second": None, "eval": {"federated": nothing}})
+    seen = outline([run], tmp_path)
+    assert ["nll, per token", "2.720", "2.563", "—", "2.205"] in seen.rows
+    assert "nan" not in seen.text.lower() and "None" not in seen.text
+    outline([run, folder("b", events(rounds=2))], tmp_path)
+
+
+def test_a_headline_says_what_it_is_a_mean_over(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:
+    seen = outline([folder("a", events(rounds=2))], tmp_path)
+    assert seen.tiles[:2] == ["nll, per token", "exact_match, per record"]
+    assert "a client with more of them counts for more" in seen.text
+    assert "local-only is the mean over the clients" in seen.text
+
+
+def test_a_wide_table_can_be_a_list(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:
+    """Where a screen is narrow each cell says its column; tables of up to three columns fit."""
+    seen = outline([folder("a", events(rounds=2))], tmp_path)
+    wide = [attrs for tag, attrs in seen.tags if tag == "table" and attrs.get("class") == "wide"]
+    named = [attrs["data-column"] for tag, attrs in seen.tags if tag == "td" and "data-column" in attrs]
+    assert wide and {"base", "federated", "mean of clients", "time"} <= set(named)
+    assert "whole run" not in named
+
+
+def test_groups_do_not_bury_the_final_figures(small: None, folder: Write, tmp_path: Path) -> None:
+    split = {"nll": 2.0, **{f"nll/{place}": 1.0 + place for place in range(30)}}
+    clients = {"a": {"nll": 1.0, "nll/0": 1.0}, "b": {"nll": 3.0, "nll/1": 3.0}}
+    seen = outline([folder("a", [Evaluated("federated", 1, split, clients)])], tmp_path)
+    assert "Final figures of each group" in seen.text and ["nll/29, per token", "30"] in seen.rows
+    assert [row[0] for row in seen.rows[:2]] == ["metric", "nll, per token"] and seen.rows[2][0] != "nll/0, per token"
+    assert not any(row[0] == "nll/0" for row in seen.rows)  # of one client: neither best nor worst
 
 
 def test_no_run_folder_is_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.report.quantity import duration, figure, finite, lower_is_better, printable, remaining, share, size
+from fedllm.evaluation.scores import METRICS
+from fedllm.report.quantity import (
+    duration,
+    figure,
+    finite,
+    labelled,
+    lower_is_better,
+    part_of_whole,
+    printable,
+    remaining,
+    share,
+    size,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +90,20 @@ def test_duration(seconds: float | None, text: str) -> None:
 def test_remaining_and_share() -> None:
     assert [remaining(0.2), remaining(7.6), remaining(59.7)] == ["0 s", "8 s", "1 min 00 s"]
     assert [share(1, 8), share(0, 0)] == ["12.5 %", "—"]
+    assert [part_of_whole(0.5), part_of_whole(None), part_of_whole(math.nan)] == ["50.0 %", "—", "—"]
+
+
+def test_a_metric_says_what_it_is_a_mean_over() -> None:
+    assert [labelled(name) for name in ("nll", "perplexity/x", "own/nll")] == [
+        "nll, per token",
+        "perplexity/x, per token",
+        "own/nll, per token",
+    ]
+    assert {labelled(name) for name in METRICS} == {
+        "nll, per token",
+        *(f"{name}, per record" for name in ("exact_match", "rouge_l", "accuracy")),
+    }
+    assert labelled("elsewhere") == "elsewhere"
 
 
 def test_direction_of_metrics() -> None:

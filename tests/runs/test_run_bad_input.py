@@ -50,7 +50,8 @@ def refused(capsys: Any, *words: str | Path) -> str:
 
 SETTINGS = [
     ("roundz=3", ["roundz", "did you mean 'rounds'"]),
-    ("work.sgd.learning_rate=3", ["work.sgd.learning_rate"]),
+    ("work.sgd.learning_rate=3", ["work.sgd.learning_rate", "did you mean 'lr'"]),
+    ("limits.quorum=4", ["limits.quorum is 4", "a round asks 3 of 3 clients"]),
     ("work.sgd.step=3", ["work.sgd.step", "did you mean 'steps'"]),
     ("task.adapter.lora.rnk=3", ["task.adapter.lora.rnk", "did you mean 'rank'"]),
     ("stages=[by_example]", ["unknown stage 'by_example'", "did you mean 'by_examples'"]),
@@ -304,7 +305,7 @@ def test_a_loss_that_is_no_number_costs_one_client_one_round(data: Path, tmp_pat
     log = events(tmp_path / "run")
     (failed,) = (event for event in log if isinstance(event, ClientFailed))
     assert (failed.client, failed.round) == ("ben", 1)
-    assert "at step 1 its loss is nan" in failed.reason and "lower work.lr" in failed.reason
+    assert "at step 1 its loss is nan" in failed.reason and "lower work.sgd.lr" in failed.reason
     assert [event.clients for event in log if isinstance(event, RoundFinished)] == [3, 2, 3]
     assert finite(result.params)
     (line,) = (line for line in screen.getvalue().splitlines() if "lost" in line)

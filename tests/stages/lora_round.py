@@ -35,6 +35,7 @@ class Round:
     """Clients' factors, from those of the server to those after training.
 
     `behind`: stages behind the weigher. `bandwidths`: of the clients; none: they have none.
+    `lost`: who does not answer.
     """
 
     server: Tree
@@ -43,9 +44,11 @@ class Round:
     examples: Sequence[float] = EXAMPLES
     behind: tuple[Stage, ...] = ()
     bandwidths: Sequence[int | None] = ()
+    weigher: Stage = ByExamples()
+    lost: Sequence[int] = ()
 
     def trip(self) -> tuple[Stage, ...]:
-        return (self.stage, ByExamples(), *self.behind)
+        return (self.stage, self.weigher, *self.behind)
 
     def sent(self, k: int) -> Update:
         ctx = Ctx(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=self.profile(k))
@@ -75,7 +78,7 @@ class Round:
         """What the round comes to: the server's step, and what joins the frozen weights if something does."""
 
         def call(name, requests):
-            for k in range(len(self.after)):
+            for k in (k for k in range(len(self.after)) if k not in self.lost):
                 yield str(k), wire.unpack(wire.pack(self.sent(k)))
 
         total = Sum().reduce(call, {})

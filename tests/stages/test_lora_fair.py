@@ -70,7 +70,7 @@ def test_what_is_wrong_is_said() -> None:
         LoraFair(-1.0)
     spoilt = a_round(0.01)
     next(iter(spoilt.after[1].values()))[0, 0] = float("nan")
-    with pytest.raises(RunError, match=r"round 0, .*not finite; lower work.lr"):
+    with pytest.raises(RunError, match=r"round 0, .*not finite; lower work.sgd.lr"):
         spoilt.result()
 
 

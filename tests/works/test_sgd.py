@@ -246,7 +246,7 @@ def test_a_client_whose_weights_are_nan_fails_alone(name: str) -> None:
     broken = {n: torch.full_like(leaf, math.nan) for n, leaf in clients[1].start.items()}
     spoilt = [clients[0], Job(clients[1].ctx, broken, clients[1].examples, clients[1].adjust), clients[2]]
     before, after = run_work(WORKS[name], clients, model), run_work(WORKS[name], spoilt, model)
-    assert after[1] == "at step 0 its loss is nan; lower work.lr or set work.clip_norm"
+    assert after[1] == "at step 0 its loss is nan; lower work.sgd.lr or set work.sgd.clip_norm"
     for k in (0, 2):
         assert tree.equal(delta(before[k]), delta(after[k]))
 
@@ -257,10 +257,10 @@ def test_a_client_that_diverges_fails_alone_and_says_at_which_step() -> None:
     anna, ben = job(model, "anna"), job(model, "ben")
     wild = Job(ben.ctx, ben.start, ben.examples, lambda grads, params: tree.scale(grads, 1e30))
     before, after = run_work(work, [anna, ben], model), run_work(work, [anna, wild], model)
-    assert after[1] == "at step 1 its loss is nan; lower work.lr or set work.clip_norm"
+    assert after[1] == "at step 1 its loss is nan; lower work.sgd.lr or set work.sgd.clip_norm"
     assert tree.equal(delta(before[0]), delta(after[0]))
     (last,) = run_work(Sgd(lr=1e30, steps=1, batch_size=2), [wild], model)
-    assert last == "after step 1 its weights are not finite; lower work.lr or set work.clip_norm"
+    assert last == "after step 1 its weights are not finite; lower work.sgd.lr or set work.sgd.clip_norm"
 
 
 def test_clients_without_examples_or_steps_stand_still() -> None:

@@ -65,10 +65,15 @@ class Peft(Adapter):
         Raises:
             ConfigError: an unknown type or setting, or one that peft refuses or fedllm cannot train.
         """
-        config = self._config()
+        config = self.config()
         return AttachedPeft(self, Decoder(base), config, Wrapped.of(base, config, seed=0, settings=self))
 
-    def _config(self) -> Any:
+    def config(self) -> Any:
+        """peft's own.
+
+        Raises:
+            ConfigError: an unknown type or setting, or one that peft refuses.
+        """
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
