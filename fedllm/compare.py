@@ -15,8 +15,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from threading import get_ident
 
 import torch
 
@@ -30,6 +32,7 @@ from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, Evaluated, Progress
 from fedllm.experiment import Experiment
 from fedllm.federation import Joined, Population
+from fedllm.jsontext import to_json_text
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree, add
 from fedllm.update import Ctx
@@ -54,13 +57,22 @@ class Comparison:
         return Evaluated("base", 0, *self._scored(self.model, {}))
 
     def local_only(self) -> Evaluated:
-        """Each client alone, on all held-out records (the mean over clients), and on its own (`own/...`)."""
-        made = self._made({client: [client] for client in self.population.clients}, "local_only", times=1)
+        """Each client alone, on all held-out records (the mean over clients), and on its own (`own/...`).
+
+        A client that has no figure, such as one without held-out records of its own, is left out of that figure's
+        mean; the note says of how many clients it is.
+        """
+        everyone = self.population.clients
+        made = self._made({client: [client] for client in everyone}, "local_only", times=1)
         clients = {client: scores for client, (scores, _) in made.items()}
-        names = next(iter(clients.values()), {})
-        mean = {name: sum(scores[name] for scores in clients.values()) / len(clients) for name in names}
+        values: dict[str, list[float]] = {}
+        for scores in clients.values():
+            for name, value in scores.items():
+                values.setdefault(name, []).append(value)
+        mean = {name: sum(found) / len(found) for name, found in values.items()}
         rates = ", ".join(f"{lr:g}" for lr in sorted({lr for _, lr in made.values()}))
-        return Evaluated("local_only", self.experiment.rounds, mean, clients, f"lr {rates}")
+        note = "; ".join([f"lr {rates}", *_counted(values, len(everyone))])
+        return Evaluated("local_only", self.experiment.rounds, mean, clients, note)
 
     def centralised(self) -> Evaluated:
         """One model on the pooled data."""
@@ -69,13 +81,19 @@ class Comparison:
         return Evaluated("centralised", self.experiment.rounds, scores, {}, f"lr {lr:g}")
 
     def _made(self, groups: Mapping[str, Sequence[str]], what: str, *, times: int) -> dict[str, tuple[Scores, float]]:
-        """For each group of clients the scores at the best learning rate, and that rate.
+        """For each group of clients the scores at the best learning rate, and that rate. A group that could be trained
+        at none of the rates is left out.
 
         Independent trainings run side by side, one core each, where threads may share the model.
+
+        Raises:
+            RunError: no group could be trained.
         """
         rates = self.experiment.evaluation.compare_lr or (self.experiment.work.lr,)
         workers = (os.cpu_count() or 1) if self.model.unstackable is None else 1
         found: dict[str, list[tuple[float, Scores, float]]] = {name: [] for name in groups}
+        failure: RunError | None = None
+        assert self.start  # before the threads begin
         with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
             jobs = {
                 pool.submit(self._cached, f"{what}:{name}", self.experiment.work.tuned(lr=lr, times=times), clients): (
@@ -88,11 +106,24 @@ class Comparison:
             self.emit(Progress(what, 0, len(jobs)))
             for done, job in enumerate(as_completed(jobs), start=1):
                 name, lr = jobs[job]
-                scores = job.result()
-                found[name].append((scores.pop(CHOICE), scores, lr))
+                try:
+                    scores = job.result()
+                    loss = scores.pop(CHOICE)
+                    found[name].append((math.inf if math.isnan(loss) else loss, scores, lr))
+                except RunError as error:
+                    failure = error
                 self.emit(Progress(what, done, len(jobs)))
-        best = {name: min(entries, key=lambda entry: (entry[0], entry[2])) for name, entries in found.items()}
+        trained = {name: entries for name, entries in found.items() if entries}
+        if failure is not None and not trained:
+            raise failure
+        best = {name: min(entries, key=lambda entry: (entry[0], entry[2])) for name, entries in trained.items()}
         return {name: (scores, lr) for name, (_, scores, lr) in best.items()}
+
+    @cached_property
+    def start(self) -> str:
+        """A checksum of what is trained from: the base model's weights and the adapter's initial values. Names alone
+        would take a model whose files have changed for the old one."""
+        return f"{self.model.base.digest} {self.model.start_digest(self.experiment.key)}"
 
     def _train(self, work: Work, clients: Sequence[str]) -> Scores:
         """Train on the clients' records; score on all held-out records, and on the clients' own."""
@@ -152,17 +183,27 @@ class Comparison:
         evaluation = {name: value for name, value in whole["evaluation"].items() if name not in left_out}
         kept = {name: whole[name] for name in ("task", "federation", "work", "rounds", "seed")}
         made = {"fedllm": fedllm.__version__, **self.model.computed_by}
-        text = json.dumps([made, what, kept, evaluation, _fingerprint(self.population)], sort_keys=True)
+        text = json.dumps([made, what, kept, evaluation, _fingerprint(self.population), self.start], sort_keys=True)
         path = cache_dir() / "compare" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
-        if path.is_file():
-            scores: Scores = json.loads(path.read_text(encoding="utf-8"))
-            return scores
+        with suppress(OSError, ValueError):  # not there, or damaged
+            known = json.loads(path.read_text(encoding="utf-8"))
+            return {name: math.nan if value is None else value for name, value in known.items()}
         scores = self._train(work, clients)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        write_durably(part, json.dumps(scores).encode())
-        part.replace(path)
+        with suppress(OSError):  # a cache that cannot be written to costs time and no figure
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}-{get_ident()}.part")
+            write_durably(part, to_json_text(scores).encode())
+            part.replace(path)
         return scores
+
+
+def _counted(values: Mapping[str, Sequence[float]], clients: int) -> list[str]:
+    """Of how many clients a mean is, where it is not of all."""
+    fewer: dict[int, list[str]] = {}
+    for name, found in values.items():
+        if len(found) < clients:
+            fewer.setdefault(len(found), []).append(name)
+    return [f"of {count} of {clients} clients: {', '.join(names)}" for count, names in fewer.items()]
 
 
 def _fingerprint(population: Population) -> str:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from fedllm.errors import RunError
+from fedllm.system import sync
+
+__all__ = ["sync"]
 
 
 class atomic_folder:
-    """`with atomic_folder(path) as part:` fills `part`, which becomes `path` at the end, whole or not at all."""
+    """`with atomic_folder(path) as part:` fills `part`, which becomes `path` at the end, whole or not at all.
 
-    def __init__(self, final: Path) -> None:
-        self._final = final
+    `then`: what to do once the disk has been mended, where there is more to do than to try again.
+    """
+
+    def __init__(self, final: Path, then: str = "") -> None:
+        self._final, self._then = final, then
         self._part = _hidden(final, "part")
 
     def __enter__(self) -> Path:
@@ -39,10 +46,17 @@ class atomic_folder:
             raise self._refusal(error) from error
 
     def _refusal(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self._final} could not be written ({error.strerror or error}); what was written before it is whole: "
-            "make room on the disk, then resume the run"
-        )
+        return not_written(self._final, error, self._then)
+
+
+def not_written(path: Path, error: OSError, then: str = "") -> RunError:
+    """The error of a file or folder that the disk refuses, with what would help.
+
+    `then`: what to do after that; default: nothing more than to try again.
+    """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    help = "make room on the disk" if full else "choose a place that can be written to" if not then else "mend that"
+    return RunError(f"{path} could not be written ({error.strerror or error}); {help}{then and f', then {then}'}")
 
 
 def remove_folder(folder: Path) -> None:
@@ -60,15 +74,6 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the list of what a folder holds, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _hidden(folder: Path, ending: str) -> Path:

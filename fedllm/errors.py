@@ -90,6 +90,12 @@ class MissingExtra(FedllmError):
         super().__init__(f"{package} is not installed; install it with: pip install 'fedllm[{extra}]'")
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong in one line: an error's sentence, with its type where it is none of fedllm's own."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedllmError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 def nearest(name: str, known: Iterable[str], similar: float = SIMILAR) -> str:
     """A tail for an error about an unknown name: the known one that means the same elsewhere or is spelt most like it,
     else all of them.

@@ -1,7 +1,8 @@
 """Typed events: what a run says while it runs. The display, the report and the audits read nothing else.
 
 One JSON object a line, appended and flushed; `event` names the type in snake case, `at` is seconds since the epoch.
-A line that was cut off by a crash is dropped when the log is opened again.
+A number that is not finite is written as null, and is None when it is read again. A line that was cut off by a crash is
+dropped when the log is opened again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.errors import RunError
+from fedllm.jsontext import to_json_text
 
-Scores = Mapping[str, float]
+Scores = Mapping[str, float | None]  # None: no number, as of a model that has diverged
 BLOCK = 1 << 16  # bytes
 
 
@@ -28,7 +30,8 @@ class Event:
 
 @dataclass(frozen=True)
 class RunStarted(Event):
-    """`settings` is the resolved experiment; `model` the title of the base model."""
+    """`settings` is the resolved experiment; `model` the title of the base model; `seconds` had
+    passed since the command began."""
 
     name: str
     experiment_hash: str
@@ -39,13 +42,15 @@ class RunStarted(Event):
     trainable: int
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The run goes on with `round`; what the log holds of it or later was lost."""
+    """The run goes on with `round`; what the log holds of it or later was lost. `seconds`: as of `RunStarted`."""
 
     round: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -281,11 +286,13 @@ class Log:
             RunError: the disk is full or not writable.
         """
         if self._file is not None:
-            line = json.dumps({"at": round(time.time(), 3), **to_json(event)}).encode() + b"\n"
+            line = to_json_text({"at": round(time.time(), 3), **to_json(event)}).encode() + b"\n"
             try:
                 written = self._file.write(line)
             except OSError as error:
-                raise RunError(f"{self._path} cannot be written ({error.strerror}); mend that, then resume") from error
+                raise RunError(
+                    f"{self._path} cannot be written ({error.strerror}); mend that, then resume the run"
+                ) from error
             if written != len(line):
                 raise RunError(f"{self._path} took a part of a line only; make room on the disk, then resume the run")
         for listener in self._listeners:

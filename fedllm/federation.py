@@ -98,6 +98,10 @@ class Federation:
         """Read and partition the data; the same for the same settings and key."""
         raise NotImplementedError
 
+    def files(self) -> Sequence[str]:
+        """The files that the data is read from, as the settings name them."""
+        return ()
+
     def sample(self, clients: Sequence[str], round: int, key: Key) -> Sequence[str]:
         """The cohort of a round; may be empty."""
         raise NotImplementedError

@@ -101,9 +101,16 @@ class Folder:
             raise RunError(f"{self.path} holds another experiment ({what}); {ELSEWHERE}")
         return "finished" if self.finished else "unfinished"
 
-    def create(self, experiment: Experiment, name: str) -> None:
-        """Write the resolved experiment: from here on the folder is this run's, and its log begins anew."""
-        about = {"name": name, "experiment_hash": experiment_hash(experiment), "versions": versions()}
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the run's file says beside the experiment: name, hash, versions, inputs, and what it goes on from."""
+        about = self.read_experiment().get(ABOUT)
+        return about if isinstance(about, dict) else {}
+
+    def create(self, experiment: Experiment, name: str, **more: Any) -> None:
+        """Write the resolved experiment: from here on the folder is this run's, and its log begins anew. `more`: for
+        `about`."""
+        about = {"name": name, "experiment_hash": experiment_hash(experiment), "versions": versions(), **more}
         text = write_yaml({ABOUT: about, **dump(experiment)})
         write_whole(self.experiment, text)
         self.events.unlink(missing_ok=True)
@@ -124,9 +131,16 @@ class Folder:
             raise RunError(f"{self.path} holds other files and no run; {ELSEWHERE}")
 
 
-def default_folder(experiment: Experiment, name: str) -> Path:
-    """`runs/NAME-HASH8`."""
-    return Path("runs") / f"{name}-{experiment_hash(experiment)[:8]}"
+def default_folder(experiment: Experiment, name: str, continues: Path | None = None) -> Path:
+    """`runs/NAME-HASH8`; of a run that goes on from another one `runs/NAME-HASH8-from-HASH8`.
+
+    Raises:
+        RunError: there is no such other one.
+    """
+    own = f"{name}-{experiment_hash(experiment)[:8]}"
+    if continues is not None:
+        own += f"-from-{str(Folder(continues).about.get('experiment_hash'))[:8]}"
+    return Path("runs") / own
 
 
 def versions() -> dict[str, str]:

@@ -73,6 +73,6 @@ def _glibc(name: str) -> Callable[..., int]:
     """A function of glibc; elsewhere one that does nothing."""
     try:
         function: Callable[..., int] = ctypes.CDLL(None)[name]
-    except (AttributeError, TypeError):  # another C library; no such handle on Windows
+    except (AttributeError, TypeError, OSError):  # another C library; no such handle on Windows
         return lambda *args: 0
     return function

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedllm.events import Event, Resumed, Wire
+from fedllm.events import Event, Resumed, RunStarted, Wire
 from fedllm.experiment import Experiment
 from fedllm.state import Run, Totals
 
@@ -37,11 +37,12 @@ class Ledger:
 
 
 def elapsed(log: Iterable[tuple[float, Event]]) -> float:
-    """Seconds from the first to the last event of each process that worked on a run, added up."""
+    """Seconds of each process that worked on a run, from its start to its last event, added up."""
     total, began, last = 0.0, None, 0.0
     for at, event in log:
         if began is None or isinstance(event, Resumed):
-            total, began = total + (0.0 if began is None else last - began), at
+            before = event.seconds if isinstance(event, RunStarted | Resumed) else 0.0
+            total, began = total + before + (0.0 if began is None else last - began), at
         last = at
     return total + (0.0 if began is None else last - began)
 

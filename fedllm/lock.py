@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedllm.disk import not_written
 from fedllm.errors import RunError
+from fedllm.folder import ELSEWHERE, Folder
+from fedllm.system import exclusive
 
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
@@ -23,17 +24,15 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made ({error.strerror}); {ELSEWHERE}") from error
+    try:
+        with exclusive(folder):
             yield
-        finally:
-            os.close(handle)
     except BlockingIOError as error:
         raise RunError(f"another process is running in {folder}; wait for it, or stop it") from error
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        raise RunError(
-            f"{folder} could not be written ({error.strerror}); mend that, then go on with --resume"
-        ) from error
+        begun = Folder(folder).started
+        raise not_written(folder, error, "go on with --resume" if begun else "start again") from error

@@ -60,9 +60,10 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class RoundResult:
-    """What a round reports besides the new state. `computed`: tokens, without what sequences had in common. `added`: to
-    the frozen weights."""
+    """What a round reports besides the new state. `cohort`: who was asked. `computed`: tokens, without what sequences
+    had in common. `added`: to the frozen weights."""
 
+    cohort: Sequence[str]
     clients: int
     loss: float | None
     tokens: int
@@ -100,6 +101,7 @@ def one_round(
     after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
     loss, counts = _tree(total, "metrics").get("loss"), _tree(total, "counts")
     result = RoundResult(
+        cohort=cohort,
         clients=len(watch.answered),
         loss=None if loss is None or note else float(loss),
         tokens=int(counts.get("tokens", 0)),

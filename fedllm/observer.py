@@ -9,11 +9,13 @@ from fedllm import tree
 from fedllm.diagnostics.alarms import Alarms
 from fedllm.diagnostics.cohort import Cohort
 from fedllm.diagnostics.settings import Diagnostics
-from fedllm.events import Event, RoundFinished
+from fedllm.errors import reason
+from fedllm.events import Event, RoundFinished, Warned
 from fedllm.experiment import Experiment
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
+from fedllm.update import Request, Update
 
 
 @dataclass(eq=False)
@@ -31,6 +33,7 @@ class Observer:
     scale: float
     smallest: int | None
     fixed: bool
+    trouble: str = ""  # of this round's figures
 
     @staticmethod
     def of(experiment: Experiment, model: LoadedModel, clients: Sequence[str]) -> Observer | None:
@@ -53,17 +56,38 @@ class Observer:
 
     def cohort(self) -> Cohort | None:
         """What will see the next round's updates."""
+        self.trouble = ""
         if not self.shown:
             return None
         return Cohort(self.settings, self.constants, self.scale, self.smallest, self.fixed)
 
+    def seen(self, cohort: Cohort | None, request: Request, reply: Update) -> None:
+        """Show the cohort an update. What goes wrong there costs the round its figures, and nothing else."""
+        if cohort is None or self.trouble:
+            return
+        try:
+            cohort(request, reply)
+        except Exception as error:
+            self.trouble = reason(error)
+
     def closed(self, cohort: Cohort | None, params: Tree, finished: RoundFinished) -> list[Event]:
         """The events of a round's end: its figures, unless it was empty, `finished` itself, and the alarms that begin.
+        Where the figures cannot be had, a warning says why.
 
         Args:
             params: what the server came to.
         """
-        figures = [] if cohort is None or finished.note else cohort.diagnosed(finished.round, params)
-        for event in (*figures, finished):
-            self.alarms(event)
-        return [*figures, finished, *self.alarms.begun()]
+        figures: list[Event] = []
+        begun: list[Event] = []
+        try:
+            if cohort is not None and not finished.note and not self.trouble:
+                figures += cohort.diagnosed(finished.round, params)
+            for event in (*figures, finished):
+                self.alarms(event)
+            begun += self.alarms.begun()
+        except Exception as error:  # they only watch: a run is not lost for them
+            self.trouble = reason(error)
+        if self.trouble:
+            text = f"round {finished.round + 1} has no diagnostics: {self.trouble}"
+            begun.append(Warned(text, finished.round))
+        return [*figures, finished, *begun]

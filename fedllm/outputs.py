@@ -1,11 +1,8 @@
-"""What a run leaves behind: the adapter, the clients' own adapters, the summary and the report."""
+"""What a run leaves behind: the adapter, the clients' own adapters and the summary."""
 
 from __future__ import annotations
 
-import json
-import resource
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +12,36 @@ from fedllm.evaluation.scores import LOWER_IS_BETTER
 from fedllm.events import ClientFinished, DataReported, EngineStarted, Evaluated, Event, read
 from fedllm.experiment import Experiment
 from fedllm.folder import Folder, write_whole
+from fedllm.jsontext import to_json_text
 from fedllm.stages.keep import Keep
-from fedllm.state import ClientStore, Run
+from fedllm.state import RESUME, ClientStore, Run
+from fedllm.system import peak_memory
 from fedllm.tasks.base import Base, materialise
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
 
 
-def write_outputs(
-    experiment: Experiment, folder: Folder, model: LoadedModel, state: Run, engine: str, seconds: float
-) -> None:
-    """Write them all; the summary last, for it marks the run as finished."""
+def write_adapters(experiment: Experiment, folder: Folder, model: LoadedModel, state: Run) -> None:
+    """The adapter, and the clients' own.
+
+    Raises:
+        RunError: the disk, or a client's memory is gone.
+    """
     bound = model.bound(experiment.key)
     complete = {**bound.constants, **model.fresh(experiment.key)}
-    save_adapter(model, state.shift.folded({**complete, **state.params}), folder.path / "adapter")
+    save_adapter(model, state.shift.folded({**complete, **state.params}), folder.path / "adapter", RESUME)
     for client, own in personal_leaves(experiment, folder, state).items():
-        save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter")
-    told = DataReported | ClientFinished | EngineStarted | Evaluated
-    events = [event for _, event in read(folder.events) if isinstance(event, told)]
-    figures = summary(experiment, state, engine, seconds, events, model.base.title)
-    text = StringIO()  # json.dumps would hold every word of many clients as an object of its own
-    json.dump(figures, text, indent=2)
-    write_whole(folder.summary, text.getvalue() + "\n")
+        save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter", RESUME)
 
 
-def save_adapter(model: LoadedModel, params: Tree, folder: Path) -> None:
-    """One adapter folder, whole or not at all."""
-    with atomic_folder(folder) as part:
+def write_summary(folder: Folder, figures: Mapping[str, Any]) -> None:
+    """Last of all, for it marks the run as finished."""
+    write_whole(folder.summary, to_json_text(figures, indent=2) + "\n")
+
+
+def save_adapter(model: LoadedModel, params: Tree, folder: Path, then: str = "") -> None:
+    """One adapter folder, whole or not at all. `then`: what to do once a disk that refuses it has been mended."""
+    with atomic_folder(folder, then) as part:
         model.adapter.save(params, part, base_name(model))
 
 
@@ -61,23 +61,31 @@ def base_name(model: LoadedModel) -> str:
 
 
 def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mapping[str, Tree]:
-    """What each client has kept to itself."""
+    """What each client has kept to itself.
+
+    Raises:
+        RunError: a client's memory is gone or damaged.
+    """
     stages = experiment.trip
     places = [place for place, stage in enumerate(stages) if isinstance(stage, Keep)]
     if not places or not folder.memories.is_dir():
         return {}
     store = ClientStore(folder.memories)
     found: dict[str, Tree] = {}
-    for path in sorted(folder.memories.iterdir()):
-        memories = store.load(path.name, state.round, len(stages))
-        found[path.name] = {name: leaf for place in places for name, leaf in memories[place].items()}
+    clients = {path.name for path in folder.memories.iterdir() if path.is_dir()}
+    store.require({client: version for client, version in state.remembered.items() if client not in clients})
+    for client in sorted(clients):
+        memories = store.load(client, state.round, len(stages))
+        found[client] = {name: leaf for place in places for name, leaf in memories[place].items()}
     return found
 
 
 def summary(
-    experiment: Experiment, state: Run, engine: str, seconds: float, events: Sequence[Event], title: str
+    experiment: Experiment, folder: Folder, state: Run, *, engine: str, seconds: float, title: str, failure: str = ""
 ) -> dict[str, Any]:
-    """The figures of `summary.json`."""
+    """The figures of `summary.json`. `failure`: why the run has no result."""
+    told = DataReported | ClientFinished | EngineStarted | Evaluated
+    events = [event for _, event in read(folder.events) if isinstance(event, told)]
     totals = state.totals
     evaluated = {event.which: event for event in events if isinstance(event, Evaluated)}
     tables = {
@@ -90,6 +98,7 @@ def summary(
         "engine": engine,
         "model": title,
         "rounds": state.round,
+        "failure": failure or None,
         "seconds": round(seconds, 3),
         "seconds_per_round": round(totals.seconds / max(1, state.round), 4),
         "tokens_trained": totals.tokens,
@@ -99,7 +108,7 @@ def summary(
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
         "evaluation_bytes": totals.evaluation_bytes,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_memory(),
         "best_round": state.best[0] if state.best else None,
         "eval": tables,
         "notes": {which: event.note for which, event in evaluated.items() if event.note},
@@ -136,6 +145,7 @@ def _worst(federated: Evaluated | None) -> dict[str, float]:
         return {}
     found: dict[str, float] = {}
     for name in {name for scores in federated.clients.values() for name in scores}:
-        values = [scores[name] for scores in federated.clients.values() if name in scores]
-        found[name] = max(values) if name.partition("/")[0] in LOWER_IS_BETTER else min(values)
+        values = [value for scores in federated.clients.values() if (value := scores.get(name)) is not None]
+        if values:
+            found[name] = max(values) if name.partition("/")[0] in LOWER_IS_BETTER else min(values)
     return dict(sorted(found.items()))

@@ -12,17 +12,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-from safetensors.torch import save
-
-from fedllm.disk import write_durably
-from fedllm.errors import ClientError, FedllmError, RunError
+from fedllm.damage import read_tree, written
+from fedllm.disk import not_written, write_durably
+from fedllm.errors import ClientError, FedllmError
 from fedllm.heap import give_back
 from fedllm.shift import Shift
 from fedllm.stage import Stage
-from fedllm.state import read_tree
+from fedllm.state import RESUME
 from fedllm.tasks.adapter import Movable
 from fedllm.tasks.model import LoadedModel
-from fedllm.tree import separate
 from fedllm.update import Request
 
 COPIES = 8  # of the layers' values in float32: the server's factors and sum, the site's, a message (3), moved weights
@@ -77,10 +75,10 @@ class ShiftStore:
         part = path.with_suffix(f".{os.getpid()}")  # processes may share the folder
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(part, save(separate(shift.joined_trees())))
+            write_durably(part, written(shift.joined_trees()))
             os.replace(part, path)
         except OSError as error:
-            raise RunError(f"{path} could not be written ({error.strerror}); mend that, then resume the run") from error
+            raise not_written(path, error, RESUME) from error
 
     def _versions(self) -> list[int]:
         if self.folder is None:

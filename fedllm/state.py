@@ -1,26 +1,27 @@
-"""State: the server's run and the clients' memories, saved atomically, enough to resume to the bit."""
+"""State: the server's run and the clients' memories, saved atomically, enough to resume to the bit.
+
+Every file holds the SHA-256 of its content, which is compared when the file is read (`damage`).
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-
 from fedllm import tree
-from fedllm.disk import atomic_folder, remove_folder, write_durably
+from fedllm.damage import read_facts, read_tree, with_sum, written
+from fedllm.disk import atomic_folder, not_written, remove_folder, write_durably
 from fedllm.errors import RunError
 from fedllm.rng import Key
 from fedllm.shift import Shift
 from fedllm.tree import Tree
 
 MOST_NAME_BYTES = 255  # of a folder's name
+RESUME = "resume the run"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Run:
 
     `best` is (completed rounds, value) of the best evaluation so far; `pending` are events, as the log writes them,
     that belong to the checkpoint and follow it in the log. `shift`: what was added to the frozen weights; `seen`: the
-    version of it that each client has, where it is not 0.
+    version of it that each client has, where it is not 0. `remembered`: the newest version of each client's memory,
+    where it has one.
     """
 
     params: Tree
@@ -58,6 +60,7 @@ class Run:
     pending: Sequence[Mapping[str, Any]] = field(default_factory=list)
     shift: Shift = Shift()
     seen: Mapping[str, int] = field(default_factory=dict)
+    remembered: Mapping[str, int] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -90,10 +93,11 @@ class Checkpoints:
             "pending": list(run.pending),
             "shift": list(run.shift.steps),
             "seen": dict(run.seen),
+            "remembered": dict(run.remembered),
         }
-        with atomic_folder(self._path(run.round)) as folder:
-            write_durably(folder / "server.safetensors", save(tree.separate(trees)))
-            write_durably(folder / "run.json", json.dumps(facts).encode())
+        with atomic_folder(self._path(run.round), RESUME) as folder:
+            write_durably(folder / "server.safetensors", written(trees))
+            write_durably(folder / "run.json", with_sum(facts).encode())
         kept = {*self.rounds()[-self._keep_last :], *([run.best[0]] if run.best else [])}
         for number in self.rounds():
             if number not in kept:
@@ -103,15 +107,15 @@ class Checkpoints:
         """The newest, or the one after `number` rounds; None if there is none.
 
         Raises:
-            RunError: it cannot be read.
+            RunError: it cannot be read, or is damaged.
         """
         numbers = self.rounds()
         if not numbers or (number is not None and number not in numbers):
             return None
-        folder = self._path(numbers[-1] if number is None else number)
-        trees = read_tree(folder / "server.safetensors", f"delete {folder} to go on from the one before it")
+        chosen = numbers[-1] if number is None else number
+        folder, advice = self._path(chosen), self._without(chosen)
+        trees, facts = read_tree(folder / "server.safetensors", advice), read_facts(folder / "run.json", advice)
         try:
-            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             return Run(
                 params=tree.bundled(tree.branch(trees, "params")),
                 states=tuple(tree.branch(trees, f"state{place}") for place in range(facts["states"])),
@@ -122,11 +126,17 @@ class Checkpoints:
                 pending=facts["pending"],
                 shift=Shift.of(trees, facts["shift"]),
                 seen=facts["seen"],
+                remembered=facts.get("remembered", {}),
             )
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise RunError(
-                f"{folder}/run.json cannot be read ({error}); delete {folder} to go on from the one before it"
-            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunError(f"{folder}/run.json cannot be read ({error}); {advice}") from error
+
+    def _without(self, number: int) -> str:
+        """What to do where a checkpoint cannot be used."""
+        earlier = [saved for saved in self.rounds() if saved < number]
+        if earlier:
+            return f"delete {self._path(number)} to go on from {self._path(earlier[-1]).name}, the one before it"
+        return "no checkpoint before it is left, so bring it back from a copy, or start again with another --out"
 
     def _path(self, number: int) -> Path:
         return self._folder / f"round-{number:06d}"
@@ -147,7 +157,7 @@ class ClientStore:
         """One memory per stage: the newest version that is not later than `round`; empty at first.
 
         Raises:
-            RunError: that version is forgotten already, or cannot be read.
+            RunError: that version is forgotten already, cannot be read, or is damaged.
         """
         versions = self._versions(client)
         known = [version for version in versions if version <= round]
@@ -163,6 +173,32 @@ class ClientStore:
         path = self._path(client, known[-1])
         trees = read_tree(path, f"without it client {client} cannot take part; bring it back from a copy")
         return tuple(tree.branch(trees, f"memory{place}") for place in range(stages))
+
+    def newest(self, clients: Iterable[str], round: int) -> dict[str, int]:
+        """Of each of some clients that have a memory, the newest version that is not later than `round`."""
+        if self._folder is not None and not self._folder.is_dir():
+            return {}
+        known = {client: [v for v in self._versions(client) if 0 < v <= round] for client in clients}
+        return {client: versions[-1] for client, versions in known.items() if versions}
+
+    def require(self, remembered: Mapping[str, int]) -> None:
+        """Look whether these clients' memories are there.
+
+        Raises:
+            RunError: names the client and the round of one that is not.
+        """
+        for client, version in remembered.items():
+            if not self._has(client, version):
+                where = f" from {self._path(client, version)}" if self._folder is not None else ""
+                raise RunError(
+                    f"what client {client} remembered after round {version} is gone{where}; bring it back from a copy, "
+                    "or start again with another --out"
+                )
+
+    def _has(self, client: str, version: int) -> bool:
+        if self._folder is None:
+            return version in self._held.get(client, {})
+        return self._path(client, version).is_file()
 
     def save(self, client: str, round: int, memories: Sequence[Tree]) -> None:
         """Keep what a client remembers for the rounds from `round` on; forget versions that no resume needs.
@@ -192,10 +228,10 @@ class ClientStore:
             trees |= tree.join(**{f"memory{place}": memory})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path.with_suffix(".tmp"), save(tree.separate(trees)))
+            write_durably(path.with_suffix(".tmp"), written(trees))
             os.replace(path.with_suffix(".tmp"), path)
         except OSError as error:
-            raise RunError(f"{path} could not be written ({error.strerror}); mend that, then resume the run") from error
+            raise not_written(path, error, RESUME) from error
 
     def _forget(self, client: str, version: int) -> None:
         if self._folder is None:
@@ -214,15 +250,3 @@ class ClientStore:
         if client in ("", ".", "..") or not plain or len(client.encode()) > MOST_NAME_BYTES:
             raise RunError(f"client {client!r} cannot name a folder; use letters, digits, '_', '.' and '-', at most 64")
         return self._folder / client / f"{version:06d}.safetensors"
-
-
-def read_tree(path: Path, advice: str) -> Tree:
-    """The leaves of a safetensors file.
-
-    Raises:
-        RunError: it cannot be read.
-    """
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, ValueError, LookupError) as error:
-        raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); {advice}") from error

@@ -172,7 +172,7 @@ def test_the_masks_of_a_lost_client_stay_without_the_last_call(plain: tuple[Resu
 )
 def test_clients_may_be_lost_in_any_call(losses: list[Loss], clients: int, tmp_path: Path) -> None:
     experiment = replace(
-        config.build(spec(tmp_path, rounds=1)), evaluation=replace(config.build(spec(tmp_path)).evaluation, metrics=())
+        config.build(spec(tmp_path, rounds=2)), evaluation=replace(config.build(spec(tmp_path)).evaluation, metrics=())
     )
     if Loss("ben", 0, "unmask") in losses:
         with pytest.raises(ClientError, match="ben did not unmask"):
@@ -183,7 +183,7 @@ def test_clients_may_be_lost_in_any_call(losses: list[Loss], clients: int, tmp_p
     assert outcome(result) == outcome(run(lose(experiment, *gone), engine="serial", out=tmp_path / "plain"))
     events = [event for _, event in read(result.folder / "events.jsonl")]
     assert [event.client for event in events if isinstance(event, ClientFailed)] == [loss.client for loss in losses]
-    assert [event.clients for event in events if isinstance(event, RoundFinished)] == [clients]
+    assert [event.clients for event in events if isinstance(event, RoundFinished)] == [clients, 3]
 
 
 STATEFUL: Mapping[str, Mapping[str, Any]] = {

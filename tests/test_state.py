@@ -15,8 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from fedllm import disk, state, tree
+from fedllm.damage import read_facts, read_tree
 from fedllm.errors import RunError
 from fedllm.rng import Key
 from fedllm.shift import Shift
@@ -197,17 +199,80 @@ def test_a_killed_process_leaves_nothing_that_looks_like_a_checkpoint(
 @pytest.mark.parametrize("file", ["server.safetensors", "run.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"\0" * 64, b"[]", None])
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path, file: str, content: bytes | None) -> None:
-    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.save(at(1))
     checkpoints.save(RUN)
     path = tmp_path / "round-000003" / file
     path.unlink()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(
-        RunError, match=rf"round-000003/{file} cannot be read .*delete .*round-000003 to go on"
+        RunError, match=rf"round-000003/{file} cannot be read .*delete .*round-000003 to go on from round-000001"
     ) as caught:
         checkpoints.load()
     assert "\n" not in str(caught.value)
+    disk.remove_folder(tmp_path / "round-000001")
+    with pytest.raises(RunError, match=rf"round-000003/{file} cannot be read .*no checkpoint before it is left"):
+        checkpoints.load()
+
+
+def flipped(path: Path, place: int) -> None:
+    """With one bit turned over."""
+    content = bytearray(path.read_bytes())
+    content[place // 8] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["server.safetensors", "run.json"])
+def test_one_flipped_bit_of_a_checkpoint_is_found(tmp_path: Path, file: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(replace(RUN, remembered={"Zoë": 3}))
+    path = tmp_path / "round-000003" / file
+    whole, found = path.read_bytes(), 0
+    places = range(0, 8 * len(whole), max(1, 8 * len(whole) // 60) | 1)  # an odd step, so that it comes to every bit
+    for place in places:
+        flipped(path, place)
+        try:
+            same = checkpoints.load()
+        except RunError as error:
+            assert str(path) in str(error) and "no checkpoint before it" in str(error)
+            found += 1
+        else:  # the name under which the checksum stands
+            assert_same(replace(RUN, remembered={"Zoë": 3}), same)
+        path.write_bytes(whole)
+    assert found >= 0.95 * len(places)
+    values = 8 * (len(whole) - 1)
+    if file == "server.safetensors":  # the last byte is of a value
+        flipped(path, values)
+        with pytest.raises(RunError, match=r"is damaged: it is not what was written there"):
+            checkpoints.load()
+
+
+def test_one_flipped_bit_of_a_memory_is_found(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path)
+    store.save("a", 1, memories(1))
+    path = tmp_path / "a" / "000001.safetensors"
+    flipped(path, 8 * path.stat().st_size - 1)
+    with pytest.raises(RunError, match=r"a/000001\.safetensors is damaged.*client a cannot take part"):
+        store.load("a", 1, 3)
+
+
+def test_files_without_a_checksum_are_read(tmp_path: Path) -> None:
+    """Those of earlier versions."""
+    save_file({"memory0/h": torch.ones(2)}, (tmp_path / "a.safetensors"))
+    assert torch.equal(read_tree(tmp_path / "a.safetensors", "")["memory0/h"], torch.ones(2))
+    (tmp_path / "run.json").write_text('{"round": 3}')
+    assert read_facts(tmp_path / "run.json", "") == {"round": 3}
+
+
+def test_a_memory_that_is_gone_is_named_with_its_client_and_round(tmp_path: Path) -> None:
+    for store in stores(tmp_path):
+        for number in (1, 2, 3):
+            store.save("a", number, memories(number))
+        assert store.newest(["a", "b"], 2) == {"a": 2} and store.newest(["a"], 9) == {"a": 3}
+        store.require({"a": 3})
+        with pytest.raises(RunError, match="what client b remembered after round 2 is gone"):
+            store.require({"a": 3, "b": 2})
 
 
 def stores(tmp_path: Path) -> tuple[ClientStore, ClientStore]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +12,14 @@ from rich.text import Text
 
 from fedllm import tree
 from fedllm.config import override
+from fedllm.disk import not_written
 from fedllm.errors import ConfigError
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.experiment import Experiment
 from fedllm.export import export
 from fedllm.finished import Opened, open_run
 from fedllm.folder import write_whole
+from fedllm.jsontext import to_json_text
 from fedllm.report.page import write_report
 
 Figures = dict[str, float]
@@ -35,7 +36,10 @@ def evaluate_run(folder: Path, overrides: Sequence[str], *, best: bool) -> None:
         table.add_row(Text(client), *(f"{figures[name]:.4f}" if name in figures else "" for name in names))
     Console().print(table)
     written = {"evaluation": asdict(experiment.evaluation), "round": opened.state.round, "scores": scores}
-    write_whole(folder / "eval.json", json.dumps(written, indent=2) + "\n")
+    try:
+        write_whole(folder / "eval.json", to_json_text(written, indent=2) + "\n")
+    except OSError as error:
+        raise not_written(folder / "eval.json", error) from error
 
 
 def export_run(folder: Path, *, to: str, out: Path | None, client: str | None) -> None:

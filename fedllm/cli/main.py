@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from time import time
 from typing import Annotated, Any
 
 import typer
 
 from fedllm.errors import FedllmError
+
+BEGAN = time()  # of the command
 
 app = typer.Typer(
     name="fedllm",
@@ -36,11 +39,14 @@ def run(
     engine: Annotated[str, typer.Option(help=ENGINES)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-HASH8.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    continues: Annotated[
+        Path | None, typer.Option("--continue", help="A finished run, to go on from with more rounds.")
+    ] = None,
 ) -> None:
     """Run an experiment. A finished one prints its summary again."""
     from fedllm.cli.running import run_file
 
-    run_file(file, overrides or [], engine=engine, out=out, resume=resume)
+    run_file(file, overrides or [], engine=engine, out=out, resume=resume, continues=continues, began=BEGAN)
 
 
 @app.command()

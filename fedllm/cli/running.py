@@ -11,40 +11,70 @@ from rich.console import Console
 
 from fedllm.cli.display import Display, print_summary
 from fedllm.config import find, load
-from fedllm.errors import RunError
+from fedllm.errors import RunError, reason
 from fedllm.folder import Folder, default_folder
 from fedllm.launch import Interrupted, run
 from fedllm.report.page import write_report
 
 
-def run_file(file: str, overrides: Sequence[str], *, engine: str, out: Path | None, resume: bool) -> None:
+def run_file(
+    file: str,
+    overrides: Sequence[str],
+    *,
+    engine: str,
+    out: Path | None,
+    resume: bool,
+    continues: Path | None = None,
+    began: float | None = None,
+) -> None:
     """Run, show, report. Ctrl-C leaves a folder that can be resumed and prints the line that does so."""
     name = find(file).stem
     experiment = load(file, overrides)
-    folder = out or default_folder(experiment, name)
+    folder = out or default_folder(experiment, name, continues)
     status = Folder(folder).status(experiment)
-    again = _line(file, overrides, engine=engine, out=out)
+    page, console = folder / "report.html", Console()
+    again = _line(file, overrides, engine=engine, out=out, continues=continues)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder} holds this experiment, unfinished; go on with:  {again}")
     try:
         with Display() as display:
-            result = run(experiment, engine=engine, out=folder, resume=resume, name=name, listeners=(display,))
+            result = run(
+                experiment,
+                engine=engine,
+                out=folder,
+                resume=resume,
+                continues=continues,
+                name=name,
+                listeners=(display,),
+                began=began,
+            )
     except Interrupted as stopped:
         print(f"fedllm: {stopped}; go on with:\n  {again}", file=sys.stderr)
         sys.exit(130)
-    page, console = folder / "report.html", Console()
-    if status != "finished" or not page.is_file():
-        write_report([folder], page)
+    except RunError:
+        if Folder(folder).finished and status != "finished":  # without a result, of which the page can tell more
+            print(_reported(folder, page))
+        raise
+    told = f"Report: {page}" if status == "finished" and page.is_file() else _reported(folder, page)
     if status == "finished":
         print("This run is finished; its figures:")
     print_summary(result.summary, console)
-    print(f"\nReport: {page}")
+    print(f"\n{told}")
     print(f"Chat with the tuned model:  fedllm chat {shlex.quote(str(folder))} --compare")
     print("Run on your own data:       fedllm run own-data federation.shards.data=my.jsonl", flush=True)
 
 
-def _line(file: str, overrides: Sequence[str], *, engine: str, out: Path | None) -> str:
+def _reported(folder: Path, page: Path) -> str:
+    """Write the page and say where, or why not: a run is not lost for its report."""
+    try:
+        return f"Report: {write_report([folder], page)}"
+    except Exception as error:
+        return f"There is no report: {reason(error)}. Once that is mended:  fedllm report {shlex.quote(str(folder))}"
+
+
+def _line(file: str, overrides: Sequence[str], *, engine: str, out: Path | None, continues: Path | None = None) -> str:
     """The line that goes on with a run."""
     chosen = [] if engine == "auto" else ["--engine", engine]
     place = [] if out is None else ["--out", str(out)]
-    return shlex.join(["fedllm", "run", file, *overrides, *chosen, *place, "--resume"])
+    source = [] if continues is None else ["--continue", str(continues)]
+    return shlex.join(["fedllm", "run", file, *overrides, *chosen, *place, *source, "--resume"])

@@ -12,6 +12,7 @@ again if it has ceased in between.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -50,7 +51,9 @@ class Alarms:
                 self.points[event.round] = Point(agreement, event.cosine, min(lost, default=None))
             case RoundFinished():
                 known = self.points.get(event.round, Point())
-                self.points[event.round] = replace(known, loss=event.loss, bytes=event.bytes_up + event.bytes_down)
+                self.points[event.round] = replace(
+                    known, loss=_finite(event.loss), bytes=event.bytes_up + event.bytes_down
+                )
             case Resumed():
                 self.points = {round: point for round, point in self.points.items() if round < event.round}
 
@@ -123,6 +126,11 @@ def _halves(points: Sequence[Point], count: int) -> tuple[float, float] | None:
     """The mean loss of the `count` rounds before the last `count` ones, and of these."""
     known = _last([point.loss for point in points], 2 * count)
     return (fmean(known[:count]), fmean(known[count:])) if known else None
+
+
+def _finite(value: float | None) -> float | None:
+    """As the log has it, so that a run that is resumed hears the same."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _for(settings: Diagnostics) -> str:

@@ -124,4 +124,5 @@ def _rounded(value: float) -> float:
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None else _rounded(value)
+    """None where there is no finite number, as of clients that have diverged."""
+    return None if value is None or not math.isfinite(value) else _rounded(value)

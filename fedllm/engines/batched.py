@@ -29,7 +29,6 @@ from fedllm.engines.memory import (
     USABLE,
     Costs,
     Gate,
-    address_space,
     free_bytes,
     layout_bytes,
     parse_bytes,
@@ -42,6 +41,7 @@ from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment import Experiment
 from fedllm.heap import kept_memory, one_heap, settled_objects
 from fedllm.native.layouts import kept_layouts
+from fedllm.system import address_space
 from fedllm.tasks.quantized import num_parameters
 from fedllm.update import Request
 from fedllm.works.stack import keep_buffers

@@ -10,7 +10,6 @@ recomputation. `head`: the logits of one chunk.
 from __future__ import annotations
 
 import re
-import resource
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from fedllm.batch import Example, collate, spared
 from fedllm.errors import ConfigError
 from fedllm.native import layouts
 from fedllm.native.kernels import serve_product
+from fedllm.system import address_space, free_memory, held_memory, mapped_memory
 from fedllm.tasks.attention import SHORT
 from fedllm.tasks.cross_entropy import pieces
 from fedllm.tasks.model import LoadedModel
@@ -159,42 +159,21 @@ def free_bytes(device: str) -> int:
     """Memory that this process may still take, on the device where it computes."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
-    bounds = [_available()]
+    bounds = [free_memory()]
     limit = address_space()
     if limit is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
-        bounds.append(limit - pages * resource.getpagesize())
+        bounds.append(limit - mapped_memory())
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (most := (group / "memory.max").read_text().strip()) != "max":
         bounds.append(int(most) - int((group / "memory.current").read_text()))
     return max(0, min(bounds))
 
 
-def address_space() -> int | None:
-    """The limit on this process's address space in bytes, if it has one."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
 def taken_bytes(device: str) -> tuple[int, int]:
-    """Memory that this process takes on the device where it computes: now, and at most so far.
-
-    Not getrusage's peak, which a process inherits from the one that started it.
-    """
+    """Memory that this process takes on the device where it computes: now, and at most so far."""
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak, peak
-    found = dict(re.findall(r"^(VmHWM|VmRSS):\s*(\d+) kB", status.read_text(), re.MULTILINE))
-    return int(found["VmRSS"]) * 1024, int(found["VmHWM"]) * 1024
-
-
-def _available() -> int:
-    info = Path("/proc/meminfo")
-    match = re.search(r"^MemAvailable:\s*(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
-    return int(match[1]) * 1024 if match else 8 << 30
+    return held_memory()
 
 
 @dataclass(eq=False)

@@ -102,15 +102,23 @@ class Ray(Engine):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about settings of its own
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RunError(
-                f"engine.ray.address: Ray cannot be reached at {self.address or 'this machine'} ({_brief(error)}); "
-                "start it there with: ray start --head"
-            ) from error
+        except Exception as error:  # one that does not start in time has no type of its own
+            raise RunError(self._absent(error)) from error
         try:
             yield
         finally:
             ray.shutdown()
+
+    def _absent(self, error: Exception) -> str:
+        if self.address is not None:
+            return (
+                f"engine.ray.address: Ray cannot be reached at {self.address} ({_brief(error)}); start it there with: "
+                "ray start --head"
+            )
+        return (
+            f"Ray could not be started on this machine ({_brief(error)}); try again when it has less to do, or use the "
+            "engine serial or batched"
+        )
 
     def _share(self, resources: Mapping[str, float], device: str) -> tuple[int, float]:
         """Actors, and the GPUs of each."""

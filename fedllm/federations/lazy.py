@@ -24,6 +24,7 @@ from fedllm.federation import Placed
 from fedllm.federations import sources
 from fedllm.federations.forms import Record
 from fedllm.federations.records import Way, record_of, rows_of, some, ways_of
+from fedllm.system import read_at
 
 OFFSETS = "Q"  # array type of 8 bytes
 
@@ -52,7 +53,7 @@ class Lines(Sequence[Record]):
             return View(self, array(OFFSETS, range(len(self))[index]))
         place = range(len(self))[index]
         start, stop = self._starts[place], self._starts[place + 1]
-        lines = os.pread(self._handle, stop - start, start).splitlines()  # blank ones may follow
+        lines = read_at(self._handle, stop - start, start).splitlines()  # blank ones may follow
         if self._stamp() != self._written:
             raise RunError(f"{self._name} was changed while it was in use; put it back as it was, then resume the run")
         return self._make(json.loads(lines[0]), place)

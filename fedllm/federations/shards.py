@@ -96,6 +96,10 @@ class Shards(Federation):
         self._check_profiles(population.clients)
         return population
 
+    def files(self) -> Sequence[str]:
+        """Of `data` and `heldout`, those that are files; not packaged data or the hub's."""
+        return tuple(str(source) for source in (self.data, self.heldout) if _stamp(source) is not None)
+
     def sample(self, clients: Sequence[str], round: int, key: Key) -> Sequence[str]:
         """By `sampling`."""
         return self.sampling.draw(clients, key)

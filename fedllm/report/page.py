@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedllm.disk import not_written
 from fedllm.events import RunStarted
 from fedllm.report import tables
 from fedllm.report.markup import Html, el, pairs
@@ -23,11 +24,14 @@ from fedllm.report.style import SCRIPT, STYLE
 def write_report(runs: Sequence[Path], out: Path) -> Path:
     """Write the page about `runs` (run folders) to the file `out` and return it.
 
-    Raises RunError where a folder is no run folder.
+    Raises RunError where a folder is no run folder, or the file cannot be written.
     """
     page = render(load_all(runs))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise not_written(out, error) from error
     return out
 
 

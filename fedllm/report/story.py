@@ -108,9 +108,9 @@ class Story:
     def curve(self, metric: str) -> dict[int, float]:
         """The federated model's `metric` by completed rounds; values that are not finite are left out."""
         return {
-            event.round: event.metrics[metric]
+            event.round: value
             for event in self.of(Evaluated)
-            if event.which == "federated" and finite(event.metrics.get(metric))
+            if event.which == "federated" and finite(value := event.metrics.get(metric))
         }
 
     @property

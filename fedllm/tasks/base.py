@@ -6,17 +6,20 @@ Hugging Face hub (`owner/name`). Nothing that is loaded is code: no pickle weigh
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedllm.checksum import checksum
 from fedllm.errors import ConfigError, ModelError, nearest
 from fedllm.tasks.cache import build_once
 from fedllm.tasks.gguf import convert
@@ -59,6 +62,18 @@ class Base:
     title: str
     unpackable: str | None = None
     caching: bool = True
+
+    @cached_property
+    def digest(self) -> str:
+        """A checksum of its weights as they were loaded, of its configuration and of its tokenizer."""
+        own = {"_name_or_path", "transformers_version", "use_cache"}  # of the place and the process
+        settings: list[Any] = [{k: v for k, v in self.model.config.to_dict().items() if k not in own}]
+        settings += [getattr(self.model.generation_config, "eos_token_id", None), self.tokenizer.chat_template]
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        # what stands before are its latest settings of padding and truncation
+        words = core.to_str().partition('"added_tokens"')[2] if core is not None else repr(self.tokenizer.get_vocab())
+        told = [checksum(self.model.state_dict()), json.dumps(settings, sort_keys=True, default=str), words]
+        return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ A reader of NAME needs no lock, and nothing here is ever changed in place.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fedllm.cache import cache_dir
 from fedllm.disk import sync
@@ -91,13 +92,16 @@ def _build(folder: Path, build: Build) -> None:
 
 @contextmanager
 def _lock(path: Path, name: str) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with progress(f"waiting for another process that prepares {name}"):
-                fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        with progress(f"waiting for another process that prepares {name}"):
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _refuse_if_full(folder: Path, needs: int) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
+from fedllm.checksum import checksum
 from fedllm.errors import CheckError
 from fedllm.federation import naming
 from fedllm.native import kernels
@@ -58,6 +61,10 @@ class LoadedModel:
         transformers' norms round to float32, and the slopes of the common tokens would add up in another order."""
         wide = self.base.model.dtype == torch.float64
         return self.task.adapter.shares and self.base.unpackable is None and not wide
+
+    def start_digest(self, key: Key) -> str:
+        """A checksum of the adapter's leaves at the start of a run, frozen ones included."""
+        return checksum(self.adapter.fresh(key.fold("adapter")))
 
     @property
     def computed_by(self) -> Mapping[str, str]:
@@ -174,14 +181,31 @@ class LoadedModel:
         return sorted({int(self.base.tokenizer.eos_token_id), *listed})
 
 
-@lru_cache(maxsize=1)
 def load(task: Task) -> LoadedModel:
-    """Load the base model and attach the adapter: once per process and task.
+    """Load the base model and attach the adapter: once per process and task, as long as the files stay as they are.
 
     Raises:
         ModelError: the base model cannot be had, or fedllm does not compute what it does.
         ConfigError: the adapter does not fit it.
     """
+    return _load(task, stamp(task))
+
+
+def stamp(task: Task) -> str:
+    """Names, sizes and times of a model's files and of those of an adapter to start from, hashed; of what is given by
+    its path. While they are the same, so is what is in them."""
+    told = []
+    for name in (task.model, getattr(task.adapter, "init_from", None)):
+        place = Path(name or "-").expanduser()
+        place = place / "adapter" if (place / "adapter").is_dir() else place
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if path.is_file():
+                told.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _load(task: Task, stamp: str) -> LoadedModel:
     base = load_base(task.model, dtype=task.dtype, device=task.device, quantize=task.quantize)
     unpackable = architecture.prepare(base.model, task.model)
     norms.prepare(base.model)
@@ -192,3 +216,6 @@ def load(task: Task) -> LoadedModel:
     recompute.prepare(base.model)
     base = replace(base, unpackable=unpackable, caching=unpackable is None or architecture.caching(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))
+
+
+load.cache_clear = _load.cache_clear  # type: ignore[attr-defined]  # as of what it stands in front of

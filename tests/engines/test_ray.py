@@ -291,6 +291,18 @@ def test_a_cluster_that_is_not_there(address: str, data: Path, tmp_path: Path, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_ray_that_does_not_start_in_time(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def late(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.")  # the type that Ray raises
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(RunError, match=r"could not be started on this machine .*timed out.* serial or batched"):
+        run(small(data), Ray(), tmp_path)
+
+
 def test_only_stacks_demand_clients_that_can_be_stacked(data: Path) -> None:
     experiment = small(data, task__adapter="norms")
     model = load(experiment.task)

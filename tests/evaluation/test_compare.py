@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 import torch
 
 from fedllm.batch import collate
-from fedllm.compare import Comparison
+from fedllm.cache import cache_dir
+from fedllm.compare import CHOICE, Comparison
 from fedllm.config import build
+from fedllm.errors import RunError
 from fedllm.events import Event, Progress
 from fedllm.experiment import Experiment
+from fedllm.federation import Population
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.update import Ctx
 
@@ -79,6 +83,37 @@ def test_local_only_is_each_client_alone_with_its_optimiser_kept(experiment: Exp
     assert [event.done for event in events if isinstance(event, Progress)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("lacking", ["a", "b"])
+def test_a_client_without_a_figure_is_left_out_of_its_mean(experiment: Experiment, lacking: str) -> None:
+    """The first client in order, or the last, has no held-out records of its own."""
+    whole = experiment.federation.load(experiment.key)
+    other = "b" if lacking == "a" else "a"
+    part = replace(whole, heldout={**whole.heldout, lacking: ()})
+    made = Comparison(experiment, load(experiment.task), part, lambda event: None).local_only()
+    assert "own/nll" not in made.clients[lacking]
+    assert made.metrics["own/nll"] == made.clients[other]["own/nll"]
+    assert made.metrics["nll"] == pytest.approx((made.clients["a"]["nll"] + made.clients["b"]["nll"]) / 2)
+    assert made.note == "lr 0.01; of 1 of 2 clients: own/nll"
+
+
+def test_a_client_that_cannot_be_trained_is_left_out(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With groups of records that some clients have none of."""
+    scores = {"a": {"nll": 3.0, "own/nll": 2.0, "own/nll/x": 1.0}, "b": {"nll": 5.0, "own/nll": 4.0}}
+
+    def trained(self: Comparison, what: str, work: object, clients: list[str]) -> dict[str, float]:
+        if clients == ["c"] or what.startswith("centralised"):
+            raise RunError("its loss is nan")
+        return {**scores[clients[0]], CHOICE: 0.0}
+
+    monkeypatch.setattr(Comparison, "_cached", trained)
+    monkeypatch.setattr(Population, "clients", ("a", "b", "c"))
+    made = comparison(experiment).local_only()
+    assert made.metrics == {"nll": 4.0, "own/nll": 3.0, "own/nll/x": 1.0}
+    assert made.note == "lr 0.01; of 2 of 3 clients: nll, own/nll; of 1 of 3 clients: own/nll/x"
+    with pytest.raises(RunError, match="its loss is nan"):
+        comparison(experiment).centralised()
+
+
 def test_centralised_is_the_pooled_data_with_batches_of_a_whole_cohort(experiment: Experiment) -> None:
     made = comparison(experiment).centralised()
     assert made.metrics["nll"] == pytest.approx(textbook(experiment, ["a", "b"], lr=1e-2, times=2), rel=1e-9)
@@ -106,6 +141,35 @@ def test_a_comparison_is_made_once(experiment: Experiment, monkeypatch: pytest.M
     monkeypatch.setattr(LoadedModel, "computed_by", {"kernels": "others"})
     with pytest.raises(pytest.fail.Exception):
         comparison(experiment).local_only()
+
+
+def test_another_content_under_the_same_name_is_made_anew(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the base model, and of what the adapter begins with."""
+    comparison(experiment).centralised()
+    monkeypatch.setattr(Comparison, "_train", lambda *_: pytest.fail("trained again"))
+    comparison(experiment).centralised()
+    model, population = load(experiment.task), experiment.federation.load(experiment.key)
+    other = copy.deepcopy(model.base.model)
+    with torch.no_grad():
+        other.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] += 2.0**-20
+    changed = replace(model, base=replace(model.base, model=other))
+    with pytest.raises(pytest.fail.Exception):
+        Comparison(experiment, changed, population, lambda event: None).centralised()
+    fresh = type(model.adapter).fresh
+    monkeypatch.setattr(
+        type(model.adapter), "fresh", lambda self, key: {n: leaf + 1 for n, leaf in fresh(self, key).items()}
+    )
+    with pytest.raises(pytest.fail.Exception):
+        comparison(experiment).centralised()
+
+
+def test_a_damaged_cache_costs_time_alone(experiment: Experiment) -> None:
+    first = comparison(experiment).centralised()
+    for path in (cache_dir() / "compare").glob("*.json"):
+        path.write_text("{")
+    assert comparison(experiment).centralised() == first
 
 
 def test_base_scores_are_those_of_the_model_without_an_adapter(experiment: Experiment) -> None:

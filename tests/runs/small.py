@@ -120,7 +120,7 @@ def rounds_run_again(folder: Path) -> list[int]:
     return again
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """A crash in the middle of a run."""
 
 

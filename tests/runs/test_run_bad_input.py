@@ -20,9 +20,10 @@ from fedllm import state
 from fedllm.catalog import NOUNS
 from fedllm.cli.display import Display
 from fedllm.engine import Engine
-from fedllm.errors import FedllmError
+from fedllm.errors import FedllmError, RunError
 from fedllm.events import ClientFailed, DataReported, RoundFinished, Warned
 from fedllm.stage import Stage
+from fedllm.state import Checkpoints
 from fedllm.tree import Tree, equal, finite
 from fedllm.update import Local
 from tests.runs.small import Stop, StopAt, adapter_hash, command, events, small, spec
@@ -344,8 +345,12 @@ def test_a_loss_that_is_no_number_costs_one_client_one_round(data: Path, tmp_pat
 
 
 def test_a_run_in_which_every_loss_explodes_ends_where_it_began(data: Path, tmp_path: Path) -> None:
-    result = fedllm.run(small(data, work__sgd__lr=1e300, rounds=2), out=tmp_path / "run")
-    assert equal(result.params, fedllm.run(small(data, rounds=0), out=tmp_path / "start").params)
+    experiment = small(data, work__sgd__lr=1e300, rounds=2)
+    with pytest.raises(RunError, match=r"no round of 2 had an answer.*ann was lost: at step 1 its loss is nan"):
+        fedllm.run(experiment, out=tmp_path / "run")
+    ended = Checkpoints(tmp_path / "run" / "checkpoints", 2).load()
+    assert ended is not None
+    assert equal(ended.params, fedllm.run(small(data, rounds=0), out=tmp_path / "start").params)
     notes = [event.note for event in events(tmp_path / "run") if isinstance(event, RoundFinished)]
     assert notes == ["0 of 3 answered: an empty round"] * 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,15 @@ def test_time_between_processes_is_not_counted() -> None:
     assert elapsed([(5.0, other)]) == 0
     assert elapsed([(5.0, other), (6.5, other), (8.0, other)]) == 3.0
     assert elapsed([(5.0, other), (6.0, other), (100.0, begun), (100.5, other), (900.0, begun)]) == 1.5
+
+
+def test_time_before_the_first_event_is_counted(data: Path, tmp_path: Path) -> None:
+    """What a command takes to load model and data, of each process."""
+    other = CheckpointSaved(0)
+    assert elapsed([(5.0, Resumed(0, 2.0)), (6.0, other), (100.0, Resumed(1, 4.0)), (100.5, other)]) == 7.5
+    began = time.time() - 1000
+    made = fedllm.run(small(data, rounds=0), out=tmp_path / "run", began=began)
+    assert 1000 <= made.summary["seconds"] <= time.time() - began
 
 
 def test_json_of_the_log_is_flat(finished: fedllm.Result) -> None:

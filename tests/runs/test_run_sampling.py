@@ -10,11 +10,12 @@ import torch
 
 import fedllm
 from fedllm import tree
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, RunError
 from fedllm.events import ClientFailed, RoundFinished, RoundStarted
 from fedllm.federations.sampling import All, PoissonSampling, UniformSampling
 from fedllm.federations.shards import Loss, Shards
 from fedllm.rng import Key
+from fedllm.state import Checkpoints
 from fedllm.tree import Tree
 from tests.runs.small import SIZES, Spy, events, figures, small, write_records
 
@@ -134,11 +135,14 @@ def test_the_aggregate_is_the_mean_over_the_survivors(data: Path, tmp_path: Path
     assert [e.clients for e in log if isinstance(e, RoundFinished)] == [2]
 
 
-def test_a_run_of_empty_cohorts_finishes_where_it_began(data: Path, tmp_path: Path) -> None:
+def test_a_run_of_empty_cohorts_ends_where_it_began(data: Path, tmp_path: Path) -> None:
     sampling = {"poisson": {"rate": 0.0}}
     experiment = small(data, federation__shards__sampling=sampling, stages=[{"adam": {}}, "by_examples"], rounds=2)
-    result = fedllm.run(experiment, out=tmp_path / "run")
-    assert tree.equal(result.params, fedllm.run(small(data, rounds=0), out=tmp_path / "start").params)
+    with pytest.raises(RunError, match="no round of 2 had an answer, so nothing was trained; round 1: nobody was"):
+        fedllm.run(experiment, out=tmp_path / "run")
+    ended = Checkpoints(tmp_path / "run" / "checkpoints", 2).load()
+    assert ended is not None
+    assert tree.equal(ended.params, fedllm.run(small(data, rounds=0), out=tmp_path / "start").params)
     log = events(tmp_path / "run")
     assert [e.cohort for e in log if isinstance(e, RoundStarted)] == [(), ()]
     assert [(e.note, e.loss) for e in log if isinstance(e, RoundFinished)] == [("nobody was drawn", None)] * 2
@@ -147,11 +151,24 @@ def test_a_run_of_empty_cohorts_finishes_where_it_began(data: Path, tmp_path: Pa
     assert summary["eval"]["federated"] == summary["eval"]["base"]
 
 
-def test_a_run_whose_clients_all_fail_says_so_and_finishes(data: Path, tmp_path: Path) -> None:
-    result = fedllm.run(small(data, federation__shards__failure_rate=1.0, rounds=2), out=tmp_path / "run")
+def test_a_run_whose_clients_all_fail_says_so_now_and_later(data: Path, tmp_path: Path) -> None:
+    experiment = small(data, federation__shards__failure_rate=1.0, rounds=2)
+    for _ in range(2):  # the second time without running
+        with pytest.raises(RunError, match=r"round 1: 0 of 3 answered: .*ann was lost: .*failure_rate asks for it"):
+            fedllm.run(experiment, out=tmp_path / "run")
     notes = [event.note for event in events(tmp_path / "run") if isinstance(event, RoundFinished)]
     assert notes == ["0 of 3 answered: an empty round"] * 2
-    assert result.summary["bytes_up"] == 0 < result.summary["bytes_down"]
+    summary = figures(tmp_path / "run")
+    assert summary["bytes_up"] == 0 < summary["bytes_down"]
+    assert "nothing was trained" in summary["failure"]
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_run_that_never_reaches_its_quorum_says_so(data: Path, tmp_path: Path) -> None:
+    losses = [{"client": "ann", "round": round} for round in (0, 1)]
+    experiment = small(data, federation__shards__failures=losses, rounds=2, limits__quorum=3)
+    with pytest.raises(RunError, match=r"no round of 2 had the 3 answers that limits.quorum asks for.*2 of 3 answered"):
+        fedllm.run(experiment, out=tmp_path / "run")
 
 
 def test_uniform_cohorts_are_kept_by_the_run(data: Path, tmp_path: Path) -> None:
