@@ -134,6 +134,17 @@ def codes(leaf: Tensor, scales: Tensor, block: int) -> Tensor:
     return torch.round(blocks(leaf, block) / safe[:, None]).to(torch.int8)
 
 
+def on_grid(packed: Tensor, code: Tensor, scales: Tensor, bits: int) -> bool:
+    """Whether squeezed codes and their scales are what `rounded` makes: codes in -L..L, zeros in the bits that are left
+    in the last byte, and scales at least 0 that times L are finite."""
+    top = levels(bits)
+    if code.numel():
+        left = 8 * packed.numel() - bits * code.numel()
+        if int(code.amin()) < -top or (left and int(packed[-1]) >> (8 - left)):
+            return False
+    return bool(((scales >= 0) & (scales * top).isfinite()).all())
+
+
 def squeeze(code: Tensor, bits: int) -> Tensor:
     """Int8 codes to packed bytes: 1, 2 or 8 of them to a byte."""
     flat = code.reshape(-1)
