@@ -21,6 +21,7 @@ from fedllm.federation import Population
 from fedllm.folder import Folder, default_folder
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
+from fedllm.ranges import counted
 from fedllm.rehearsal import rehearse
 from fedllm.session import Session
 from fedllm.shift import Shift
@@ -45,7 +46,9 @@ class Interrupted(Exception):
     """The run was stopped from outside; its folder can be resumed."""
 
     def __init__(self, folder: Path, rounds: int) -> None:
-        super().__init__(f"stopped; {rounds} complete rounds are saved in {folder}")
+        super().__init__(
+            f"stopped; {counted(rounds, 'complete round')} {'is' if rounds == 1 else 'are'} saved in {folder}"
+        )
         self.folder, self.rounds = folder, rounds
 
 

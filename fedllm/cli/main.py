@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from fedllm import __version__
 from fedllm.errors import FedllmError
 
 app = typer.Typer(
     name="fedllm",
-    help="Federated fine-tuning of language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +29,32 @@ ENGINES = "auto, serial, batched, ray, or one with settings: '{batched: {stack: 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of language models."""
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe (fedllm ls recipes).")],
+    file: Annotated[Path | None, typer.Argument(help="A new file; default RECIPE.yaml.")] = None,
+) -> None:
+    """Copy a packaged recipe to a file of your own."""
+    from fedllm.cli.starting import init_file
+
+    init_file(recipe, file)
+
+
 @app.command()
 def run(
     file: File,
@@ -36,8 +62,14 @@ def run(
     engine: Annotated[str, typer.Option(help=ENGINES)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-HASH8.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Run once for each, as 0,1,2; table mean and spread.")] = None,
 ) -> None:
     """Run an experiment. A finished one prints its summary again."""
+    print(f"loading PyTorch, then {file}", flush=True)  # before anything is imported that takes seconds
+    if seeds is not None:
+        from fedllm.cli.seeds import run_seeds
+
+        raise typer.Exit(run_seeds(file, overrides or [], seeds, engine=engine, out=out, resume=resume))
     from fedllm.cli.running import run_file
 
     run_file(file, overrides or [], engine=engine, out=out, resume=resume)
@@ -45,7 +77,7 @@ def run(
 
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
-    """Check an experiment without loading a model; print what it would do."""
+    """Check an experiment and print its plan. No model is loaded."""
     from fedllm.cli.checking import check_file
 
     check_file(file, overrides or [])
@@ -65,7 +97,7 @@ def evaluate(
     overrides: Overrides = None,
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the last.")] = False,
 ) -> None:
-    """Score a run's model again, with other `evaluation` settings if given (evaluation.metrics=[rouge_l])."""
+    """Score a run's model again. Other `evaluation` settings may be given, as in evaluation.metrics=[rouge_l]."""
     from fedllm.cli.finished import evaluate_run
 
     evaluate_run(folder, overrides or [], best=best)

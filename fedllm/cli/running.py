@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from fedllm.cli.closing import next_steps
 from fedllm.cli.display import Display, print_summary
 from fedllm.config import find, load
 from fedllm.errors import RunError
@@ -17,8 +19,13 @@ from fedllm.launch import Interrupted, run
 from fedllm.report.page import write_report
 
 
-def run_file(file: str, overrides: Sequence[str], *, engine: str, out: Path | None, resume: bool) -> None:
-    """Run, show, report. Ctrl-C leaves a folder that can be resumed and prints the line that does so."""
+def run_file(
+    file: str, overrides: Sequence[str], *, engine: str, out: Path | None, resume: bool, alone: bool = True
+) -> Mapping[str, Any]:
+    """Run, show, report; the summary. Ctrl-C leaves a folder that can be resumed and prints the line that does so.
+
+    `alone`: nothing runs after it, and the last lines say what to do next.
+    """
     name = find(file).stem
     experiment = load(file, overrides)
     folder = out or default_folder(experiment, name)
@@ -39,8 +46,10 @@ def run_file(file: str, overrides: Sequence[str], *, engine: str, out: Path | No
         print("This run is finished; its figures:")
     print_summary(result.summary, console)
     print(f"\nReport: {page}")
-    print(f"Chat with the tuned model:  fedllm chat {shlex.quote(str(folder))} --compare")
-    print("Run on your own data:       fedllm run own-data federation.shards.data=my.jsonl", flush=True)
+    for step in next_steps(experiment, result.summary, folder) if alone else ():
+        print(step)
+    sys.stdout.flush()
+    return result.summary
 
 
 def _line(file: str, overrides: Sequence[str], *, engine: str, out: Path | None) -> str:
