@@ -84,10 +84,10 @@ def num_values(shape: Sequence[int]) -> int:
     Raises:
         WireError: no tensor has this shape, whose sizes and strides are int64 also where an axis has size 0.
     """
-    if len(shape) <= MOST_AXES and all(0 <= size <= LARGEST for size in shape):
-        most = math.prod(max(1, size) for size in shape)
-        if most <= LARGEST:
-            return 0 if 0 in shape else most
+    if len(shape) <= MOST_AXES and min(shape, default=0) >= 0 and max(shape, default=0) <= LARGEST:
+        found = math.prod(shape)  # of at most 64 numbers of 63 bits
+        if (found or math.prod(size or 1 for size in shape)) <= LARGEST:
+            return found
     raise WireError(f"a message could not be read: a leaf of {len(shape)} axes has a shape that no tensor has")
 
 

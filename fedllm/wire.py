@@ -8,6 +8,7 @@ weights adds; of an update: `part0/LEAF` for the first part of the header. A pac
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from fedllm import packing, tensorfile, tree
+from fedllm.bundle import Bundle
 from fedllm.errors import WireError
 from fedllm.packing import Packing, Picks, Window
 from fedllm.places import Form
@@ -223,13 +225,13 @@ def _unfolds(entries: Mapping[str, _Part], most: int, asked: Asked | None) -> No
     that are filled up with zeros hold at most so many values together."""
     zeros = 0
     for part, entry in entries.items():
-        forms = {} if asked is None else asked.get(part, {})
+        filled = entry.sparse or entry.windows or entry.picks
+        known = {} if asked is None else asked.get(part, {})
         for name, shape in entry.shapes.items():
-            values = tensorfile.num_values(shape)
-            if name in forms:
-                _demand(list(forms[name][1]) == shape, f"{part}/{name} has another shape than was asked for: {shape}")
-            elif entry.sparse or entry.windows or entry.picks:
-                zeros += values
+            if name in known:
+                _demand(tuple(shape) == known[name][1], f"{part}/{name} has another shape than was asked for: {shape}")
+            else:
+                zeros += tensorfile.num_values(shape) * bool(filled)
     _demand(zeros <= most, f"it would unfold to {zeros} values")
 
 
@@ -258,6 +260,9 @@ def _shift(header: _Request, trees: Mapping[str, Tree]) -> Shift:
 
 def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
     leaves, scales = trees[f"part{place}"], dict[str, Tensor]()
+    if entry.bits is not None:
+        codes, grid = (_pieces(held, entry.shapes) for held in (leaves, trees[f"scale{place}"]))
+        _demand(packing.on_grid(codes, grid, entry.bits), "it has codes or scales that no grid has")
     if entry.shapes:
         leaves = dict(leaves)  # some are unfolded, and a bundle takes no others
     _demand(entry.windows.keys() | entry.picks.keys() <= entry.shapes.keys(), "a window has no shape")
@@ -275,6 +280,13 @@ def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
         leaves[name] = packing.among_zeros(leaves[name], windows.get(name), torch.Size(shape))
     _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
     return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales, windows))
+
+
+def _pieces(held: Tree, names: Mapping[str, object]) -> Sequence[Tensor]:
+    """Some leaves; the blocks of a bundle, where these are all of its leaves: zeros lie between them."""
+    if isinstance(held, Bundle) and held.keys() == names.keys():
+        return held.blocks
+    return [held[name] for name in names]
 
 
 def _window(edges: Sequence[Sequence[int]], shape: Sequence[int]) -> Window:
@@ -301,7 +313,7 @@ def _held(window: Window | None, shape: Sequence[int]) -> list[int]:
 
 def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     """A leaf of zeros with `values` at the positions `index`."""
-    count = tensorfile.num_values(shape)
+    count = math.prod(shape)
     paired = index.dtype == torch.int32 and values.dim() == 1 and values.shape == index.shape
     _demand(paired, "a sparse leaf does not have one position for each value")
     inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < count)
@@ -313,15 +325,15 @@ def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: Packing | _Part) -> Tensor:
     """The values of a leaf's codes."""
-    count, bits = tensorfile.num_values(shape), form.bits
+    count, bits = math.prod(shape), form.bits
     assert bits is not None, "shapes without a packing"
     block = min(form.block, max(1, count))  # a long block is not filled up: its length is only a claim
     fits = packed.shape == (-(-count * bits // 8),) and packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    left = 8 * packed.numel() - count * bits  # of the last byte
+    fits = fits and not (left and int(packed[-1]) >> (8 - left))
     fits = fits and scales.shape == (-(-count // block),) and scales.is_floating_point()
     _demand(fits, f"a leaf of shape {tuple(shape)} does not have its codes and scales")
-    codes = packing.unsqueeze(packed, bits, count)
-    _demand(packing.on_grid(packed, codes, scales, bits), "a leaf has codes or scales that no grid has")
-    return packing.values(packing.blocks(codes, block), scales, torch.Size(shape))
+    return packing.values(packing.blocks(packing.unsqueeze(packed, bits, count), block), scales, torch.Size(shape))
 
 
 def _demand(held: bool, fault: str) -> None:
