@@ -129,7 +129,7 @@ class Requests(Mapping[str, Request]):
     everyone: Ctx
     scores: Tree | None = None  # the sums over no records, where the clients evaluate
     missed: dict[int, Shift] = field(default_factory=dict)  # the one that was last sent, by the version before it
-    known: list[Asked | None] = field(default_factory=list)  # what is asked for, once it was needed
+    known: dict[str, Asked | None] = field(default_factory=dict)  # what is asked for, by call, once it was needed
 
     def __getitem__(self, client: str) -> Request:
         profile = self.experiment.federation.profile(client)
@@ -144,11 +144,14 @@ class Requests(Mapping[str, Request]):
     def __len__(self) -> int:
         return len(self.slots)
 
-    def _asked(self, request: Request) -> Asked | None:
+    def _asked(self, request: Request, call: str) -> Asked | None:
         """The same for all clients."""
-        if not self.known:
-            self.known.append(asked(self.experiment, request, self.run.params, self.scores))
-        return self.known[0]
+        scores = self.scores if call == "evaluate" else None
+        if call != "work" and scores is None:
+            return None
+        if call not in self.known:
+            self.known[call] = asked(self.experiment, request, self.run.params, scores)
+        return self.known[call]
 
     def _missed(self, version: int) -> Shift:
         """What was added behind a version; a whole sum takes long, and most clients have the same version."""
@@ -176,12 +179,12 @@ def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
 
 
 def evaluate(
-    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit, scores: Tree
+    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit, scores: Tree | None = None
 ) -> tuple[Tree, dict[str, Figures]]:
     """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown.
 
     Its round is the number of complete rounds: clients answer with what they remember after them. `scores`: the sums
-    over no records, which say what a reply may hold.
+    over no records, which say what a reply may hold; None: this is not known.
     """
     everyone = Ctx(run.round, run.key.fold("evaluate"), len(clients), len(clients), experiment.rounds)
     watch = Watch(call, emit, run.round, not experiment.demands.secrecy)

@@ -83,7 +83,7 @@ class Local:
 Asked = Mapping[str, Mapping[str, Form]]  # by part, of each leaf its type and shape
 
 
-def not_known() -> Asked | None:
+def not_known(call: str) -> Asked | None:
     """Nobody has worked out what a reply may hold."""
     return None
 
@@ -93,14 +93,14 @@ class Request:
     """Server to client: parameters, one extra tree per stage, and the facts of the step.
 
     shift: what the client has missed of what was added to the frozen weights.
-    asks: what the reply may hold; for the server's own use, which is not sent.
+    asks: what the reply to a call may hold; for the server's own use, which is not sent.
     """
 
     params: Tree
     extras: tuple[Tree, ...]
     ctx: Ctx
     shift: Shift = Shift()
-    asks: Callable[[], Asked | None] = field(default=not_known, compare=False, repr=False)
+    asks: Callable[[str], Asked | None] = field(default=not_known, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def shapes(found: Asked | None) -> dict[str, dict[str, tuple[torch.dtype, tuple[
     ],
 )
 def test_types_and_shapes_by_hand(stages: Sequence[Any], expected: dict[str, Any]) -> None:
-    found = next(iter(requests(experiment(*stages)).values())).asks()
+    found = next(iter(requests(experiment(*stages)).values())).asks("work")
     assert shapes(found) == {**expected, **ALWAYS}
 
 
@@ -86,7 +86,7 @@ def test_a_client_of_a_lower_rank_is_asked_for_the_whole_shape() -> None:
 def test_rounding_makes_float32_of_16_bits() -> None:
     half = {name: leaf.to(BF16) for name, leaf in PARAMS.items()}
     for stages, dtype in ((["uniform"], BF16), (["uniform", {"quantize": 8}], F32)):
-        found = shapes(next(iter(requests(experiment(*stages), half).values())).asks())
+        found = shapes(next(iter(requests(experiment(*stages), half).values())).asks("work"))
         assert {leaf[0] for leaf in found["delta"].values()} == {dtype}
 
 
@@ -95,14 +95,16 @@ def test_what_stands_still_in_a_round_is_not_asked_for() -> None:
     run = loop.start(exp, PARAMS)
     for round, moving in ((0, A), (1, B | NORM), (2, A)):
         everyone = Ctx(round, exp.key, 3, 3, 3)
-        found = loop.requests_for(exp, replace(run, round=round), CLIENTS, everyone)["ben"].asks()
+        found = loop.requests_for(exp, replace(run, round=round), CLIENTS, everyone)["ben"].asks("work")
         assert shapes(found) == {"delta": moving, **ALWAYS}
 
 
 def test_an_evaluation_asks_for_its_scores() -> None:
     scores = {"sum/nll": torch.zeros((), dtype=F64), "count/nll": torch.zeros((), dtype=F64)}
-    found = requests(experiment("scaffold", "by_examples"), scores=scores)["ann"].asks()
+    found = requests(experiment("scaffold", "by_examples"), scores=scores)["ann"].asks("evaluate")
     assert shapes(found) == {"metrics": {"sum/nll": (F64, ()), "count/nll": (F64, ())}}
+    unknown = requests(experiment("scaffold", "by_examples"))["ann"]
+    assert unknown.asks("evaluate") is None and unknown.asks("keys") is None, "of other calls nothing is known"
 
 
 class Picky(Stage):
@@ -116,7 +118,7 @@ class Picky(Stage):
 def test_where_it_is_not_known_nothing_is_asked_for() -> None:
     exp = experiment("uniform")
     for unknown in (replace(exp, aggregator=Masked()), replace(exp, stages=(*exp.stages, Picky()))):
-        assert requests(unknown)["ann"].asks() is None
+        assert requests(unknown)["ann"].asks("work") is None
 
 
 def test_it_is_worked_out_once_for_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,7 @@ def test_it_is_worked_out_once_for_all_rounds(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("fedllm.asked.arrive", lambda *given: rounds.append(1) or ({}, None))
     monkeypatch.setattr("fedllm.asked.up", lambda *given: (Update({}), ()))
     for _ in range(3):
-        assert [request.asks() for request in requests(exp, {"w": torch.ones(7, 1)}).values()] == [{}] * 3
+        assert [request.asks("work") for request in requests(exp, {"w": torch.ones(7, 1)}).values()] == [{}] * 3
     assert rounds == [1]
 
 
@@ -154,7 +156,7 @@ def test_the_malformed_reply_is_refused_and_not_the_next_one(case: str, culprit:
 
     def call(name: str, requests: Mapping[str, Request]) -> Replies:
         for (client, request), reply in zip(requests.items(), replies, strict=True):
-            yield client, Opened.of(Reply(wire.pack(reply), {}, 0), request).answer
+            yield client, Opened.of(Reply(wire.pack(reply), {}, 0), name, request).answer
 
     exp = experiment("uniform")
     after, result = loop.one_round(loop.start(exp, PARAMS), exp, CLIENTS, call, events.append)
@@ -171,6 +173,6 @@ def test_the_malformed_reply_is_refused_and_not_the_next_one(case: str, culprit:
 def test_bytes_that_cannot_be_read_are_a_failure_of_their_client() -> None:
     request = requests(experiment("uniform"))["ben"]
     for data in (b"", b"\x80\x04.", wire.pack(request), wire.pack(update(1.0))[:-1]):
-        answer = Opened.of(Reply(data, {}, 7), request)
+        answer = Opened.of(Reply(data, {}, 7), "work", request)
         assert answer.answer == replace(answer.answer, client="ben", round=0) and answer.sent == 7
         assert "its reply is refused" in getattr(answer.answer, "reason", "")

@@ -628,8 +628,8 @@ def test_an_update_that_was_not_asked_for_is_refused_by_itself(case: str) -> Non
 
 def test_what_is_asked_for_stays_with_the_server() -> None:
     request = Request({"w": torch.ones(2)}, (), Ctx(0, Key(0), 1, 1))
-    asking = replace(request, asks=lambda: {})
-    assert asking == request and wire.pack(asking) == wire.pack(request) and request.asks() is None
+    asking = replace(request, asks=lambda call: {})
+    assert asking == request and wire.pack(asking) == wire.pack(request) and request.asks("work") is None
 
 
 class Reserved(TorchDispatchMode):

@@ -65,7 +65,8 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="Run once for each, as 0,1,2; table mean and spread.")] = None,
 ) -> None:
     """Run an experiment. A finished one prints its summary again."""
-    print(f"loading PyTorch, then {file}", flush=True)  # before anything is imported that takes seconds
+    if "torch" not in sys.modules:  # importing it takes seconds, in which nothing else would be seen
+        print(f"loading PyTorch, then {file}", flush=True)
     if seeds is not None:
         from fedllm.cli.seeds import run_seeds
 

@@ -37,10 +37,10 @@ class Opened:
     sent: int
 
     @staticmethod
-    def of(reply: Reply, request: Request) -> Opened:
-        """One that cannot be read, or is not what the request asks for, is a failure of its client."""
+    def of(reply: Reply, name: str, request: Request) -> Opened:
+        """To a call. What cannot be read, or is not what the request asks for, is a failure of its client."""
         try:
-            answer = wire.unpack(reply.data, request.asks())
+            answer = wire.unpack(reply.data, request.asks(name))
             if isinstance(answer, Request):
                 raise WireError("a request stands where an answer was asked for")
         except WireError as error:
@@ -51,7 +51,7 @@ class Opened:
 def answers(site: Site, name: str, requests: Sequence[Request]) -> list[Opened]:
     """The way to the clients and back: requests to replies, both as bytes in between."""
     found = replies(site, name, map(wire.pack, requests))
-    return [Opened.of(reply, request) for reply, request in zip(found, requests, strict=True)]
+    return [Opened.of(reply, name, request) for reply, request in zip(found, requests, strict=True)]
 
 
 def replies(site: Site, name: str, sent: Iterable[bytes]) -> Iterator[Reply]:

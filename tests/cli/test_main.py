@@ -93,7 +93,7 @@ def test_ctrl_c_before_the_run_begins_leaves_nothing(
 
     monkeypatch.setattr("fedllm.launch.load", slow)
     code, out, err = command(capsys, "run", "mine.yaml")
-    assert (code, out) == (130, "loading PyTorch, then mine.yaml\n")
+    assert (code, out) == (130, "")
     assert "Traceback" not in err
     assert not (here / "runs").exists()
 
