@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fedllm import tree
 from fedllm.aggregate import Aggregator
-from fedllm.errors import FedllmError
 from fedllm.experiment import Experiment
 from fedllm.places import Form
 from fedllm.rng import Key
@@ -53,7 +52,7 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
             None: the client trains.
 
     Returns:
-        None where it is not known: the aggregator seals updates, or a stage takes no zeros.
+        None where it is not known: the aggregator seals updates, or a stage or the work takes no zeros.
     """
     if type(experiment.aggregator).seal is not Aggregator.seal:
         return None
@@ -82,22 +81,30 @@ def _answer(question: Question) -> Asked | None:
     local = Local(ctx, fresh=fresh)
     try:
         params, arrival = arrive(stages, _zeros(question.params), list(map(_zeros, question.extras)), memories, local)
-        delta = {name: leaf for name, leaf in tree.over(fresh, params).items() if name in question.moving}
-        made, facts = _made(question, delta, ctx)
+        start = {name: leaf for name, leaf in tree.over(fresh, params).items() if name in question.moving}
+        made, facts = _made(question, start, ctx)
         update, _ = up(stages, made, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
-    except FedllmError:
+    except Exception:  # somebody's own stage or work may need real values: then nothing is known
         return None
     return {name: dict(tree.forms(part.tree)) for name, part in update.parts.items()}
 
 
-def _made(question: Question, delta: Tree, ctx: Ctx) -> tuple[Update, Mapping[str, float]]:
-    """What stands before the stages: of a work without steps, or of an evaluation."""
-    (outcome,) = run_work(question.work, [Job(ctx, {}, ())], _NoModel())
+def _made(question: Question, start: Tree, ctx: Ctx) -> tuple[Update, Mapping[str, float]]:
+    """What stands before the stages: of an evaluation, or of a work that takes no step. One value stands for each leaf,
+    for the work decides on the types alone."""
+    points = {name: leaf.new_zeros(()) for name, leaf in start.items()}
+    (outcome,) = run_work(question.work, [Job(ctx, points, ())], _NoModel())
     assert not isinstance(outcome, str), outcome
     made, facts = outcome
     if question.scores is not None:
         return Update({"metrics": Part(_zeros(question.scores), 0.0)}), facts
-    return made.having("delta", replace(made.parts["delta"], tree=delta)), facts
+    part = made.parts["delta"]
+    return made.having("delta", replace(part, tree=_shaped(part.tree, start))), facts
+
+
+def _shaped(points: Tree, leaves: Tree) -> Tree:
+    """One value of each leaf in the leaf's shape."""
+    return {name: points[name].expand(leaf.shape) for name, leaf in leaves.items()}
 
 
 class _NoModel:

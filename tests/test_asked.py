@@ -11,7 +11,7 @@ import torch
 
 from fedllm import config, loop, wire
 from fedllm.aggregate import Replies
-from fedllm.asked import asked
+from fedllm.asked import _NoModel, asked
 from fedllm.engines.exchange import Opened, Reply
 from fedllm.errors import FedllmError
 from fedllm.events import ClientFailed, ClientFinished, Event
@@ -19,6 +19,7 @@ from fedllm.experiment import Experiment
 from fedllm.stage import Stage
 from fedllm.tree import Tree
 from fedllm.update import Asked, Ctx, Part, Profile, Request, Update
+from fedllm.work import Job, run_work
 from tests.doubles.masks import Masked
 
 CLIENTS = ("ann", "ben", "cid")
@@ -88,6 +89,16 @@ def test_rounding_makes_float32_of_16_bits() -> None:
     for stages, dtype in ((["uniform"], BF16), (["uniform", {"quantize": 8}], F32)):
         found = shapes(next(iter(requests(experiment(*stages), half).values())).asks("work"))
         assert {leaf[0] for leaf in found["delta"].values()} == {dtype}
+
+
+def test_the_work_decides_on_the_types() -> None:
+    """It computes all leaves in the widest type."""
+    mixed = {**PARAMS, "norm": PARAMS["norm"].to(BF16)}
+    exp = experiment("uniform")
+    (outcome,) = run_work(exp.work, [Job(Ctx(0, exp.key, 1, 1, client="a"), mixed, ())], _NoModel())
+    assert not isinstance(outcome, str)
+    told = {name: (leaf.dtype, tuple(leaf.shape)) for name, leaf in outcome[0].parts["delta"].tree.items()}
+    assert told == ALL == shapes(next(iter(requests(exp, mixed).values())).asks("work"))["delta"]
 
 
 def test_what_stands_still_in_a_round_is_not_asked_for() -> None:

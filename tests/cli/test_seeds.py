@@ -47,8 +47,10 @@ def test_a_seed_that_fails_does_not_lose_the_others(
 ) -> None:
     ran: list[str] = []
 
-    def run_file(file: str, overrides: list[str], **_: Any) -> Mapping[str, Any]:
+    def run_file(file: str, overrides: list[str], **given: Any) -> Mapping[str, Any]:
         ran.append(overrides[-1])
+        folder = Path("x") / overrides[-1].replace("=", "-")
+        assert given == {"engine": "serial", "out": folder, "resume": True, "alone": False}
         if overrides[-1] == "seed=1":
             raise RunError("no room\nfor it")
         if overrides[-1] == "seed=2":
@@ -56,11 +58,12 @@ def test_a_seed_that_fails_does_not_lose_the_others(
         return {"eval": {"federated": {"nll": 2.0}}}
 
     monkeypatch.setattr(seeds, "run_file", run_file)
-    code, out, err = command(capsys, "run", "mine.yaml", "--seeds", "1,0", "--out", "x")
+    rest = ("--out", "x", "--engine", "serial", "--resume")
+    code, out, err = command(capsys, "run", "mine.yaml", "--seeds", "1,0", *rest)
     assert code == 2 and ran == ["seed=1", "seed=0"]
     assert err == "fedllm: seed 1 failed: no room for it\n"
     assert "over 1 seed (0); failed: 1" in out and "nll 2 ± —" in words(out)
-    code, out, err = command(capsys, "run", "mine.yaml", "--seeds", "2,0,1", "--out", "x")
+    code, out, err = command(capsys, "run", "mine.yaml", "--seeds", "2,0,1", *rest)
     assert code == 1 and "ZeroDivisionError" in err and "over 1 seed (0); failed: 2, 1" in out
 
 
