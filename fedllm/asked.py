@@ -99,12 +99,8 @@ def _made(question: Question, start: Tree, ctx: Ctx) -> tuple[Update, Mapping[st
     if question.scores is not None:
         return Update({"metrics": Part(_zeros(question.scores), 0.0)}), facts
     part = made.parts["delta"]
-    return made.having("delta", replace(part, tree=_shaped(part.tree, start))), facts
-
-
-def _shaped(points: Tree, leaves: Tree) -> Tree:
-    """One value of each leaf in the leaf's shape."""
-    return {name: points[name].expand(leaf.shape) for name, leaf in leaves.items()}
+    delta = {name: part.tree[name].expand(leaf.shape) for name, leaf in start.items()}
+    return made.having("delta", replace(part, tree=delta)), facts
 
 
 class _NoModel:

@@ -12,6 +12,7 @@ import torch
 from fedllm import config, loop, wire
 from fedllm.aggregate import Replies
 from fedllm.asked import _NoModel, asked
+from fedllm.catalog import METHODS
 from fedllm.engines.exchange import Opened, Reply
 from fedllm.errors import FedllmError
 from fedllm.events import ClientFailed, ClientFinished, Event
@@ -33,17 +34,17 @@ STACK = {"rows": {"l": (F32, (6, 5))}, "columns": {"l": (F32, (6, 3))}}  # three
 MARKS = {"l.lora_A": (F32, (2,)), "l.lora_B": (F32, (2,))}
 
 
+SPEC: Mapping[str, Any] = {
+    "task": {"model": "tiny-llama", "adapter": {"lora": {"rank": 2}}},
+    "federation": {"shards": {"data": "quickstart", "clients": 3, "split": "iid"}},
+    "work": {"sgd": {"steps": 1}},
+    "rounds": 3,
+}
+
+
 def experiment(*stages: Any, **changes: Any) -> Experiment:
     """No model is loaded and no data read for any of this."""
-    return config.build(
-        {
-            "task": {"model": "tiny-llama", "adapter": {"lora": {"rank": 2}}, **changes},
-            "federation": {"shards": {"data": "quickstart", "clients": 3, "split": "iid"}},
-            "work": {"sgd": {"steps": 1}},
-            "stages": list(stages),
-            "rounds": 3,
-        }
-    )
+    return config.build({**SPEC, "task": {**SPEC["task"], **changes}, "stages": list(stages)})
 
 
 def requests(exp: Experiment, params: Tree = PARAMS, scores: Tree | None = None) -> Mapping[str, Request]:
@@ -116,6 +117,15 @@ def test_an_evaluation_asks_for_its_scores() -> None:
     assert shapes(found) == {"metrics": {"sum/nll": (F64, ()), "count/nll": (F64, ())}}
     unknown = requests(experiment("scaffold", "by_examples"))["ann"]
     assert unknown.asks("evaluate") is None and unknown.asks("keys") is None, "of other calls nothing is known"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_known_for_every_method(method: str) -> None:
+    spec = {key: value for key, value in SPEC.items() if key != "stages"}
+    exp = config.build({**spec, "task": {"model": "tiny-llama"}, "method": method})
+    params = {**PARAMS, "l.lora_sparse": torch.ones(1)} if method == "slora" else PARAMS
+    found = shapes(requests(exp, params)["cid"].asks("work"))
+    assert found.keys() >= {"delta", *ALWAYS}
 
 
 class Picky(Stage):
