@@ -24,6 +24,7 @@ from fedllm.further import Origin, origin_of, refuse_another_model
 from fedllm.inputs import Inputs, changed, changed_since, inputs_of
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
+from fedllm.ranges import counted
 from fedllm.rehearsal import rehearse
 from fedllm.session import Session, failed
 from fedllm.shift import Shift
@@ -48,7 +49,9 @@ class Interrupted(Exception):
     """The run was stopped from outside; its folder can be resumed."""
 
     def __init__(self, folder: Path, rounds: int) -> None:
-        super().__init__(f"stopped; {rounds} complete rounds are saved in {folder}")
+        super().__init__(
+            f"stopped; {counted(rounds, 'complete round')} {'is' if rounds == 1 else 'are'} saved in {folder}"
+        )
         self.folder, self.rounds = folder, rounds
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.events import Event, Resumed, RunStarted, Wire
 from fedllm.experiment import Experiment
+from fedllm.ranges import counted
 from fedllm.state import Run, Totals
 
 
@@ -54,7 +55,7 @@ def limit_reached(experiment: Experiment, state: Run) -> str:
     if state.round >= experiment.rounds:
         return ""
     if limits.bytes is not None and sent >= limits.bytes:
-        return f"limits.bytes ({limits.bytes}) was reached with {sent} bytes after {state.round} rounds"
+        return f"limits.bytes ({limits.bytes}) was reached with {sent} bytes after {counted(state.round, 'round')}"
     if limits.seconds is not None and totals.seconds >= limits.seconds:
-        return f"limits.seconds ({limits.seconds}) was reached after {state.round} rounds"
+        return f"limits.seconds ({limits.seconds}) was reached after {counted(state.round, 'round')}"
     return ""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 from fedllm import tree
 from fedllm.aggregate import Call, Replies
+from fedllm.asked import asked
 from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
 from fedllm.experiment import Experiment
 from fedllm.shift import Shift
 from fedllm.stage import Stage, down, merge
 from fedllm.state import Run
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Part, Request, Update
+from fedllm.update import Asked, Ctx, Failure, Part, Request, Update
 
 Figures = Mapping[str, float]
 Witness = Callable[[Request, Update], None]  # (what a client was sent, its sealed update)
@@ -127,19 +129,31 @@ class Requests(Mapping[str, Request]):
     run: Run
     slots: Mapping[str, int]  # by client
     everyone: Ctx
+    scores: Tree | None = None  # the sums over no records, where the clients evaluate
     missed: dict[int, Shift] = field(default_factory=dict)  # the one that was last sent, by the version before it
+    known: dict[str, Asked | None] = field(default_factory=dict)  # what is asked for, by call, once it was needed
 
     def __getitem__(self, client: str) -> Request:
         profile = self.experiment.federation.profile(client)
         ctx = replace(self.everyone, client=client, slot=self.slots[client], profile=profile)
         sent = down(self.experiment.trip, self.run.params, self.run.states, ctx)
-        return Request(*sent, ctx, self._missed(self.run.seen.get(client, 0)))
+        request = Request(*sent, ctx, self._missed(self.run.seen.get(client, 0)))
+        return replace(request, asks=partial(self._asked, request))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.slots)
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def _asked(self, request: Request, call: str) -> Asked | None:
+        """The same for all clients."""
+        scores = self.scores if call == "evaluate" else None
+        if call != "work" and scores is None:
+            return None
+        if call not in self.known:
+            self.known[call] = asked(self.experiment, request, self.run.params, scores)
+        return self.known[call]
 
     def _missed(self, version: int) -> Shift:
         """What was added behind a version; a whole sum takes long, and most clients have the same version."""
@@ -151,9 +165,11 @@ class Requests(Mapping[str, Request]):
         return last
 
 
-def requests_for(experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx) -> Requests:
-    """What each client of the cohort is sent."""
-    return Requests(experiment, run, {client: slot for slot, client in enumerate(cohort)}, everyone)
+def requests_for(
+    experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx, scores: Tree | None = None
+) -> Requests:
+    """What each client of the cohort is sent. `scores`: of an evaluation, the sums over no records."""
+    return Requests(experiment, run, {client: slot for slot, client in enumerate(cohort)}, everyone, scores)
 
 
 def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
@@ -165,15 +181,16 @@ def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
 
 
 def evaluate(
-    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit
+    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit, scores: Tree | None = None
 ) -> tuple[Tree, dict[str, Figures]]:
     """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown.
 
-    Its round is the number of complete rounds: clients answer with what they remember after them.
+    Its round is the number of complete rounds: clients answer with what they remember after them. `scores`: the sums
+    over no records, which say what a reply may hold; None: this is not known.
     """
     everyone = Ctx(run.round, run.key.fold("evaluate"), len(clients), len(clients), experiment.rounds)
     watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
-    requests = requests_for(experiment, run, clients, everyone)
+    requests = requests_for(experiment, run, clients, everyone, scores)
     total = experiment.aggregator.reduce(watch, requests, name="evaluate")
     total, _ = merge(experiment.trip, total, run.params, run.states, everyone)
     return _tree(total, "metrics"), watch.scores

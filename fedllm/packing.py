@@ -9,7 +9,7 @@ Packing loses nothing: a stage puts values on the grid, the wire only writes the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -132,6 +132,23 @@ def codes(leaf: Tensor, scales: Tensor, block: int) -> Tensor:
     """The int8 codes of values that lie on the grid."""
     safe = torch.where(scales == 0, torch.ones_like(scales), scales)
     return torch.round(blocks(leaf, block) / safe[:, None]).to(torch.int8)
+
+
+def on_grid(squeezed: Iterable[Tensor], scales: Iterable[Tensor], bits: int) -> bool:
+    """Whether squeezed codes lie in -L..L, and scales are at least 0 and finite, L times, too: what `rounded` makes."""
+    for packed in squeezed:
+        raw = packed.view(torch.uint8).numpy().tobytes()
+        if raw.translate(None, _OFF_GRID[bits]) != raw:
+            return False
+    for scale in scales:
+        low, high = (float(end) for end in scale.aminmax()) if scale.numel() else (0.0, 0.0)  # both NaN where one is
+        if not (low >= 0 and high * levels(bits) <= torch.finfo(scale.dtype).max):
+            return False
+    return True
+
+
+# Bytes that hold a code below -L: -128, or a -8 in either half.
+_OFF_GRID = {8: b"\x80", 4: bytes(byte for byte in range(256) if 8 in (byte & 15, byte >> 4)), 1: b""}
 
 
 def squeeze(code: Tensor, bits: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -94,5 +96,7 @@ def _placed(
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    """Of a contiguous tensor: the product of the sizes behind each axis, in one pass."""
+    if not shape:
+        return ()
+    return tuple(accumulate(reversed(shape[1:]), mul, initial=1))[::-1]

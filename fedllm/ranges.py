@@ -1,4 +1,4 @@
-"""One sentence for every setting that is out of its range, and the names that sentences use."""
+"""One sentence for every setting that is out of its range, and the names and numbers that sentences use."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def require(holds: bool, owner: object, *, field: str, value: object, allowed: s
 def written(component: object) -> str:
     """As an experiment file writes it: TopK is top_k."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 round", "2 rounds"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

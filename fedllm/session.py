@@ -263,7 +263,8 @@ class Session:
 
     def _evaluate(self, state: Run, call: Call) -> Evaluated:
         scorer = Scorer.of(self.experiment, self.population)
-        total, clients = loop.evaluate(state, self.experiment, self.population.clients, call, self.log)
+        asked = scorer.add_up((), {})
+        total, clients = loop.evaluate(state, self.experiment, self.population.clients, call, self.log, asked)
         scores = {client: scorer.figures(sums) for client, sums in clients.items()}
         return Evaluated("federated", state.round, scorer.figures(total), scores)
 

@@ -38,6 +38,8 @@ TYPES: Mapping[torch.dtype, str] = {
 PLACES = {dtype: place for place, dtype in enumerate(TYPES)}
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 METADATA = "__metadata__"
+MOST_AXES = 64  # torch reduces over no more
+LARGEST = (1 << 63) - 1  # torch counts in int64
 OPENING = f'{{"{METADATA}":'
 
 Entry = tuple[str, str, Shape, torch.dtype, int, int]  # prefix, name, and where its bytes begin and end
@@ -76,6 +78,19 @@ def read(data: bytes) -> tuple[str, defaultdict[str, Tree]]:
     return metadata["fedllm"], defaultdict(dict, {prefix: of_bytes(held) for prefix, held in leaves.items()})
 
 
+def num_values(shape: Sequence[int]) -> int:
+    """How many values a leaf of this shape holds, in a time that does not depend on what the shape claims.
+
+    Raises:
+        WireError: no tensor has this shape, whose sizes and strides are int64 also where an axis has size 0.
+    """
+    if len(shape) <= MOST_AXES and min(shape, default=0) >= 0 and max(shape, default=0) <= LARGEST:
+        found = math.prod(shape)  # of at most 64 numbers of 63 bits
+        if (found or math.prod(size or 1 for size in shape)) <= LARGEST:
+            return found
+    raise WireError(f"a message could not be read: a leaf of {len(shape)} axes has a shape that no tensor has")
+
+
 @lru_cache(maxsize=16)
 def _listed(trees: tuple[tuple[str, tuple[tuple[str, Form], ...]], ...]) -> tuple[Sequence[int], str]:
     """The order in which the leaves of some trees stand in a file, and their entries in its header."""
@@ -112,7 +127,7 @@ def _entries(text: str) -> tuple[Sequence[Entry], int]:
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
         counted = "/" in key and all(type(number) is int and number >= 0 for number in (start, *shape))
-        if not counted or start != end or stop != start + math.prod(shape) * dtype.itemsize:
+        if not counted or start != end or stop != start + num_values(shape) * dtype.itemsize:
             raise WireError(f"a message could not be read: the values of '{key}' are not where its header has them")
         prefix, _, name = key.partition("/")
         found.append((prefix, name, shape, dtype, start, stop))

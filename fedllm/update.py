@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from fedllm.packing import DENSE, Packing
+from fedllm.places import Form
 from fedllm.ranges import require
 from fedllm.rng import Key
 from fedllm.shift import Shift
@@ -79,17 +80,27 @@ class Local:
     fresh: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+Asked = Mapping[str, Mapping[str, Form]]  # by part, of each leaf its type and shape
+
+
+def not_known(call: str) -> Asked | None:
+    """Nobody has worked out what a reply may hold."""
+    return None
+
+
 @dataclass(frozen=True)
 class Request:
     """Server to client: parameters, one extra tree per stage, and the facts of the step.
 
     shift: what the client has missed of what was added to the frozen weights.
+    asks: what the reply to a call may hold; for the server's own use, which is not sent.
     """
 
     params: Tree
     extras: tuple[Tree, ...]
     ctx: Ctx
     shift: Shift = Shift()
+    asks: Callable[[str], Asked | None] = field(default=not_known, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,17 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from fedllm import packing, tensorfile, tree
+from fedllm.bundle import Bundle
 from fedllm.errors import WireError
 from fedllm.packing import Packing, Picks, Window
+from fedllm.places import Form
 from fedllm.shift import Shift
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Part, Request, Update
+from fedllm.update import Asked, Ctx, Failure, Part, Request, Update
 
 Message = Request | Update | Failure
 
-# What the zeros of sparse parts may take, in values: a short message cannot make its receiver reserve much more.
-MOST_VALUES = 1 << 26
+# Where nobody knows what was asked for, a message unfolds to no more values than this for each of its bytes.
 MOST_VALUES_PER_BYTE = 250  # one float32 in 2000 is sent
 
 Count = Annotated[int, Field(ge=0)]
@@ -108,21 +109,31 @@ def pack(message: Message) -> bytes:
     return tensorfile.written(trees, str(_HEADER.dump_json(header), "utf-8"))
 
 
-def unpack(data: bytes) -> Message:
+def unpack(data: bytes, asked: Asked | None = None) -> Message:
     """Bytes to a message, in memory of its own. Nothing in them is code, and they are believed in nothing.
 
+    Time and memory follow from the number of bytes, or from what was asked for, and not from what a header claims.
+
+    Args:
+        asked: what an update may hold. None: this is not known.
+
     Raises:
-        WireError: the bytes are cut off, or do not hold what their header says.
+        WireError: the bytes are cut off, do not hold what their header says, or are not what was asked for.
     """
     try:
         text, trees = tensorfile.read(data)
-        message = _read(_HEADER.validate_json(text, strict=True), trees, len(data))
+        message = _read(_HEADER.validate_json(text, strict=True), trees, len(data), asked)
+    except WireError as error:  # it may name leaves, whose names come from elsewhere, too
+        raise WireError(_short(str(error))) from error
     except Exception as error:  # bytes from elsewhere may be wrong in any way
-        if isinstance(error, WireError):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise WireError(f"a message could not be read ({reason[:200]}); both sides need the same fedllm") from error
+        reason = _short(f"{type(error).__name__}: {error}")
+        raise WireError(f"a message could not be read ({reason}); both sides need the same fedllm") from error
     return message
+
+
+def _short(sentence: str) -> str:
+    line = " ".join(sentence.split())
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def part_bytes(message: Message) -> dict[str, int]:
@@ -183,7 +194,7 @@ def _laid_out(place: int, part: Part) -> dict[str, Tree]:
     return trees
 
 
-def _read(header: _Header, trees: defaultdict[str, Tree], size: int) -> Message:
+def _read(header: _Header, trees: defaultdict[str, Tree], size: int, asked: Asked | None) -> Message:
     held = sum(map(len, trees.values()))
     match header:
         case _Request():
@@ -195,17 +206,50 @@ def _read(header: _Header, trees: defaultdict[str, Tree], size: int) -> Message:
             return Request(params, extras, header.ctx, shift)
         case _Update():
             entries = header.parts.values()
-            unfolded = [entry for entry in entries if entry.sparse or entry.windows or entry.picks]
-            zeros = sum(math.prod(shape) for entry in unfolded for shape in entry.shapes.values())
-            _demand(zeros <= max(MOST_VALUES, MOST_VALUES_PER_BYTE * size), f"it would unfold to {zeros} values")
+            _unfolds(header.parts, MOST_VALUES_PER_BYTE * size, asked)
             parts = {name: _part(place, entry, trees) for place, (name, entry) in enumerate(header.parts.items())}
             paired = sum(len(entry.shapes) for entry in entries if entry.sparse or entry.bits)  # two tensors a leaf
             known = sum(len(part.tree) for part in parts.values()) + paired
             _demand(known == held, "it holds values that belong to no part")
+            if asked is not None:
+                for name, part in parts.items():
+                    _suits(name, tree.forms(part.tree), asked)
             return Update(parts)
         case _Failure():
             _demand(not held, "a failure holds no values")
             return header.failure
+
+
+def _unfolds(entries: Mapping[str, _Part], most: int, asked: Asked | None) -> None:
+    """Judge the shapes of packed leaves before anything is made in them: each is the one that was asked for, or those
+    that are filled up with zeros hold at most so many values together."""
+    zeros = 0
+    for part, entry in entries.items():
+        filled = entry.sparse or entry.windows or entry.picks
+        known = {} if asked is None else asked.get(part, {})
+        for name, shape in entry.shapes.items():
+            if name in known:
+                _demand(tuple(shape) == known[name][1], f"{part}/{name} has another shape than was asked for: {shape}")
+            else:
+                zeros += tensorfile.num_values(shape) * bool(filled)
+    _demand(zeros <= most, f"it would unfold to {zeros} values")
+
+
+def _suits(part: str, forms: Mapping[str, Form], asked: Asked) -> None:
+    """Judge a part by what was asked for."""
+    _demand(part in asked, f"it has a part '{part}', which nobody asked for")
+    wanted = asked[part]
+    if forms == wanted:
+        return
+    for name in sorted(forms.keys() | wanted.keys()):
+        _demand(name in forms, f"its part '{part}' lacks {name}")
+        _demand(name in wanted, f"it has {part}/{name}, which nobody asked for")
+        fault = f"{part}/{name} is {_written(*forms[name])} in place of {_written(*wanted[name])}"
+        _demand(forms[name] == wanted[name], fault)
+
+
+def _written(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def _shift(header: _Request, trees: Mapping[str, Tree]) -> Shift:
@@ -216,6 +260,9 @@ def _shift(header: _Request, trees: Mapping[str, Tree]) -> Shift:
 
 def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
     leaves, scales = trees[f"part{place}"], dict[str, Tensor]()
+    if entry.bits is not None:
+        codes, grid = (_pieces(held, entry.shapes) for held in (leaves, trees[f"scale{place}"]))
+        _demand(packing.on_grid(codes, grid, entry.bits), "it has codes or scales that no grid has")
     if entry.shapes:
         leaves = dict(leaves)  # some are unfolded, and a bundle takes no others
     _demand(entry.windows.keys() | entry.picks.keys() <= entry.shapes.keys(), "a window has no shape")
@@ -233,6 +280,13 @@ def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
         leaves[name] = packing.among_zeros(leaves[name], windows.get(name), torch.Size(shape))
     _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
     return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales, windows))
+
+
+def _pieces(held: Tree, names: Mapping[str, object]) -> Sequence[Tensor]:
+    """Some leaves; the blocks of a bundle, where these are all of its leaves: zeros lie between them."""
+    if isinstance(held, Bundle) and held.keys() == names.keys():
+        return held.blocks
+    return [held[name] for name in names]
 
 
 def _window(edges: Sequence[Sequence[int]], shape: Sequence[int]) -> Window:
@@ -275,6 +329,8 @@ def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: Packing
     assert bits is not None, "shapes without a packing"
     block = min(form.block, max(1, count))  # a long block is not filled up: its length is only a claim
     fits = packed.shape == (-(-count * bits // 8),) and packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    left = 8 * packed.numel() - count * bits  # of the last byte
+    fits = fits and not (left and int(packed[-1]) >> (8 - left))
     fits = fits and scales.shape == (-(-count // block),) and scales.is_floating_point()
     _demand(fits, f"a leaf of shape {tuple(shape)} does not have its codes and scales")
     return packing.values(packing.blocks(packing.unsqueeze(packed, bits, count), block), scales, torch.Size(shape))

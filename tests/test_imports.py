@@ -49,7 +49,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stages", "works", "aggregators", "federations", "tasks"),
     ("experiment",),
     ("evaluation",),
-    ("loop", "advice", "check", "check_controls", "check_shapes", "client", "site_shift", "state", "wire", "engine"),
+    (
+        *(
+            "asked",
+            "loop",
+            "advice",
+            "check",
+            "check_controls",
+            "check_shapes",
+            "client",
+            "site_shift",
+            "state",
+            "wire",
+        ),
+        "engine",
+    ),
     ("engines",),
     # What starts clients in another process hands it text, which is read there: `host`, and the engine that does so.
     ("config", "catalog", "presets", "schema", "spec", "overrides", "host", "engines.ray"),

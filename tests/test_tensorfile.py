@@ -77,6 +77,9 @@ def file_of(header: Any, values: bytes) -> bytes:
         {"shape": "2"},
         {"shape": 2},
         {"shape": [0, 2**70], "data_offsets": [0, 0]},
+        {"shape": [0, 2**64], "data_offsets": [0, 0]},
+        {"shape": [0, 2**32, 2**31], "data_offsets": [0, 0]},
+        {"shape": [2, *[1] * 64]},
         {"dtype": "F64"},
         {"dtype": "F31"},
         {"dtype": None},
@@ -97,6 +100,27 @@ def test_an_entry_that_lies_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(Exception) as caught:  # wire.unpack makes one sentence of any
         tensorfile.read(file_of({**head, "p/w": {**ENTRY, **changes}}, bytes(8)))
     assert not isinstance(caught.value, AssertionError | MemoryError)
+
+
+class Counted(int):
+    """A size that counts how often it is multiplied, and the bits of what comes out."""
+
+    work = 0
+
+    def __rmul__(self, other: int) -> int:
+        product = int(self) * int(other)
+        Counted.work += product.bit_length()
+        return product
+
+    __mul__ = __rmul__
+
+
+@pytest.mark.parametrize("axes", [100, 400])
+def test_the_places_of_a_leaf_take_time_in_proportion_to_its_axes(axes: int) -> None:
+    Counted.work = 0
+    layout, _, _ = places.placed({"w": ((*map(Counted, [1] * axes), Counted(2)), (torch.float32, torch.device("cpu")))})
+    assert layout["w"][2] == (*[2] * axes, 1)
+    assert axes <= Counted.work <= 6 * axes  # a product of two bits for each axis: of the size, and of the strides
 
 
 @pytest.mark.parametrize("second", [[0, 8], [4, 12], [12, 20], [16, 24]])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import re
 import resource
 import struct
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedllm import packing, tree, wire
 from fedllm.errors import WireError
@@ -23,7 +28,7 @@ from fedllm.packing import DENSE, SPARSE, Packing, Picks, Window
 from fedllm.rng import Key
 from fedllm.shift import Shift
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Part, Profile, Request, Update
+from fedllm.update import Asked, Ctx, Failure, Part, Profile, Request, Update
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -331,10 +336,10 @@ EXAMPLES: tuple[wire.Message, ...] = (
 )
 
 
-def refused(data: bytes) -> str:
+def refused(data: bytes, asked: Asked | None = None) -> str:
     """The sentence of the refusal."""
     with pytest.raises(WireError) as caught:
-        wire.unpack(data)
+        wire.unpack(data, asked)
     assert type(caught.value) is WireError and "\n" not in str(caught.value) and len(str(caught.value)) < 400
     return str(caught.value)
 
@@ -469,6 +474,24 @@ LIES: Mapping[str, tuple[wire.Message, Callable[[dict[str, Any], Tree], object]]
     "scales too many": (UPDATE, put(scale1__w=torch.ones(2))),
     "scales are integers": (UPDATE, put(scale1__w=torch.ones(1, dtype=torch.int64))),
     "scale without a dimension": (UPDATE, put(scale1__w=torch.tensor(1.0))),
+    "code below its grid": (UPDATE, put(part1__w=torch.tensor([0x18], dtype=torch.uint8))),
+    "code of 8 bits below its grid": (
+        UPDATE,
+        lambda header, tensors: (
+            header["parts"]["low"].update(bits=8),
+            tensors.update({"part1/w": torch.tensor([1, -128], dtype=torch.int8)}),
+        ),
+    ),
+    "code in the bits that are left": (
+        UPDATE,
+        lambda header, tensors: header["parts"]["low"]["shapes"].update(w=[1]),
+    ),
+    "scale is NaN": (UPDATE, put(scale1__w=torch.tensor([math.nan]))),
+    "scale is infinite": (UPDATE, put(scale1__w=torch.tensor([math.inf]))),
+    "scale is below 0": (UPDATE, put(scale1__w=torch.tensor([-2.0]))),
+    "scale makes infinite values": (UPDATE, put(scale1__w=torch.tensor([3e38]))),
+    "empty leaf of a huge shape": (UPDATE, at("parts", "delta", "shapes", "w", value=[0, 2**64])),
+    "leaf with axes without end": (UPDATE, at("parts", "delta", "shapes", "w", value=[1] * 3000 + [9])),
     "no scales": (UPDATE, lambda header, tensors: tensors.pop("scale1/w")),
     "window too large": (UPDATE, at("parts", "box", "windows", "w", value=[[0, 4], [0, 2]])),
     "window elsewhere": (UPDATE, at("parts", "box", "windows", "w", value=[[0, 3], [0, 2]])),
@@ -555,12 +578,139 @@ def test_newer_fields_are_passed_over() -> None:
     assert_same(REQUEST, wire.unpack(doctored(REQUEST, at("ctx", "colour", value="red"))))
 
 
-def test_a_sparse_leaf_may_unfold_as_far_as_the_message_is_long() -> None:
-    leaf = torch.zeros(wire.MOST_VALUES // 2, dtype=torch.bool)
+def sparse_of(size: int) -> Update:
+    """A leaf of so many values, one of which is not zero."""
+    leaf = torch.zeros(size, dtype=torch.bool)
     leaf[5] = True
-    once = Update({"a": Part({"w": leaf}, 1.0, SPARSE)})
-    found = wire.unpack(wire.pack(once))
-    assert isinstance(found, Update) and torch.equal(found.parts["a"].tree["w"], leaf)
-    assert "unfold" in refused(wire.pack(Update({name: once.parts["a"] for name in "abc"})))
-    padding = torch.zeros(2 * wire.MOST_VALUES // wire.MOST_VALUES_PER_BYTE, dtype=torch.uint8)
-    wire.unpack(wire.pack(Update({name: once.parts["a"] for name in "abc"}).having("p", Part({"w": padding}, 1.0))))
+    return Update({"a": Part({"w": leaf}, 1.0, SPARSE)})
+
+
+def asked(update: Update) -> Asked:
+    """What an update would be asked for as."""
+    return {name: dict(tree.forms(part.tree)) for name, part in update.parts.items()}
+
+
+def test_a_sparse_leaf_unfolds_as_far_as_the_message_is_long_or_was_asked_for() -> None:
+    length = len(wire.pack(sparse_of(1 << 16)))  # a shape of five digits
+    small, large = sparse_of(wire.MOST_VALUES_PER_BYTE * length), sparse_of(wire.MOST_VALUES_PER_BYTE * length + 1)
+    assert len(wire.pack(small)) == len(wire.pack(large)) == length
+    assert_same(small, wire.unpack(wire.pack(small)))
+    assert "unfold" in refused(wire.pack(large))
+    assert_same(large, wire.unpack(wire.pack(large), asked(large)))
+    padded = small.having("b", small.parts["a"]).having("p", Part({"w": torch.zeros(length, dtype=torch.uint8)}, 1.0))
+    assert_same(padded, wire.unpack(wire.pack(padded)))  # as long as two
+    assert "another shape" in refused(wire.pack(large), asked(small))
+    assert "unfold" in refused(wire.pack(large), {"b": asked(large)["a"]})
+
+
+UNASKED: Mapping[str, tuple[Part, str]] = {
+    "a leaf too many": (Part({"w": torch.ones(2, 3), "v": torch.ones(1)}, 1.0), "d/v, which nobody asked for"),
+    "a leaf too few": (Part({}, 1.0), "its part 'd' lacks w"),
+    "another name": (Part({"v": torch.ones(2, 3)}, 1.0), "d/v, which nobody asked for"),
+    "another shape": (Part({"w": torch.ones(3, 2)}, 1.0), r"d/w is float32 \[3, 2\] in place of float32 \[2, 3\]"),
+    "a shape that would be spread": (Part({"w": torch.ones(3)}, 1.0), r"d/w is float32 \[3\] in place of"),
+    "another type": (Part({"w": torch.ones(2, 3).double()}, 1.0), r"d/w is float64 \[2, 3\] in place of float32"),
+    "another sparse shape": (Part({"w": torch.ones(3, 2)}, 1.0, SPARSE), "d/w has another shape than was asked for"),
+}
+
+
+@pytest.mark.parametrize("case", UNASKED)
+def test_an_update_that_was_not_asked_for_is_refused_by_itself(case: str) -> None:
+    honest = Update({"d": Part({"w": torch.ones(2, 3)}, 1.0)})
+    part, fault = UNASKED[case]
+    data = wire.pack(Update({"d": part}))
+    assert_same(honest, wire.unpack(wire.pack(honest), asked(honest)))
+    assert_same(Update({}), wire.unpack(wire.pack(Update({})), asked(honest)))  # a part that it does not have
+    wire.unpack(data)
+    assert re.search(fault, refused(data, asked(honest)))
+    assert "part 'd', which nobody asked for" in refused(data, {})
+
+
+def test_what_is_asked_for_stays_with_the_server() -> None:
+    request = Request({"w": torch.ones(2)}, (), Ctx(0, Key(0), 1, 1))
+    asking = replace(request, asks=lambda call: {})
+    assert asking == request and wire.pack(asking) == wire.pack(request) and request.asks("work") is None
+
+
+class Reserved(TorchDispatchMode):
+    """Counts the bytes of memory that operations make; views are none."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in args if isinstance(leaf, Tensor)}
+        for leaf in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
+                self.bytes += leaf.untyped_storage().nbytes()
+        return made
+
+
+def cost(data: bytes) -> tuple[int, int, wire.Message | None]:
+    """Calls and bytes that it takes to read a message, and the message, unless it is refused."""
+    calls, found = [0], None
+
+    def count(frame: object, event: str, argument: object) -> None:
+        calls[0] += event in ("call", "c_call")
+
+    with Reserved() as reserved:
+        sys.setprofile(count)
+        try:
+            found = wire.unpack(data)
+        except WireError:
+            pass
+        finally:
+            sys.setprofile(None)
+    return calls[0], reserved.bytes, found
+
+
+HOSTILE = (
+    *(0, 1, 7, 128, 2**20, 2**31 - 1, 2**40, 2**62, 2**63, 2**64, 10**300, -1, 0.5, True, None, "w", {}),
+    *([], [0], [2**18], [2**40, 0], [0, 2**64], [1] * 65, [1] * 900, [0, *[2] * 600], [2**31, 2**31], [[0, 1]] * 300),
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the values of nested JSON stand."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def hostile(draw: random.Random) -> bytes:
+    """The bytes of an honest message of which one or two claims are others."""
+    data = wire.pack(draw.choice(EXAMPLES))
+    end = header_bytes(data)
+    header = json.loads(data[8:end])
+    facts = json.loads(header["__metadata__"]["fedllm"])
+    for _ in range(draw.randint(1, 2)):
+        claims = draw.choice((facts, facts, header))
+        *path, last = draw.choice([place for place in places(claims) if place[0] != "__metadata__"] or [("x",)])
+        place: Any = claims
+        for key in path:
+            place = place[key]
+        place[last] = deepcopy(draw.choice(HOSTILE))
+    header["__metadata__"]["fedllm"] = json.dumps(facts)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[end:]
+
+
+def test_no_claim_costs_more_than_its_bytes() -> None:
+    """Calls and memory of 150 messages that lie; the memory is that of float64 at the most values for each byte."""
+    taken = 0
+    cost(wire.pack(EXAMPLES[2]))  # the first time imports more of torch
+    for number in range(150):
+        data = hostile(random.Random(number))
+        calls, reserved, found = cost(data)
+        assert calls < 2000 + 4 * len(data), number
+        assert reserved <= (8 * wire.MOST_VALUES_PER_BYTE + 64) * len(data), number
+        if found is not None:
+            assert_same(found, wire.unpack(wire.pack(found)))
+            taken += 1
+    assert 5 < taken < 50  # some claims are harmless
+
+
+def test_the_cost_of_a_message_is_seen() -> None:
+    """The control: calls and the float32 of a claim that is within the bound are counted."""
+    calls, reserved, found = cost(doctored(UPDATE, at("parts", "delta", "shapes", "w", value=[2**18])))
+    assert calls > 500 and reserved >= 4 * 2**18 and found is not None

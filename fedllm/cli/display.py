@@ -21,8 +21,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedllm.cli import tables
 from fedllm.cli.scene import Scene, line, moment, scores_line
 from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
+from fedllm.ranges import counted
 from fedllm.report.quantity import NOTHING, duration, figure, part_of_whole, printable, remaining, size
 from fedllm.report.story import COMPARED, by_model
 
@@ -120,7 +122,7 @@ def _cohort(scene: Scene) -> list[RenderableType]:
         for client in shown
     ]
     number = "" if scene.begun is None else f"round {scene.begun + 1}, "
-    head = Text(f"{number}{len(finished)} of {len(scene.cohort)} clients", style="dim")
+    head = Text(f"{number}{len(finished)} of {counted(len(scene.cohort), 'client')}", style="dim")
     return [head, Padding(Columns(cells, equal=True, padding=(0, 3)), (0, 0, 0, 2))]
 
 
@@ -128,26 +130,25 @@ def _tint(outcome: str | None) -> str:
     return "dim" if outcome is None else "yellow" if outcome == "lost" else "green"
 
 
-def summary_table(summary: Mapping[str, Any]) -> Table:
+def _scores(summary: Mapping[str, Any], console: Console) -> None:
     """The evaluation of a run folder's summary.json: a row per metric, a column per model that was evaluated."""
     models = by_model(summary.get("eval") or {})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric")
-    for model in models:
-        table.add_column(model, justify="right", style="bold" if model == COMPARED["federated"] else "")
-    for metric in dict.fromkeys(name for scores in models.values() for name in scores):
-        table.add_row(Text(printable(metric)), *(figure(scores.get(metric)) for scores in models.values()))
-    return table
+    metrics = dict.fromkeys(name for scores in models.values() for name in scores)
+    if not metrics:
+        console.print(Text("nothing was evaluated"))
+        return
+    rows = ([metric, *(figure(scores.get(metric)) for scores in models.values())] for metric in metrics)
+    shown = ["metric", *models]
+    tables.show(console, shown, rows, numbers=True, bold={COMPARED["federated"]}, box=box.SIMPLE_HEAD)
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """The table, then what the run took: bytes, seconds, tokens, memory, and epsilon where there is one."""
     title = [str(summary[key]) for key in ("model", "engine") if summary.get(key)]
     if summary.get("rounds") is not None:
-        title.append(f"{summary['rounds']} rounds")
+        title.append(counted(summary["rounds"], "round"))
     console.print(Text(printable(" \N{MIDDLE DOT} ".join(title)), style="bold"))
-    table = summary_table(summary)
-    console.print(table if table.row_count else Text("nothing was evaluated"))
+    _scores(summary, console)
     taken = Table.grid(padding=(0, 2))
     for name, text in _taken(summary):
         taken.add_row(Text(name, style="dim"), Text(text))

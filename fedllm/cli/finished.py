@@ -7,10 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedllm import tree
+from fedllm.cli import tables
 from fedllm.config import override
 from fedllm.disk import not_written
 from fedllm.errors import ConfigError
@@ -31,10 +30,11 @@ def evaluate_run(folder: Path, overrides: Sequence[str], *, best: bool) -> None:
     experiment = _evaluated_as(opened.experiment, overrides)
     scores = _scores(opened, experiment)
     names = list(scores["all"])
-    table = Table("client", *names, box=None, header_style="bold", pad_edge=False)
-    for client, figures in scores.items():
-        table.add_row(Text(client), *(f"{figures[name]:.4f}" if name in figures else "" for name in names))
-    Console().print(table)
+    rows = (
+        [client, *(f"{figures[name]:.4f}" if name in figures else "" for name in names)]
+        for client, figures in scores.items()
+    )
+    tables.show(Console(), ["client", *names], rows, numbers=True)
     written = {"evaluation": asdict(experiment.evaluation), "round": opened.state.round, "scores": scores}
     try:
         write_whole(folder / "eval.json", to_json_text(written, indent=2) + "\n")

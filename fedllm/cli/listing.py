@@ -9,11 +9,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from fedllm.aggregate import Aggregator
 from fedllm.catalog import METHODS, NOUNS
+from fedllm.cli import tables
 from fedllm.config import schema
 from fedllm.errors import ConfigError, nearest
 from fedllm.federations.records import PACKAGED
@@ -37,10 +36,7 @@ def listing(what: str) -> None:
     if what not in LISTS:
         raise ConfigError(f"there is no list '{what}'{nearest(what, [*LISTS, 'schema'])}")
     heads, rows = LISTS[what]
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
-    for row in rows():
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    tables.show(Console(), heads, rows())
 
 
 def _methods() -> Rows:

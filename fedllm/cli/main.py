@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fedllm.errors import FedllmError
+from fedllm import __version__
+from fedllm.errors import ConfigError, FedllmError
 
 BEGAN = time()  # of the command
 
 app = typer.Typer(
     name="fedllm",
-    help="Federated fine-tuning of language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,32 @@ ENGINES = "auto, serial, batched, ray, or one with settings: '{batched: {stack: 
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of language models."""
+
+
+@app.command()
+def init(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe (fedllm ls recipes).")],
+    file: Annotated[Path | None, typer.Argument(help="A new file; default RECIPE.yaml.")] = None,
+) -> None:
+    """Copy a packaged recipe to a file of your own."""
+    from fedllm.cli.starting import init_file
+
+    init_file(recipe, file)
+
+
 @app.command()
 def run(
     file: File,
@@ -42,8 +68,19 @@ def run(
     continues: Annotated[
         Path | None, typer.Option("--continue", help="A finished run, to go on from with more rounds.")
     ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Run once for each, as 0,1,2; table mean and spread.")] = None,
 ) -> None:
     """Run an experiment. A finished one prints its summary again."""
+    if "torch" not in sys.modules:  # importing it takes seconds, in which nothing else would be seen
+        print(f"loading PyTorch, then {file}", flush=True)
+    if seeds is not None:
+        if continues is not None:
+            raise ConfigError(
+                "--continue goes on from one run with its one seed, and --seeds runs several; leave one out"
+            )
+        from fedllm.cli.seeds import run_seeds
+
+        raise typer.Exit(run_seeds(file, overrides or [], seeds, engine=engine, out=out, resume=resume))
     from fedllm.cli.running import run_file
 
     run_file(file, overrides or [], engine=engine, out=out, resume=resume, continues=continues, began=BEGAN)
@@ -51,7 +88,7 @@ def run(
 
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
-    """Check an experiment without loading a model; print what it would do."""
+    """Check an experiment and print its plan. No model is loaded."""
     from fedllm.cli.checking import check_file
 
     check_file(file, overrides or [])
@@ -71,7 +108,7 @@ def evaluate(
     overrides: Overrides = None,
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the last.")] = False,
 ) -> None:
-    """Score a run's model again, with other `evaluation` settings if given (evaluation.metrics=[rouge_l])."""
+    """Score a run's model again. Other `evaluation` settings may be given, as in evaluation.metrics=[rouge_l]."""
     from fedllm.cli.finished import evaluate_run
 
     evaluate_run(folder, overrides or [], best=best)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fedllm.experiment import Experiment
-from fedllm.ranges import written
+from fedllm.ranges import counted, written
 from fedllm.report.quantity import size
 from fedllm.sparse import num_values
 from fedllm.tasks.adapters.lora import Lora
@@ -33,7 +33,7 @@ def moving_line(experiment: Experiment, cohort: Sequence[str]) -> str | None:
         return None
     ranks = [experiment.federation.profile(client).rank or adapter.rank for client in cohort]
     once = isinstance(adapter, SparseLora)
-    told = "a step" if once else f"a step of rank {sum(ranks)} after each round of {len(ranks)} clients"
+    told = "a step" if once else f"a step of rank {sum(ranks)} after each round of {counted(len(ranks), 'client')}"
     model = outline(task.model)
     if model is None:
         return f"{told}; its bytes are known once {task.model} is on this machine"

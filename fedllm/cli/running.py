@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from fedllm.cli.closing import next_steps
 from fedllm.cli.display import Display, print_summary
 from fedllm.config import find, load
 from fedllm.errors import RunError, reason
@@ -26,8 +28,12 @@ def run_file(
     resume: bool,
     continues: Path | None = None,
     began: float | None = None,
-) -> None:
-    """Run, show, report. Ctrl-C leaves a folder that can be resumed and prints the line that does so."""
+    alone: bool = True,
+) -> Mapping[str, Any]:
+    """Run, show, report; the summary. Ctrl-C leaves a folder that can be resumed and prints the line that does so.
+
+    `alone`: nothing runs after it, and the last lines say what to do next.
+    """
     name = find(file).stem
     experiment = load(file, overrides)
     folder = out or default_folder(experiment, name, continues)
@@ -60,8 +66,10 @@ def run_file(
         print("This run is finished; its figures:")
     print_summary(result.summary, console)
     print(f"\n{told}")
-    print(f"Chat with the tuned model:  fedllm chat {shlex.quote(str(folder))} --compare")
-    print("Run on your own data:       fedllm run own-data federation.shards.data=my.jsonl", flush=True)
+    for step in next_steps(experiment, result.summary, folder) if alone else ():
+        print(step)
+    sys.stdout.flush()
+    return result.summary
 
 
 def _reported(folder: Path, page: Path) -> str:

@@ -19,6 +19,7 @@ from fedllm.events import (
     Warned,
     Wire,
 )
+from fedllm.ranges import counted
 from fedllm.report.quantity import duration, figure, remaining, size
 from fedllm.report.story import COMPARED, moment_of_loss
 
@@ -124,7 +125,7 @@ def line(event: Event, scene: Scene, now: float) -> str | None:
     """An event in one line, after the scene has taken it in; None for what is not worth one."""
     match event:
         case RunStarted():
-            return f"{scene.title}: {event.rounds} rounds, {event.clients} clients"
+            return f"{scene.title}: {counted(event.rounds, 'round')}, {counted(event.clients, 'client')}"
         case Resumed():
             return f"resumed with round {_counted(event.round + 1, scene.rounds)}"
         case RoundFinished():
@@ -145,8 +146,9 @@ def line(event: Event, scene: Scene, now: float) -> str | None:
         case Warned():
             return f"warning: {event.text}"
         case RunFinished():
-            count = f"{event.rounds} round{'s' * (event.rounds != 1)}"
-            return f"finished {count} in {duration(event.seconds)}" + (f": {event.note}" if event.note else "")
+            return f"finished {counted(event.rounds, 'round')} in {duration(event.seconds)}" + (
+                f": {event.note}" if event.note else ""
+            )
     return None
 
 

@@ -9,6 +9,7 @@ from itertools import count
 from fedllm import wire
 from fedllm.aggregate import Call, Replies
 from fedllm.client import Site
+from fedllm.errors import WireError
 from fedllm.events import Emit, Wire
 from fedllm.heap import give_back
 from fedllm.update import Failure, Request, Update
@@ -36,16 +37,21 @@ class Opened:
     sent: int
 
     @staticmethod
-    def of(reply: Reply) -> Opened:
-        """Raises WireError: it cannot be read."""
-        answer = wire.unpack(reply.data)
-        assert isinstance(answer, Update | Failure)
+    def of(reply: Reply, name: str, request: Request) -> Opened:
+        """To a call. What cannot be read, or is not what the request asks for, is a failure of its client."""
+        try:
+            answer = wire.unpack(reply.data, request.asks(name))
+            if isinstance(answer, Request):
+                raise WireError("a request stands where an answer was asked for")
+        except WireError as error:
+            answer = Failure(str(request.ctx.client), request.ctx.round, f"its reply is refused: {error}")
         return Opened(answer, len(reply.data), reply.parts, reply.sent)
 
 
 def answers(site: Site, name: str, requests: Sequence[Request]) -> list[Opened]:
     """The way to the clients and back: requests to replies, both as bytes in between."""
-    return [Opened.of(reply) for reply in replies(site, name, map(wire.pack, requests))]
+    found = replies(site, name, map(wire.pack, requests))
+    return [Opened.of(reply, name, request) for reply, request in zip(found, requests, strict=True)]
 
 
 def replies(site: Site, name: str, sent: Iterable[bytes]) -> Iterator[Reply]:

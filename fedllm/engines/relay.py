@@ -89,7 +89,7 @@ class Relay:
             replies = self._replies(under_way)
             errand = under_way.popleft()
             for request, reply in zip(errand.requests, replies, strict=True):
-                yield str(request.ctx.client), received(name, request, Opened.of(reply), self.emit)
+                yield str(request.ctx.client), received(name, request, Opened.of(reply, name, request), self.emit)
             under_way.extend(islice(todo, 1))
 
     def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[Errand]:

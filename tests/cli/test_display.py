@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
-from fedllm.cli.display import Display, print_summary, summary_table
+from fedllm.cli.display import Display, print_summary
 from fedllm.cli.scene import Pace
 from fedllm.events import (
     ClientFailed,
@@ -273,25 +274,19 @@ SUMMARY = {
 }
 
 
-def printed(summary: dict[str, object], width: int = 80) -> list[str]:
+def printed(summary: dict[str, object], width: int = 80, *, joined: bool = True) -> list[str]:
     console = Console(file=StringIO(), width=width)
     print_summary(summary, console)
-    return [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    lines: list[str] = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return [" ".join(line.split()) if joined else line.strip() for line in lines]
 
 
-def test_summary_table_has_a_row_per_metric_and_a_column_per_model() -> None:
-    table = summary_table(SUMMARY)
-    assert [column.header for column in table.columns] == [
-        "metric",
-        "base",
-        "local-only",
-        "local-only, own",
-        "federated",
-    ]
-    assert [str(cell) for cell in table.columns[0].cells] == ["nll", "exact_match", "exact_match/private"]
-    assert list(table.columns[2].cells) == ["1.816", "—", "—"]
-    assert list(table.columns[3].cells) == ["1.750", "—", "—"]
-    assert list(table.columns[4].cells) == ["1.542", "0.4720", "—"]
+def test_the_summary_has_a_row_per_metric_and_a_column_per_model() -> None:
+    lines = [re.split(r" {2,}", line) for line in printed(SUMMARY, joined=False)]
+    assert ["metric", "base", "local-only", "local-only, own", "federated"] in lines
+    assert ["nll", "2.720", "1.816", "1.750", "1.542"] in lines
+    assert ["exact_match", "0.0480", "—", "—", "0.4720"] in lines
+    assert ["exact_match/private", "—", "—", "—", "—"] in lines
 
 
 def test_printed_summary() -> None:
@@ -316,3 +311,10 @@ def test_printed_summary_with_privacy_and_without_evaluation() -> None:
 
 def test_printed_summary_of_little() -> None:
     assert [line for line in printed({"rounds": 0}) if line] == ["0 rounds", "nothing was evaluated"]
+    assert printed({"rounds": 1})[0] == "1 round"
+
+
+def test_one_of_a_thing_is_named_in_the_singular() -> None:
+    stage = Stage(terminal=False)
+    stage.play(RunStarted("a", "5e90", "serial", "M", 1, 1, 9, {}, {}), RunFinished(1, 2.0, ""))
+    assert stage.lines == ["a · M · serial: 1 round, 1 client", "finished 1 round in 2.0 s"]

@@ -15,8 +15,10 @@ import pytest
 import torch
 import yaml
 
+import fedllm
 from fedllm.catalog import METHODS, NOUNS
 from fedllm.cli import running
+from fedllm.cli.closing import next_steps
 from fedllm.cli.display import Display
 from fedllm.config import experiment_hash, override
 from fedllm.events import Event, RoundStarted, Wire
@@ -24,19 +26,9 @@ from fedllm.federations.records import PACKAGED
 from fedllm.stage import Stage
 from fedllm.tasks.base import ALIASES
 from fedllm.tasks.tiny import tiny_model
-from tests.runs.small import adapter_hash, command, events, rounds_run_again, small, spec, story, write_records
+from tests.runs.small import adapter_hash, command, events, rounds_run_again, small, story
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to stand in, with an experiment and its data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
-    write_records(tmp_path / "people.jsonl")
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(spec("people.jsonl")), encoding="utf-8")
-    return tmp_path
 
 
 def test_a_run_shows_reports_and_is_shown_again(here: Path, capsys: Captured) -> None:
@@ -53,7 +45,7 @@ def test_a_run_shows_reports_and_is_shown_again(here: Path, capsys: Captured) ->
     for again in ([], ["--resume"]):
         code, told, err = command(capsys, "run", "mine.yaml", "rounds=2", *again)
         assert (code, err) == (0, "")
-        assert "finished" in told and "round 1/2" not in told
+        assert "finished" in told and "round 1/2" not in told and "own-data" not in told
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         assert f"{summary['eval']['federated']['nll']:.3f}" in told
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -74,7 +66,7 @@ def test_ctrl_c_prints_the_line_that_resumes(here: Path, capsys: Captured, monke
         patch.setattr(running, "Display", Impatient)
         code, _, err = command(capsys, "run", *words)
     assert code == 130
-    assert "1 complete rounds are saved in two words" in err and "Traceback" not in err
+    assert "1 complete round is saved in two words" in err and "Traceback" not in err
     line = shlex.split(err.splitlines()[-1])
     assert line[0] == "fedllm" and line[-1] == "--resume"
     assert [event.round for event in events(here / "two words") if isinstance(event, RoundStarted)] == [0, 1]
@@ -233,7 +225,7 @@ def test_without_a_verb_there_is_help(capsys: Captured) -> None:
         assert out.startswith("Usage: ")
 
 
-def test_help_needs_no_torch() -> None:
+def test_what_is_light_needs_no_torch(tmp_path: Path) -> None:
     program = """
 import sys
 sys.argv = ["fedllm", *sys.argv[1:]]
@@ -244,6 +236,78 @@ except SystemExit as end:
     heavy = {"torch", "transformers", "numpy", "plotly"} & sys.modules.keys()
     print("END", end.code, sorted(heavy))
 """
-    for words in (["--help"], ["run", "--help"], ["runn"]):
-        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    light = (["--help"], ["run", "--help"], ["runn"], ["--version"], ["init", "quickstart"])
+    for words in light:
+        run = [sys.executable, "-c", program, *words]
+        done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path)
         assert done.stdout.splitlines()[-1] == f"END {2 if words == ['runn'] else 0} []"
+
+
+def test_a_run_says_that_it_loads_before_it_imports_torch() -> None:
+    """The order of the two, as a pipe sees it."""
+    program = """
+import os, sys
+sys.argv = ["fedllm", "run", "quickstart"]
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "numpy"):
+            os.write(1, f"IMPORT {name}\\n".encode())
+            os._exit(0)  # whatever was printed and not flushed is lost
+sys.meta_path.insert(0, Watch())
+from fedllm.cli.main import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == "loading PyTorch, then quickstart" and second.startswith("IMPORT ")
+
+
+def test_version(capsys: Captured) -> None:
+    assert command(capsys, "--version") == (0, f"fedllm {fedllm.__version__}\n", "")
+    code, out, err = command(capsys, "--versoin")
+    assert (code, out) == (2, "") and "--version" in err and len(err.splitlines()) == 1
+
+
+def test_init_copies_a_recipe_and_says_what_is_next(here: Path, capsys: Captured) -> None:
+    recipe = Path(fedllm.__file__).parent / "recipes" / "own-data.yaml"
+    for given, file in ((["own-data"], "own-data.yaml"), (["own-data", "my own.yaml"], "my own.yaml")):
+        code, out, err = command(capsys, "init", *given)
+        assert (code, err) == (0, "") and (here / file).read_bytes() == recipe.read_bytes()
+        (check,) = (line for line in out.splitlines() if "fedllm check" in line)
+        words = shlex.split(check.partition(":")[2])
+        (here / "my.jsonl").write_text((here / "people.jsonl").read_text())
+        assert words == ["fedllm", "check", file] and command(capsys, *words[1:])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["quikstart"], "there is no packaged recipe 'quikstart'; did you mean 'quickstart'?"),
+        (["../recipes/quickstart"], "there is no packaged recipe '../recipes/quickstart'"),
+        (["quickstart", "mine.yaml"], "mine.yaml is there already; name another file"),
+        (["quickstart", "."], ". is a folder; name a file in it"),
+        (["quickstart", "no/such/folder.yaml"], "no/such/folder.yaml cannot be written (No such file or directory)"),
+        ([], "missing argument 'recipe'"),
+    ],
+)
+def test_init_refuses(here: Path, capsys: Captured, given: list[str], sentence: str) -> None:
+    before = (here / "mine.yaml").read_bytes()
+    code, out, err = command(capsys, "init", *given)
+    assert (code, out) == (2, "") and sentence in err and len(err.splitlines()) == 1
+    assert (here / "mine.yaml").read_bytes() == before and len(list(here.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens", "expected"),
+    [
+        ("quickstart", 90, {"chat", "init"}),
+        ("people.jsonl", 90, {"chat"}),
+        ("people.jsonl", 0, set()),
+        ("handbook", 0, {"init"}),
+    ],
+)
+def test_the_last_lines_suit_the_run(data: str, tokens: int, expected: set[str]) -> None:
+    steps = next_steps(small(data), {"tokens_trained": tokens}, Path("a run"))
+    verbs = [shlex.split(step.partition(":")[2]) for step in steps]
+    assert {words[1] for words in verbs} == expected
+    assert all(words in (["fedllm", "chat", "a run", "--compare"], ["fedllm", "init", "own-data"]) for words in verbs)

@@ -139,7 +139,7 @@ def test_seconds_end_a_run_also_after_a_resume(data: Path, tmp_path: Path) -> No
     log = events(tmp_path / "run")
     assert [event.round for event in log if isinstance(event, RoundStarted)] == [0]
     assert [event.note for event in log if isinstance(event, RunFinished)] == [
-        "limits.seconds (1e-09) was reached after 1 rounds"
+        "limits.seconds (1e-09) was reached after 1 round"
     ]
     assert result.summary["eval"]["federated"] is not None
 
