@@ -21,7 +21,7 @@ from fedllm.federation import Population
 from fedllm.folder import Folder, default_folder
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
-from fedllm.rehearsal import rehearse
+from fedllm.rehearsal import rehearse, require_positions
 from fedllm.session import Session
 from fedllm.shift import Shift
 from fedllm.spec import Reader, named
@@ -136,6 +136,7 @@ def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
     Scorer.of(experiment, population)
     model = load(experiment.task)
     rehearse(experiment, model, profiles)
+    require_positions(experiment, model, population)
     return model, replace(population, report=_data_report(experiment, model, population))
 
 

@@ -12,19 +12,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedllm.errors import ConfigError
+from fedllm.tasks.peft_config import INIT, lora_scale
 from fedllm.tree import Tree
 
 PREFIX, SUFFIX = "base_model.model.", ".weight"
-INIT = "task.adapter.lora.init_from"
 
 
 def write_peft_lora(
-    params: Tree, folder: Path, *, base_name: str, rank: int, alpha: float, dropout: float, rslora: bool
+    params: Tree,
+    folder: Path,
+    *,
+    base_name: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool,
+    turned: bool = False,
 ) -> None:
     """Write LoRA factors so that `PeftModel.from_pretrained(base, folder)` loads them.
 
     The scale is that of `rank` and `alpha` for every layer. PEFT derives it from a layer's own rank, so a layer of
-    another rank is given an alpha of its own.
+    another rank is given an alpha of its own. `turned`: the base model keeps its weights as (in, out), as GPT-2 does.
     """
     ranks = {name.removesuffix(".lora_A"): len(leaf) for name, leaf in params.items() if name.endswith(".lora_A")}
     others = {name: size for name, size in ranks.items() if size != rank}
@@ -34,7 +42,7 @@ def write_peft_lora(
         "lora_dropout": dropout,
         "use_rslora": rslora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": turned,
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": sorted(ranks),
@@ -94,10 +102,11 @@ def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, scale
     """Read LoRA factors from a run folder or a folder in PEFT's layout.
 
     Raises:
-        ConfigError: no adapter there, or its layers, ranks or scale are not those of the task.
+        ConfigError: no adapter there, it is not plain LoRA, or its layers, ranks or scale are not those of the task.
     """
     file = adapter_file(folder)
     place = file.parent
+    found = lora_scale(place / "adapter_config.json")
     leaves = {key.removeprefix(PREFIX).removesuffix(SUFFIX): leaf for key, leaf in load_file(file).items()}
     for name, shape in shapes.items():
         if name not in leaves:
@@ -107,22 +116,9 @@ def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, scale
     for name in leaves:
         if name not in shapes:
             raise ConfigError(f"{INIT}: {file} has {name}, which the task does not train; set targets to the adapter's")
-    found = _scale(place / "adapter_config.json")
     if not math.isclose(found, scale, rel_tol=1e-6):
         raise ConfigError(f"{INIT}: {place} was trained with the scale {found:g}, the task has {scale:g}; set alpha")
     return leaves
-
-
-def _scale(file: Path) -> float:
-    """The scale of a LoRA adapter, one for all its layers."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        rank, alpha, patterns = config["r"], config["lora_alpha"], config.get("rank_pattern") or {}
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{INIT}: {file} is no configuration of a LoRA adapter") from error
-    if config.get("use_dora") or patterns or config.get("alpha_pattern"):
-        raise ConfigError(f"{INIT}: {file} has use_dora, rank_pattern or alpha_pattern, which fedllm's LoRA lacks")
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def _peft(kind: str, base_name: str) -> dict[str, Any]:

@@ -45,6 +45,11 @@ class Prefix(Adapter):
         if self.tokens < 1:
             raise ConfigError(f"task.adapter.prefix.tokens is {self.tokens}; it must be 1 or more")
 
+    @property
+    def virtual_tokens(self) -> int:
+        """The prefix."""
+        return self.tokens
+
     def attach(self, base: Base) -> Attached:
         """Nothing in the base model changes.
 
@@ -103,7 +108,7 @@ class AttachedPrefix:
         config = self.decoder.base.model.config.get_text_config().to_dict()
         write_peft_prefix(torch.cat(parts, 1), folder, base_name=base_name, config=config)
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """Not possible."""
         raise ConfigError("a prefix cannot be merged into weights; export --to peft")
 
