@@ -53,29 +53,34 @@ def write_peft_lora(
     _write(folder, leaves, {**_peft("LORA", base_name), **config})
 
 
-def write_peft_prompt(prompt: Tensor, folder: Path, *, base_name: str, config: Mapping[str, Any]) -> None:
+def num_key_heads(config: Any) -> int:
+    """Key heads of a layer; a configuration that does not name them has as many as there are query heads."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def write_peft_prompt(prompt: Tensor, folder: Path, *, base_name: str, config: Any) -> None:
     """Write a (tokens, hidden) soft prompt as PEFT's prompt tuning. `config`: the base model's."""
     sizes = {
         "num_virtual_tokens": len(prompt),
         "token_dim": prompt.shape[1],
         "num_transformer_submodules": 1,
-        "num_attention_heads": config["num_attention_heads"],
-        "num_layers": config["num_hidden_layers"],
+        "num_attention_heads": getattr(config, "num_attention_heads", 1),  # a prompt has none; PEFT asks for them
+        "num_layers": config.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",
     }
     _write(folder, {"prompt_embeddings": prompt}, {**_peft("PROMPT_TUNING", base_name), **sizes})
 
 
-def write_peft_prefix(prefix: Tensor, folder: Path, *, base_name: str, config: Mapping[str, Any]) -> None:
+def write_peft_prefix(prefix: Tensor, folder: Path, *, base_name: str, config: Any) -> None:
     """Write (tokens, layers x (keys, values) x key heads x d) as PEFT's prefix tuning. `config`: the base model's."""
-    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+    heads, layers = num_key_heads(config), config.num_hidden_layers
     sizes = {
         "num_virtual_tokens": len(prefix),
         "token_dim": prefix.shape[1] // (2 * layers),
         "num_transformer_submodules": 1,
         "num_attention_heads": heads,
         "num_layers": layers,
-        "encoder_hidden_size": config["hidden_size"],
+        "encoder_hidden_size": config.hidden_size,
         "prefix_projection": False,
     }
     _write(folder, {"prompt_embeddings": prefix}, {**_peft("PREFIX_TUNING", base_name), **sizes})

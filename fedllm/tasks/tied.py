@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,6 @@ def _separate(model: nn.Module, names: tuple[str, ...]) -> None:
         )
     head = ends[1]
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):  # type: ignore[operator, union-attr]
-        config.tie_word_embeddings = False
+    config: Any = model.config
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # type: ignore[assignment]

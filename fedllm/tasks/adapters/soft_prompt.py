@@ -106,7 +106,8 @@ class AttachedPrompt:
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's prompt tuning."""
-        write_peft_prompt(params[LEAF], folder, base_name=base_name, config=self.decoder.base.model.config.to_dict())
+        config = self.decoder.base.model.config.get_text_config()
+        write_peft_prompt(params[LEAF], folder, base_name=base_name, config=config)
 
     def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """Not possible."""
