@@ -24,6 +24,7 @@ from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
 from fedllm.tasks.task import Task
 from fedllm.tasks.template import prompt_text
+from fedllm.tasks.vocabulary import require_rows
 from fedllm.tree import Tree, matches
 
 TOGETHER = 64  # records in one call of the tokenizer
@@ -123,21 +124,27 @@ class LoadedModel:
         """The same of several, some at a time.
 
         Raises:
-            DataError: an example has more tokens than the model has positions.
+            DataError: an example has more tokens than the model has positions, or one that it does not know.
         """
         rest = iter(records)
         while some := list(islice(rest, TOGETHER)):
             for found in self.task.objective.encode(some, self.base.tokenizer, self.task.template, max_length):
-                if found is not None and len(found.tokens) > self._room:
-                    what = f"a record of {len(found.tokens)} tokens"
-                    advice = f"set work.sgd.max_length to {self._room} or less"
-                    raise DataError(f"{self._positions}, too few for {what}; {advice}")
+                if found is not None:
+                    self._require_fit(found)
                 yield found
+
+    def _require_fit(self, example: Example) -> None:
+        require_rows(example.tokens.tolist(), self.base.tokenizer, self.base.model)
+        if len(example.tokens) > self._room:
+            what = f"a record of {len(example.tokens)} tokens"
+            advice = f"set work.sgd.max_length to {self._room} or less"
+            raise DataError(f"{self._positions}, too few for {what}; {advice}")
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """The tokens before a record's last response."""
         text = prompt_text(record, self.base.tokenizer, self.task.template)
         ids: list[int] = self.base.tokenizer(text, add_special_tokens=False)["input_ids"]
+        require_rows(ids, self.base.tokenizer, self.base.model)
         return ids
 
     @torch.no_grad()

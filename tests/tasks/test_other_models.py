@@ -228,9 +228,21 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(llama: Path) ->
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|note|>"]})
     tokenizer.save_pretrained(llama)
-    told = "up to number 259 ('<|note|>'), but the model has embeddings for 259 tokens"
+    told = "has the token '<|note|>' with the number 259, but the model has embeddings for 259 tokens (0 to 258)"
     with pytest.raises(ModelError, match=re.escape(told)):
         load_base(str(llama))
+
+
+def test_a_padding_token_without_an_embedding_is_refused_where_a_text_has_it(llama: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(llama)
+    model = model_of(llama, Lora(rank=2), "float32")
+    good, bad = ({"prompt": f"a{text}", "response": "b"} for text in ("", "[PAD]"))
+    assert model.encode(good, 64) is not None
+    for use in (lambda: model.encode(bad, 64), lambda: model.prompt(bad)):
+        with pytest.raises(DataError, match=r"the token '\[PAD\]' with the number 259, but the model has embeddings"):
+            use()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
