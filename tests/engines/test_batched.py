@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,19 @@ from tests.engines.cohort import (
     write_long,
     write_records,
 )
+from tests.wide import widen
 
+pytestmark = pytest.mark.usefixtures("wide")
 SOFT = SoftPrompt(tokens=3)
 RANKS = {"ann": 4, "ben": 1, "cid": 2, "dot": 4, "eve": 3}
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[None]:
+    """Both engines compute in float64 throughout, so that sums in another order are as near as float64 is."""
+    with pytest.MonkeyPatch.context() as patch:
+        widen(patch)
+        yield
 
 
 def full_trip(work: Sgd) -> list[Stage]:
