@@ -17,6 +17,7 @@ import pytest
 import torch
 
 EXACT = 1e-11
+SINGLE = 2e-5  # of a float32 model, in 2-norms: sqrt(n) u = 1e-6 for each of some hundred sums, which add up as roots
 NARROW = 2.0**-20  # relative, where the casts stay, as in processes of Ray: 16 roundings to 24 bits in a row
 MODELS = ("transformers.models.", "transformers.integrations.")
 

@@ -53,7 +53,7 @@ from tests.engines.cohort import (
     write_long,
     write_records,
 )
-from tests.wide import widen
+from tests.wide import SINGLE, widen
 
 pytestmark = pytest.mark.usefixtures("wide")
 SOFT = SoftPrompt(tokens=3)
@@ -133,7 +133,7 @@ def test_stacks_of_any_size(serial: Any, data: Path, adapter: Adapter, stack: in
 @pytest.mark.parametrize("adapter", [LORA, SOFT], ids=["lora", "soft"])
 def test_float32_with_sgd(serial: Any, data: Path, adapter: Adapter) -> None:
     settings: dict[str, Any] = {"adapter": adapter, "dtype": "float32", "stages": (Prox(0.1), Uniform())}
-    assert farthest(sent(Batched(workers=2), experiment(data, **settings)), serial(**settings)) < 1e-5
+    assert farthest(sent(Batched(workers=2), experiment(data, **settings)), serial(**settings)) < SINGLE
     alone = sent(Batched(stack=1, workers=2), experiment(data, **settings))
     assert all(same(alone[key], reply) for key, reply in serial(**settings).items())
 

@@ -317,8 +317,6 @@ def greedy(model: Any, start: Tensor) -> list[int]:
 @pytest.mark.parametrize("trained", [LORA, SOFT, None], ids=["lora", "prompt", "base"])
 def test_models_that_run_apart_answer(name: str, trained: Adapter | None, folder_of: Callable[[str], Path]) -> None:
     """A batch of unequal prompts, from a cache where the model's own works."""
-    if name == "openai" and trained is LORA:
-        pytest.skip("it has no linear layers")
     model = loaded(folder_of(name), targeted(name) if trained is LORA else SOFT)
     params = {} if trained is None else {leaf: value[0].detach() for leaf, value in stacked(model, 1).items()}
     assert model.base.caching == (name not in UNCACHED)
