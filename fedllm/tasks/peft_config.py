@@ -16,6 +16,7 @@ from typing import Any
 from fedllm.errors import ConfigError
 
 INIT = "task.adapter.lora.init_from"
+LONGEST = 60  # letters of a value in an error
 # Of PEFT's LoraConfig: what says where an adapter came from, where it stands or how it was trained.
 APART = frozenset(
     {
@@ -59,7 +60,9 @@ def _require_plain(config: Mapping[str, Any], file: Path) -> None:
         )
     for name, value in config.items():
         if name not in APART and value and value != "none":
+            text = json.dumps(value)
+            shown = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
             raise ConfigError(
-                f"{INIT}: {file} has {name}: {json.dumps(value)}, which the adapter lora does not compute; start from "
-                "an adapter without it"
+                f"{INIT}: {file} has {name}: {shown}, which the adapter lora does not compute; start from an adapter "
+                "without it"
             )
