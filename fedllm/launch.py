@@ -25,7 +25,7 @@ from fedllm.inputs import Inputs, changed, changed_since, inputs_of
 from fedllm.ledger import Ledger
 from fedllm.lock import locked
 from fedllm.ranges import counted
-from fedllm.rehearsal import rehearse
+from fedllm.rehearsal import rehearse, require_positions
 from fedllm.session import Session, failed
 from fedllm.shift import Shift
 from fedllm.spec import Reader, named
@@ -225,6 +225,7 @@ def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
     Scorer.of(experiment, population)
     model = load(experiment.task)
     rehearse(experiment, model, profiles)
+    require_positions(experiment, model, population)
     return model, replace(population, report=_data_report(experiment, model, population))
 
 

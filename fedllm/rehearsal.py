@@ -1,4 +1,4 @@
-"""What can be known of a round once the layers' sizes are: whether each client's update fits its bandwidth."""
+"""What can be known of a run once its model and its data are: whether updates fit bandwidths, and records the model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import replace
 from fedllm import loop, tree
 from fedllm.errors import CheckError, ClientError
 from fedllm.experiment import Experiment
+from fedllm.federation import Population
 from fedllm.stage import arrive, up
 from fedllm.tasks.model import LoadedModel
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Local, Profile
 from fedllm.work import Job, run_work
+
+GENERATED = frozenset({"exact_match", "rouge_l"})  # metrics of answers
 
 
 def rehearse(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, Profile]) -> None:
@@ -39,3 +42,21 @@ def rehearse(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, 
             up(stages, update, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
         except ClientError as error:
             raise CheckError(f"federation: client {client}: {error}") from error
+
+
+def require_positions(experiment: Experiment, model: LoadedModel, population: Population) -> None:
+    """Read the records that evaluation will use, if the model has a table of positions.
+
+    Raises:
+        DataError: one of them has more tokens, or would be given more in an answer, than the model has positions.
+    """
+    evaluation, length = experiment.evaluation, experiment.work.max_length
+    if model.base.positions is None or not evaluation.metrics:
+        return
+    for records in population.heldout.values():
+        for record in records[: evaluation.limit]:
+            texts = record["choices"] if "accuracy" in evaluation.metrics and "choices" in record else ()
+            for _ in model.encode_all([record, *({**record, "response": text} for text in texts)], length):
+                pass
+            if not GENERATED.isdisjoint(evaluation.metrics):
+                model.require_answers(len(model.prompt(record)), evaluation.max_new_tokens)

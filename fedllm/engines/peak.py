@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedllm.tasks.linear import linear_layers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -16,9 +18,8 @@ ROWS, SECONDS, WINDOWS = 512, 0.05, 4  # the best window counts: other work may 
 
 def matmul_peak(pool: ThreadPoolExecutor, workers: int, model: PreTrainedModel) -> float:
     """Floating-point operations a second of all workers together, (512, in) x (in, out) in the model's type, for the
-    largest linear layer but the head."""
-    head = model.get_output_embeddings()
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    largest linear layer but the head, or the head where there is none."""
+    linears = [*linear_layers(model).values()] or [model.get_output_embeddings()]
     weight = max((layer.weight for layer in linears), key=torch.Tensor.numel)
     x = torch.ones(ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
 

@@ -51,8 +51,15 @@ class Attached(Protocol):
         """Write the adapter in PEFT's own layout where it has one."""
         ...
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
-        """The base model's weights that the adapter changes, with the change folded in, float32."""
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
+        """The base model's weights that the adapter changes, with the change folded in, float32.
+
+        `base`: the same model as it was loaded in another dtype, into whose weights it is folded; the default is the
+        model that the adapter is attached to, whose weights may be rounded to 16 bits.
+
+        A weight that two layers share, such as a head that is tied to the embedding, stands there under the name of
+        each layer for which it changes.
+        """
         ...
 
 
@@ -91,6 +98,11 @@ class Adapter:
     def needs_weights(self) -> bool:
         """Whether it trains the base model's own matrices, or writes others in their place."""
         return False
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that it takes in front of every sequence."""
+        return 0
 
     def attach(self, base: Base) -> Attached:
         """Prepare the base model (once per process) and return the adapter on it."""

@@ -24,9 +24,11 @@ from fedllm.errors import ConfigError, ModelError, nearest
 from fedllm.tasks.cache import build_once
 from fedllm.tasks.gguf import convert
 from fedllm.tasks.packaged import fetch
+from fedllm.tasks.positions import num_positions
 from fedllm.tasks.pretrained import from_folder, from_hub, hub_folder
 from fedllm.tasks.quantized_base import from_cache, quantise
 from fedllm.tasks.tiny import tiny_model, tiny_tokenizer
+from fedllm.tasks.vocabulary import require_tokenizer
 from fedllm.tree import digest
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Base:
     `folder`: what was loaded; None for a model of the hub and for one that is built in code (`materialise` writes it).
     `name`: what the experiment asked for. `title`: for people. `unpackable`: why its sequences run one at a time; None
     if they share a row. `caching`: whether they then generate with a cache. (`architecture` finds out.)
+    `positions`: the most tokens of a sequence; None where there is no hard limit.
     """
 
     model: PreTrainedModel
@@ -62,6 +65,7 @@ class Base:
     title: str
     unpackable: str | None = None
     caching: bool = True
+    positions: int | None = None
 
     @cached_property
     def digest(self) -> str:
@@ -91,7 +95,8 @@ class Alias:
 def load_base(name: str, *, dtype: str = "auto", device: str = "auto", quantize: str | None = None) -> Base:
     """Load a base model in a dtype (`resolve_dtype`) onto a device (`resolve_device`), its matrices in `quantize`.
 
-    Raises ModelError: unknown name, files that are missing or of another kind, a download that fails.
+    Raises ModelError: unknown name, files that are missing or of another kind, a download that fails, a tokenizer that
+    does not fit the model.
     """
     quiet_dependencies()
     place = resolve_device(device)
@@ -104,9 +109,8 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", quantize:
         number, (source, title) = resolve_dtype(dtype, device=place), _locate(name)
         read = partial(from_folder, source) if source else partial(from_hub, name)
     model, tokenizer, folder = read(number) if quantize is None else _quantized(name, read, quantize, number)
+    require_tokenizer(tokenizer, model, name)
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer of {name} has neither a pad nor an eos token; add one to its files")
         tokenizer.pad_token = tokenizer.eos_token
     model.config.use_cache = False
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
@@ -116,7 +120,8 @@ def load_base(name: str, *, dtype: str = "auto", device: str = "auto", quantize:
     except (RuntimeError, AssertionError) as error:  # out of memory, or a device that torch was built without
         reason = str(error).splitlines()[0]
         raise ModelError(f"{name} cannot be moved to device '{place}': {reason}") from error
-    return Base(model=model, tokenizer=tokenizer, folder=folder, name=name, title=title)
+    positions = num_positions(model)
+    return Base(model=model, tokenizer=tokenizer, folder=folder, name=name, title=title, positions=positions)
 
 
 def _quantized(name: str, read: Callable[[torch.dtype], Loaded], kind: str, dtype: torch.dtype) -> Loaded:

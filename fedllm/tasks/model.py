@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fedllm.batch import Batch, Example, collate
 from fedllm.checksum import checksum
-from fedllm.errors import CheckError
+from fedllm.errors import CheckError, DataError
 from fedllm.federation import naming
 from fedllm.native import kernels
 from fedllm.native.library import library
@@ -27,6 +28,7 @@ from fedllm.tasks.base import Base, load_base
 from fedllm.tasks.cross_entropy import row_losses, softcap
 from fedllm.tasks.task import Task
 from fedllm.tasks.template import prompt_tokens
+from fedllm.tasks.vocabulary import require_rows
 from fedllm.tree import Tree, matches
 
 TOGETHER = 64  # records in one call of the tokenizer
@@ -127,18 +129,34 @@ class LoadedModel:
         return found
 
     def encode_all(self, records: Iterable[Mapping[str, Any]], max_length: int) -> Iterator[Example | None]:
-        """The same of several, some at a time."""
+        """The same of several, some at a time.
+
+        Raises:
+            DataError: an example has more tokens than the model has positions, or one that it does not know.
+        """
         rest = iter(records)
         while some := list(islice(rest, TOGETHER)):
-            yield from self.task.objective.encode(some, self.base.tokenizer, self.task.template, max_length)
+            for found in self.task.objective.encode(some, self.base.tokenizer, self.task.template, max_length):
+                if found is not None:
+                    self._require_fit(found)
+                yield found
+
+    def _require_fit(self, example: Example) -> None:
+        require_rows(example.tokens.tolist(), self.base.tokenizer, self.base.model)
+        if len(example.tokens) > self._room:
+            what = f"a record of {len(example.tokens)} tokens"
+            advice = f"set work.sgd.max_length to {self._room} or less"
+            raise DataError(f"{self._positions}, too few for {what}; {advice}")
 
     def prompt(self, record: Mapping[str, Any]) -> list[int]:
         """The tokens before a record's last response.
 
         Raises:
-            DataError: the template does not fit the record; with the record's place.
+            DataError: the template does not fit the record, or a token has no row; with the record's place.
         """
-        return naming([record], lambda _: prompt_tokens(record, self.base.tokenizer, self.task.template))
+        ids = naming([record], lambda _: prompt_tokens(record, self.base.tokenizer, self.task.template))
+        require_rows(ids, self.base.tokenizer, self.base.model)
+        return ids
 
     @torch.no_grad()
     def sequence_nll(self, params: Tree, examples: Sequence[Example], batch_size: int = 16) -> list[Tensor]:
@@ -153,9 +171,14 @@ class LoadedModel:
 
     @torch.no_grad()
     def generate(self, params: Tree, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Greedy continuations, without special tokens; batched, with a cache, until an end token."""
+        """Greedy continuations, without special tokens; batched, with a cache, until an end token.
+
+        Raises:
+            DataError: the model has fewer positions than the longest prompt with an answer of `max_new_tokens`.
+        """
         eos, device = int(self.base.tokenizer.eos_token_id), self.base.model.device
         width = max(map(len, prompts))
+        self.require_answers(width, max_new_tokens)
         tokens = torch.tensor([[eos] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         cache, given, ends = None, tokens, torch.tensor(self.end_tokens, device=device)
@@ -171,6 +194,32 @@ class LoadedModel:
                 break
             given = tokens if cache is None else chosen[:, None]
         return [str(text) for text in self.base.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)]
+
+    def require_answers(self, prompt: int, max_new_tokens: int) -> None:
+        """
+        Raises:
+            DataError: the model has too few positions for a prompt of so many tokens with its answer.
+        """
+        left = self._room - prompt + 1  # the last token of an answer is not read
+        if left < max(1, max_new_tokens):
+            what = f"a prompt of {prompt} tokens and max_new_tokens {max_new_tokens}"
+            raise DataError(
+                f"{self._positions}, too few for {what}; "
+                + (f"set max_new_tokens to {left} or less" if left > 0 else "shorten the prompt")
+            )
+
+    @property
+    def _room(self) -> float:
+        """The longest sequence that the model can read."""
+        positions = self.base.positions
+        return math.inf if positions is None else positions - self.task.adapter.virtual_tokens
+
+    @property
+    def _positions(self) -> str:
+        """For errors."""
+        virtual = self.task.adapter.virtual_tokens
+        taken = f", {virtual} of them taken by the adapter" if virtual else ""
+        return f"{self.base.title} has {self.base.positions} positions{taken}"
 
     @property
     def end_tokens(self) -> list[int]:

@@ -12,19 +12,27 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedllm.errors import ConfigError
+from fedllm.tasks.peft_config import INIT, lora_scale
 from fedllm.tree import Tree
 
 PREFIX, SUFFIX = "base_model.model.", ".weight"
-INIT = "task.adapter.lora.init_from"
 
 
 def write_peft_lora(
-    params: Tree, folder: Path, *, base_name: str, rank: int, alpha: float, dropout: float, rslora: bool
+    params: Tree,
+    folder: Path,
+    *,
+    base_name: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rslora: bool,
+    turned: bool = False,
 ) -> None:
     """Write LoRA factors so that `PeftModel.from_pretrained(base, folder)` loads them.
 
     The scale is that of `rank` and `alpha` for every layer. PEFT derives it from a layer's own rank, so a layer of
-    another rank is given an alpha of its own.
+    another rank is given an alpha of its own. `turned`: the base model keeps its weights as (in, out), as GPT-2 does.
     """
     ranks = {name.removesuffix(".lora_A"): len(leaf) for name, leaf in params.items() if name.endswith(".lora_A")}
     others = {name: size for name, size in ranks.items() if size != rank}
@@ -34,7 +42,7 @@ def write_peft_lora(
         "lora_dropout": dropout,
         "use_rslora": rslora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": turned,
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": sorted(ranks),
@@ -45,29 +53,34 @@ def write_peft_lora(
     _write(folder, leaves, {**_peft("LORA", base_name), **config})
 
 
-def write_peft_prompt(prompt: Tensor, folder: Path, *, base_name: str, config: Mapping[str, Any]) -> None:
+def num_key_heads(config: Any) -> int:
+    """Key heads of a layer; a configuration that does not name them has as many as there are query heads."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def write_peft_prompt(prompt: Tensor, folder: Path, *, base_name: str, config: Any) -> None:
     """Write a (tokens, hidden) soft prompt as PEFT's prompt tuning. `config`: the base model's."""
     sizes = {
         "num_virtual_tokens": len(prompt),
         "token_dim": prompt.shape[1],
         "num_transformer_submodules": 1,
-        "num_attention_heads": config["num_attention_heads"],
-        "num_layers": config["num_hidden_layers"],
+        "num_attention_heads": getattr(config, "num_attention_heads", 1),  # a prompt has none; PEFT asks for them
+        "num_layers": config.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",
     }
     _write(folder, {"prompt_embeddings": prompt}, {**_peft("PROMPT_TUNING", base_name), **sizes})
 
 
-def write_peft_prefix(prefix: Tensor, folder: Path, *, base_name: str, config: Mapping[str, Any]) -> None:
+def write_peft_prefix(prefix: Tensor, folder: Path, *, base_name: str, config: Any) -> None:
     """Write (tokens, layers x (keys, values) x key heads x d) as PEFT's prefix tuning. `config`: the base model's."""
-    heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+    heads, layers = num_key_heads(config), config.num_hidden_layers
     sizes = {
         "num_virtual_tokens": len(prefix),
         "token_dim": prefix.shape[1] // (2 * layers),
         "num_transformer_submodules": 1,
         "num_attention_heads": heads,
         "num_layers": layers,
-        "encoder_hidden_size": config["hidden_size"],
+        "encoder_hidden_size": config.hidden_size,
         "prefix_projection": False,
     }
     _write(folder, {"prompt_embeddings": prefix}, {**_peft("PREFIX_TUNING", base_name), **sizes})
@@ -94,10 +107,11 @@ def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, scale
     """Read LoRA factors from a run folder or a folder in PEFT's layout.
 
     Raises:
-        ConfigError: no adapter there, or its layers, ranks or scale are not those of the task.
+        ConfigError: no adapter there, it is not plain LoRA, or its layers, ranks or scale are not those of the task.
     """
     file = adapter_file(folder)
     place = file.parent
+    found = lora_scale(place / "adapter_config.json")
     leaves = {key.removeprefix(PREFIX).removesuffix(SUFFIX): leaf for key, leaf in load_file(file).items()}
     for name, shape in shapes.items():
         if name not in leaves:
@@ -107,22 +121,9 @@ def read_peft_lora(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, scale
     for name in leaves:
         if name not in shapes:
             raise ConfigError(f"{INIT}: {file} has {name}, which the task does not train; set targets to the adapter's")
-    found = _scale(place / "adapter_config.json")
     if not math.isclose(found, scale, rel_tol=1e-6):
         raise ConfigError(f"{INIT}: {place} was trained with the scale {found:g}, the task has {scale:g}; set alpha")
     return leaves
-
-
-def _scale(file: Path) -> float:
-    """The scale of a LoRA adapter, one for all its layers."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        rank, alpha, patterns = config["r"], config["lora_alpha"], config.get("rank_pattern") or {}
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{INIT}: {file} is no configuration of a LoRA adapter") from error
-    if config.get("use_dora") or patterns or config.get("alpha_pattern"):
-        raise ConfigError(f"{INIT}: {file} has use_dora, rank_pattern or alpha_pattern, which fedllm's LoRA lacks")
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def _peft(kind: str, base_name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from fedllm.errors import ModelError
 from fedllm.tasks.cache import progress
+from fedllm.tasks.vocabulary import MISSING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +69,10 @@ def hub_folder(name: str) -> Path:
 def _read(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:  # files that are missing, or need another package; a network fails with OSError
+        raise ModelError(f"{source} {MISSING}") from error
     model, found = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )

@@ -30,6 +30,7 @@ from fedllm.tasks.base import load_base
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.task import Scope, Task
 from fedllm.tree import Tree
+from tests.wide import SINGLE
 
 KEY = Key(3)
 IA3 = Peft("ia3")
@@ -234,7 +235,8 @@ def test_peft_loads_a_prompt(tmp_path: Path) -> None:
     model.adapter.save(params, tmp_path, "tiny-llama")
     other = PeftModel.from_pretrained(plain("float32"), tmp_path)
     with torch.no_grad():
-        assert torch.allclose(other(input_ids=tokens).logits[:, -1], next_logits(model, params, tokens), atol=1e-5)
+        found = next_logits(model, params, tokens)
+        assert float((other(input_ids=tokens).logits[:, -1] - found).norm()) < SINGLE * float(found.norm())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["num_virtual_tokens"], config["token_dim"]) == ("PROMPT_TUNING", 3, 64)
     assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"], params[LEAF])
@@ -405,7 +407,7 @@ def test_peft_loads_what_it_saved(adapter: Peft, tmp_path: Path) -> None:
     other = PeftModel.from_pretrained(plain("float32"), tmp_path)
     with torch.no_grad():
         found = next_logits(model, params, tokens)
-        assert torch.allclose(other(input_ids=tokens).logits[:, -1], found, atol=1e-5)
+        assert float((other(input_ids=tokens).logits[:, -1] - found).norm()) < SINGLE * float(found.norm())
         assert float((found - next_logits(model, {}, tokens)).abs().max()) > 1e-3
 
 
@@ -451,7 +453,7 @@ def test_pefts_dropout_is_keyed_and_off_in_evaluation() -> None:
         (Peft("lora", {"r": 0}), "`r` should be a positive integer"),
         (Peft("lora", {"target_modules": ["lm_head"]}), "the output head cannot be adapted"),
         (Peft("lora", {"modules_to_save": ["lm_head"]}), "the output head cannot be adapted"),
-        (Peft("lora", {"init_lora_weights": "pissa"}), "change the base model's weights"),
+        (Peft("lora", {"init_lora_weights": "pissa"}), "init_lora_weights: pissa changes the base model's weights"),
     ],
     ids=lambda value: value.type if isinstance(value, Peft) else None,
 )

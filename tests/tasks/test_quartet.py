@@ -38,6 +38,7 @@ from fedllm.tree import Tree
 from tests.doubles.kept import Kept
 from tests.engines.cohort import experiment, write_records
 from tests.stages.lora_round import off
+from tests.wide import NARROW, SINGLE
 
 KEY, SIZE = Key(6), 5
 LAYERS, HEADS, DIM = 2, 2, 16  # of tiny-llama: key heads and the size of each
@@ -119,7 +120,7 @@ def test_peft_loads_what_is_saved(tmp_path: Path) -> None:
     model.adapter.save(params, tmp_path, str(materialise(model.base)))
     base = AutoModelForCausalLM.from_pretrained(materialise(model.base))
     theirs = PeftModel.from_pretrained(base, str(tmp_path))
-    assert off(answered(model, params), theirs(TOKENS).logits[:, -1].double()) < 1e-5
+    assert off(answered(model, params), theirs(TOKENS).logits[:, -1].double()) < SINGLE
 
 
 def test_a_long_sequence_sees_its_prefix_too() -> None:
@@ -209,7 +210,7 @@ def test_every_engine_gives_the_same(adapter: Adapter, data: Path, tmp_path: Pat
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
     start = load(exp.task).fresh(exp.key)
     assert tree.equal(dict(ray), dict(serial))
-    assert all(off(batched[name] - start[name], leaf - start[name]) < 1e-9 for name, leaf in serial.items())
+    assert all(off(batched[name] - start[name], leaf - start[name]) < NARROW for name, leaf in serial.items())
 
 
 @both

@@ -24,6 +24,7 @@ from fedllm.tasks.adapter import Adapter, Attached, Decoder, InLayers, trained_d
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import current
+from fedllm.tasks.linear import replace_forward
 from fedllm.tasks.peft_layout import write_weights
 from fedllm.tree import Tree
 
@@ -67,7 +68,7 @@ class Bottleneck(Adapter):
         """
         layers = targeted(base.model, self.targets, 1, "task.adapter.bottleneck")
         for name, layer in layers.items():
-            layer.forward = Narrowed(layer, name, self.activation)  # type: ignore[assignment]
+            replace_forward(base.model, name, Narrowed(layer, name, self.activation))
         return AttachedBottleneck(Decoder(base), self, layers)
 
 
@@ -114,6 +115,6 @@ class AttachedBottleneck(InLayers):
         """The leaves by name: PEFT has no layout for them."""
         write_weights(params, folder, base_name=base_name)
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """Not possible."""
         raise ConfigError("a bottleneck adapter cannot be merged into weights; export --to peft writes its leaves")

@@ -33,6 +33,7 @@ from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import Forward, current
+from fedllm.tasks.linear import Turned, as_stored, base_weight, replace_forward
 from fedllm.tasks.peft_layout import read_peft_lora, write_peft_lora
 from fedllm.tasks.shifted import frozen, moved, require_fit
 from fedllm.tree import Tree
@@ -94,7 +95,7 @@ class Lora(Adapter):
         """
         layers = targeted(base.model, self.targets, self.rank, "task.adapter.lora")
         for name, layer in layers.items():
-            layer.forward = Adapted(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
+            replace_forward(base.model, name, Adapted(layer, name, self.scale, self.dropout))
         return AttachedLora(Decoder(base), self, layers, self._given_up(base, layers))
 
     def _given_up(self, base: Base, layers: Mapping[str, nn.Linear]) -> Tree:
@@ -192,16 +193,17 @@ class AttachedLora(InLayers):
             alpha=settings.alpha,
             dropout=settings.dropout,
             rslora=settings.rslora,
+            turned=any(isinstance(layer, Turned) for layer in self.layers.values()),
         )
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """W + s B A, float32 or wider."""
-        wide = trained_dtype(self.decoder.base)
+        wide, model = trained_dtype(self.decoder.base), None if base is None else base.model
         whole, found = self._lack.folded(params), dict[str, Tensor]()
         for name, layer in self.layers.items():
-            weight = layer.weight.detach()
+            weight = base_weight(layer, name, model)
             product = torch.matmul(*factors.pair(whole, name)).to(weight.device)
-            found[f"{name}.weight"] = weight.to(wide) + self.settings.scale * product
+            found[f"{name}.weight"] = as_stored(layer, weight.to(wide) + self.settings.scale * product)
         return found
 
     def _shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -30,6 +30,7 @@ from fedllm.tasks.adapters.singular import singular_factors
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import current
+from fedllm.tasks.linear import Turned, as_stored, base_weight, replace_forward
 from fedllm.tasks.peft_layout import write_peft_lora
 from fedllm.tree import Tree
 
@@ -75,7 +76,7 @@ class LoraXs(Adapter):
         fixed = {name: leaf.to(base.model.device, dtype) for name, leaf in fixed.items()}
         for name, layer in layers.items():
             b, a = (leaf.to(base.model.device, base.model.dtype) for leaf in factors.pair(fixed, name))
-            layer.forward = AdaptedXs(layer, name, b, a, self.alpha / self.rank)  # type: ignore[assignment]
+            replace_forward(base.model, name, AdaptedXs(layer, name, b, a, self.alpha / self.rank))
         return AttachedLoraXs(Decoder(base), self, layers, fixed)
 
 
@@ -127,19 +128,18 @@ class AttachedLoraXs(InLayers):
             alpha=settings.alpha,
             dropout=0.0,
             rslora=False,
+            turned=any(isinstance(layer, Turned) for layer in self.layers.values()),
         )
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """W + s B R A, float32 or wider."""
-        wide, scale, lora = (
-            trained_dtype(self.decoder.base),
-            self.settings.alpha / self.settings.rank,
-            self._lora(params),
-        )
+        wide, model = trained_dtype(self.decoder.base), None if base is None else base.model
+        scale, lora = self.settings.alpha / self.settings.rank, self._lora(params)
         found: Tree = {}
         for name, layer in self.layers.items():
+            weight = base_weight(layer, name, model)
             b, a = factors.pair(lora, name)
-            found[f"{name}.weight"] = layer.weight.detach().to(wide) + scale * (b @ a)
+            found[f"{name}.weight"] = as_stored(layer, weight.to(wide) + scale * (b @ a).to(weight.device))
         return found
 
     def _lora(self, params: Tree) -> Tree:

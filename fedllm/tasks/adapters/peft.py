@@ -30,6 +30,10 @@ from fedllm.tasks.current import Forward, computing
 from fedllm.tree import Tree
 
 OURS = frozenset({"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"})
+LOOPS = {"adalora": "moves ranks between layers by calls between its steps"}  # types that need a trainer of their own
+# Initial values of peft's LoRA that it makes from a pass over data, or from base weights that it changes.
+STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
+REFUSALS = (TypeError, ValueError, AttributeError, RuntimeError, ImportError)  # of peft, or of what it calls
 UNSAFE = frozenset({"prompt_tuning_init_state_dict_path", "tokenizer_kwargs", "adapters"})  # files that may hold code
 
 
@@ -59,6 +63,11 @@ class Peft(Adapter):
         """peft's layers hold and merge them."""
         return True
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Those of its prompts."""
+        return int(self.settings.get("num_virtual_tokens") or 0)
+
     def attach(self, base: Base) -> Attached:
         """Wrap a copy of the base model's structure; the weights are shared.
 
@@ -79,6 +88,14 @@ class Peft(Adapter):
         known = {kind.value.lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if self.type not in known:
             raise ConfigError(f"task.adapter.peft.type: unknown type '{self.type}'{nearest(self.type, known)}")
+        if self.type in LOOPS:
+            raise ConfigError(f"task.adapter.peft.type: {self.type} {LOOPS[self.type]}, which fedllm does not make")
+        start = self.settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(STARTS):
+            raise ConfigError(
+                f"task.adapter.peft.settings: init_lora_weights: {start} changes the base model's weights or needs a "
+                "pass over data; leave it out, or use lora with init: singular"
+            )
         cls = known[self.type]
         allowed = {item.name for item in fields(cls) if item.init} - OURS - UNSAFE
         for name in self.settings:
@@ -104,16 +121,17 @@ class Wrapped:
         from peft import get_peft_model
 
         weights = [*base.model.parameters(), *base.model.buffers()]
-        before = [leaf.data_ptr() for leaf in weights]
+        before = _told(weights)
         inner = copy.deepcopy(base.model, {id(leaf): leaf for leaf in weights} if share else {})
         own, head = {id(module) for module in inner.modules()}, inner.get_output_embeddings()
         try:
             with _seeded(seed), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merged` sees to it
                 model = get_peft_model(inner, copy.deepcopy(config))
-        except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        except (LookupError, ArithmeticError, *REFUSALS) as error:
             raise ConfigError(f"task.adapter.peft: {settings.type} on {base.name}: {_first_line(error)}") from error
-        if before != [leaf.data_ptr() for leaf in weights]:
+        if before != _told(weights):
             raise ConfigError(f"task.adapter.peft: these settings of {settings.type} change the base model's weights")
         if model.get_base_model().get_output_embeddings() is not head:
             raise ConfigError("task.adapter.peft: the output head cannot be adapted; leave it out of target_modules")
@@ -193,18 +211,21 @@ class AttachedPeft:
         made.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # a form for a model card, not filled in
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
-        """The weights that the adapter changes, as peft merges them into a copy."""
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
+        """The weights that the adapter changes, as peft merges them into a copy; the head stays the base model's."""
         refusal = f"a {self.settings.type} adapter cannot be merged into weights; export --to peft"
         if self.config.is_prompt_learning:
             raise ConfigError(refusal)
-        made = Wrapped.of(self.decoder.base, self.config, seed=0, settings=self.settings, share=False)
+        base = self.decoder.base if base is None else base
+        made = Wrapped.of(base, self.config, seed=0, settings=self.settings, share=False)
         made.load(params)
         try:
-            whole = made.model.to(trained_dtype(self.decoder.base)).merge_and_unload()
-        except (AttributeError, NotImplementedError, ValueError) as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=UserWarning)  # a tied head is seen to by whoever writes it
+                whole = made.model.to(trained_dtype(self.decoder.base)).merge_and_unload()
+        except REFUSALS as error:
             raise ConfigError(refusal) from error
-        own = dict(self.decoder.base.model.named_parameters())
+        own = dict(base.model.named_parameters())
         merged = {name: leaf.detach() for name, leaf in whole.named_parameters() if name in own}
         return {name: leaf for name, leaf in merged.items() if not torch.equal(leaf, own[name].to(leaf.dtype))}
 
@@ -227,6 +248,11 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
+
+
+def _told(weights: Sequence[Tensor]) -> list[tuple[int, str]]:
+    """Where weights lie and what they add up to: what another place, or a change in it, changes."""
+    return [(leaf.data_ptr(), repr(leaf.sum(dtype=torch.float64).item())) for leaf in weights]
 
 
 def _leaf_name(name: str) -> str:

@@ -24,7 +24,7 @@ from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
 from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.current import Forward, computing
-from fedllm.tasks.peft_layout import write_peft_prefix
+from fedllm.tasks.peft_layout import num_key_heads, write_peft_prefix
 from fedllm.tasks.prefixed import leaf_name
 from fedllm.tasks.words import drawn_words
 from fedllm.tree import Tree
@@ -44,6 +44,11 @@ class Prefix(Adapter):
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ConfigError(f"task.adapter.prefix.tokens is {self.tokens}; it must be 1 or more")
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The prefix."""
+        return self.tokens
 
     def attach(self, base: Base) -> Attached:
         """Nothing in the base model changes.
@@ -100,10 +105,10 @@ class AttachedPrefix:
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's prefix tuning."""
         parts = [params[leaf_name(layer, part)] for layer in range(self.layers) for part in ("key", "value")]
-        config = self.decoder.base.model.config.get_text_config().to_dict()
+        config = self.decoder.base.model.config.get_text_config()
         write_peft_prefix(torch.cat(parts, 1), folder, base_name=base_name, config=config)
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """Not possible."""
         raise ConfigError("a prefix cannot be merged into weights; export --to peft")
 
@@ -112,7 +117,7 @@ class AttachedPrefix:
         from transformers import DynamicCache
 
         model, cache = self.decoder.base.model, DynamicCache()
-        heads = model.config.get_text_config().num_key_value_heads
+        heads = num_key_heads(model.config.get_text_config())
         for layer in range(self.layers):
             key, value = (
                 params[leaf_name(layer, part)].to(model.device, model.dtype).unflatten(1, (heads, -1)).transpose(0, 1)

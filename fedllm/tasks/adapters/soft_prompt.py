@@ -47,6 +47,11 @@ class SoftPrompt(Adapter):
         if self.tokens < 1:
             raise ConfigError(f"task.adapter.soft_prompt.tokens is {self.tokens}; it must be 1 or more")
 
+    @property
+    def virtual_tokens(self) -> int:
+        """The prompt."""
+        return self.tokens
+
     def attach(self, base: Base) -> Attached:
         """Nothing in the base model changes."""
         return AttachedPrompt(self, Decoder(base))
@@ -101,9 +106,10 @@ class AttachedPrompt:
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's prompt tuning."""
-        write_peft_prompt(params[LEAF], folder, base_name=base_name, config=self.decoder.base.model.config.to_dict())
+        config = self.decoder.base.model.config.get_text_config()
+        write_peft_prompt(params[LEAF], folder, base_name=base_name, config=config)
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """Not possible."""
         raise ConfigError("a soft prompt cannot be merged into weights; export --to peft")
 

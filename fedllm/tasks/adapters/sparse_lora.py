@@ -26,6 +26,7 @@ from fedllm.tasks.adapters.lora import Adapted, AttachedLora, Lora
 from fedllm.tasks.adapters.targets import targeted
 from fedllm.tasks.base import Base
 from fedllm.tasks.current import current
+from fedllm.tasks.linear import replace_forward
 from fedllm.tree import Tree
 
 
@@ -54,7 +55,7 @@ class SparseLora(Lora):
         """
         layers = targeted(base.model, self.targets, self.rank, "task.adapter.sparse_lora")
         for name, layer in layers.items():
-            layer.forward = AdaptedSparse(layer, name, self.scale, self.dropout)  # type: ignore[assignment]
+            replace_forward(base.model, name, AdaptedSparse(layer, name, self.scale, self.dropout))
         return AttachedSparse(Decoder(base), self, layers)
 
 
@@ -118,9 +119,9 @@ class AttachedSparse(AttachedLora):
         """PEFT's layout of LoRA; sparse values that are not zero become factors of the layer's own rank."""
         super().save(_folded(params), folder, base_name)
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """W + s (B A + S), float32 or wider."""
-        return super().merged(_folded(params))
+        return super().merged(_folded(params), base)
 
 
 def _folded(params: Tree) -> Tree:

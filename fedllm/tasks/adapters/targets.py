@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from fedllm.errors import ConfigError, nearest
+from fedllm.tasks.linear import linear_layers
 from fedllm.tree import matches
 
 
@@ -19,15 +20,13 @@ def targeted(model: nn.Module, targets: Sequence[str], rank: int, key: str) -> M
     Raises:
         ConfigError: a target selects no layer, or the rank is above a layer's size.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    linears = linear_layers(model)
     chosen: set[str] = set()
     for target in targets:
         pattern = "*" if target == "all_linear" else target if "*" in target else f"*.{target}"
         found = {name for name in linears if matches(name, [pattern])}
         if not found:
-            known = {name.rpartition(".")[2] for name in linears}
-            raise ConfigError(f"{key}.targets: '{target}' fits no layer{nearest(target, known)}")
+            raise ConfigError(f"{key}.targets: '{target}' fits no layer{_advice(model, linears, target, pattern)}")
         chosen |= found
     layers = {name: layer for name, layer in linears.items() if name in chosen}
     for name, layer in layers.items():
@@ -35,3 +34,15 @@ def targeted(model: nn.Module, targets: Sequence[str], rank: int, key: str) -> M
             size = f"{layer.out_features}x{layer.in_features}"
             raise ConfigError(f"{key}.rank is {rank}, above the size {size} of layer {name}")
     return layers
+
+
+def _advice(model: nn.Module, linears: Mapping[str, nn.Linear], target: str, pattern: str) -> str:
+    """What to set in place of a target that fits nothing."""
+    if not linears:
+        return ": the model has no linear layers beside its output head; use soft_prompt, norms or full"
+    names = sorted({name.rpartition(".")[2] for name in linears})
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if any(module is head and matches(f".{name}", [pattern]) for name, module in model.named_modules()):
+        return f" that can be extended, for the output head cannot; name some of {', '.join(names)}"
+    known = nearest(target, names)
+    return f"{known} The linear layers are {', '.join(names)}" if known.endswith("?") else known

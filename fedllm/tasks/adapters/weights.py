@@ -22,6 +22,7 @@ from fedllm.tasks.adapter import Adapter, Attached, Decoder, trained_dtype
 from fedllm.tasks.base import Base
 from fedllm.tasks.cross_entropy import Head
 from fedllm.tasks.peft_layout import write_weights
+from fedllm.tasks.tied import names_of
 from fedllm.tree import Tree
 
 
@@ -106,9 +107,11 @@ class AttachedWeights:
         """The trained weights by name: PEFT has no layout for them."""
         write_weights(params, folder, base_name=base_name)
 
-    def merged(self, params: Tree) -> Mapping[str, Tensor]:
-        """The leaves themselves."""
-        return {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in params.items()}
+    def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
+        """The leaves themselves, under all names that the model has for them."""
+        names = names_of(self.decoder.base.model)
+        wide = {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in params.items()}
+        return {other: leaf for name, leaf in wide.items() for other in names[name]}
 
     def _with(self, params: Mapping[str, Tensor]) -> Decoder:
         return replace(self.decoder, weights={name: self._cast(leaf) for name, leaf in params.items()})
