@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import logging
 import signal
 from collections.abc import Iterator
@@ -32,6 +33,30 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported and collected stays. An engine that stacks clients would else have the garbage collector walk
+    through it at each of its starts (`heap.settled_objects`), which takes as long as a small run."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """The garbage collector as a process of fedllm's own has it."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disk_not_waited_for() -> Iterator[None]:
+    """No test pulls the plug, so none needs its files on the disk. What is synced when is seen by tests that watch the
+    call (tests/test_disk.py, tests/test_state.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for this test alone."""
@@ -48,6 +73,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("ray-cache")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no advice about it
+        patch.setenv("RAY_worker_niceness", "0")  # else whatever else runs goes before its actors
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(address="local", num_cpus=3, object_store_memory=10**8, **quiet)
     try:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from fedllm import loop, tree
+from fedllm import launch, loop, tree
 from fedllm.aggregate import Call, Replies
 from fedllm.client import Site
 from fedllm.engine import Engine
-from fedllm.events import Emit, Event
+from fedllm.engines.serial import Serial
+from fedllm.events import CheckpointSaved, Emit, Event
 from fedllm.experiment import Evaluation, Experiment
 from fedllm.federations.shards import Shards
 from fedllm.federations.splits.by import By
@@ -33,6 +35,7 @@ from fedllm.works.sgd import Sgd
 SIZES = {"ann": 6, "ben": 3, "cid": 2, "dot": 5, "eve": 1}
 CLIENTS = tuple(SIZES)
 LORA = Lora(rank=4, alpha=8)
+SERIAL = Serial()
 SGD = Sgd(lr=0.05, steps=3, batch_size=2, max_length=48, momentum=0.9)
 ADAMW = Sgd("adamw", lr=0.01, steps=3, batch_size=2, max_length=48)
 
@@ -160,6 +163,19 @@ def sent(
             for client, reply in call("work", requests):
                 found[round, client] = deepcopy(reply)
     return found
+
+
+def in_pieces(made: Experiment, out: Path, engine: Engine = SERIAL) -> launch.Result:
+    """A run that is stopped when it is saved after 0, 1, 2, ... rounds, and resumed each time."""
+    for stop_after in range(made.rounds):
+
+        def stop(event: Event, rounds: int = stop_after) -> None:
+            if isinstance(event, CheckpointSaved) and event.round == rounds:
+                raise KeyboardInterrupt
+
+        with pytest.raises(launch.Interrupted):
+            launch.run(made, engine=engine, out=out, resume=stop_after > 0, listeners=[stop])
+    return launch.run(made, engine=engine, out=out, resume=True)
 
 
 def begun(made: Experiment) -> Tree:

@@ -177,6 +177,7 @@ def test_clients_without_a_step_say_nothing_of_the_size(data: Path) -> None:
     assert [event.stack for event in told if isinstance(event, EngineStarted)] == [4]
 
 
+@pytest.mark.usefixtures("unfrozen")
 def test_what_is_loaded_is_settled_while_the_engine_is_open(data: Path) -> None:
     assert not gc.get_freeze_count()
     with Batched(workers=1).open(experiment(data), None, [].append):
