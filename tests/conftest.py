@@ -12,9 +12,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import gc
 import logging
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,6 +33,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "model: uses SmolLM2-135M (93 MB, downloaded once into the cache folder)")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script that was started in the background inherits that
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """A file's tests share a process, and with it what its fixtures have made. So do all files whose tests use Ray:
+    it is started once. Pages of the documentation and tests of the real model take long and share nothing: they stand
+    alone."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if config.option.markexpr == "model":
+                return nodeid
+            if re.search(r"\bteam\b", (config.rootpath / file).read_text("utf-8")):
+                return "ray"
+            return nodeid if file in ("tests/test_docs_run.py", "tests/test_recipes.py") else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

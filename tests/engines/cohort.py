@@ -151,13 +151,18 @@ class Watched(Engine):
 
 
 def sent(
-    engine: Engine, made: Experiment, *, cohort: Sequence[str] = CLIENTS, told: list[Event] | None = None
+    engine: Engine,
+    made: Experiment,
+    *,
+    cohort: Sequence[str] = CLIENTS,
+    told: list[Event] | None = None,
+    rounds: int = 2,
 ) -> dict[tuple[int, str], Update | Failure]:
-    """What each client of a cohort sends in two rounds, in which the server's parameters stay as they are."""
+    """What each client of a cohort sends in some rounds, in which the server's parameters stay as they are."""
     found: dict[tuple[int, str], Update | Failure] = {}
     run = loop.start(made, begun(made))
     with engine.open(made, None, [].append if told is None else told.append) as call:
-        for round in range(2):
+        for round in range(rounds):
             everyone = Ctx(round, made.key, len(cohort), len(CLIENTS), made.rounds)
             requests = loop.requests_for(made, replace(run, round=round), cohort, everyone)
             for client, reply in call("work", requests):
