@@ -45,11 +45,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if config.option.markexpr == "model":
-                return nodeid
-            if re.search(r"\bteam\b", (config.rootpath / file).read_text("utf-8")):
+            if file == "tests/test_docs_run.py" and "engines.md" in nodeid:
                 return "ray"
-            return nodeid if file in ("tests/test_docs_run.py", "tests/test_recipes.py") else file
+            if config.option.markexpr == "model" or file in ("tests/test_docs_run.py", "tests/test_recipes.py"):
+                return nodeid
+            return "ray" if re.search(r"\bteam\b", (config.rootpath / file).read_text("utf-8")) else file
 
     return ByFile(config, log)
 
