@@ -10,10 +10,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import logging
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -32,6 +35,49 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """A file's tests share a process, and with it what its fixtures have made. So do all files whose tests use Ray:
+    it is started once. Pages of the documentation and tests of the real model take long and share nothing: they stand
+    alone."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file == "tests/test_docs_run.py" and "engines.md" in nodeid:
+                return "ray"
+            if config.option.markexpr == "model" or file in ("tests/test_docs_run.py", "tests/test_recipes.py"):
+                return nodeid
+            return "ray" if re.search(r"\bteam\b", (config.rootpath / file).read_text("utf-8")) else file
+
+    return ByFile(config, log)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported and collected stays. An engine that stacks clients would else have the garbage collector walk
+    through it at each of its starts (`heap.settled_objects`), which takes as long as a small run."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def unfrozen() -> Iterator[None]:
+    """The garbage collector as a process of fedllm's own has it."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def disk_not_waited_for() -> Iterator[None]:
+    """No test pulls the plug, so none needs its files on the disk. What is synced when is seen by tests that watch the
+    call (tests/test_disk.py, tests/test_state.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for this test alone."""
@@ -48,6 +94,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("ray-cache")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # no advice about it
+        patch.setenv("RAY_worker_niceness", "0")  # else whatever else runs goes before its actors
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         ray.init(address="local", num_cpus=3, object_store_memory=10**8, **quiet)
     try:

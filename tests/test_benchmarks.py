@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -31,19 +31,31 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
 
 
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Threads of the benchmark's processes that wait for each other on a busy machine take minutes."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if cores is not None:
+        os.sched_setaffinity(0, {min(cores)})
+    yield
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+
+
 @pytest.mark.slow
-def test_round_prints_what_it_promises(tmp_path: Path) -> None:
+def test_round_prints_what_it_promises(
+    benchmarks: None, one_core: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import round as bench
+
     records = tmp_path / "records.jsonl.gz"
     with gzip.open(records, "wt", encoding="utf-8") as file:  # 3 + 1 + 4 + 1 = 9 tokens: one a byte, and the end token
         file.writelines(json.dumps({"instruction": "ask", "output": "tell"}) + "\n" for _ in range(8))
-    command = [sys.executable, str(ROOT / "benchmarks" / "round.py"), "--json", "--quick", "--rows", "serial,plain"]
-    command += ["--model", "tiny-llama", "--records", str(records)]
-    core = {min(os.sched_getaffinity(0))}  # threads that wait for each other on a busy machine take minutes
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, preexec_fn=lambda: os.sched_setaffinity(0, core)
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    words = ["--json", "--quick", "--rows", "serial,plain", "--model", "tiny-llama", "--records", str(records)]
+    code = bench.main(words)
+    printed = capfd.readouterr()
+    assert code == 0, printed.err
+    figures = json.loads(printed.out)
     assert figures.keys() >= PROMISED
     assert figures["records"] == str(records) and figures["failed"] == {}
     assert figures["serial"] > 0 and figures["plain"] > 0 and figures["gemm_peak_gflops"] > 0

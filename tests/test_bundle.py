@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,6 +75,7 @@ FUNCTIONS: Mapping[str, Callable[[Tree, Tree, float], Tree]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@settings(max_examples=20)  # a function
 @given(pairs(), st.sampled_from([0.3, 25.0, -1e-3, 7.0]))
 def test_every_function_gives_the_bits_of_leaf_by_leaf(name: str, trees: tuple[Tree, Tree], factor: float) -> None:
     left, right = trees

@@ -183,7 +183,11 @@ PAGES = sorted(page for page in [ROOT / "README.md", *DOCS.rglob("*.md")] if any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page_runs(page: Path, tmp_path: Path, docs_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_runs(
+    page: Path, tmp_path: Path, docs_cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if "--engine '{ray:" in page.read_text("utf-8"):
+        request.getfixturevalue("team")  # an actor joins the Ray of the other tests
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDLLM_CACHE", str(docs_cache))
     monkeypatch.setenv("COLUMNS", "100")

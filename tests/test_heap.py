@@ -12,6 +12,8 @@ import pytest
 
 from fedllm.heap import settled_objects
 
+pytestmark = pytest.mark.usefixtures("unfrozen")
+
 
 class Ring:
     """Garbage that only the collector finds."""

@@ -20,7 +20,6 @@ from fedllm.catalog import NOUNS
 from fedllm.client import Prepared, Site
 from fedllm.engine import Engine
 from fedllm.engines.serial import Serial
-from fedllm.events import CheckpointSaved, Event
 from fedllm.experiment import Evaluation, Experiment, Limits
 from fedllm.federations.shards import Loss, Shards
 from fedllm.federations.splits.by import By
@@ -35,6 +34,7 @@ from fedllm.tree import Tree
 from fedllm.update import Ctx, Profile, Update
 from fedllm.work import Job, run_work
 from fedllm.works.sgd import Sgd
+from tests.engines import cohort
 
 ROUNDS, STEPS, LR = 2, 3, 0.2
 BANDWIDTH = 3000  # bytes: some components of those that a client has, for stages that keep to it
@@ -110,19 +110,13 @@ class Bench:
             self.courses[key] = self.start(self.experiment(stages, sizes=sizes, lost=lost))
         return self.courses[key]
 
-    def start(self, experiment: Experiment, *, stop_after: int | None = None) -> Course:
-        """A new run; or one that is stopped when a number of rounds is complete, and then resumed."""
+    def start(self, experiment: Experiment, *, in_pieces: bool = False) -> Course:
+        """A new run; or one that is stopped and resumed after each of its rounds."""
         out = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
-
-        def stop(event: Event) -> None:
-            if isinstance(event, CheckpointSaved) and event.round == stop_after:
-                raise KeyboardInterrupt
-
-        try:
-            launch.run(experiment, engine=self.engine, out=out, listeners=(stop,))
-            assert stop_after is None, "the run was not stopped"
-        except launch.Interrupted:
-            launch.run(experiment, engine=self.engine, out=out, resume=True)
+        if in_pieces:
+            cohort.in_pieces(experiment, out, self.engine)
+        else:
+            launch.run(experiment, engine=self.engine, out=out)
         saved = Checkpoints(out / "checkpoints", 9)
         return Course(out, tuple(run for n in range(ROUNDS + 1) if (run := saved.load(n)) is not None))
 

@@ -15,14 +15,14 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("conformance"))
 
 
-@pytest.fixture(scope="session", params=["batched", "ray"])
+@pytest.fixture(scope="session")
 def other(request, tmp_path_factory) -> Bench:
     """On another engine, one client a stack."""
     engine = Batched(stack=1) if request.param == "batched" else Kept(request.getfixturevalue("team"))
     return Bench(tmp_path_factory.mktemp(request.param), engine)
 
 
-@pytest.fixture(scope="session", params=["batched", "ray"])
+@pytest.fixture(scope="session")
 def stacked(request, tmp_path_factory) -> Bench:
     """On another engine, both clients in one stack."""
     engine = Batched(stack=2) if request.param == "batched" else Kept(request.getfixturevalue("team"), stack=2)

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from fedllm import loop, tree
+from fedllm import launch, loop, tree
 from fedllm.aggregate import Call, Replies
 from fedllm.client import Site
 from fedllm.engine import Engine
-from fedllm.events import Emit, Event
+from fedllm.engines.serial import Serial
+from fedllm.events import CheckpointSaved, Emit, Event
 from fedllm.experiment import Evaluation, Experiment
 from fedllm.federations.shards import Shards
 from fedllm.federations.splits.by import By
@@ -33,6 +35,7 @@ from fedllm.works.sgd import Sgd
 SIZES = {"ann": 6, "ben": 3, "cid": 2, "dot": 5, "eve": 1}
 CLIENTS = tuple(SIZES)
 LORA = Lora(rank=4, alpha=8)
+SERIAL = Serial()
 SGD = Sgd(lr=0.05, steps=3, batch_size=2, max_length=48, momentum=0.9)
 ADAMW = Sgd("adamw", lr=0.01, steps=3, batch_size=2, max_length=48)
 
@@ -148,18 +151,36 @@ class Watched(Engine):
 
 
 def sent(
-    engine: Engine, made: Experiment, *, cohort: Sequence[str] = CLIENTS, told: list[Event] | None = None
+    engine: Engine,
+    made: Experiment,
+    *,
+    cohort: Sequence[str] = CLIENTS,
+    told: list[Event] | None = None,
+    rounds: int = 2,
 ) -> dict[tuple[int, str], Update | Failure]:
-    """What each client of a cohort sends in two rounds, in which the server's parameters stay as they are."""
+    """What each client of a cohort sends in some rounds, in which the server's parameters stay as they are."""
     found: dict[tuple[int, str], Update | Failure] = {}
     run = loop.start(made, begun(made))
     with engine.open(made, None, [].append if told is None else told.append) as call:
-        for round in range(2):
+        for round in range(rounds):
             everyone = Ctx(round, made.key, len(cohort), len(CLIENTS), made.rounds)
             requests = loop.requests_for(made, replace(run, round=round), cohort, everyone)
             for client, reply in call("work", requests):
                 found[round, client] = deepcopy(reply)
     return found
+
+
+def in_pieces(made: Experiment, out: Path, engine: Engine = SERIAL) -> launch.Result:
+    """A run that is stopped when it is saved after 0, 1, 2, ... rounds, and resumed each time."""
+    for stop_after in range(made.rounds):
+
+        def stop(event: Event, rounds: int = stop_after) -> None:
+            if isinstance(event, CheckpointSaved) and event.round == rounds:
+                raise KeyboardInterrupt
+
+        with pytest.raises(launch.Interrupted):
+            launch.run(made, engine=engine, out=out, resume=stop_after > 0, listeners=[stop])
+    return launch.run(made, engine=engine, out=out, resume=True)
 
 
 def begun(made: Experiment) -> Tree:

@@ -18,7 +18,6 @@ from fedllm.engines.memory import layout_bytes
 from fedllm.engines.serial import Serial
 from fedllm.events import ClientFailed, EngineStarted, Event
 from fedllm.native import products
-from fedllm.native.library import library
 from fedllm.native.products import Matrix
 from fedllm.stage import Stage
 from fedllm.stages.momentum import Momentum
@@ -53,6 +52,7 @@ from tests.engines.cohort import (
     write_long,
     write_records,
 )
+from tests.needs import needs_products
 from tests.wide import SINGLE, widen
 
 pytestmark = pytest.mark.usefixtures("wide")
@@ -187,6 +187,7 @@ def test_clients_without_a_step_say_nothing_of_the_size(data: Path) -> None:
     assert [event.stack for event in told if isinstance(event, EngineStarted)] == [4]
 
 
+@pytest.mark.usefixtures("unfrozen")
 def test_what_is_loaded_is_settled_while_the_engine_is_open(data: Path) -> None:
     assert not gc.get_freeze_count()
     with Batched(workers=1).open(experiment(data), None, [].append):
@@ -194,7 +195,7 @@ def test_what_is_loaded_is_settled_while_the_engine_is_open(data: Path) -> None:
     assert not gc.get_freeze_count()
 
 
-@pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+@needs_products
 @pytest.mark.parametrize(("engine", "kept"), [(Batched(), True), (Batched(memory_budget="2GB"), False)])
 def test_frozen_weights_are_laid_out_where_memory_is_not_scarce(
     data: Path, monkeypatch: pytest.MonkeyPatch, engine: Batched, kept: bool
@@ -214,7 +215,7 @@ def test_frozen_weights_are_laid_out_where_memory_is_not_scarce(
     assert all(same(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+@needs_products
 def test_layouts_have_their_share_of_the_budget_or_are_not_made() -> None:
     model = load(Task("tiny-llama", Lora(), dtype="bfloat16", device="cpu"))
     base = model.base.model

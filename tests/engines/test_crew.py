@@ -55,10 +55,21 @@ class Room:
         return max(self.costs.of(self.work, stack, recompute=recompute) for stack in stacks)
 
 
-@pytest.fixture(params=list(ADAPTERS))
+@pytest.fixture(scope="module", params=list(ADAPTERS))
 def made(request: pytest.FixtureRequest, data: Path) -> Any:
     stages = (Prox(0.1), TopK(0.5), Uniform())
     return experiment(data, adapter=ADAPTERS[request.param], dtype="float32", work=WORK, stages=stages)
+
+
+@pytest.fixture(scope="module")
+def room(made: Any) -> Room:
+    return Room(made)
+
+
+@pytest.fixture(scope="module")
+def free(made: Any) -> Found:
+    """Stacks of two, with all the memory there is."""
+    return trained(made, None)[0]
 
 
 def trained(
@@ -107,29 +118,26 @@ def test_two_stacks_that_fit_train_at_the_same_time(data: Path, monkeypatch: pyt
     assert len(found) == 8 and not both.broken
 
 
-def test_one_after_another(made: Any, at_once: list[int]) -> None:
+def test_one_after_another(made: Any, room: Room, at_once: list[int]) -> None:
     """Two stacks of two, of which the smaller takes more than half of the larger one."""
     free, _ = trained(made, None, cohort=CLIENTS[:4])
     at_once[0] = 0
-    found, notes = trained(made, int(1.1 * Room(made).largest(2, recompute=False)), cohort=CLIENTS[:4])
+    found, notes = trained(made, int(1.1 * room.largest(2, recompute=False)), cohort=CLIENTS[:4])
     assert at_once == [1] and notes == []
     assert all_same(found, free)
 
 
-def test_layers_computed_twice(made: Any) -> None:
-    room = Room(made)
+def test_layers_computed_twice(made: Any, room: Room, free: Found) -> None:
     less, whole = room.largest(2, recompute=True), room.largest(2, recompute=False)
     assert less < 0.8 * whole
-    free, _ = trained(made, None)
     found, notes = trained(made, int(1.05 * less))
     assert notes and all(note.endswith(": its layers are computed twice") for note in notes)
     assert all(re.match(r"the stack of \w+, \w+ would take \d+\.\d{3}GB: ", note) for note in notes)
     assert all_same(found, free)
 
 
-def test_halves(made: Any) -> None:
+def test_halves(made: Any, room: Room) -> None:
     """A stack of four in halves is two stacks of two."""
-    room = Room(made)
     budget = int(1.05 * room.largest(2, recompute=True))
     assert budget < room.largest(4, recompute=True)
     found, notes = trained(made, budget, stack=4, cohort=CLIENTS[:4])
@@ -139,9 +147,9 @@ def test_halves(made: Any) -> None:
     assert len(first_round) == 4 and all_same({key: found[key] for key in first_round}, first_round)
 
 
-def test_below_one_client_names_a_budget_that_works(made: Any) -> None:
+def test_below_one_client_names_a_budget_that_works(made: Any, room: Room) -> None:
     with pytest.raises(RunError) as caught:
-        trained(made, Room(made).largest(1, recompute=True) // 2)
+        trained(made, room.largest(1, recompute=True) // 2)
     told = re.fullmatch(
         r"client (\w+) needs (\d+\.\d{3}GB) of memory for one local step, and the budget is \d+\.\d{3}GB; raise "
         r"engine.batched.memory_budget to (\S+), or lower the work's batch_size or max_length",
@@ -177,9 +185,8 @@ ERRORS: Mapping[str, Callable[[], BaseException]] = {
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_memory_that_runs_out_repeats_the_stack_from_its_start(
-    made: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+    made: Any, free: Found, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    free, _ = trained(made, None)
     tried = raises(ERRORS[kind](), 1, monkeypatch)
     found, notes = trained(made, None, workers=1)
     first = tried[0][0]  # which two are dealt together depends on what their sequences have in common

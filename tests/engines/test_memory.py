@@ -151,9 +151,10 @@ from fedllm.works.sgd import Sgd
 from tests.engines.cohort import experiment, sent
 settings = json.loads(sys.argv[1])
 told = []
-work = Sgd(lr=1e-3, steps=2, batch_size=settings["batch"], max_length=settings["length"])
+work = Sgd(lr=1e-3, steps=1, batch_size=settings["batch"], max_length=settings["length"])
 made = experiment(settings["data"], model=settings["model"], dtype=settings["dtype"], work=work)
-sent(Batched(stack=settings["stack"], workers=settings["workers"]), made, cohort=settings["cohort"], told=told)
+engine = Batched(stack=settings["stack"], workers=settings["workers"])
+sent(engine, made, cohort=settings["cohort"], told=told, rounds=1)
 *_, stopped = [event for event in told if isinstance(event, MemoryMeasured)]
 print(json.dumps([stopped.predicted, stopped.measured]))
 """
@@ -186,8 +187,7 @@ def in_a_process(code: str, settings: dict[str, Any]) -> Any:
     ("model", "dtype", "length"),
     [
         ("tiny-llama", "float32", 512),
-        pytest.param("smollm2-135m-instruct", "float32", 200, marks=pytest.mark.model),
-        pytest.param("smollm2-135m-instruct", "bfloat16", 200, marks=pytest.mark.model),
+        pytest.param("smollm2-135m-instruct", "auto", 200, marks=pytest.mark.model),  # what the processor is fast in
     ],
 )
 def test_the_predicted_peak(tmp_path: Path, model: str, dtype: str, length: int, stack: int) -> None:
@@ -252,7 +252,7 @@ limit = taken + int(settings["room"] * whole)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 told = []
 engine = Batched(stack=2, workers=2, memory_budget=settings["budget"])
-found = sent(engine, made, cohort=["ann", "ben", "cid", "dot"], told=told)
+found = sent(engine, made, cohort=["ann", "ben", "cid", "dot"], told=told, rounds=1)
 (started,) = [event for event in told if isinstance(event, EngineStarted)]
 notes = [event.text for event in told if isinstance(event, EngineAdjusted)]
 failed = [reply.reason for reply in found.values() if isinstance(reply, Failure)]
@@ -265,7 +265,7 @@ print(json.dumps([whole, started.memory_budget, most[0], notes, failed, len(foun
     ("model", "dtype", "length", "batch"),
     [
         ("tiny-llama", "float32", 512, 6),
-        pytest.param("smollm2-135m-instruct", "bfloat16", 160, 2, marks=pytest.mark.model),
+        pytest.param("smollm2-135m-instruct", "auto", 160, 2, marks=pytest.mark.model),
     ],
 )
 def test_two_stacks_that_would_not_fit_run_one_after_another(
@@ -276,7 +276,7 @@ def test_two_stacks_that_would_not_fit_run_one_after_another(
     whole, budget, at_once, notes, failed, replies = in_a_process(LIMITED, settings | {"room": 1.9, "budget": None})
     print(f"{model}: a stack {whole / 1e6:.0f} MB, budget {budget / 1e6:.0f} MB, {at_once} at once, {notes}")
     assert whole < budget < 2 * whole
-    assert (at_once, notes, failed, replies) == (1, [], [], 8)
+    assert (at_once, notes, failed, replies) == (1, [], [], 4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit on address space is read from /proc")

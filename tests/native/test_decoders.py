@@ -23,8 +23,9 @@ from fedllm.tasks.task import Task
 from fedllm.tasks.tiny import tiny_tokenizer
 from tests.native import decoders
 from tests.native.decoders import distance
+from tests.needs import needs_tiles
 
-pytestmark = pytest.mark.skipif(not library().tiles, reason=f"kernels: {library().about}")
+pytestmark = needs_tiles
 SIZES: dict[str, Any] = {
     **decoders.SIZES,
     "vocab_size": 260,

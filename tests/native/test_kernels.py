@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.native import calls, kernels, products
-from fedllm.native.library import library
 from fedllm.native.products import Form, Matrix
+from tests.needs import needs_kernels, needs_tiles
 
-pytestmark = pytest.mark.skipif(library().handle is None, reason=library().about)
-needs_tiles = pytest.mark.skipif(not library().tiles, reason="the processor multiplies no numbers of 16 bits")
+pytestmark = needs_kernels
 Row = tuple[int, int, int, int]
 ROUNDING = 2.0**-8  # of a number of 16 bits: half a unit of its last place
 

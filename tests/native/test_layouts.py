@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fedllm.native import layouts, products
 from fedllm.native.calls import addend
 from fedllm.native.layouts import kept_layouts
-from fedllm.native.library import library
 from fedllm.native.products import Form, Matrix
+from tests.needs import needs_products
 
-pytestmark = pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+pytestmark = needs_products
 
 
 def drawn(*shape: int, seed: int) -> Tensor:

@@ -35,11 +35,23 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
+@pytest.fixture
+def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sources that compile in a moment, where it does not matter what they compute."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    names = ("fedllm_has_tiles", "fedllm_has_products")
+    (folder / "short.c").write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in names))
+    monkeypatch.setattr(module, "HERE", folder)
+    return folder
+
+
 def compiled(log: Path) -> int:
     return sum(" -o " in line for line in log.read_text().splitlines())
 
 
 @needs_compiler
+@pytest.mark.usefixtures("short")
 def test_they_are_compiled_once_and_only_their_owner_can_write_there(told: Path, cache_folder: Path) -> None:
     first, second = library(), library()
     assert first.handle is not None and second.handle is not None and first.about == "native"
@@ -49,6 +61,7 @@ def test_they_are_compiled_once_and_only_their_owner_can_write_there(told: Path,
 
 
 @needs_compiler
+@pytest.mark.usefixtures("short")
 def test_other_flags_or_sources_make_another_library(
     told: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +72,7 @@ def test_other_flags_or_sources_make_another_library(
 
 
 @needs_compiler
+@pytest.mark.usefixtures("short")
 def test_a_folder_in_which_others_can_write_is_not_trusted(
     told: Path, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,6 +87,7 @@ def test_a_folder_in_which_others_can_write_is_not_trusted(
 
 
 @needs_compiler
+@pytest.mark.usefixtures("short")
 def test_a_file_that_others_can_change_is_made_again(told: Path, cache_folder: Path) -> None:
     library()
     (file,) = (cache_folder / "native").iterdir()
@@ -93,6 +108,7 @@ def test_a_processor_without_such_products_has_the_other_kernels(monkeypatch: py
 
 
 @needs_compiler
+@pytest.mark.usefixtures("short")
 def test_a_mask_that_lets_others_write_does_not_compile_again(told: Path, cache_folder: Path) -> None:
     before = os.umask(0)
     try:
@@ -141,8 +157,9 @@ def test_an_unknown_choice_names_the_nearest(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_compiler
-def test_processes_that_begin_at_once_all_have_them(cache_folder: Path) -> None:
-    code = "from fedllm.native.library import library; print(library().about)"
+def test_processes_that_begin_at_once_all_have_them(cache_folder: Path, short: Path) -> None:
+    code = "import pathlib; from fedllm.native import library as module\n"
+    code += f"module.HERE = pathlib.Path({str(short)!r}); print(module.library().about)"
     variables = {**os.environ, "FEDLLM_CACHE": str(cache_folder)}
     many = [
         subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)

@@ -15,10 +15,8 @@ from fedllm import factors, launch, tree
 from fedllm.batch import collate
 from fedllm.check import check, check_ranks
 from fedllm.engines.batched import Batched
-from fedllm.engines.ray import Team
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
-from fedllm.events import CheckpointSaved, Event
 from fedllm.experiment import Experiment
 from fedllm.federations.shards import Shards
 from fedllm.federations.splits.by import By
@@ -35,8 +33,7 @@ from fedllm.tasks.model import load
 from fedllm.tasks.task import Scope
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Profile
-from tests.doubles.kept import Kept
-from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, write_records
+from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, in_pieces, write_records
 from tests.papers.test_lora_scopes import ROUNDS, bias, course, fresh, kinds, made
 from tests.stages.test_lora_ranks import LAYERS, WEIGHTS, Round, drawn, off, product
 
@@ -173,33 +170,13 @@ def test_clients_of_unequal_ranks_move_the_first_columns_of_b(data: Path, tmp_pa
             assert off(found, sum(each) / sum(SIZES.values())) < 1e-12  # type: ignore[arg-type]
 
 
-TRIPS: dict[str, tuple[Stage, ...]] = {
-    "plain": STAGES,
-    "all": (LoraSvd(), Prox(0.1), Uniform(), Quantize(8)),
-}
-
-
-@pytest.mark.parametrize("trip", TRIPS)
-def test_every_engine_gives_the_same(trip: str, data: Path, tmp_path: Path, team: Team) -> None:
-    exp = made(data, HOLD, stages=TRIPS[trip])
+def test_with_other_stages_stacks_give_the_same_and_a_run_resumes(data: Path, tmp_path: Path) -> None:
+    """To the bit from every round; without them, and with Ray: tests/papers/test_presets_everywhere.py."""
+    exp = made(data, HOLD, stages=(LoraSvd(), Prox(0.1), Uniform(), Quantize(8)))
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
-    ray = launch.run(exp, engine=Kept(team), out=tmp_path / "ray").params
-    assert tree.equal(dict(ray), dict(serial))
     assert tree.norm(tree.sub(whole(batched), whole(serial))) < 1e-9 * tree.norm(whole(serial))
-
-
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_run_resumes_from_any_round_to_the_bit(stop_after: int, data: Path, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == stop_after:
-            raise KeyboardInterrupt
-
-    exp = made(data, HOLD, stages=TRIPS["all"])
-    complete = launch.run(exp, engine=Serial(), out=tmp_path / "whole").params
-    with pytest.raises(launch.Interrupted):
-        launch.run(exp, engine=Serial(), out=tmp_path / "cut", listeners=[stop])
-    assert tree.equal(dict(launch.run(exp, engine=Serial(), out=tmp_path / "cut", resume=True).params), dict(complete))
+    assert tree.equal(dict(in_pieces(exp, tmp_path / "cut").params), dict(serial))
 
 
 # Noise: what is sent is made noisy by a double, and the product of the server's factors is off by so much.

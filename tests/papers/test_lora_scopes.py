@@ -11,10 +11,8 @@ import torch
 
 from fedllm import launch, tree
 from fedllm.engines.batched import Batched
-from fedllm.engines.ray import Team
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
-from fedllm.events import CheckpointSaved, Event
 from fedllm.experiment import Experiment, Limits
 from fedllm.federations.shards import Shards
 from fedllm.federations.splits.by import By
@@ -30,8 +28,7 @@ from fedllm.tasks.task import Scope
 from fedllm.tree import Tree
 from fedllm.update import Update
 from fedllm.work import Work
-from tests.doubles.kept import Kept
-from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, Watched, experiment, write_records
+from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, Watched, experiment, in_pieces, write_records
 
 SCOPES = {
     "fedit": Scope(),
@@ -172,36 +169,18 @@ def test_fedsa_lora_never_sends_b_which_differs_between_clients(data: Path, tmp_
     assert kinds(own["ann"]) == {"lora_B"} and not tree.equal(dict(own["ann"]), dict(own["ben"]))
 
 
-TRIPS: dict[str, tuple[Stage, ...]] = {
-    "plain": (ByExamples(),),
-    "all": (Momentum(beta=0.5), Scaffold(("adamw",)), Prox(0.1), TopK(0.3), Uniform()),
-}
+STAGES = (Momentum(beta=0.5), Scaffold(("adamw",)), Prox(0.1), TopK(0.3), Uniform())
 
 
-@pytest.mark.parametrize("trip", TRIPS)
 @pytest.mark.parametrize("name", SCOPES)
-def test_every_engine_gives_the_same(name: str, trip: str, data: Path, tmp_path: Path, team: Team) -> None:
-    exp = made(data, SCOPES[name], stages=TRIPS[trip])
+def test_with_many_stages_stacks_give_the_same_and_a_run_resumes(name: str, data: Path, tmp_path: Path) -> None:
+    """To the bit from every round; without them, and with Ray: tests/papers/test_presets_everywhere.py."""
+    exp = made(data, SCOPES[name], stages=STAGES)
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
-    ray = launch.run(exp, engine=Kept(team), out=tmp_path / "ray").params
-    assert tree.equal(dict(ray), dict(serial))
     moved = tree.norm(tree.sub(dict(serial), {name: fresh(exp)[name] for name in serial}))
     assert tree.norm(tree.sub(dict(batched), dict(serial))) < 1e-9 * moved
-
-
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-@pytest.mark.parametrize("name", SCOPES)
-def test_a_run_resumes_from_any_round_to_the_bit(name: str, stop_after: int, data: Path, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == stop_after:
-            raise KeyboardInterrupt
-
-    exp = made(data, SCOPES[name], stages=TRIPS["all"])
-    whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole").params
-    with pytest.raises(launch.Interrupted):
-        launch.run(exp, engine=Serial(), out=tmp_path / "cut", listeners=[stop])
-    assert tree.equal(dict(launch.run(exp, engine=Serial(), out=tmp_path / "cut", resume=True).params), dict(whole))
+    assert tree.equal(dict(in_pieces(exp, tmp_path / "cut").params), dict(serial))
 
 
 def test_turns_that_cannot_be_are_refused(data: Path, tmp_path: Path) -> None:

@@ -14,11 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from fedllm import factors, launch, sparse, tree
 from fedllm.check import check, check_ranks
-from fedllm.engines.batched import Batched
-from fedllm.engines.ray import Team
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
-from fedllm.events import CheckpointSaved, Event, Wire
+from fedllm.events import Event, Wire
 from fedllm.experiment import Experiment, Limits
 from fedllm.export import export
 from fedllm.federations.shards import Loss, Shards
@@ -39,8 +37,7 @@ from fedllm.tasks.base import materialise
 from fedllm.tasks.model import LoadedModel, load
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Part, Profile, Update
-from tests.doubles.kept import Kept
-from tests.engines.cohort import experiment, write_records
+from tests.engines.cohort import experiment, in_pieces, write_records
 from tests.stages.lora_round import off
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 3]])
@@ -119,11 +116,6 @@ def logits(model: LoadedModel, run: Run) -> Tensor:
     return model.adapter.logits(stack, TOKENS, torch.ones_like(TOKENS), None)[0]
 
 
-def effective(params: Tree, shift: Shift) -> Tree:
-    found = shift.folded({name: leaf for name, leaf in params.items() if not name.endswith("sparse")})
-    return {layer: torch.matmul(*factors.pair(found, layer)) for layer in factors.layers(found)}
-
-
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Wire]]:
     """A run in which one client misses the rounds about the switch, and what was sent."""
@@ -169,28 +161,11 @@ def test_the_model_does_not_change_at_the_switch(data: Path, tmp_path: Path) -> 
     assert off(after["dropped"], after["sparse"]) > 1e-4 and off(after["sparse"], base) > 1e-3
 
 
-def test_every_engine_gives_the_same(data: Path, tmp_path: Path, team: Team) -> None:
-    exp = made(data)
-    serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial")
-    ray = launch.run(exp, engine=Kept(team), out=tmp_path / "ray")
-    batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched")
-    expected = effective(serial.params, serial.shift)
-    assert tree.equal(effective(ray.params, ray.shift), expected)
-    for layer, found in effective(batched.params, batched.shift).items():
-        assert off(found, expected[layer]) < 1e-9
-
-
-@pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
-def test_a_run_resumes_to_the_bit(stop_after: int, data: Path, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == stop_after:
-            raise KeyboardInterrupt
-
+def test_a_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
+    """From every round, with a client that misses the switch. Engines: tests/papers/test_presets_everywhere.py."""
     exp = made(data, lost=[Loss("ben", 1), Loss("ben", 2)])
     whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole")
-    with pytest.raises(launch.Interrupted):
-        launch.run(exp, engine=Serial(), out=tmp_path / "cut", listeners=[stop])
-    resumed = launch.run(exp, engine=Serial(), out=tmp_path / "cut", resume=True)
+    resumed = in_pieces(exp, tmp_path / "cut")
     assert tree.equal(dict(resumed.params), dict(whole.params))
     assert tree.equal(resumed.shift.joined_trees(), whole.shift.joined_trees())
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedllm.native.library import library
 from fedllm.tasks.cross_entropy import CHUNK, _cut, row_losses
+from tests.needs import needs_products
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -158,9 +158,6 @@ def sharp(rows: int, vocabulary: int = 3000, width: int = 64) -> tuple[Tensor, T
     head = nn.Parameter((drawn(vocabulary, width, seed=1) / 8 + 0.1).bfloat16(), requires_grad=False)
     targets = torch.arange(rows) * 7 % vocabulary
     return (8 * (drawn(rows, width, seed=0) + head[targets])).bfloat16().requires_grad_(), head, targets
-
-
-needs_products = pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
 
 
 @needs_products

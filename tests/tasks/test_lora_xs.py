@@ -15,10 +15,8 @@ from fedllm.batch import Example, collate
 from fedllm.check import check_ranks
 from fedllm.config import build
 from fedllm.engines.batched import Batched
-from fedllm.engines.ray import Team
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, ModelError
-from fedllm.events import CheckpointSaved, Event
 from fedllm.export import export
 from fedllm.federations.shards import Shards
 from fedllm.federations.splits.by import By
@@ -33,7 +31,6 @@ from fedllm.tasks.model import LoadedModel, load
 from fedllm.tasks.task import Task
 from fedllm.tree import Tree
 from fedllm.update import Ctx, Profile, Update
-from tests.doubles.kept import Kept
 from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, Watched, experiment, farthest, sent, write_records
 from tests.wide import NARROW
 
@@ -259,24 +256,14 @@ SGD_PLAIN = type(SGD)(lr=0.05, steps=3, batch_size=2, max_length=48)
 
 
 @pytest.mark.parametrize("work", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_every_engine_gives_the_same(work, data: Path, team: Team) -> None:
+def test_stacks_give_the_same(work, data: Path) -> None:
     exp = experiment(data, adapter=XS, work=work, federation=shards(data))
-    serial = sent(Serial(), exp)
-    assert farthest(sent(Batched(stack=3), exp), serial) < NARROW
-    assert farthest(sent(Kept(team, stack=2), exp), serial) < NARROW
+    assert farthest(sent(Batched(stack=3), exp), sent(Serial(), exp)) < NARROW
 
 
-def test_a_run_resumes_to_the_bit_and_is_exported(data: Path, tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, CheckpointSaved) and event.round == 1:
-            raise KeyboardInterrupt
-
+def test_what_a_run_leaves_is_exported(data: Path, tmp_path: Path) -> None:
     exp = experiment(data, adapter=XS, federation=shards(data))
     whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole")
-    with pytest.raises(launch.Interrupted):
-        launch.run(exp, engine=Serial(), out=tmp_path / "cut", listeners=[stop])
-    resumed = launch.run(exp, engine=Serial(), out=tmp_path / "cut", resume=True)
-    assert tree.equal(dict(resumed.params), dict(whole.params))
     merged = load_base(str(export(tmp_path / "whole", "merged")), dtype="float64").model
     for name, weight in textbook(load(exp.task), dict(whole.params)).items():
         assert off(merged.get_parameter(name), weight) < 1e-6

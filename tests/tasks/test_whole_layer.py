@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fedllm.batch import IGNORE, Batch, Example, collate
 from fedllm.native import kernels, layouts
-from fedllm.native.library import library
 from fedllm.rng import Key
 from fedllm.tasks import whole_layer
 from fedllm.tasks.adapters.bottleneck import Bottleneck
@@ -30,8 +29,9 @@ from fedllm.tasks.tiny import tiny_tokenizer
 from fedllm.tasks.whole_layer import Whole
 from tests.native import decoders
 from tests.native.decoders import distance
+from tests.needs import needs_products
 
-pytestmark = pytest.mark.skipif(not library().products, reason=f"kernels: {library().about}")
+pytestmark = needs_products
 SIZES: dict[str, Any] = {**decoders.SIZES, "vocab_size": 259, "hidden_size": 48, "intermediate_size": 100}
 TAKEN = {
     "llama": transformers.LlamaConfig(**SIZES, head_dim=16),

@@ -14,6 +14,7 @@ from fedllm.native.library import library
 from fedllm.tasks.adapters.low_rank import Frozen, low_rank
 from fedllm.tree import Tree
 from fedllm.works.gradients import Stack, gradients
+from tests.needs import needs_tiles
 
 RANK, SIZE, CLIENTS = 3, 16, 2
 LEAVES = {
@@ -56,7 +57,7 @@ class Layers:
 def test_they_are_those_of_plain_autograd(dtype: str, passes: int, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel has written where it belongs is not copied: all but the idle leaf, and sums of several slopes."""
     if dtype == "bfloat16" and not library().tiles:
-        pytest.skip(f"kernels: {library().about}")
+        pytest.skip(needs_tiles.kwargs["reason"])
     generator = torch.Generator().manual_seed(0)
     model: Any = Layers(passes, torch.randn(SIZE, SIZE, generator=generator).to(getattr(torch, dtype)) / 4)
     values = 0.3 * torch.randn(CLIENTS, 250, generator=generator)
