@@ -40,13 +40,13 @@ CHOICES = [
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return models.load.__wrapped__(Task("tiny-llama", dtype="float64"))
+    return models._load.__wrapped__(Task("tiny-llama", dtype="float64"), "")
 
 
 @pytest.fixture(scope="module")
 def uniform() -> LoadedModel:
     """A model whose logits are all the same."""
-    made = models.load.__wrapped__(Task("tiny-llama", dtype="float64"))
+    made = models._load.__wrapped__(Task("tiny-llama", dtype="float64"), "")
     made.base.model.get_output_embeddings().weight.zero_()
     return made
 
