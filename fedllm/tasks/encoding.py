@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,13 +53,13 @@ def encoded(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_lengt
     """Texts to examples, in one call of the tokenizer; None where no label is left. A first token carries none."""
     if not texts:
         return []
-    batch = tokenizer([text.whole for text in texts], **IDS_ALONE)
+    wholes = [text.whole for text in texts]
+    batch = tokenizer(wholes, **IDS_ALONE)
     found: list[Example | None] = []
-    for row, (text, ids) in enumerate(zip(texts, batch["input_ids"], strict=True)):
+    for row, (text, whole, ids) in enumerate(zip(texts, wholes, batch["input_ids"], strict=True)):
+        find = _by_offsets(batch, row, tokenizer) if batch.is_fast else _by_prefix(whole, ids, tokenizer)
         begin = _begin(text, tokenizer)
-        starts = [len(begin) + start for start in (*_starts(text, row, batch, tokenizer), len(ids))]
-        spans = [span for (_, labelled), span in zip(text.pieces, pairwise(starts), strict=True) if labelled]
-        found.append(_example(begin + ids if begin else ids, spans, max_length))
+        found.append(_example(begin + ids, _labelled(text, len(whole), len(ids), find), len(begin), max_length))
     return found
 
 
@@ -73,17 +73,18 @@ def _begin(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(tokenizer.bos_token_id)] if text.begins else []
 
 
-def _starts(text: Text, row: int, batch: BatchEncoding, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The first token of each piece. A token over the border of two pieces carries the label of either, unless it is a
-    special one, which may take in the spaces behind it."""
-    borders = list(accumulate(len(piece) for piece, _ in text.pieces))[:-1]
-    find = (
-        _by_offsets(batch, row, tokenizer)
-        if batch.is_fast
-        else _by_prefix(text.whole, batch["input_ids"][row], tokenizer)
-    )
-    found = (find(border, labelled) for border, (_, labelled) in zip(borders, text.pieces, strict=False))
-    return [0, *found][: len(text.pieces)]
+def _labelled(text: Text, letters: int, tokens: int, find: Find) -> list[tuple[int, int]]:
+    """The tokens that carry labels, as (from, to). A token over the border of two pieces carries the label of either,
+    unless it is a special one, which may take in the spaces behind it."""
+    spans: list[tuple[int, int]] = []
+    border = start = 0
+    for piece, labelled in text.pieces:
+        border += len(piece)
+        stop = find(border, labelled) if border < letters else tokens
+        if labelled:
+            spans.append((start, stop))
+        start = stop
+    return spans
 
 
 def _by_offsets(batch: BatchEncoding, row: int, tokenizer: PreTrainedTokenizerBase) -> Find:
@@ -112,16 +113,17 @@ def _by_prefix(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase
     return find
 
 
-def _example(ids: list[int], spans: Sequence[tuple[int, int]], max_length: int) -> Example | None:
-    """The example of some tokens, of which those in the spans (from, to) carry labels."""
+def _example(ids: list[int], spans: Sequence[tuple[int, int]], begin: int, max_length: int) -> Example | None:
+    """The example of some tokens, of which those in the spans, counted from `begin`, carry labels."""
     # numpy, because torch itself takes three times as long to make a tensor of a list
     tokens = np.array(ids[:max_length], dtype=np.int64)
-    targets, labelled = np.full(len(tokens), IGNORE), False
+    targets, any_label = np.empty_like(tokens), False
+    targets.fill(IGNORE)
     for start, stop in spans:
-        first, last = max(start, 1), min(stop, len(tokens))
+        first, last = max(begin + start, 1), min(begin + stop, len(tokens))
         if first < last:  # position t predicts token t + 1; the last one predicts nothing
             targets[first - 1 : last - 1] = tokens[first:last]
-            labelled = True
-    if not labelled:
+            any_label = True
+    if not any_label:
         return None
     return Example(torch.from_numpy(tokens), torch.from_numpy(targets), cut=max(0, len(ids) - max_length))

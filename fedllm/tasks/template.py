@@ -102,7 +102,7 @@ def _chats(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[li
     closed = _rendered([chat.until(place + 1) for chat, place in each], tokenizer, opened=False)
     texts = zip(opened, closed, strict=True)
     for chat in chats:
-        if any(len(turn) > 2 or turn["role"] == "tool" for turn in chat.turns) or chat.tools:
+        if chat.tools or any(len(turn) > 2 or turn["role"] == "tool" for turn in chat.turns):
             _check_tools(chat, tokenizer)
     return [list(_cut(chat, own, islice(texts, len(own)), tokenizer)) for chat, own in zip(chats, places, strict=True)]
 
