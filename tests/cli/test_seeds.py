@@ -94,6 +94,7 @@ def test_an_unfinished_seed_is_refused_before_any_runs(here: Path, capsys: Captu
         (["--seeds", "1,,2"], "--seeds is '1,,2'; it must be whole numbers"),
         (["--seeds", "1,2,1"], "--seeds holds 1 more than once"),
         (["seed=1", "--seeds", "1,2"], "both seed= and --seeds say which seed"),
+        (["--seeds", "1,2", "--continue", "runs/x"], "--continue goes on from one run with its one seed"),
         (["work.sgd.lr=-1", "--seeds", "1,2"], "work.sgd.lr is -1.0"),
     ],
 )

@@ -28,7 +28,7 @@ from fedllm.tasks.adapter import Adapter
 from fedllm.tasks.adapters.lora import Lora
 from fedllm.tasks.task import Task
 from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Local, Profile, Request, Update
+from fedllm.update import Ctx, Failure, Local, Profile, Request, Update, not_known
 from fedllm.work import Work
 from fedllm.works.sgd import Sgd
 
@@ -165,7 +165,9 @@ def sent(
         for round in range(rounds):
             everyone = Ctx(round, made.key, len(cohort), len(CLIENTS), made.rounds)
             requests = loop.requests_for(made, replace(run, round=round), cohort, everyone)
-            for client, reply in call("work", requests):
+            # nothing is added up here, so clients of unequal ranks may answer without a stage that makes them equal
+            unasked = {client: replace(request, asks=not_known) for client, request in requests.items()}
+            for client, reply in call("work", unasked):
                 found[round, client] = deepcopy(reply)
     return found
 
