@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -194,7 +195,7 @@ def test_install_names_the_module_that_is_missing(clone: Path) -> None:
 
 def stub_venv(clone: Path, install: str) -> None:
     """A `.venv/bin/python` that runs `-c` for real, has pip, and does `install` for `-m pip install`."""
-    real = f'exec {sys.executable} -I -S "$@"'
+    real = f'exec {shlex.quote(sys.executable)} -I -S "$@"'
     cases = f'"-m pip install "*) {install};; "-m pip "*) ;; "-c "*) {real};; *) exit 9;;'
     program(clone / ".venv" / "bin" / "python", f'case "$*" in {cases} esac')
 

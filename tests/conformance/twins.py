@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedllm import factors, tree, weights
+from fedllm.errors import RunError
 from fedllm.packing import Packing
 from fedllm.stage import Bracket, Stage
 from fedllm.stages.adagrad import Adagrad
@@ -443,7 +444,7 @@ TWINS = (
     Twin("top_k", TopKShares(fraction=0.1), "shares_no_storage"),
     Twin("top_k", TopKDemands(fraction=0.1), "evaluation_passes", error=KeyError),
     Twin("by_examples", ByExamplesSums(), "neutral_is_fedavg", neutral=ByExamplesSums()),
-    Twin("by_examples", ByExamplesUnguarded(), "empty_rounds_are_harmless"),
+    Twin("by_examples", ByExamplesUnguarded(), "empty_rounds_are_harmless", error=RunError),  # NaN for every client
     Twin("uniform", UniformByExamples(), "equals_its_paper"),
     Twin("uniform", UniformCut(), "declares_its_shape"),
     Twin("lora_pad", LoraPadBare(), "takes_out_what_it_makes"),
