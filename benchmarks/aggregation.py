@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from fedllm.aggregate import Replies, Sum
+from fedllm.aggregators.sum import Sum
+from fedllm.messages.call import Replies
+from fedllm.messages.context import Ctx
+from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
-from fedllm.update import Ctx, Part, Request, Update
 
 
 def shapes(values: int) -> list[int]:

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedllm
-from fedllm.data import handbook
+from fedllm.data.packaged import handbook
+from fedllm.data.sources import file_rows
 from fedllm.errors import DataError
-from fedllm.federations.sources import file_rows
-from fedllm.tasks.objectives import Sft
-from fedllm.tasks.template import Template, prompt_text
-from fedllm.tasks.turns import messages_of
-from fedllm.update import Ctx
+from fedllm.messages.context import Ctx
+from fedllm.models.chat_turns import messages_of
+from fedllm.models.objectives.sft import Sft
+from fedllm.models.templates import Template, prompt_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fedllm.experiment import Experiment
+    from fedllm.experiment.record import Experiment
 
 Pair = tuple[str, str]  # prompt, completion
 MOST_FACTS = 12

@@ -14,14 +14,16 @@ from pathlib import Path
 from prepare import prepare
 from torch import Tensor
 
-from fedllm import loop, tree
-from fedllm.config import load
-from fedllm.engine import Engine
-from fedllm.engines.batched import Batched
+from fedllm.engines.base import Engine
+from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
-from fedllm.experiment import Experiment
-from fedllm.tasks.model import load as load_model
-from fedllm.update import Ctx, Update
+from fedllm.experiment.config_file import load
+from fedllm.experiment.record import Experiment
+from fedllm.messages.context import Ctx
+from fedllm.messages.update import Update
+from fedllm.models.loaded_model import load as load_model
+from fedllm.runs import server_round
+from fedllm.tensors import tree
 
 SAME = {
     **{"clients": 4, "batch": 2, "max_length": 256, "fill": False, "seed": 0, "rounds": 0},
@@ -33,10 +35,10 @@ WAYS = [(dtype, optimizer) for dtype in ("float32", "bfloat16") for optimizer in
 def deltas(engine: Engine, experiment: Experiment) -> dict[str, dict[str, Tensor]]:
     """What each client sends in the first round."""
     clients = experiment.federation.load(experiment.key).clients
-    state = loop.start(experiment, load_model(experiment.task).fresh(experiment.key))
+    state = server_round.start(experiment, load_model(experiment.task).fresh(experiment.key))
     everyone = Ctx(0, experiment.key, len(clients), len(clients), experiment.rounds)
     with engine.open(experiment, None, lambda event: None) as call:
-        replies = dict(call("work", loop.requests_for(experiment, state, clients, everyone)))
+        replies = dict(call("work", server_round.requests_for(experiment, state, clients, everyone)))
     return {name: dict(reply.parts["delta"].tree) for name, reply in replies.items() if isinstance(reply, Update)}
 
 

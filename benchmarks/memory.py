@@ -26,8 +26,8 @@ PROGRAM = """
 import json, sys
 import fedllm
 from fedllm.events import EngineStarted
-from fedllm.tasks.model import load
-from fedllm.tree import num_bytes
+from fedllm.models.loaded_model import load
+from fedllm.tensors.tree import num_bytes
 overrides, engine, out = json.loads(sys.argv[1])
 experiment, told = fedllm.load("quickstart", overrides), []
 result = fedllm.run(experiment, engine=engine, out=out, listeners=[told.append])

@@ -19,17 +19,19 @@ from pathlib import Path
 import torch
 from bare import BareLoop
 
-from fedllm import loop, wire
-from fedllm.client import Site
-from fedllm.config import load
+from fedllm.engines.allocator import kept_memory
+from fedllm.engines.client import Site
+from fedllm.engines.client_store import ClientStore
 from fedllm.events import Event
-from fedllm.experiment import Experiment
-from fedllm.heap import kept_memory
-from fedllm.state import Checkpoints, ClientStore
-from fedllm.tasks.base import materialise
-from fedllm.tasks.model import load as load_model
-from fedllm.update import Ctx
-from fedllm.work import Job, run_work
+from fedllm.experiment.config_file import load
+from fedllm.experiment.record import Experiment
+from fedllm.messages import serialization
+from fedllm.messages.context import Ctx
+from fedllm.models.base_models.load import materialise
+from fedllm.models.loaded_model import load as load_model
+from fedllm.runs import server_round
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.training.base import Job, run_work
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -72,7 +74,7 @@ def empty_round(experiment: Experiment, rounds: int) -> dict[str, float]:
     """A round of one client without local work; packing and checkpoint apart."""
     model, population = load_model(experiment.task), experiment.federation.load(experiment.key)
     site = Site(experiment, model, population, ClientStore(None))
-    state = loop.start(experiment, model.fresh(experiment.key))
+    state = server_round.start(experiment, model.fresh(experiment.key))
     first = population.clients[:1]
 
     def call(name, requests):
@@ -83,11 +85,19 @@ def empty_round(experiment: Experiment, rounds: int) -> dict[str, float]:
         del event
 
     with kept_memory():  # as the engines do
-        times = [seconds(lambda: loop.one_round(state, experiment, first, call, quiet)) for _ in range(rounds + 3)][3:]
-    request = next(iter(loop.requests_for(experiment, state, first, Ctx(0, state.key, 1, 1)).values()))
+        times = [
+            seconds(lambda: server_round.one_round(state, experiment, first, call, quiet)) for _ in range(rounds + 3)
+        ][3:]
+    request = next(iter(server_round.requests_for(experiment, state, first, Ctx(0, state.key, 1, 1)).values()))
     update = site.answer("work", request)
     packing = [
-        seconds(lambda: (wire.unpack(wire.pack(request)), wire.unpack(wire.pack(update)))) for _ in range(rounds)
+        seconds(
+            lambda: (
+                serialization.unpack(serialization.pack(request)),
+                serialization.unpack(serialization.pack(update)),
+            )
+        )
+        for _ in range(rounds)
     ]
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Checkpoints(Path(folder), 1)

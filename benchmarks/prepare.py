@@ -13,7 +13,7 @@ import shapes
 from rows import Prepared
 from torch import nn
 
-from fedllm.tasks.base import load_base, materialise
+from fedllm.models.base_models.load import load_base, materialise
 
 LR, RANK, ALPHA = 1e-4, 8, 16  # the defaults of peers/batches.py, too
 

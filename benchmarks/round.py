@@ -28,8 +28,8 @@ from rows import NEED_PEERS, ROWS, Figures, Prepared, check_peers, measure, pair
 from shapes import SHAPES
 
 from fedllm.errors import ConfigError, FedllmError, RunError, nearest
-from fedllm.native.library import library
-from fedllm.tasks.base import resolve_device
+from fedllm.models.base_models.load import resolve_device
+from fedllm.models.kernels.build import library
 
 QUICK = {"clients": 2, "steps": 2, "rounds": 1}
 NUMBERS = {  # default and meaning

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedllm.tasks.tiny import tiny_tokenizer
+from fedllm.models.base_models.tiny_llama import tiny_tokenizer
 
 STD = 0.02
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(

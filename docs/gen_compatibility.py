@@ -11,26 +11,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from fedllm import config
-from fedllm.catalog import METHODS, NOUNS, name_of
-from fedllm.check import check, check_ranks
 from fedllm.errors import CheckError
-from fedllm.experiment import Experiment
-from fedllm.stage import Bracket, Stage
-from fedllm.stages.adagrad import Adagrad
-from fedllm.stages.adam import Adam
-from fedllm.stages.dyn import Dyn
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.nesterov import Nesterov
-from fedllm.stages.prox import Prox
-from fedllm.stages.quantize import Quantize
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.top_k import TopK
-from fedllm.stages.uniform import Uniform
-from fedllm.stages.yogi import Yogi
-from fedllm.tasks.adapter import Adapter
-from fedllm.tasks.adapters.lora import Lora
-from fedllm.update import Profile
+from fedllm.experiment import config_file
+from fedllm.experiment.catalog import NOUNS, name_of
+from fedllm.experiment.checks.check import check, check_ranks
+from fedllm.experiment.methods import METHODS
+from fedllm.experiment.record import Experiment
+from fedllm.messages.context import Profile
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.adapters.lora import Lora
+from fedllm.stages.base import Bracket, Stage
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.server_optimizers.adagrad import Adagrad
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.server_optimizers.nesterov import Nesterov
+from fedllm.stages.server_optimizers.yogi import Yogi
+from fedllm.stages.weighting.uniform import Uniform
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -72,7 +73,7 @@ def columns() -> list[str]:
 
 def alone(method: str) -> Experiment:
     """A method as its preset has it."""
-    return config.build({**SPEC, "method": method})
+    return config_file.build({**SPEC, "method": method})
 
 
 def cell(method: str, column: str) -> Cell:

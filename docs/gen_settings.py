@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from fedllm import config
-from fedllm.catalog import METHODS, NOUNS, Method, name_of
-from fedllm.experiment import Experiment
+from fedllm.experiment import config_file
+from fedllm.experiment.catalog import NOUNS, name_of
+from fedllm.experiment.methods import METHODS, Method
+from fedllm.experiment.record import Experiment
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-RECIPES = Path(config.__file__).parent / "recipes"
+RECIPES = Path(config_file.__file__).parent / "recipes"
 PLAIN: Mapping[Any, str] = {
     str: "text",
     int: "whole number",

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fedllm.config import build, dump, load
-    from fedllm.experiment import Experiment
-    from fedllm.launch import Result, run
-    from fedllm.works.per_example import per_example_gradients
+    from fedllm.experiment.config_file import build, dump, load
+    from fedllm.experiment.record import Experiment
+    from fedllm.runs.launch import Result, run
+    from fedllm.training.per_example_gradients import per_example_gradients
 
 __all__ = ["Experiment", "Result", "build", "dump", "load", "per_example_gradients", "run"]
 
 _PLACES = {
-    "build": "fedllm.config",
-    "dump": "fedllm.config",
-    "load": "fedllm.config",
-    "Experiment": "fedllm.experiment",
-    "Result": "fedllm.launch",
-    "run": "fedllm.launch",
-    "per_example_gradients": "fedllm.works.per_example",
+    "build": "fedllm.experiment.config_file",
+    "dump": "fedllm.experiment.config_file",
+    "load": "fedllm.experiment.config_file",
+    "Experiment": "fedllm.experiment.record",
+    "Result": "fedllm.runs.launch",
+    "run": "fedllm.runs.launch",
+    "per_example_gradients": "fedllm.training.per_example_gradients",
 }
 
 

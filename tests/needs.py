@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.native.library import library
-from fedllm.tasks.base import resolve_dtype
+from fedllm.models.base_models.load import resolve_dtype
+from fedllm.models.kernels.build import library
 
 NO_KERNELS = f"kernels: {library().about}"
 needs_kernels = pytest.mark.skipif(library().handle is None, reason=NO_KERNELS)

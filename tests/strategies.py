@@ -11,22 +11,24 @@ from typing import Any, Literal, Union, get_args, get_origin
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from fedllm.aggregate import Aggregator
-from fedllm.catalog import NOUNS
+from fedllm.aggregators.base import Aggregator
+from fedllm.data.federation import Federation
+from fedllm.data.sampling import Sampling
+from fedllm.data.shards import Shards
+from fedllm.data.splits.base import Split
 from fedllm.errors import ConfigError
-from fedllm.experiment import Demands, Evaluation, Experiment, Limits, Schedule
-from fedllm.federation import Federation
-from fedllm.federations.sampling import Sampling
-from fedllm.federations.shards import Shards
-from fedllm.federations.split import Split
-from fedllm.spec import hints
-from fedllm.stage import Stage
-from fedllm.stages.by_examples import ByExamples
-from fedllm.tasks.adapter import Adapter
-from fedllm.tasks.objectives import Objective
-from fedllm.tasks.task import Task
-from fedllm.work import Work
-from fedllm.works.sgd import Sgd
+from fedllm.evaluation.settings import Evaluation
+from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.reader import hints
+from fedllm.experiment.record import Demands, Experiment, Limits
+from fedllm.experiment.schedules import Schedule
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.objectives.base import Objective
+from fedllm.models.task import Task
+from fedllm.stages.base import Stage
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.training.base import Work
+from fedllm.training.sgd import Sgd
 
 PLAIN = Experiment(task=Task("tiny-llama"), federation=Shards("x"), work=Sgd(steps=1), stages=(ByExamples(),))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedllm.errors import DataError, RunError
-from fedllm.tasks.tiny import tiny_tokenizer
+from fedllm.models.base_models.tiny_llama import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMISED = {
@@ -144,8 +144,8 @@ def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, template: st
     from prepare import prepare
 
     import fedllm
-    from fedllm.tasks.model import load
-    from fedllm.update import Ctx
+    from fedllm.messages.context import Ctx
+    from fedllm.models.loaded_model import load
 
     numbers = ["--clients", "3", "--steps", "2", "--rounds", "1"]
     options = bench.options_of(["--model", "tiny-llama", "--template", template, *numbers])

@@ -340,5 +340,5 @@ def test_site_builds_strictly_and_asks_no_other_host(tmp_path: Path) -> None:
     )
     assert built.returncode == 0, built.stderr
     html = "\n".join(path.read_text("utf-8") for path in (tmp_path / "site").rglob("*.html"))
-    assert "fedllm.tree" in html
+    assert "fedllm.tensors.tree" in html
     assert re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=\"?(?:https?:)?//[^>]*>", html) == []

@@ -15,22 +15,23 @@ import pytest
 import typer
 
 import fedllm
-from fedllm import tree
-from fedllm.catalog import METHODS, NOUNS, STAGES
-from fedllm.check import check
 from fedllm.cli.main import app
 from fedllm.errors import CheckError
 from fedllm.evaluation.scores import METRICS
 from fedllm.events import KINDS
-from fedllm.experiment import Experiment
-from fedllm.stage import Stage
-from fedllm.stages.adam import Adam
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.keep import Keep
-from fedllm.stages.prox import Prox
-from fedllm.stages.quantize import Quantize
-from fedllm.stages.top_k import TopK
-from fedllm.yamltext import read_yaml
+from fedllm.experiment.catalog import NOUNS, STAGES
+from fedllm.experiment.checks.check import check
+from fedllm.experiment.methods import METHODS
+from fedllm.experiment.record import Experiment
+from fedllm.experiment.yaml import read_yaml
+from fedllm.stages.base import Stage
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.tensors import tree
 from tests.papers.quadratics import federate, leaves
 from tests.test_docs import ROOT, load, reference
 from tests.test_docs_run import fragment

@@ -34,12 +34,12 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm.check import check
 from fedllm.cli import display
 from fedllm.cli.main import main
-from fedllm.config import build, load
 from fedllm.events import Event, RoundFinished
-from fedllm.yamltext import read_yaml
+from fedllm.experiment.checks.check import check
+from fedllm.experiment.config_file import build, load
+from fedllm.experiment.yaml import read_yaml
 from tests.test_docs import ROOT, commands
 
 DOCS = ROOT / "docs"

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import fedllm
 from fedllm import events
 from fedllm.errors import RunError
-from fedllm.events import KINDS, CheckpointSaved, Event, Log, Resumed, RoundStarted, Warned, from_json, read, to_json
+from fedllm.events import KINDS, CheckpointSaved, Event, Resumed, RoundStarted, Warned, from_json, read, to_json
+from fedllm.runs.event_log import Log
 
 NUMBERS = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
 

@@ -305,24 +305,42 @@ def test_layers_name_each_module_once() -> None:
 
 
 BAD = {
-    "upwards": ({"fedllm/tree.py": "from fedllm import stage", "fedllm/stage.py": ""}, "fedllm.stage, which is above"),
-    "upwards inside a function": (
-        {"fedllm/update.py": "def f():\n    from fedllm.stages.prox import Prox"},
-        "fedllm.stages.prox, which is above",
+    "upwards": (
+        {"fedllm/tensors/tree.py": "from fedllm import stage", "fedllm/stages/base.py": ""},
+        "fedllm.stages.base, which is above",
     ),
-    "upwards by dots": ({"fedllm/stages/prox.py": "from ..loop import run"}, "fedllm.loop, which is above"),
+    "upwards inside a function": (
+        {"fedllm/messages/update.py": "def f():\n    from fedllm.stages.prox import Prox"},
+        "fedllm.stages.client_drift.prox, which is above",
+    ),
+    "upwards by dots": (
+        {"fedllm/stages/client_drift/prox.py": "from ..loop import run"},
+        "fedllm.runs.server_round, which is above",
+    ),
     "upwards from a package": ({"fedllm/stages/__init__.py": "from ..engines import run"}, "engines, which is above"),
-    "the root by attribute": ({"fedllm/loop.py": "import fedllm\nfedllm.run(1)"}, "imports fedllm, which is above"),
-    "the root": ({"fedllm/loop.py": "from fedllm import run", "fedllm/__init__.py": ""}, "fedllm, which is above"),
+    "the root by attribute": (
+        {"fedllm/runs/server_round.py": "import fedllm\nfedllm.run(1)"},
+        "imports fedllm, which is above",
+    ),
+    "the root": (
+        {"fedllm/runs/server_round.py": "from fedllm import run", "fedllm/__init__.py": ""},
+        "fedllm, which is above",
+    ),
     "stage to stage": (
-        {"fedllm/stages/prox.py": "from fedllm.stages.dyn import Dyn", "fedllm/stages/dyn.py": ""},
+        {
+            "fedllm/stages/client_drift/prox.py": "from fedllm.stages.dyn import Dyn",
+            "fedllm/stages/client_drift/dyn.py": "",
+        },
         "stages must not import stages",
     ),
     "stage to stage through the package": (
-        {"fedllm/stages/prox.py": "from fedllm.stages import Dyn", "fedllm/stages/__init__.py": ""},
+        {"fedllm/stages/client_drift/prox.py": "from fedllm.stages import Dyn", "fedllm/stages/__init__.py": ""},
         "stages must not import stages",
     ),
-    "task to federation": ({"fedllm/tasks/task.py": "import fedllm.federations.shards"}, "must not import federations"),
+    "task to federation": (
+        {"fedllm/models/task.py": "import fedllm.federations.shards"},
+        "must not import federations",
+    ),
     "federation to task": ({"fedllm/federations/a.py": "from fedllm.tasks import x"}, "must not import tasks"),
     "cli": ({"fedllm/console/page.py": "import fedllm.cli.main"}, "only __main__, cli may"),
     "console": ({"fedllm/__main__.py": "import fedllm.console"}, "only cli, console may"),
@@ -341,18 +359,23 @@ BAD = {
         {"fedllm/tasks/a.py": "import datasets", "fedllm/federations/b.py": "from datasets.x import y"},
         "datasets is imported in 2 files",
     ),
-    "peft outside of tasks": ({"fedllm/launch.py": "import peft"}, "only tasks may"),
-    "pickle": ({"fedllm/wire.py": "import pickle"}, "imports pickle"),
-    "torch.load": ({"fedllm/state.py": "import torch as t\nt.load(1)"}, "calls torch.load"),
-    "torch.load by name": ({"fedllm/state.py": "from torch import load as read\nread(1)"}, "calls torch.load"),
-    "eval": ({"fedllm/config.py": "eval('1')"}, "calls eval"),
-    "exec": ({"fedllm/config.py": "def f():\n    exec('1')"}, "calls exec"),
-    "yaml.load": ({"fedllm/config.py": "import yaml\nyaml.load(1)"}, "calls yaml.load"),
+    "peft outside of tasks": ({"fedllm/runs/launch.py": "import peft"}, "only tasks may"),
+    "pickle": ({"fedllm/messages/serialization.py": "import pickle"}, "imports pickle"),
+    "torch.load": ({"fedllm/runs/state.py": "import torch as t\nt.load(1)"}, "calls torch.load"),
+    "torch.load by name": ({"fedllm/runs/state.py": "from torch import load as read\nread(1)"}, "calls torch.load"),
+    "eval": ({"fedllm/experiment/config_file.py": "eval('1')"}, "calls eval"),
+    "exec": ({"fedllm/experiment/config_file.py": "def f():\n    exec('1')"}, "calls exec"),
+    "yaml.load": ({"fedllm/experiment/config_file.py": "import yaml\nyaml.load(1)"}, "calls yaml.load"),
     "yaml.load with its own loader": (
-        {"fedllm/config.py": "import yaml\nclass L(yaml.SafeLoader, yaml.Loader): ...\nyaml.load(1, Loader=L)"},
+        {
+            "fedllm/experiment/config_file.py": "import yaml\nclass L(yaml.SafeLoader, yaml.Loader): ...\nyaml.load(1, Loader=L)"
+        },
         "calls yaml.load",
     ),
-    "yaml.unsafe_load": ({"fedllm/config.py": "from yaml import unsafe_load\nunsafe_load(1)"}, "yaml.unsafe_load"),
+    "yaml.unsafe_load": (
+        {"fedllm/experiment/config_file.py": "from yaml import unsafe_load\nunsafe_load(1)"},
+        "yaml.unsafe_load",
+    ),
     "remote code": ({"fedllm/tasks/m.py": "load(trust_remote_code=True)"}, "sets trust_remote_code"),
     "remote code by setting": ({"fedllm/tasks/m.py": "s = {'trust_remote_code': flag}"}, "sets trust_remote_code"),
     "arrays with objects": ({"fedllm/tasks/m.py": "np.load(p, allow_pickle=True)"}, "sets allow_pickle"),
@@ -368,19 +391,19 @@ def test_bad_module_is_found(sources: dict[str, str], sentence: str) -> None:
 
 def test_good_modules_pass() -> None:
     sources = {
-        "fedllm/tree.py": "import torch",
-        "fedllm/stage.py": "from fedllm.tree import Tree\nfrom fedllm import tree",
+        "fedllm/tensors/tree.py": "import torch",
+        "fedllm/stages/base.py": "from fedllm.tree import Tree\nfrom fedllm import tree",
         "fedllm/stages/__init__.py": "from fedllm.stages.prox import Prox",
-        "fedllm/stages/prox.py": "from ..stage import Stage\nfrom fedllm.privacy.event import Gaussian",
+        "fedllm/stages/client_drift/prox.py": "from ..stage import Stage\nfrom fedllm.privacy.event import Gaussian",
         "fedllm/privacy/__init__.py": "",
         "fedllm/privacy/event.py": "import math\nfrom fedllm.privacy.accountant import Ledger",
         "fedllm/privacy/accountant.py": "from fedllm.errors import CheckError",
         "fedllm/errors.py": "",
-        "fedllm/tasks/model.py": "import peft\nmodel.eval()\nload(trust_remote_code=False)\nyaml.safe_load(1)",
+        "fedllm/models/loaded_model.py": "import peft\nmodel.eval()\nload(trust_remote_code=False)\nyaml.safe_load(1)",
         "fedllm/cli/main.py": "from fedllm import run\nimport fedllm.console.page",
         "fedllm/__main__.py": "from fedllm.cli.main import main",
         "fedllm/__init__.py": "from fedllm.launch import run",
-        "fedllm/launch.py": "import fedllm\nfrom fedllm.loop import run\nfedllm.__version__",
-        "fedllm/config.py": "import yaml as y\nclass L(y.SafeLoader): ...\ny.load(1, L)\ny.load(1, y.SafeLoader)",
+        "fedllm/runs/launch.py": "import fedllm\nfrom fedllm.loop import run\nfedllm.__version__",
+        "fedllm/experiment/config_file.py": "import yaml as y\nclass L(y.SafeLoader): ...\ny.load(1, L)\ny.load(1, y.SafeLoader)",
     }
     assert faults(modules_of(sources)) == []

@@ -8,8 +8,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedllm.messages.context import Ctx
 from fedllm.rng import Key
-from fedllm.update import Ctx
 
 NAMES = st.lists(st.one_of(st.text(max_size=4), st.integers()), max_size=4)
 

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from fedllm.config import load
+from fedllm.experiment.config_file import load
 from tests.test_docs import ROOT
 
 TINY = ["--set", "task.model=tiny-llama", "rounds=1", "work.sgd.steps=1", "evaluation.limit=2"]

@@ -22,11 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.cli import tables
-from fedllm.cli.scene import Scene, line, moment, scores_line
+from fedllm.cli.run_progress import Scene, line, moment, scores_line
+from fedllm.errors import counted
 from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
-from fedllm.ranges import counted
-from fedllm.report.quantity import NOTHING, duration, figure, part_of_whole, printable, remaining, size
-from fedllm.report.story import COMPARED, by_model
+from fedllm.report.formatting import NOTHING, duration, figure, part_of_whole, printable, remaining, size
+from fedllm.report.run_history import COMPARED, by_model
 
 Clock = Callable[[], float]
 _SHOWN = 12  # clients of a cohort that are listed one by one

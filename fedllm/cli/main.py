@@ -53,7 +53,7 @@ def init(
     file: Annotated[Path | None, typer.Argument(help="A new file; default RECIPE.yaml.")] = None,
 ) -> None:
     """Copy a packaged recipe to a file of your own."""
-    from fedllm.cli.starting import init_file
+    from fedllm.cli.init import init_file
 
     init_file(recipe, file)
 
@@ -81,7 +81,7 @@ def run(
         from fedllm.cli.seeds import run_seeds
 
         raise typer.Exit(run_seeds(file, overrides or [], seeds, engine=engine, out=out, resume=resume))
-    from fedllm.cli.running import run_file
+    from fedllm.cli.run import run_file
 
     run_file(file, overrides or [], engine=engine, out=out, resume=resume, continues=continues, began=BEGAN)
 
@@ -89,7 +89,7 @@ def run(
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
     """Check an experiment and print its plan. No model is loaded."""
-    from fedllm.cli.checking import check_file
+    from fedllm.cli.check import check_file
 
     check_file(file, overrides or [])
 
@@ -97,7 +97,7 @@ def check(file: File, overrides: Overrides = None) -> None:
 @app.command()
 def ls(what: What) -> None:
     """List what there is."""
-    from fedllm.cli.listing import listing
+    from fedllm.cli.ls import listing
 
     listing(what)
 
@@ -109,7 +109,7 @@ def evaluate(
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the last.")] = False,
 ) -> None:
     """Score a run's model again. Other `evaluation` settings may be given, as in evaluation.metrics=[rouge_l]."""
-    from fedllm.cli.finished import evaluate_run
+    from fedllm.cli.evaluate import evaluate_run
 
     evaluate_run(folder, overrides or [], best=best)
 
@@ -124,7 +124,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Talk to a run's model."""
-    from fedllm.cli.chatting import chat_with
+    from fedllm.cli.chat import chat_with
 
     chat_with(folder, prompt=prompt, client=client, compare=compare, system=system, max_new_tokens=max_new_tokens)
 
@@ -137,7 +137,7 @@ def export(
     client: Annotated[str | None, typer.Option(help="A client's personal model.")] = None,
 ) -> None:
     """Write a run's model for other tools."""
-    from fedllm.cli.finished import export_run
+    from fedllm.cli.export import export_run
 
     export_run(folder, to=to, out=out, client=client)
 
@@ -148,7 +148,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first folder.")] = None,
 ) -> None:
     """Write a self-contained page about one or more runs."""
-    from fedllm.cli.finished import report_runs
+    from fedllm.cli.report import report_runs
 
     report_runs(folders, out=out)
 

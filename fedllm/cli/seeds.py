@@ -18,13 +18,12 @@ from rich import box
 from rich.console import Console
 
 from fedllm.cli import tables
-from fedllm.cli.running import run_file
-from fedllm.config import find, load
-from fedllm.errors import ConfigError, FedllmError, RunError
-from fedllm.folder import Folder, default_folder
-from fedllm.ranges import counted
-from fedllm.report.quantity import NOTHING, figure, finite
-from fedllm.report.story import COMPARED, by_model
+from fedllm.cli.run import run_file
+from fedllm.errors import ConfigError, FedllmError, RunError, counted
+from fedllm.experiment.config_file import find, load
+from fedllm.report.formatting import NOTHING, figure, finite
+from fedllm.report.run_history import COMPARED, by_model
+from fedllm.runs.folder import Folder, default_folder
 
 Summaries = Mapping[int, Mapping[str, Any]]  # by seed
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedllm.report.quantity import printable
+from fedllm.report.formatting import printable
 
 LONG = 18  # letters of a word in a text: a longer one may be folded into lines
 

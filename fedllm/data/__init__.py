@@ -1,1 +1,1 @@
-"""Data that comes with the package."""
+"""Federations: where the clients' records come from and how they are spread."""

@@ -1,6 +1,6 @@
 """One client after another in this process: the reference that every other engine must equal.
 
-The base model is loaded once; requests and updates pass through `wire.py`, so bytes are counted as sent. One intra-op
+The base model is loaded once; requests and updates pass through `messages/serialization.py`, so bytes are counted as sent. One intra-op
 thread: its bits do not depend on the number of cores.
 """
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.aggregate import Call
-from fedllm.client import Site
-from fedllm.engine import Engine
-from fedllm.engines.exchange import one_by_one, tidied
-from fedllm.engines.threads import one_thread
+from fedllm.engines.allocator import kept_memory
+from fedllm.engines.base import Engine
+from fedllm.engines.client import Site
+from fedllm.engines.loopback import one_by_one, tidied
+from fedllm.engines.torch_threads import one_thread
 from fedllm.events import Emit
-from fedllm.experiment import Experiment
-from fedllm.heap import kept_memory
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call
 
 
 @dataclass(frozen=True)

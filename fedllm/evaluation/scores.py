@@ -18,15 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedllm.batch import Example
-from fedllm.errors import ConfigError, DataError, nearest
-from fedllm.evaluation.fit import Unfit, is_choice, options_of, unfit
-from fedllm.evaluation.text import choice_score, exact_match, rouge_l
-from fedllm.experiment import Evaluation, Experiment
-from fedllm.federation import Population, Record, naming, place_of
-from fedllm.tasks.model import LoadedModel
-from fedllm.tasks.turns import response_text
-from fedllm.tree import Tree
+from fedllm.data.federation import Population
+from fedllm.errors import ConfigError, DataError, Record, naming, nearest, place_of
+from fedllm.evaluation.record_length import Unfit, is_choice, options_of, unfit
+from fedllm.evaluation.settings import Evaluation
+from fedllm.evaluation.text_metrics import choice_score, exact_match, rouge_l
+from fedllm.experiment.record import Experiment
+from fedllm.models.batch import Example
+from fedllm.models.chat_turns import response_text
+from fedllm.models.loaded_model import LoadedModel
+from fedllm.tensors.tree import Tree
 
 Pair = tuple[float, float]  # a record's share of a metric's sum and count
 LOWER_IS_BETTER = frozenset({"nll", "perplexity"})

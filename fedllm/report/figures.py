@@ -7,21 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 from fedllm.events import ClientFinished, DataReported, Evaluated, RoundFinished, Wire
-from fedllm.report.plot import (
-    DASHES,
-    SHADE,
-    Figure,
-    Trace,
-    bars,
-    by_rows,
-    colour,
-    columns,
-    level,
-    line,
-    over_rounds,
-)
-from fedllm.report.quantity import finite, labelled, lower_is_better
-from fedllm.report.story import COMPARED, OWN, Story, client_metrics, client_scores
+from fedllm.report.formatting import finite, labelled, lower_is_better
+from fedllm.report.plot import DASHES, SHADE, Figure, Trace, bars, by_rows, colour, columns, level, line, over_rounds
+from fedllm.report.run_history import COMPARED, OWN, Story, client_metrics, client_scores
 
 _MIB = 2**20
 FEW = 12  # lines or labels that an eye can still tell apart

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedllm.report.figures import FEW, better, families, worst_first
+from fedllm.report.formatting import finite, labelled
 from fedllm.report.plot import SHADE, Figure, bars, by_rows, colour
-from fedllm.report.quantity import finite, labelled
-from fedllm.report.story import COMPARED, Story, client_scores
+from fedllm.report.run_history import COMPARED, Story, client_scores
 
 Scores = Mapping[str, float | None]
 

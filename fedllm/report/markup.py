@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 
-from fedllm.report.quantity import NOTHING
+from fedllm.report.formatting import NOTHING
 
 _NUMBER = re.compile(rf"{NOTHING}|[+-]?\d[\d,.]*(e[+-]?\d+)?( (B|[KMGT]iB|ms|s|min|h|%)( \d+ (s|min))?)?")
 

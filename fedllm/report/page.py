@@ -11,13 +11,13 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm.disk import not_written
 from fedllm.events import RunStarted
+from fedllm.files import not_written
 from fedllm.report import tables
+from fedllm.report.formatting import figure, labelled
 from fedllm.report.markup import Html, el, pairs
-from fedllm.report.quantity import figure, labelled
+from fedllm.report.run_history import Story, load_all
 from fedllm.report.sections import sections
-from fedllm.report.story import Story, load_all
 from fedllm.report.style import SCRIPT, STYLE
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedllm.report.formatting import finite
 from fedllm.report.markup import Html
-from fedllm.report.quantity import finite
 
 Trace = dict[str, Any]
 

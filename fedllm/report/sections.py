@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.events import DataReported, RunStarted
-from fedllm.report import diagnosed, figures, groups, tables
+from fedllm.report import diagnostics, figures, groups, tables
 from fedllm.report.citation import bibtex
 from fedllm.report.markup import Html, el, folded, joined
 from fedllm.report.plot import Figure
-from fedllm.report.story import Story
+from fedllm.report.run_history import Story
 
 Section = tuple[str, Html]
 
@@ -68,12 +68,12 @@ def _clients(stories: Sequence[Story]) -> Html:
 def _updates(stories: Sequence[Story]) -> Html:
     """What the server saw of them, round by round."""
     several = len(stories) > 1
-    told = [(story.label, text) for story in stories if (text := diagnosed.absence(story))]
-    found = [(story.label, body) for story in stories if (body := diagnosed.numbers(story))]
+    told = [(story.label, text) for story in stories if (text := diagnostics.absence(story))]
+    found = [(story.label, body) for story in stories if (body := diagnostics.numbers(story))]
     return joined(
         [
             *(el("p", f"{label}: {text}" if several else text) for label, text in told),
-            _figures(diagnosed.figures(stories)),
+            _figures(diagnostics.figures(stories)),
             *(folded(f"What the updates of {label} showed in numbers", body) for label, body in found),
         ]
     )

@@ -6,20 +6,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fedllm.events import (
-    DataReported,
-    EngineChosen,
-    Evaluated,
-    RoundFinished,
-    RunFinished,
-    RunStarted,
-    Warned,
-    Wire,
-)
+from fedllm.events import DataReported, EngineChosen, Evaluated, RoundFinished, RunFinished, RunStarted, Warned, Wire
 from fedllm.report.figures import bytes_by_part
+from fedllm.report.formatting import NOTHING, duration, figure, labelled, lower_is_better, part_of_whole, share, size
 from fedllm.report.markup import Html, el, folded, joined, table
-from fedllm.report.quantity import NOTHING, duration, figure, labelled, lower_is_better, part_of_whole, share, size
-from fedllm.report.story import COMPARED, Story, client_metrics, client_scores
+from fedllm.report.run_history import COMPARED, Story, client_metrics, client_scores
 
 _LONG = 24  # rows of a table that a reader still looks through
 _MEANS = (

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedllm.cli.display import Display, print_summary
-from fedllm.cli.scene import Pace
+from fedllm.cli.run_progress import Pace
 from fedllm.events import (
     ClientFailed,
     ClientFinished,

@@ -16,16 +16,17 @@ import torch
 import yaml
 
 import fedllm
-from fedllm.catalog import METHODS, NOUNS
-from fedllm.cli import running
-from fedllm.cli.closing import next_steps
+from fedllm.cli import run
 from fedllm.cli.display import Display
-from fedllm.config import experiment_hash, override
+from fedllm.cli.next_steps import next_steps
+from fedllm.data.records import PACKAGED
 from fedllm.events import Event, RoundStarted, Wire
-from fedllm.federations.records import PACKAGED
-from fedllm.stage import Stage
-from fedllm.tasks.base import ALIASES
-from fedllm.tasks.tiny import tiny_model
+from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.config_file import experiment_hash, override
+from fedllm.experiment.methods import METHODS
+from fedllm.models.base_models.load import ALIASES
+from fedllm.models.base_models.tiny_llama import tiny_model
+from fedllm.stages.base import Stage
 from tests.runs.small import adapter_hash, command, events, rounds_run_again, small, story
 
 Captured = pytest.CaptureFixture[str]
@@ -63,7 +64,7 @@ class Impatient(Display):
 def test_ctrl_c_prints_the_line_that_resumes(here: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["mine.yaml", "evaluation.metrics=[nll, perplexity]", "--out", "two words"]
     with monkeypatch.context() as patch:
-        patch.setattr(running, "Display", Impatient)
+        patch.setattr(run, "Display", Impatient)
         code, _, err = command(capsys, "run", *words)
     assert code == 130
     assert "1 complete round is saved in two words" in err and "Traceback" not in err
@@ -91,7 +92,7 @@ def test_ctrl_c_before_the_run_begins_leaves_nothing(
     def slow(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("fedllm.launch.load", slow)
+    monkeypatch.setattr("fedllm.runs.launch.load", slow)
     code, out, err = command(capsys, "run", "mine.yaml")
     assert (code, out) == (130, "")
     assert "Traceback" not in err

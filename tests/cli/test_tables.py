@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fedllm.cli import tables
 from fedllm.cli.display import print_summary
-from fedllm.cli.listing import LISTS
+from fedllm.cli.ls import LISTS
 from fedllm.cli.seeds import print_spread
 
 WIDTH = 80

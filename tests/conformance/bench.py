@@ -14,26 +14,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedllm import launch
-from fedllm.batch import collate
-from fedllm.catalog import NOUNS
-from fedllm.client import Prepared, Site
-from fedllm.engine import Engine
+from fedllm.data.shards import Loss, Shards
+from fedllm.data.splits.by import By
+from fedllm.engines.base import Engine
+from fedllm.engines.client import Prepared, Site
+from fedllm.engines.client_store import ClientStore
 from fedllm.engines.serial import Serial
-from fedllm.experiment import Evaluation, Experiment, Limits
-from fedllm.federations.shards import Loss, Shards
-from fedllm.federations.splits.by import By
-from fedllm.loop import requests_for
-from fedllm.stage import Stage, up
-from fedllm.state import Checkpoints, ClientStore, Run
-from fedllm.tasks.adapter import Adapter
-from fedllm.tasks.adapters.lora import Lora
-from fedllm.tasks.model import LoadedModel, load
-from fedllm.tasks.task import Task
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Profile, Update
-from fedllm.work import Job, run_work
-from fedllm.works.sgd import Sgd
+from fedllm.evaluation.settings import Evaluation
+from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.record import Experiment, Limits
+from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.update import Update
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.batch import collate
+from fedllm.models.loaded_model import LoadedModel, load
+from fedllm.models.task import Task
+from fedllm.runs import launch
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.runs.server_round import requests_for
+from fedllm.runs.state import Run
+from fedllm.stages.base import Stage
+from fedllm.stages.round_trip import up
+from fedllm.tensors.tree import Tree
+from fedllm.training.base import Job, run_work
+from fedllm.training.sgd import Sgd
 from tests.engines import cohort
 
 ROUNDS, STEPS, LR = 2, 3, 0.2

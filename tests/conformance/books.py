@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.sparse import places
+from fedllm.tensors.sparse_mask import places
 from tests.conformance.bench import ALPHA, BANDWIDTH, LR, RANK, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedllm.engines.batched import Batched
+from fedllm.engines.batched.engine import Batched
 from tests.conformance.bench import Bench
 from tests.doubles.kept import Kept
 

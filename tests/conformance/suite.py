@@ -9,13 +9,15 @@ from dataclasses import FrozenInstanceError, fields, replace
 import torch
 from torch import Tensor
 
-from fedllm import tree, wire
-from fedllm.config import dump, experiment_hash
+from fedllm.experiment.config_file import dump, experiment_hash
+from fedllm.experiment.reader import Reader
+from fedllm.messages import serialization
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
-from fedllm.spec import Reader
-from fedllm.stage import merge, up
-from fedllm.stages.uniform import Uniform
-from fedllm.update import Ctx, Local, Part, Update
+from fedllm.stages.round_trip import merge, up
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
 from tests.conformance.bench import UNEQUAL, Bench, Course, come_to, flat, sent_by
 from tests.conformance.books import fedavg, play
 from tests.conformance.table import Case
@@ -122,7 +124,7 @@ def shares_no_storage(case: Case, bench: Bench) -> None:
 def survives_the_wire(case: Case, bench: Bench) -> None:
     """What is sent arrives with the same bits."""
     sent, _ = sent_by(*bench.visit(case.trip()))
-    back = wire.unpack(wire.pack(sent))
+    back = serialization.unpack(serialization.pack(sent))
     assert isinstance(back, Update) and back.parts.keys() == sent.parts.keys()
     for name, part in sent.parts.items():
         assert tree.equal(back.parts[name].tree, part.tree), f"part '{name}' arrives changed"
@@ -208,6 +210,6 @@ def storages(trees: Iterable[Mapping[str, Tensor]]) -> set[int]:
 
 
 def wire_copy(update: Update) -> Update:
-    back = wire.unpack(wire.pack(update))
+    back = serialization.unpack(serialization.pack(update))
     assert isinstance(back, Update)
     return back

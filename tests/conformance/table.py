@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedllm.stage import Bracket, Stage
-from fedllm.stages.adagrad import Adagrad
-from fedllm.stages.adam import Adam
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.dyn import Dyn
-from fedllm.stages.keep import Keep
-from fedllm.stages.lora_cap import LoraCap
-from fedllm.stages.lora_fair import LoraFair
-from fedllm.stages.lora_merge import LoraMerge
-from fedllm.stages.lora_pad import LoraPad
-from fedllm.stages.lora_product import LoraProduct
-from fedllm.stages.lora_prune import LoraPrune
-from fedllm.stages.lora_residual import LoraResidual
-from fedllm.stages.lora_stack import LoraStack
-from fedllm.stages.lora_svd import LoraSvd
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.nesterov import Nesterov
-from fedllm.stages.prox import Prox
-from fedllm.stages.quantize import Quantize
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.sparse_first import SparseFirst
-from fedllm.stages.top_k import TopK
-from fedllm.stages.uniform import Uniform
-from fedllm.stages.yogi import Yogi
+from fedllm.stages.base import Bracket, Stage
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.lora.bandwidth_cap import LoraCap
+from fedllm.stages.lora.fair import LoraFair
+from fedllm.stages.lora.merge import LoraMerge
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.product import LoraProduct
+from fedllm.stages.lora.prune import LoraPrune
+from fedllm.stages.lora.residual import LoraResidual
+from fedllm.stages.lora.sparse_first import SparseFirst
+from fedllm.stages.lora.stack import LoraStack
+from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.server_optimizers.adagrad import Adagrad
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.server_optimizers.nesterov import Nesterov
+from fedllm.stages.server_optimizers.yogi import Yogi
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
 from tests.conformance import books
 from tests.conformance.bench import EQUAL, UNEQUAL, Sizes
 from tests.conformance.books import Book
@@ -93,7 +93,9 @@ CASES: dict[str, Case] = {
     "by_examples": Case(ByExamples(), books.Book, neutral=ByExamples()),
     "uniform": Case(Uniform(), books.UniformBook, neutral=Uniform(), sizes=EQUAL),
     "quantize": Case(Quantize(bits=4), rounding=1 / 7),
-    "lora_pad": Case(LoraPad(), books.Book, neutral=LoraPad()),  # of unequal ranks: tests/stages/test_lora_ranks.py
+    "lora_pad": Case(
+        LoraPad(), books.Book, neutral=LoraPad()
+    ),  # of unequal ranks: tests/stages/lora/test_unequal_ranks.py
     "lora_fair": Case(LoraFair(penalty=0.3), books.LoraFairBook, keeps_space=False),
     "lora_stack": Case(LoraStack(), books.FlexLoraBook, keeps_space=False),
     "lora_prune": Case(LoraPrune(gamma=0.5, penalty=1.0), books.HetLoraBook),

@@ -11,8 +11,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm import tree
-from fedllm.catalog import STAGES, name_of
+from fedllm.experiment.catalog import STAGES, name_of
+from fedllm.tensors import tree
 from tests.conformance.bench import come_to, flat
 from tests.conformance.suite import CHECKS, OF_ENGINES, distance, memories
 from tests.conformance.table import CASES

@@ -8,34 +8,35 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedllm import factors, tree, weights
 from fedllm.errors import RunError
-from fedllm.packing import Packing
-from fedllm.stage import Bracket, Stage
-from fedllm.stages.adagrad import Adagrad
-from fedllm.stages.adam import Adam
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.dyn import Dyn
-from fedllm.stages.keep import Keep
-from fedllm.stages.lora_cap import LoraCap
-from fedllm.stages.lora_fair import LoraFair
-from fedllm.stages.lora_merge import LoraMerge
-from fedllm.stages.lora_pad import LoraPad
-from fedllm.stages.lora_product import LoraProduct
-from fedllm.stages.lora_prune import LoraPrune
-from fedllm.stages.lora_residual import LoraResidual
-from fedllm.stages.lora_stack import LoraStack
-from fedllm.stages.lora_svd import LoraSvd
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.nesterov import Nesterov
-from fedllm.stages.prox import Prox
-from fedllm.stages.quantize import Quantize
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.sparse_first import SparseFirst
-from fedllm.stages.top_k import TopK
-from fedllm.stages.uniform import Uniform
-from fedllm.stages.yogi import Yogi
-from fedllm.update import Part, Update
+from fedllm.messages.update import Part, Update
+from fedllm.stages.base import Bracket, Stage
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.lora.bandwidth_cap import LoraCap
+from fedllm.stages.lora.fair import LoraFair
+from fedllm.stages.lora.merge import LoraMerge
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.product import LoraProduct
+from fedllm.stages.lora.prune import LoraPrune
+from fedllm.stages.lora.residual import LoraResidual
+from fedllm.stages.lora.sparse_first import SparseFirst
+from fedllm.stages.lora.stack import LoraStack
+from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.server_optimizers.adagrad import Adagrad
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.server_optimizers.nesterov import Nesterov
+from fedllm.stages.server_optimizers.yogi import Yogi
+from fedllm.stages.weighting import weighted_mean
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import low_rank, tree
+from fedllm.tensors.wire_format import Packing
 from tests.conformance.table import HUGE, Case
 
 
@@ -224,7 +225,7 @@ class UniformByExamples(Uniform):
     """Weighs by examples."""
 
     def encode(self, update, scratch, memory, local):
-        return weights.weigh(update, local.facts["examples"]), memory
+        return weighted_mean.weigh(update, local.facts["examples"]), memory
 
 
 class UniformCut(Uniform):
@@ -315,9 +316,9 @@ class LoraSvdBalanced(LoraSvd):
         if part is None or not part.weight:
             return total, state
         step = {}
-        for layer in factors.layers(params):
-            b, a = factors.after(params, part.tree, layer)
-            new = factors.named(layer, *factors.truncated(b, a, len(a), layer))
+        for layer in low_rank.layers(params):
+            b, a = low_rank.after(params, part.tree, layer)
+            new = low_rank.named(layer, *low_rank.truncated(b, a, len(a), layer))
             step |= {name: leaf - params[name] for name, leaf in new.items()}
         return total.having("delta", replace(part, tree=step)), state
 
@@ -347,12 +348,12 @@ class LoraResidualTurned(LoraResidual):
         part = total.parts.get("shift")
         if part is None:
             return total, state
-        pairs = {layer: factors.pair(part.tree, layer) for layer in factors.layers(part.tree)}
+        pairs = {layer: low_rank.pair(part.tree, layer) for layer in low_rank.layers(part.tree)}
         turned = {}
         for layer, (b, a) in pairs.items():
             size_out, size_in = len(b), a.shape[1]
             product = (b @ a).T.reshape(size_out, size_in)
-            turned |= factors.named(layer, product, torch.eye(size_in, dtype=a.dtype))
+            turned |= low_rank.named(layer, product, torch.eye(size_in, dtype=a.dtype))
         return total.having("shift", replace(part, tree=turned)), state
 
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.aggregate import Call
-from fedllm.engine import Engine
-from fedllm.engines.ray import Team
-from fedllm.engines.threads import one_thread
+from fedllm.engines.base import Engine
+from fedllm.engines.remote.ray import Team
+from fedllm.engines.remote.worker import Host
+from fedllm.engines.torch_threads import one_thread
 from fedllm.events import Emit
-from fedllm.experiment import Experiment
-from fedllm.host import Host
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call
 
 
 @dataclass(frozen=True)

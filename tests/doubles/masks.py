@@ -19,13 +19,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm import tree
-from fedllm.aggregate import Aggregator, Call, Handler, Replies, Session, Sum
+from fedllm.aggregators.base import Aggregator, Handler, Session
+from fedllm.aggregators.sum import Sum
 from fedllm.errors import ClientError
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
-from fedllm.stage import Bracket, Norm, Stage
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Local, Part, Request, Update
+from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
 
 P, G = 2**61 - 1, 37  # a Mersenne prime; its generator
 

@@ -21,17 +21,19 @@ from typing import IO
 import torch
 import yaml
 
-from fedllm import catalog, config, wire
-from fedllm.aggregate import Aggregator, Call, Replies
-from fedllm.client import Site
-from fedllm.engine import Engine
+from fedllm.aggregators.base import Aggregator
+from fedllm.engines.base import Engine
+from fedllm.engines.client import Site
+from fedllm.engines.client_store import ClientStore
 from fedllm.errors import RunError
 from fedllm.events import Emit, Wire
-from fedllm.experiment import Experiment
-from fedllm.stage import Stage
-from fedllm.state import ClientStore
-from fedllm.tasks.model import load
-from fedllm.update import Failure, Request, Update
+from fedllm.experiment import catalog, config_file
+from fedllm.experiment.record import Experiment
+from fedllm.messages import serialization
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.update import Failure, Request, Update
+from fedllm.models.loaded_model import load
+from fedllm.stages.base import Stage
 from tests.doubles.masks import Masked, Rounding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +47,7 @@ class Processes(Engine):
     @contextmanager
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """A call that reaches a process for each client."""
-        start = {"experiment": config.dump(experiment), "folder": str(folder) if folder else None}
+        start = {"experiment": config_file.dump(experiment), "folder": str(folder) if folder else None}
         with ExitStack() as stack:  # at its end the pipes are closed, at whose end the processes end
             yield Workers(yaml.safe_dump(start).encode(), emit, stack)
 
@@ -62,17 +64,17 @@ class Workers:
     def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
         """All are asked before the first answer is waited for."""
         for client, request in requests.items():
-            data = wire.pack(request)
-            self.emit(Wire(request.ctx.round, name, client, "down", len(data), wire.part_bytes(request)))
+            data = serialization.pack(request)
+            self.emit(Wire(request.ctx.round, name, client, "down", len(data), serialization.part_bytes(request)))
             send(pipe(self.of(client).stdin), name.encode(), data)
         for client, request in requests.items():
             answer = receive(pipe(self.of(client).stdout))
             if answer is None:
                 raise RunError(f"the process of client {client} has ended")
-            reply = wire.unpack(answer)
+            reply = serialization.unpack(answer)
             assert isinstance(reply, Update | Failure)
             if isinstance(reply, Update):
-                self.emit(Wire(request.ctx.round, name, client, "up", len(answer), wire.part_bytes(reply)))
+                self.emit(Wire(request.ctx.round, name, client, "up", len(answer), serialization.part_bytes(reply)))
             yield client, reply
 
     def of(self, client: str) -> subprocess.Popen[bytes]:
@@ -116,15 +118,15 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
     torch.set_num_threads(1)
     know_doubles()
     start = yaml.safe_load(receive(source) or b"")
-    experiment = config.build(start["experiment"])
+    experiment = config_file.build(start["experiment"])
     store = ClientStore(start["folder"] and Path(start["folder"]), keep=9)
     site = Site(experiment, load(experiment.task), experiment.federation.load(experiment.key), store)
     while (name := receive(source)) is not None:
         data = receive(source)
         assert data is not None
-        request = wire.unpack(data)
+        request = serialization.unpack(data)
         assert isinstance(request, Request)
-        send(sink, wire.pack(site.answer(name.decode(), request)))
+        send(sink, serialization.pack(site.answer(name.decode(), request)))
 
 
 if __name__ == "__main__":

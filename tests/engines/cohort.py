@@ -13,24 +13,27 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import launch, loop, tree
-from fedllm.aggregate import Call, Replies
-from fedllm.client import Site
-from fedllm.engine import Engine
+from fedllm.data.shards import Shards
+from fedllm.data.splits.by import By
+from fedllm.engines.base import Engine
+from fedllm.engines.client import Site
 from fedllm.engines.serial import Serial
+from fedllm.evaluation.settings import Evaluation
 from fedllm.events import CheckpointSaved, Emit, Event
-from fedllm.experiment import Evaluation, Experiment
-from fedllm.federations.shards import Shards
-from fedllm.federations.splits.by import By
-from fedllm.stage import Stage
-from fedllm.stages.uniform import Uniform
-from fedllm.tasks.adapter import Adapter
-from fedllm.tasks.adapters.lora import Lora
-from fedllm.tasks.task import Task
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Local, Profile, Request, Update, not_known
-from fedllm.work import Work
-from fedllm.works.sgd import Sgd
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.context import Ctx, Local, Profile
+from fedllm.messages.update import Failure, Request, Update, not_known
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.task import Task
+from fedllm.runs import launch, server_round
+from fedllm.stages.base import Stage
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
+from fedllm.training.base import Work
+from fedllm.training.sgd import Sgd
 
 SIZES = {"ann": 6, "ben": 3, "cid": 2, "dot": 5, "eve": 1}
 CLIENTS = tuple(SIZES)
@@ -160,11 +163,11 @@ def sent(
 ) -> dict[tuple[int, str], Update | Failure]:
     """What each client of a cohort sends in some rounds, in which the server's parameters stay as they are."""
     found: dict[tuple[int, str], Update | Failure] = {}
-    run = loop.start(made, begun(made))
+    run = server_round.start(made, begun(made))
     with engine.open(made, None, [].append if told is None else told.append) as call:
         for round in range(rounds):
             everyone = Ctx(round, made.key, len(cohort), len(CLIENTS), made.rounds)
-            requests = loop.requests_for(made, replace(run, round=round), cohort, everyone)
+            requests = server_round.requests_for(made, replace(run, round=round), cohort, everyone)
             # nothing is added up here, so clients of unequal ranks may answer without a stage that makes them equal
             unasked = {client: replace(request, asks=not_known) for client, request in requests.items()}
             for client, reply in call("work", unasked):
@@ -187,7 +190,7 @@ def in_pieces(made: Experiment, out: Path, engine: Engine = SERIAL) -> launch.Re
 
 def begun(made: Experiment) -> Tree:
     """Weights in the middle of a run: no factor is zero."""
-    from fedllm.tasks.model import load
+    from fedllm.models.loaded_model import load
 
     generator = torch.Generator().manual_seed(7)
     fresh = load(made.task).fresh(made.key)

@@ -12,29 +12,30 @@ import pytest
 from torch import Tensor, nn
 
 import fedllm
-from fedllm import tree
-from fedllm.engines.batched import Batched
-from fedllm.engines.memory import layout_bytes
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.batched.memory import layout_bytes
+from fedllm.engines.client_store import ClientStore
 from fedllm.engines.serial import Serial
 from fedllm.events import ClientFailed, EngineStarted, Event
-from fedllm.native import products
-from fedllm.native.products import Matrix
-from fedllm.stage import Stage
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.prox import Prox
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.top_k import TopK
-from fedllm.stages.uniform import Uniform
-from fedllm.state import Checkpoints, ClientStore
-from fedllm.tasks import attention
-from fedllm.tasks.adapter import Adapter
-from fedllm.tasks.adapters import lora
-from fedllm.tasks.adapters.lora import Lora
-from fedllm.tasks.adapters.soft_prompt import SoftPrompt
-from fedllm.tasks.model import load
-from fedllm.tasks.task import Task
-from fedllm.update import Failure, Update
-from fedllm.works.sgd import Sgd
+from fedllm.messages.update import Failure, Update
+from fedllm.models.adapters import lora
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.soft_prompt import SoftPrompt
+from fedllm.models.kernels import matmul
+from fedllm.models.kernels.matmul import Matrix
+from fedllm.models.layers import attention
+from fedllm.models.loaded_model import load
+from fedllm.models.task import Task
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.stages.base import Stage
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
+from fedllm.training.sgd import Sgd
 from tests.engines.cohort import (
     ADAMW,
     CLIENTS,
@@ -201,13 +202,13 @@ def test_frozen_weights_are_laid_out_where_memory_is_not_scarce(
     data: Path, monkeypatch: pytest.MonkeyPatch, engine: Batched, kept: bool
 ) -> None:
     """And change no bit."""
-    made, seen, lay_out = experiment(data, dtype="bfloat16"), list[Matrix](), products.laid_out
+    made, seen, lay_out = experiment(data, dtype="bfloat16"), list[Matrix](), matmul.laid_out
 
     def watched(matrix: Matrix) -> Tensor:
         seen.append(matrix)
         return lay_out(matrix)
 
-    monkeypatch.setattr(products, "laid_out", watched)
+    monkeypatch.setattr(matmul, "laid_out", watched)
     expected = sent(Serial(), made)
     assert not seen
     found = sent(engine, made)

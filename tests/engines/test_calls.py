@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm import loop, tree
-from fedllm.engines.batched import Batched
-from fedllm.engines.deal import HAND
+from fedllm.data.shards import Loss
+from fedllm.data.splits.by import By
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.batched.load_balancing import HAND
 from fedllm.engines.serial import Serial
+from fedllm.evaluation.settings import Evaluation
 from fedllm.events import (
     ClientFailed,
     EngineChosen,
@@ -27,17 +29,17 @@ from fedllm.events import (
     RoundFinished,
     Wire,
 )
-from fedllm.experiment import Evaluation
-from fedllm.federations.shards import Loss
-from fedllm.federations.splits.by import By
-from fedllm.launch import Interrupted
+from fedllm.messages.context import Ctx
+from fedllm.messages.update import Failure, Request, Update
 from fedllm.rng import Key
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.prox import Prox
-from fedllm.stages.top_k import TopK
-from fedllm.stages.uniform import Uniform
-from fedllm.update import Ctx, Failure, Request, Update
-from fedllm.works.sgd import Sgd
+from fedllm.runs import server_round
+from fedllm.runs.launch import Interrupted
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
+from fedllm.training.sgd import Sgd
 from tests.doubles.masks import Masked, Rounding
 from tests.engines.cohort import CLIENTS, SGD, Devices, Watched, begun, experiment, same, sent, write_records
 from tests.runs.small import adapter_hash, events, figures, story
@@ -74,10 +76,10 @@ class Counted(dict[str, Request]):
 def test_replies_come_in_request_order_from_a_bounded_window(data: Path, stack: int, workers: int) -> None:
     """An aggregator that takes one reply after another sees at most workers + 1 stacks, and a hand, on their way."""
     made = experiment(data)
-    run = loop.start(made, begun(made))
+    run = server_round.start(made, begun(made))
     with Batched(stack=stack, workers=workers).open(made, None, lambda event: None) as call:
         everyone = Ctx(0, made.key, 10, 5, 2)
-        asked = loop.requests_for(made, run, CLIENTS[::-1], everyone)
+        asked = server_round.requests_for(made, run, CLIENTS[::-1], everyone)
         # the same five once more under other names of the mapping, for a longer queue
         requests = Counted({**asked, **{f"{client}'": request for client, request in asked.items()}})
         order = []

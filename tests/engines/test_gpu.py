@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.engines.batched import Batched
+from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
-from fedllm.experiment import Experiment
-from fedllm.stages.uniform import Uniform
-from fedllm.tasks.cross_entropy import row_losses
-from fedllm.tasks.short_attention import short_attention
-from fedllm.tasks.varlen import fits, varlen_attention
+from fedllm.experiment.record import Experiment
+from fedllm.models.layers.cross_entropy import row_losses
+from fedllm.models.layers.short_attention import short_attention
+from fedllm.models.layers.varlen_attention import fits, varlen_attention
+from fedllm.stages.weighting.uniform import Uniform
 from tests.engines.cohort import SGD, Slice, experiment, farthest, sent, write_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

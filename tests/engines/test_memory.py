@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from fedllm.engines.memory import Costs, Gate, free_bytes, parse_bytes
+from fedllm.engines.batched.memory import Costs, Gate, free_bytes, parse_bytes
 from fedllm.errors import ConfigError
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.soft_prompt import SoftPrompt
+from fedllm.models.loaded_model import load
+from fedllm.models.task import Task
 from fedllm.rng import Key
-from fedllm.tasks.adapters.lora import Lora
-from fedllm.tasks.adapters.soft_prompt import SoftPrompt
-from fedllm.tasks.model import load
-from fedllm.tasks.task import Task
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,9 +145,9 @@ MEASURE = """
 import json, sys
 import torch
 from fedllm import loop
-from fedllm.engines.batched import Batched
+from fedllm.engines.batched.engine import Batched
 from fedllm.events import MemoryMeasured
-from fedllm.works.sgd import Sgd
+from fedllm.training.sgd import Sgd
 from tests.engines.cohort import experiment, sent
 settings = json.loads(sys.argv[1])
 told = []
@@ -203,14 +203,14 @@ LIMITED = """
 import json, resource, sys, threading
 from pathlib import Path
 import torch
-from fedllm.client import Site
-from fedllm.engines import crew
-from fedllm.engines.batched import Batched
-from fedllm.engines.memory import Costs
-from fedllm.engines.threads import one_thread
+from fedllm.engines.client import Site
+from fedllm.engines.batched import crew
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.batched.memory import Costs
+from fedllm.engines.torch_threads import one_thread
 from fedllm.events import EngineAdjusted, EngineStarted
-from fedllm.update import Failure
-from fedllm.works.sgd import Sgd
+from fedllm.messages.update import Failure
+from fedllm.training.sgd import Sgd
 from tests.engines.cohort import experiment, sent
 settings = json.loads(sys.argv[1])
 work = Sgd(lr=1e-3, steps=2, batch_size=settings["batch"], max_length=settings["length"])

@@ -15,19 +15,18 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm import catalog
-from fedllm.config import override
-from fedllm.engine import Engine
-from fedllm.engines.choice import chosen
-from fedllm.engines.ray import Ray, Team
+from fedllm.data.shards import Loss, Shards
+from fedllm.engines.base import Engine
+from fedllm.engines.registry import chosen, engine_of
+from fedllm.engines.remote.ray import Ray, Team
 from fedllm.errors import CheckError, ConfigError, MissingExtra, RunError
 from fedllm.events import ClientFailed, EngineAdjusted, EngineStarted, Event, RoundStarted
-from fedllm.experiment import Experiment
-from fedllm.federations.shards import Loss, Shards
-from fedllm.launch import engine_of
-from fedllm.stage import Stage
-from fedllm.tasks.adapters.weights import Norms
-from fedllm.tasks.model import load
+from fedllm.experiment import catalog
+from fedllm.experiment.config_file import override
+from fedllm.experiment.record import Experiment
+from fedllm.models.adapters.weights import Norms
+from fedllm.models.loaded_model import load
+from fedllm.stages.base import Stage
 from tests.doubles.kept import Kept, learn_doubles, pid
 from tests.doubles.processes import DOUBLES
 from tests.runs.small import Stop, StopAt, adapter_hash, events, figures, small, stateful, story, write_records
@@ -169,7 +168,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 import ray
 from fedllm import launch
-from fedllm.engines.ray import Ray
+from fedllm.engines.remote.ray import Ray
 from fedllm.events import RoundStarted
 from tests.doubles.kept import Kept, pid
 from tests.runs.small import stateful
@@ -262,7 +261,7 @@ def test_python_of_ones_own_is_refused_before_anything_starts(
 def test_without_ray_the_install_line(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedllm.yamltext import write_yaml
+    from fedllm.experiment.yaml import write_yaml
     from tests.runs.small import command, spec
 
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -313,5 +312,5 @@ def test_only_stacks_demand_clients_that_can_be_stacked(data: Path) -> None:
 
 
 def test_ray_is_imported_by_its_engine_alone() -> None:
-    words = "import sys, fedllm.catalog, fedllm.host; sys.exit('ray' in sys.modules)"
+    words = "import sys, fedllm.experiment.catalog, fedllm.engines.remote.worker; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT, check=False).returncode == 0

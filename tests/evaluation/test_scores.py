@@ -8,20 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-import fedllm.tasks.model as models
-from fedllm.config import build
-from fedllm.errors import ConfigError, DataError
-from fedllm.evaluation.fit import Unfit
+import fedllm.models.loaded_model as models
+from fedllm.data.federation import Population
+from fedllm.data.shards import Shards
+from fedllm.errors import ConfigError, DataError, Placed
+from fedllm.evaluation.record_length import Unfit
 from fedllm.evaluation.scores import Scorer, check_metrics
-from fedllm.experiment import Evaluation, Experiment
-from fedllm.federation import Placed, Population
-from fedllm.federations.shards import Shards
-from fedllm.stages.by_examples import ByExamples
-from fedllm.tasks.model import LoadedModel
-from fedllm.tasks.task import Task
-from fedllm.tasks.template import prompt_text
-from fedllm.tasks.turns import response_text
-from fedllm.works.sgd import Sgd
+from fedllm.evaluation.settings import Evaluation
+from fedllm.experiment.config_file import build
+from fedllm.experiment.record import Experiment
+from fedllm.models.chat_turns import response_text
+from fedllm.models.loaded_model import LoadedModel
+from fedllm.models.task import Task
+from fedllm.models.templates import prompt_text
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.training.sgd import Sgd
 
 RECORDS = [
     {"prompt": "What colour is the badge?", "response": "teal", "kind": "private"},

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from fedllm import launch
-from fedllm.batch import Example
-from fedllm.experiment import Evaluation, Experiment, Limits
-from fedllm.federation import Federation, Population
-from fedllm.stage import Stage
-from fedllm.tasks.adapter import Adapter
-from fedllm.tasks.objectives import Objective
-from fedllm.tasks.task import Task
-from fedllm.works.sgd import Sgd
+from fedllm.data.federation import Federation, Population
+from fedllm.evaluation.settings import Evaluation
+from fedllm.experiment.record import Experiment, Limits
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.batch import Example
+from fedllm.models.objectives.base import Objective
+from fedllm.models.task import Task
+from fedllm.runs import launch
+from fedllm.stages.base import Stage
+from fedllm.training.sgd import Sgd
 
 LR = 0.1
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedllm import tree
-from fedllm.aggregate import Sum
+from fedllm.aggregators.sum import Sum
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
-from fedllm.stage import Stage, adjust, arrive, down, merge, up
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Local, Part, Request, Update
+from fedllm.stages.base import Stage
+from fedllm.stages.round_trip import adjust, arrive, down, merge, up
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
 
 KEY = Key(7)
 SHAPES = {"layer.lora_A": (1, 6), "layer.lora_B": (3, 1)}  # not square: a transposed leaf fails

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.dyn import Dyn
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.uniform import Uniform
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
 from tests.papers.quadratics import CLIENTS, Quadratic, distance, federate, leaves, optimum
 
 THREE = (*CLIENTS, Quadratic(leaves(2, 1, 1, 2, 1, 1, 2, 1, 1), leaves(0, 1, 2, 3, -4, -3, -2, -1, 0), examples=5))

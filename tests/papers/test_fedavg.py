@@ -14,10 +14,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedllm import tree
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.prox import Prox
-from fedllm.stages.uniform import Uniform
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
 from tests.papers.quadratics import CLIENTS, distance, federate, leaves, optimum
 
 LR, STEPS = 0.1, 10

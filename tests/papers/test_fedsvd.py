@@ -11,31 +11,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm import factors, launch, tree
-from fedllm.batch import collate
-from fedllm.check import check, check_ranks
-from fedllm.engines.batched import Batched
+from fedllm.data.shards import Shards
+from fedllm.data.splits.by import By
+from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
-from fedllm.experiment import Experiment
-from fedllm.federations.shards import Shards
-from fedllm.federations.splits.by import By
-from fedllm.stage import Stage
-from fedllm.stages.adam import Adam
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.lora_pad import LoraPad
-from fedllm.stages.lora_svd import LoraSvd
-from fedllm.stages.prox import Prox
-from fedllm.stages.quantize import Quantize
-from fedllm.stages.uniform import Uniform
-from fedllm.tasks.adapters.weights import Full
-from fedllm.tasks.model import load
-from fedllm.tasks.task import Scope
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Profile
+from fedllm.experiment.checks.check import check, check_ranks
+from fedllm.experiment.record import Experiment
+from fedllm.messages.context import Ctx, Profile
+from fedllm.models.adapters.weights import Full
+from fedllm.models.batch import collate
+from fedllm.models.loaded_model import load
+from fedllm.models.task import Scope
+from fedllm.runs import launch
+from fedllm.stages.base import Stage
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import low_rank, tree
+from fedllm.tensors.tree import Tree
 from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, in_pieces, write_records
 from tests.papers.test_lora_scopes import ROUNDS, bias, course, fresh, kinds, made
-from tests.stages.test_lora_ranks import LAYERS, WEIGHTS, Round, drawn, off, product
+from tests.stages.lora.test_unequal_ranks import LAYERS, WEIGHTS, Round, drawn, off, product
 
 HOLD = Scope(hold=("*lora_A",))
 STAGES = (LoraSvd(), ByExamples())
@@ -56,13 +57,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_product_stays_and_a_is_orthonormal(
     dtype: torch.dtype, tolerance: float, layer: str, rank_of_b: int
 ) -> None:
-    b, a = (leaf.to(dtype) for leaf in factors.pair(drawn(8, 1), layer))
+    b, a = (leaf.to(dtype) for leaf in low_rank.pair(drawn(8, 1), layer))
     b = b * (torch.arange(8) < rank_of_b)
-    new_b, new_a = factors.orthonormal(b, a, layer)
+    new_b, new_a = low_rank.orthonormal(b, a, layer)
     before = b.double() @ a.double()
     assert (new_b.double() @ new_a.double() - before).norm() <= tolerance * max(float(before.norm()), 1e-30)
     assert (new_a @ new_a.T - torch.eye(8)).abs().max() < 10 * tolerance
-    again_b, again_a = factors.orthonormal(new_b, new_a, layer)
+    again_b, again_a = low_rank.orthonormal(new_b, new_a, layer)
     assert off(again_b @ again_a, new_b.double() @ new_a.double()) < 2 * tolerance or rank_of_b == 0
     sizes = new_b.norm(dim=0)
     assert torch.allclose(sizes, torch.linalg.svdvals(before)[:8].to(dtype), atol=100 * tolerance), "B is U S"
@@ -73,7 +74,7 @@ def test_the_product_stays_and_a_is_orthonormal(
 
 def whole(leaves: Mapping[str, Tensor]) -> Tree:
     """The product of each layer."""
-    return {layer: product(dict(leaves), layer) for layer in factors.layers(leaves)}
+    return {layer: product(dict(leaves), layer) for layer in low_rank.layers(leaves)}
 
 
 def test_b_alone_is_sent_and_a_is_orthonormal_and_another_in_each_round(data: Path, tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_the_mean_is_exact(data: Path, tmp_path: Path) -> None:
     assert all(bias(params[round], fresh(exp), sent[round]) < 1e-12 for round in range(ROUNDS))
     for round in range(ROUNDS):
         for layer, found in whole(params[round + 1]).items():
-            b, a = factors.pair(params[round], layer)
+            b, a = low_rank.pair(params[round], layer)
             each = [SIZES[client] * (b + sent[round][client][f"{layer}.lora_B"]) @ a for client in CLIENTS]
             assert off(found, sum(each) / sum(SIZES.values())) < 1e-12  # type: ignore[arg-type]
 
@@ -162,7 +163,7 @@ def test_clients_of_unequal_ranks_move_the_first_columns_of_b(data: Path, tmp_pa
     ranks = {client: exp.federation.profile(client).rank or 4 for client in CLIENTS}
     for round in range(ROUNDS):
         for layer, found in whole(params[round + 1]).items():
-            b, a = factors.pair(params[round], layer)
+            b, a = low_rank.pair(params[round], layer)
             each = [
                 SIZES[client] * (b + sent[round][client][f"{layer}.lora_B"])[:, : ranks[client]] @ a[: ranks[client]]
                 for client in CLIENTS
@@ -214,9 +215,9 @@ def test_at_equal_noise_the_product_is_nearer_than_that_of_lora(sigma: float, la
     start = tree.map_leaves(Tensor.double, drawn(8, 1))
     turned = dict(start)
     for name in LAYERS:
-        turned |= factors.named(name, *factors.orthonormal(*factors.pair(start, name), name))
+        turned |= low_rank.named(name, *low_rank.orthonormal(*low_rank.pair(start, name), name))
     size_out, size_in = LAYERS[layer]
-    b, a = factors.pair(start, layer)
+    b, a = low_rank.pair(start, layer)
     s = sigma**2 * sum(weight**2 for weight in WEIGHTS)
     by_hand = s * (size_in * b.square().sum() + size_out * a.square().sum()) + s**2 * 8 * size_in * size_out
     lora = squared_error(Noisy(sigma), start, layer)

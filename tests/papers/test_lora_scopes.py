@@ -9,25 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedllm import launch, tree
-from fedllm.engines.batched import Batched
+from fedllm.data.shards import Shards
+from fedllm.data.splits.by import By
+from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
-from fedllm.experiment import Experiment, Limits
-from fedllm.federations.shards import Shards
-from fedllm.federations.splits.by import By
-from fedllm.stage import Stage
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.prox import Prox
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.top_k import TopK
-from fedllm.stages.uniform import Uniform
-from fedllm.state import Checkpoints
-from fedllm.tasks.task import Scope
-from fedllm.tree import Tree
-from fedllm.update import Update
-from fedllm.work import Work
+from fedllm.experiment.record import Experiment, Limits
+from fedllm.messages.update import Update
+from fedllm.models.task import Scope
+from fedllm.runs import launch
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.stages.base import Stage
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
+from fedllm.training.base import Work
 from tests.engines.cohort import ADAMW, CLIENTS, SGD, SIZES, Watched, experiment, in_pieces, write_records
 
 SCOPES = {
@@ -90,7 +91,7 @@ def bias(before: Tree, frozen: Tree, sent: Mapping[str, Tree]) -> float:
 
 
 def fresh(exp: Experiment) -> Tree:
-    from fedllm.tasks.model import load
+    from fedllm.models.loaded_model import load
 
     model = load(exp.task)
     return {**model.bound(exp.key).constants, **model.fresh(exp.key)}
@@ -125,15 +126,15 @@ def test_rolora_sends_one_factor_in_turn_and_moves_both(data: Path, tmp_path: Pa
 
 def test_rolora_is_the_textbook_loop(data: Path, tmp_path: Path) -> None:
     """The round of the second factor, written out: plain descent on A alone, at the server's B."""
-    from fedllm.batch import collate
-    from fedllm.tasks.model import load
+    from fedllm.models.batch import collate
+    from fedllm.models.loaded_model import load
 
     exp = made(data, SCOPES["rolora"], replace(SGD, momentum=0.0))
     params, sent = course(exp, tmp_path / "run")
     model, train = load(exp.task), exp.federation.load(exp.key).train
     for client in CLIENTS:
         examples = [e for record in train[client] if (e := model.encode(record, 48)) is not None]
-        from fedllm.update import Ctx
+        from fedllm.messages.context import Ctx
 
         ctx = Ctx(1, exp.key, len(CLIENTS), len(CLIENTS), ROUNDS, client, CLIENTS.index(client))
         b = {name: leaf for name, leaf in params[1].items() if name.endswith("lora_B")}
@@ -157,8 +158,8 @@ def test_ffa_lora_has_one_a_and_never_sends_it(data: Path, tmp_path: Path) -> No
 
 
 def test_fedsa_lora_never_sends_b_which_differs_between_clients(data: Path, tmp_path: Path) -> None:
-    from fedllm.folder import Folder
-    from fedllm.outputs import personal_leaves
+    from fedllm.runs.artifacts import personal_leaves
+    from fedllm.runs.folder import Folder
 
     exp = made(data, SCOPES["fedsa_lora"])
     params, sent = course(exp, tmp_path / "run")

@@ -7,35 +7,36 @@ from itertools import combinations
 
 import pytest
 
-from fedllm import launch, tree
-from fedllm.catalog import METHODS
-from fedllm.check import check
-from fedllm.config import build, dump
 from fedllm.errors import ConfigError
-from fedllm.stages.adagrad import Adagrad
-from fedllm.stages.adam import Adam
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.dyn import Dyn
-from fedllm.stages.lora_cap import LoraCap
-from fedllm.stages.lora_fair import LoraFair
-from fedllm.stages.lora_merge import LoraMerge
-from fedllm.stages.lora_pad import LoraPad
-from fedllm.stages.lora_prune import LoraPrune
-from fedllm.stages.lora_residual import LoraResidual
-from fedllm.stages.lora_stack import LoraStack
-from fedllm.stages.lora_svd import LoraSvd
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.prox import Prox
-from fedllm.stages.scaffold import Scaffold
-from fedllm.stages.sparse_first import SparseFirst
-from fedllm.stages.uniform import Uniform
-from fedllm.stages.yogi import Yogi
-from fedllm.tasks.adapters.lora import Lora
-from fedllm.tasks.adapters.lora_xs import LoraXs
-from fedllm.tasks.adapters.soft_prompt import SoftPrompt
-from fedllm.tasks.adapters.sparse_lora import SparseLora
-from fedllm.tasks.adapters.weights import Full
-from fedllm.tasks.task import Scope
+from fedllm.experiment.checks.check import check
+from fedllm.experiment.config_file import build, dump
+from fedllm.experiment.methods import METHODS
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.lora_xs import LoraXs
+from fedllm.models.adapters.soft_prompt import SoftPrompt
+from fedllm.models.adapters.sparse_lora import SparseLora
+from fedllm.models.adapters.weights import Full
+from fedllm.models.task import Scope
+from fedllm.runs import launch
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.lora.bandwidth_cap import LoraCap
+from fedllm.stages.lora.fair import LoraFair
+from fedllm.stages.lora.merge import LoraMerge
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.prune import LoraPrune
+from fedllm.stages.lora.residual import LoraResidual
+from fedllm.stages.lora.sparse_first import SparseFirst
+from fedllm.stages.lora.stack import LoraStack
+from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.server_optimizers.adagrad import Adagrad
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.server_optimizers.yogi import Yogi
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import tree
 
 EXPANSIONS = {
     "fedavg": (ByExamples(),),

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import launch, tree
-from fedllm.catalog import METHODS
-from fedllm.config import build
-from fedllm.engines.batched import Batched
-from fedllm.engines.ray import Team
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.remote.ray import Team
 from fedllm.engines.serial import Serial
-from fedllm.experiment import Experiment
-from fedllm.tree import Tree
+from fedllm.experiment.config_file import build
+from fedllm.experiment.methods import METHODS
+from fedllm.experiment.record import Experiment
+from fedllm.runs import launch
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
 from tests.doubles.kept import Kept
 from tests.engines.cohort import in_pieces, write_records
 

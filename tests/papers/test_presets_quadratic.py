@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from fedllm import launch
-from fedllm.config import build
-from fedllm.stages.dyn import Dyn
-from fedllm.stages.uniform import Uniform
+from fedllm.experiment.config_file import build
+from fedllm.runs import launch
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.weighting.uniform import Uniform
 from tests.papers.quadratic_task import CLIENTS, LR, ONE, Bowls, end, fixed_point, flat, optimum, quadratic
 
 EXAMPLES = tuple(c.examples for c in CLIENTS)

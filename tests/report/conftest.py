@@ -17,7 +17,6 @@ from fedllm.events import (
     Diagnosed,
     Evaluated,
     Event,
-    Log,
     RoundFinished,
     RoundStarted,
     RunFinished,
@@ -25,6 +24,7 @@ from fedllm.events import (
     Warned,
     Wire,
 )
+from fedllm.runs.event_log import Log
 
 CLIENTS = ("archive", "clinic", "library", "workshop")
 LABELS = {

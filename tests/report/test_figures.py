@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 import pytest
 
 from fedllm.events import ClientFinished, DataReported, Diagnosed, Evaluated, Event, RoundFinished, RunStarted, Wire
-from fedllm.report import diagnosed, figures, groups
+from fedllm.report import diagnostics, figures, groups
 from fedllm.report.plot import Figure, line, over_rounds, plain
-from fedllm.report.story import Story
+from fedllm.report.run_history import Story
 
 MakeEvents = Callable[..., list[Event]]
 
@@ -27,7 +27,7 @@ def everything(stories: list[Story]) -> list[Figure]:
         draw(stories)
         for draw in (
             *(figures.loss, figures.metrics, figures.clients, figures.traffic, figures.parts, figures.seconds),
-            *(diagnosed.figures, groups.by_group),
+            *(diagnostics.figures, groups.by_group),
         )
     ]
     data = [data for one in stories if (data := one.last(DataReported))]

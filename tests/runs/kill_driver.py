@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 import fedllm
-from fedllm.events import CheckpointSaved, Evaluated, Event, Log, RoundFinished, RunFinished, to_json
+from fedllm.events import CheckpointSaved, Evaluated, Event, RoundFinished, RunFinished, to_json
+from fedllm.runs.event_log import Log
 from tests.runs.small import adapter_hash, events, figures, rounds_run_again, story
 
 OTHERS = 8

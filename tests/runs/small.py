@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fedllm
-from fedllm.aggregate import Call, Replies
-from fedllm.engine import Engine
+from fedllm.engines.base import Engine
 from fedllm.engines.serial import Serial
 from fedllm.events import (
     CheckpointSaved,
@@ -29,9 +28,10 @@ from fedllm.events import (
     read,
     to_json,
 )
-from fedllm.experiment import Experiment
-from fedllm.report.story import effective
-from fedllm.update import Request, Update
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.update import Request, Update
+from fedllm.report.run_history import effective
 
 SIZES = {"ann": 6, "ben": 3, "cid": 2}
 CLOCK = ("seconds", "seconds_per_round", "tokens_per_second", "peak_rss_bytes")

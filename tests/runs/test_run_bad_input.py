@@ -16,16 +16,16 @@ import yaml
 from rich.console import Console
 
 import fedllm
-from fedllm import state
-from fedllm.catalog import NOUNS
 from fedllm.cli.display import Display
-from fedllm.engine import Engine
+from fedllm.engines.base import Engine
 from fedllm.errors import FedllmError, RunError
 from fedllm.events import ClientFailed, DataReported, RoundFinished, Warned
-from fedllm.stage import Stage
-from fedllm.state import Checkpoints
-from fedllm.tree import Tree, equal, finite
-from fedllm.update import Local
+from fedllm.experiment.catalog import NOUNS
+from fedllm.messages.context import Local
+from fedllm.runs import state
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.stages.base import Stage
+from fedllm.tensors.tree import Tree, equal, finite
 from tests.runs.small import Stop, StopAt, adapter_hash, command, events, small, spec
 
 
@@ -303,7 +303,7 @@ def test_what_nobody_expected_keeps_its_traceback(here: Path, monkeypatch: pytes
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a fault of the program")
 
-    monkeypatch.setattr("fedllm.cli.checking.check_file", broken)
+    monkeypatch.setattr("fedllm.cli.check.check_file", broken)
     monkeypatch.setattr("sys.argv", ["fedllm", "check", "mine.yaml"])
     from fedllm.cli.main import main
 

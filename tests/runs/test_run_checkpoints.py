@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm.best import best_of
 from fedllm.errors import RunError
+from fedllm.evaluation.model_selection import best_of
+from fedllm.evaluation.settings import Evaluation
 from fedllm.events import CheckpointSaved, Evaluated, Event, RoundFinished
-from fedllm.experiment import Evaluation
-from fedllm.finished import open_run
-from fedllm.state import Checkpoints
-from fedllm.tree import equal
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.runs.loaded_run import open_run
+from fedllm.tensors.tree import equal
 from tests.runs.small import events, small
 
 

@@ -12,9 +12,9 @@ import pytest
 import fedllm
 from fedllm.errors import RunError
 from fedllm.events import Evaluated, RoundFinished, RoundStarted, RunFinished, RunStarted, Warned
-from fedllm.folder import Folder
-from fedllm.state import Checkpoints
-from fedllm.tree import digest
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.runs.folder import Folder
+from fedllm.tensors.tree import digest
 from tests.runs.small import STATEFUL, Stop, StopAt, adapter_hash, command, events, figures, small, stateful
 
 Change = Callable[[Path], dict[str, Any]]

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 import fedllm
-from fedllm.aggregate import Call, Replies
-from fedllm.config import build
-from fedllm.engine import Engine
+from fedllm.engines.base import Engine
 from fedllm.engines.serial import Serial
 from fedllm.events import Diagnosed, Emit, Event, RoundStarted, Warned
-from fedllm.experiment import Experiment
-from fedllm.report.story import effective
-from fedllm.update import Profile, Request, Update
+from fedllm.experiment.config_file import build
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.context import Profile
+from fedllm.messages.update import Request, Update
+from fedllm.report.run_history import effective
 from tests.doubles.masks import Masked, Rounding
 from tests.runs.small import Stop, StopAt, adapter_hash, events, small, spec
 

@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 import fedllm
-from fedllm.config import experiment_hash
-from fedllm.engine import Engine
+from fedllm.engines.base import Engine
 from fedllm.errors import RunError
 from fedllm.events import RoundFinished, RoundStarted, RunStarted
-from fedllm.experiment import Experiment
-from fedllm.folder import Folder, default_folder
-from fedllm.report.story import effective
-from fedllm.state import Checkpoints
+from fedllm.experiment.config_file import experiment_hash
+from fedllm.experiment.record import Experiment
+from fedllm.report.run_history import effective
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.runs.folder import Folder, default_folder
 from tests.runs.small import SIZES, Stop, StopAt, adapter_hash, events, small, spec, story
 
 

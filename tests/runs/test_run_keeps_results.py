@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import fedllm
-from fedllm import launch, loop
-from fedllm.cli import running
-from fedllm.compare import Comparison
-from fedllm.diagnostics.cohort import Cohort
+from fedllm.cli import run
 from fedllm.errors import RunError
+from fedllm.evaluation.diagnostics.cohort import Cohort
 from fedllm.events import Evaluated, Event, RoundStarted, Warned
-from fedllm.finished import open_run
-from fedllm.folder import Folder
-from fedllm.tasks.base import load_base
-from fedllm.tasks.model import load
+from fedllm.models.base_models.load import load_base
+from fedllm.models.loaded_model import load
+from fedllm.runs import launch, server_round
+from fedllm.runs.baselines import Comparison
+from fedllm.runs.folder import Folder
+from fedllm.runs.loaded_run import open_run
 from tests.runs.small import Stop, StopAt, adapter_hash, command, events, figures, small, stateful, story
 
 
@@ -53,7 +53,7 @@ def test_nothing_beside_the_rounds_costs_a_run_its_outputs(
     monkeypatch.setattr(Comparison, "local_only", late)
     monkeypatch.setattr(Comparison, "centralised", broken)
     monkeypatch.setattr(Cohort, "diagnosed", broken)
-    monkeypatch.setattr(loop, "evaluate", broken)
+    monkeypatch.setattr(server_round, "evaluate", broken)
     made = fedllm.run(small(data, evaluation__compare=["local_only", "centralised"]), out=tmp_path / "run")
     assert adapter_hash(tmp_path / "run") == adapter_hash(finished.folder)
     assert made.summary["eval"]["base"] is not None and made.summary["eval"]["federated"] is None
@@ -70,7 +70,7 @@ def test_a_report_that_fails_costs_nothing(
     data: Path, tmp_path: Path, finished: fedllm.Result, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     folder = shutil.copytree(finished.folder, tmp_path / "run")
-    monkeypatch.setattr(running, "write_report", lambda *_: math.sqrt(-1))
+    monkeypatch.setattr(run, "write_report", lambda *_: math.sqrt(-1))
     code, out, _ = command(capsys, "run", folder / "experiment.yaml", "--out", folder)
     assert code == 0
     assert "tokens" in out and "There is no report: ValueError" in out and f"fedllm report {folder}" in out

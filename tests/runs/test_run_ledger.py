@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 import fedllm
-from fedllm import wire
 from fedllm.events import CheckpointSaved, Evaluated, Resumed, RoundFinished, RoundStarted, RunFinished, Wire
-from fedllm.experiment import Experiment
-from fedllm.ledger import Ledger, elapsed
+from fedllm.experiment.record import Experiment
+from fedllm.messages import serialization
+from fedllm.messages.context import Ctx
+from fedllm.messages.update import Request
+from fedllm.models.loaded_model import load
 from fedllm.rng import Key
-from fedllm.tasks.model import load
-from fedllm.update import Ctx, Request
+from fedllm.runs.resource_usage import Ledger, elapsed
 from tests.runs.small import Stop, StopAt, events, small
 
 # tiny-llama: 2 layers, hidden 64, 4 heads and 2 key-value heads of 16, MLP 192, 259 tokens, tied
@@ -36,12 +37,12 @@ def sent(folder: Path, direction: str, call: str = "work") -> list[Wire]:
 def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payloads: list[bytes] = []
 
-    def packed(message: wire.Message) -> bytes:
+    def packed(message: serialization.Message) -> bytes:
         payloads.append(pack(message))
         return payloads[-1]
 
-    pack = wire.pack
-    monkeypatch.setattr(wire, "pack", packed)
+    pack = serialization.pack
+    monkeypatch.setattr(serialization, "pack", packed)
     fedllm.run(small(data, rounds=2), out=tmp_path / "run", engine="serial")  # one message after another
     messages = [event for event in events(tmp_path / "run") if isinstance(event, Wire)]
     assert len(messages) == len(payloads) == 2 * 2 * (3 + 3)  # rounds x directions x (work and evaluate of 3 clients)
@@ -107,7 +108,7 @@ def test_smollm2_full_is_what_its_weights_take(smollm2: str, data: Path) -> None
     task = {"model": smollm2, "adapter": "full", "device": "cpu", "dtype": "float32"}
     params = load(small(data, task=task).task).fresh(Key(0))
     request = Request(params, (), Ctx(0, Key(0), 1, 1))
-    assert wire.part_bytes(request) == {"params": 538_060_032}
+    assert serialization.part_bytes(request) == {"params": 538_060_032}
 
 
 def limited(data: Path, **limits: float) -> Experiment:

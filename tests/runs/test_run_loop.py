@@ -10,23 +10,26 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm import loop
-from fedllm.aggregate import Aggregator, Call, Replies, Sum
+from fedllm.aggregators.base import Aggregator
+from fedllm.aggregators.sum import Sum
+from fedllm.data.federation import Federation, Population
 from fedllm.events import ClientFailed, ClientFinished, Event, RoundStarted
-from fedllm.experiment import Demands, Experiment, Limits
-from fedllm.federation import Federation, Population
+from fedllm.experiment.record import Demands, Experiment, Limits
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.context import Ctx
+from fedllm.messages.update import Failure, Part, Request, Update
+from fedllm.models.task import Scope, Task
 from fedllm.rng import Key
-from fedllm.stage import Stage
-from fedllm.stages.adam import Adam
-from fedllm.stages.by_examples import ByExamples
-from fedllm.stages.keep import Keep
-from fedllm.stages.momentum import Momentum
-from fedllm.stages.uniform import Uniform
-from fedllm.state import Run
-from fedllm.tasks.task import Scope, Task
-from fedllm.tree import Tree
-from fedllm.update import Ctx, Failure, Part, Request, Update
-from fedllm.works.sgd import Sgd
+from fedllm.runs import server_round
+from fedllm.runs.state import Run
+from fedllm.stages.base import Stage
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors.tree import Tree
+from fedllm.training.sgd import Sgd
 
 CLIENTS = ("a", "b", "c")
 
@@ -88,17 +91,19 @@ def answers(weighted: Mapping[str, tuple[float, float]], calls: list[str] | None
 
 def begun(made: Experiment, **leaves: float) -> Run:
     named = leaves or {"w": 1.0}
-    return loop.start(made, {name: torch.full((2, 3), value, dtype=torch.float64) for name, value in named.items()})
+    return server_round.start(
+        made, {name: torch.full((2, 3), value, dtype=torch.float64) for name, value in named.items()}
+    )
 
 
 def played(
     made: Experiment, call: Call, run: Run | None = None, rounds: int = 1
-) -> tuple[Run, list[loop.RoundResult], list[Event]]:
+) -> tuple[Run, list[server_round.RoundResult], list[Event]]:
     told: list[Event] = []
     results = []
     run = run or begun(made)
     for _ in range(rounds):
-        run, result = loop.one_round(run, made, CLIENTS, call, told.append)
+        run, result = server_round.one_round(run, made, CLIENTS, call, told.append)
         results.append(result)
     return run, results, told
 
@@ -257,17 +262,19 @@ def test_evaluation_adds_up_over_all_clients_and_changes_nothing() -> None:
     made = experiment(Momentum(), ByExamples(), cohorts=["a"])
     run = begun(made)
     told: list[Event] = []
-    total, clients = loop.evaluate(run, made, CLIENTS, scores({"a": 3.0, "c": 5.0}), told.append)
+    total, clients = server_round.evaluate(run, made, CLIENTS, scores({"a": 3.0, "c": 5.0}), told.append)
     assert {name: float(leaf) for name, leaf in total.items()} == {"sum/nll": 8.0, "count/nll": 4.0}
     assert {client: float(sums["sum/nll"]) for client, sums in clients.items()} == {"a": 3.0, "c": 5.0}
     assert told == [ClientFailed(0, "b", "away", "evaluate")]
     assert run.states == ({}, {})
-    none, nobody = loop.evaluate(run, made, CLIENTS, scores({}), told.append)
+    none, nobody = server_round.evaluate(run, made, CLIENTS, scores({}), told.append)
     assert (none, nobody) == ({}, {})
 
 
 def test_under_secrecy_scores_are_sums_alone() -> None:
     made = experiment(ByExamples(), demands=Demands(secrecy=True))
-    total, clients = loop.evaluate(begun(made), made, CLIENTS, scores(dict.fromkeys(CLIENTS, 1.0)), lambda event: None)
+    total, clients = server_round.evaluate(
+        begun(made), made, CLIENTS, scores(dict.fromkeys(CLIENTS, 1.0)), lambda event: None
+    )
     assert float(total["sum/nll"]) == 3.0
     assert clients == {}

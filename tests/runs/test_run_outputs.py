@@ -14,11 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedllm
-from fedllm.cli.chatting import chat_with
-from fedllm.cli.finished import evaluate_run, report_runs
+from fedllm.cli.chat import chat_with
+from fedllm.cli.evaluate import evaluate_run
+from fedllm.cli.report import report_runs
 from fedllm.errors import ConfigError, RunError
-from fedllm.export import export
-from fedllm.finished import Opened, open_run
+from fedllm.runs.export import export
+from fedllm.runs.loaded_run import Opened, open_run
 from tests.runs.small import SIZES, small, write_records
 
 TOKENS = torch.tensor([[256, 104, 105, 10, 63, 32, 97, 98, 99, 257]])

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import fedllm
-from fedllm import wire
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Evaluated
-from fedllm.finished import open_run
+from fedllm.messages import serialization
 from fedllm.rng import Key
-from fedllm.tree import equal
+from fedllm.runs.loaded_run import open_run
+from fedllm.tensors.tree import equal
 from tests.runs.small import SIZES, events, small
 
 SHARED, KEPT = "lora_A", "lora_B"
@@ -30,14 +30,14 @@ def payloads() -> list[bytes]:
 @pytest.fixture(scope="module")
 def personal(data: Path, payloads: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> fedllm.Result:
     """A run that shares lora_A alone, with every message that crossed."""
-    pack = wire.pack
+    pack = serialization.pack
 
-    def packed(message: wire.Message) -> bytes:
+    def packed(message: serialization.Message) -> bytes:
         payloads.append(pack(message))
         return payloads[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "pack", packed)
+        patch.setattr(serialization, "pack", packed)
         patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         experiment = small(data, task__scope={"share": [f"*{SHARED}"]}, evaluation__limit=None)
         return fedllm.run(experiment, out=tmp_path_factory.mktemp("personal") / "run")

@@ -24,7 +24,10 @@ Optimizers = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
 def trained(dtype: torch.dtype, optimizer: Optimizers) -> dict[str, torch.Tensor]:
     """A textbook loop: whole batch, loss on the answer's tokens, the mean per record and then over records."""
-    from fedllm.tasks.tiny import tiny_model, tiny_tokenizer  # the model that is trained, and nothing else of fedllm
+    from fedllm.models.base_models.tiny_llama import (  # the model that is trained, and nothing else of fedllm
+        tiny_model,
+        tiny_tokenizer,
+    )
 
     model, tokenizer = tiny_model(dtype).train(), tiny_tokenizer()
     made = optimizer(model.parameters())

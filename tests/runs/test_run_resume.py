@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm import state
 from fedllm.errors import RunError
 from fedllm.events import (
     CheckpointSaved,
@@ -26,7 +25,8 @@ from fedllm.events import (
     RunStarted,
     Wire,
 )
-from fedllm.launch import Interrupted
+from fedllm.runs import state
+from fedllm.runs.launch import Interrupted
 from tests.runs.small import (
     STATEFUL,
     Stop,

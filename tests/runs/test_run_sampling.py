@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import fedllm
-from fedllm import tree
+from fedllm.data.sampling import All, PoissonSampling, UniformSampling
+from fedllm.data.shards import Loss, Shards
 from fedllm.errors import ConfigError, RunError
 from fedllm.events import ClientFailed, RoundFinished, RoundStarted
-from fedllm.federations.sampling import All, PoissonSampling, UniformSampling
-from fedllm.federations.shards import Loss, Shards
 from fedllm.rng import Key
-from fedllm.state import Checkpoints
-from fedllm.tree import Tree
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
 from tests.runs.small import SIZES, Spy, events, figures, small, write_records
 
 CLIENTS = [f"client-{number}" for number in range(10)]

@@ -12,24 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedllm import factors, tree
-from fedllm.check import check
 from fedllm.errors import CheckError
-from fedllm.shift import Shift
-from fedllm.stage import Stage
-from fedllm.stages.lora_fair import LoraFair
-from fedllm.stages.lora_merge import LoraMerge
-from fedllm.stages.lora_pad import LoraPad
-from fedllm.stages.lora_product import LoraProduct
-from fedllm.stages.lora_prune import LoraPrune
-from fedllm.stages.lora_residual import LoraResidual
-from fedllm.stages.lora_stack import LoraStack
-from fedllm.stages.lora_svd import LoraSvd
-from fedllm.stages.sparse_first import SparseFirst
-from fedllm.stages.uniform import Uniform
-from fedllm.tree import Tree
-from tests.stages.lora_round import Round, off
-from tests.test_check import of
+from fedllm.experiment.checks.check import check
+from fedllm.stages.base import Stage
+from fedllm.stages.lora.fair import LoraFair
+from fedllm.stages.lora.merge import LoraMerge
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.product import LoraProduct
+from fedllm.stages.lora.prune import LoraPrune
+from fedllm.stages.lora.residual import LoraResidual
+from fedllm.stages.lora.sparse_first import SparseFirst
+from fedllm.stages.lora.stack import LoraStack
+from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors import low_rank, tree
+from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.tree import Tree
+from tests.experiment.test_check import of
+from tests.stages.lora.one_round import Round, off
 
 LAYERS = {"q": (5, 9), "down": (11, 7)}  # out, in
 RANK, LOST = 4, 1
@@ -44,7 +44,7 @@ def drawn(rank: int, seed: int) -> Tree:
     found: Tree = {"head.bias": torch.randn(3, generator=generator).double()}
     for layer, (size_out, size_in) in LAYERS.items():
         b, a = (torch.randn(*shape, generator=generator).double() for shape in ((size_out, rank), (rank, size_in)))
-        found |= factors.named(layer, b, a)
+        found |= low_rank.named(layer, b, a)
     return found
 
 
@@ -60,7 +60,7 @@ def counted(round: Round) -> list[Tree]:
 
 
 def product(leaves: Tree, layer: str) -> Tensor:
-    return torch.matmul(*factors.pair(leaves, layer))
+    return torch.matmul(*low_rank.pair(leaves, layer))
 
 
 def model(round: Round) -> Tree:
@@ -111,7 +111,7 @@ def test_the_model_becomes_the_mean_of_the_clients_models(stage: Stage, ranks: t
         for k, leaves in enumerate(counted(round)):
             mean += product(leaves, layer) / 3
             if stage == LoraProduct() and k not in round.lost:  # what a client lacks stays as it is
-                b, a = factors.pair(round.server, layer)
+                b, a = low_rank.pair(round.server, layer)
                 mean += b[:, ranks[k] :] @ a[ranks[k] :] / 3
         assert off(found, mean if stage.shifts else cut(mean, RANK)) < 1e-12
 
@@ -151,10 +151,10 @@ def test_the_corrected_b_solves_its_least_squares_problem(penalty: float) -> Non
 def test_padding_counts_zeros_for_who_answers_without_a_component_and_the_old_one_for_who_is_lost() -> None:
     round = a_round(LoraPad(), (2, 3, 4))
     found = round.result()
-    for name in (name for name in found if factors.is_factor(name)):
+    for name in (name for name in found if low_rank.is_factor(name)):
         for j in range(RANK):
-            at = [leaves[name].select(factors.axis(name), j) for leaves in counted(round)[j >= 2 :]]
-            assert off(found[name].select(factors.axis(name), j), sum(at) / 3) < 1e-12  # type: ignore[arg-type]
+            at = [leaves[name].select(low_rank.axis(name), j) for leaves in counted(round)[j >= 2 :]]
+            assert off(found[name].select(low_rank.axis(name), j), sum(at) / 3) < 1e-12  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_divides_by_those_who_answered_is_refused(stages: tuple[Stage, ...]
 
 def test_every_stage_on_factors_is_here_or_refused() -> None:
     """A stage that is new says in which of the two ways it counts a lost client."""
-    from fedllm.catalog import STAGES
+    from fedllm.experiment.catalog import STAGES
 
     mean_of_steps = SparseFirst  # it adds a mean of steps to what the server has, as FedAvg does
     seen = {mean_of_steps, *(type(stage) for stage in (*EVERY, LoraPrune()))}

@@ -1,0 +1,89 @@
+"""`fedllm ls`: names, what they mean, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from rich.console import Console
+
+from fedllm.aggregators.base import Aggregator
+from fedllm.cli import tables
+from fedllm.data.records import PACKAGED
+from fedllm.errors import ConfigError, nearest
+from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.config_file import schema
+from fedllm.experiment.methods import METHODS
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.base_models.load import ALIASES
+from fedllm.stages.base import Stage
+from fedllm.training.base import Work
+
+Rows = Iterable[tuple[str, ...]]
+
+
+def listing(what: str) -> None:
+    """Print one list.
+
+    Raises:
+        ConfigError: there is no such list.
+    """
+    if what == "schema":
+        print(json.dumps(schema(), indent=2))
+        return
+    if what not in LISTS:
+        raise ConfigError(f"there is no list '{what}'{nearest(what, [*LISTS, 'schema'])}")
+    heads, rows = LISTS[what]
+    tables.show(Console(), heads, rows())
+
+
+def _methods() -> Rows:
+    for name, method in METHODS.items():
+        task = f"task.adapter: {method.adapter}; " if method.adapter else ""
+        task += "".join(f"task.adapter.{method.adapter}.{k}: {v}; " for k, v in method.adapter_sets.items())
+        task += "".join(f"task.scope.{key}: [{', '.join(value)}]; " for key, value in method.scope.items())
+        stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
+        kind = NOUNS[Adapter][method.adapter] if method.adapter else None
+        alone = "; not batchable" if kind is not None and not getattr(kind, "stackable", False) else ""
+        yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}{alone}", method.paper
+
+
+def _classes(noun: type) -> Callable[[], Rows]:
+    def rows() -> Rows:
+        for name, cls in NOUNS[noun].items():
+            yield name, _settings(cls), _first_line(cls.__doc__ if noun is Aggregator else _file_of(cls))
+
+    return rows
+
+
+def _settings(cls: type) -> str:
+    return ", ".join(item.name for item in fields(cls)) or "none"
+
+
+def _file_of(cls: type) -> str | None:
+    """The docstring of a component's file, for there is one idea in each."""
+    return sys.modules[cls.__module__].__doc__
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
+
+
+def _recipes() -> Rows:
+    for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")):
+        yield path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+
+
+SETTINGS = ("name", "settings", "what")
+LISTS: Mapping[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
+    "methods": (("name", "sets", "paper"), _methods),
+    "stages": (SETTINGS, _classes(Stage)),
+    "aggregators": (SETTINGS, _classes(Aggregator)),
+    "works": (SETTINGS, _classes(Work)),
+    "models": (("name", "title"), lambda: ((name, alias.title) for name, alias in ALIASES.items())),
+    "data": (("name", "what"), lambda: ((name, data.title) for name, data in PACKAGED.items())),
+    "recipes": (("name", "what"), _recipes),
+}

@@ -1,0 +1,157 @@
+"""The clients' side of a base model that moves: what was added to its frozen weights so far, and the model with it.
+
+All clients of a process share the base model, and with it what was added: a request brings what its client lacks, and
+of that the process takes what is new to it. It is kept on the disk by version, so that any round can be run again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+
+from fedllm.engines.allocator import give_back
+from fedllm.engines.checksummed_files import RESUME, read_tree, written
+from fedllm.errors import ClientError, FedllmError
+from fedllm.files import not_written, write_durably
+from fedllm.messages.update import Request
+from fedllm.models.adapters.base import Movable
+from fedllm.models.loaded_model import LoadedModel
+from fedllm.stages.base import Stage
+from fedllm.tensors.base_delta import Shift
+
+COPIES = 8  # of the layers' values in float32: the server's factors and sum, the site's, a message (3), moved weights
+
+
+@dataclass(eq=False)
+class ShiftStore:
+    """Shifts by version, `shift-000003.safetensors`; with no folder they stay in this object.
+
+    As many are kept as a resume may go back, `keep`.
+    """
+
+    folder: Path | None
+    keep: int = 2
+    held: dict[int, Shift] = field(default_factory=dict)
+
+    def load(self, oldest: int, newest: int) -> Shift | None:
+        """The newest that is not later than `newest` and not before `oldest`.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        known = [version for version in self._versions() if oldest <= version <= newest]
+        if not known:
+            return Shift() if not oldest else None
+        if self.folder is None:
+            return self.held[known[-1]]
+        path = self._path(known[-1])
+        trees = read_tree(path, "without it the clients here cannot take part; bring it back from a copy")
+        versions = {int(name.partition("/")[0].removeprefix("shift")) for name in trees}
+        return Shift.of(trees, sorted(versions))
+
+    def save(self, shift: Shift) -> None:
+        """Keep a version; forget those that no resume needs.
+
+        Raises:
+            RunError: the disk is full or not writable; earlier versions are untouched.
+        """
+        version = shift.version
+        if self.folder is None:
+            self.held[version] = shift
+        else:
+            self._write(self._path(version), shift)
+        old = [known for known in self._versions() if known <= version - self.keep]
+        for known in old[:-1]:  # the newest of them is what the oldest checkpoint goes on from
+            if self.folder is None:
+                self.held.pop(known)
+            else:
+                self._path(known).unlink(missing_ok=True)
+
+    def _write(self, path: Path, shift: Shift) -> None:
+        part = path.with_suffix(f".{os.getpid()}")  # processes may share the folder
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(part, written(shift.joined_trees()))
+            os.replace(part, path)
+        except OSError as error:
+            raise not_written(path, error, RESUME) from error
+
+    def _versions(self) -> list[int]:
+        if self.folder is None:
+            return sorted(self.held)
+        return sorted(int(path.stem.removeprefix("shift-")) for path in self.folder.glob("shift-*.safetensors"))
+
+    def _path(self, version: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"shift-{version:06d}.safetensors"
+
+
+@dataclass(eq=False)
+class SiteShift:
+    """The model of a process at the version that its clients are asked about. All clients of a call are at one."""
+
+    base: LoadedModel
+    store: ShiftStore
+    moved: tuple[Shift, LoadedModel] = field(init=False)
+    lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        self.moved = Shift(), self.base
+
+    def model(self, request: Request) -> LoadedModel:
+        """The model as the request's client has it.
+
+        Raises:
+            ClientError: what the request adds to is not here, or does not fit the model's layers.
+            RunError: the disk.
+        """
+        sent = request.shift
+        with self.lock:
+            held, model = self.moved
+            if held.version == sent.version:
+                return model
+            if not held.version or not sent.after <= held.version < sent.version:
+                held = self._found(sent)  # a process that has just begun finds what an earlier one came to
+            if held.version < sent.version:
+                held = self._joined(held, sent)
+                self.store.save(held)
+            self.moved = held, self.base.shifted(held)
+            give_back()  # the messages of a round and the weights before it, each as large as the layers
+            return self.moved[1]
+
+    def taken(self, request: Request) -> Request:
+        """The request without what it brings, which is here from now on: several wait for their turn, and what each
+        brings is as large as the layers. As it is, where that is not possible; its client will be told."""
+        if not request.shift.steps:
+            return request
+        try:
+            self.model(request)
+        except FedllmError:
+            return request
+        return replace(request, shift=Shift(after=request.shift.version))
+
+    def reserve(self, stages: Sequence[Stage]) -> int:
+        """Bytes that moving takes at most beside the training: what is kept here and on the server, messages on their
+        way, and the moved weights."""
+        model = self.base
+        if not any(stage.shifts for stage in stages) or not isinstance(model.adapter, Movable):
+            return 0
+        return COPIES * 4 * model.adapter.num_movable
+
+    def _found(self, sent: Shift) -> Shift:
+        found = self.store.load(sent.after, sent.version)
+        if found is None:
+            raise ClientError(
+                f"the server adds to version {sent.after} of the frozen weights, which is not kept here; bring the "
+                "run's folder back from a copy"
+            )
+        return found
+
+    def _joined(self, held: Shift, sent: Shift) -> Shift:
+        if not isinstance(self.base.adapter, Movable):
+            raise ClientError("the server adds to frozen weights, but the adapter here does not move; use lora")
+        self.base.adapter.fits(sent)
+        return held.joined(sent)

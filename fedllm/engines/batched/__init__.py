@@ -1,0 +1,1 @@
+"""The batched engine: several clients in one pass, on every core."""

@@ -1,0 +1,202 @@
+"""Stacks of clients over one frozen model, a worker thread a core: the serial engine's results, several times faster.
+
+A cohort is dealt into stacks of a fixed size, whatever the workers, so that the bits do not depend on them. Workers
+take stacks from a queue, each with one intra-op thread: torch gives up the interpreter lock inside its operators, and
+nothing waits at a barrier. Replies come in request order from a bounded window.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from fedllm.engines.allocator import kept_memory, one_heap, settled_objects
+from fedllm.engines.base import Engine
+from fedllm.engines.batched.load_balancing import HAND, deal, full_stack
+from fedllm.engines.batched.matmul_peak import matmul_peak
+from fedllm.engines.batched.memory import (
+    PRODUCTS,
+    USABLE,
+    Costs,
+    Gate,
+    free_bytes,
+    layout_bytes,
+    parse_bytes,
+    taken_bytes,
+)
+from fedllm.engines.batched.workers import Crew
+from fedllm.engines.client import Site
+from fedllm.engines.loopback import Opened, answers, one_by_one, received, tidied
+from fedllm.engines.process_memory import address_space
+from fedllm.engines.torch_threads import one_thread
+from fedllm.errors import ConfigError
+from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.update import Request
+from fedllm.models.kernels.prepack import kept_layouts
+from fedllm.models.layers.quantized_linear import num_parameters
+from fedllm.training.client_stack import keep_buffers
+
+STACK = {"cuda": 16}  # elsewhere as many as the clients' batches suggest
+FEWEST = {"cpu": 2, "cuda": 1}  # stacks of a cohort, unless the size of a stack is set
+LOOKED_AT = 100  # clients, before the first round; one that comes later and does not fit ends the run then
+SIDE_BY_SIDE = {"work": True, "evaluate": False}  # calls that clients answer at the same time, and whether in stacks
+
+
+@dataclass(frozen=True)
+class Batched(Engine):
+    """The batched engine.
+
+    Args:
+        stack: clients a stack, at most; results depend on it within rounding, on nothing else here. Default as many as
+            compute 512 tokens in a micro-batch, from 4 to 16, or fewer so that there are two stacks; on a GPU 16.
+        workers: threads. Default one a core, on a GPU one.
+        memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
+            budget, or a limit on the process's address space, the workers share one heap, and frozen weights are not
+            laid out beforehand: smaller, and slower.
+    """
+
+    stack: int | None = None
+    workers: int | None = None
+    memory_budget: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stack", "workers"):
+            value = self.__dict__[name]
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.batched.{name} is {value}; it must be 1 or more")
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
+
+    @property
+    def stacks(self) -> bool:
+        """Always."""
+        return True
+
+    @contextmanager
+    def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
+        """Load the task and the clients' data; start the workers; answer calls until closed.
+
+        Raises:
+            RunError: the memory budget is below one of the first clients.
+        """
+        if self._scarce:
+            one_heap()
+        with one_thread(), kept_memory(emptied=not self._scarce):
+            site = Site.of(experiment, folder)
+            kind = torch.device(site.model.device).type
+            workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
+            costs, budget = Costs.measured(site.model, site.fresh), self._budget(site)
+            layouts = 0 if self._scarce else layout_bytes(site.model, budget)
+            gate, (now, most) = Gate(budget - layouts), taken_bytes(site.model.device)
+            crew = Crew(experiment.work, site.model, costs, gate)
+            crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
+            site.train = crew.train
+            laid_out = kept_layouts() if layouts else nullcontext()
+            with settled_objects(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
+                shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
+                try:
+                    yield tidied(shop.call)
+                finally:
+                    crew.closing.set()
+                    pool.shutdown(cancel_futures=True)
+
+    @property
+    def _scarce(self) -> bool:
+        """Whether memory counts for more than speed."""
+        return self.memory_budget is not None or address_space() is not None
+
+    def _begin_worker(self) -> None:
+        torch.set_num_threads(1)
+        if not self._scarce:
+            keep_buffers()
+
+    def _stacks(self, site: Site, kind: str) -> tuple[int, int]:
+        """Clients a stack and fewest stacks. Bits depend on both, so they know nothing of workers and memory."""
+        if self.stack is not None:
+            return self.stack, 1
+        size = STACK.get(kind) or full_stack(site.batch_tokens(site.population.clients[:LOOKED_AT]))
+        return size, FEWEST.get(kind, 1)
+
+    def _budget(self, site: Site) -> int:
+        if self.memory_budget is not None:
+            return parse_bytes(self.memory_budget)
+        return int(USABLE * max(0, free_bytes(site.model.device) - site.shift.reserve(site.stages)))
+
+
+@dataclass(frozen=True, eq=False)
+class Errand:
+    """A client that is asked: its reply is at `place` among those of its stack."""
+
+    request: Request
+    stack: Future[list[Opened]]
+    place: int
+
+
+@dataclass(eq=False)
+class Shop:
+    """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, with the laid-out
+    weights to come, and at most so far."""
+
+    site: Site
+    crew: Crew
+    pool: ThreadPoolExecutor
+    workers: int
+    stack: int
+    fewest: int
+    taken: tuple[int, int]
+    emit: Emit
+    started: bool = field(default=False)
+
+    def call(self, name: str, requests: Mapping[str, Request]) -> Replies:
+        """Replies in request order, from a bounded window: a hand is dealt when workers + 1 stacks are left."""
+        if not self.started:
+            self._start()
+        if name not in SIDE_BY_SIDE:
+            yield from one_by_one(self.site, self.emit)(name, requests)
+            return
+        size, round = self.stack if SIDE_BY_SIDE[name] else 1, 0
+        hands, under_way = _cut(requests, HAND * size), deque[Errand]()
+        while True:
+            while len(under_way) <= self.workers * size and (hand := next(hands, None)):
+                under_way.extend(self._submitted(name, hand, size))
+            if not under_way:
+                break
+            errand = under_way.popleft()
+            round, replies = errand.request.ctx.round, errand.stack.result()
+            while self.crew.notes:
+                self.emit(EngineAdjusted(round, self.crew.notes.pop(0)))
+            yield str(errand.request.ctx.client), received(name, errand.request, replies[errand.place], self.emit)
+        if name == "work" and requests:
+            predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.crew.gate.peak)
+            self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
+
+    def _submitted(self, name: str, hand: Sequence[Request], size: int) -> list[Errand]:
+        """In the hand's order. Of errands of one stack, each takes its own reply."""
+        loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in hand]
+        errands: dict[int, Errand] = {}
+        for stack in deal(loads, size, self.fewest):
+            future = self.pool.submit(answers, self.site, name, [hand[at] for at in stack])
+            errands |= {at: Errand(hand[at], future, place) for place, at in enumerate(stack)}
+        return [errands[at] for at in range(len(hand))]
+
+    def _start(self) -> None:
+        self.started = True
+        base = self.site.model.base.model
+        peak = matmul_peak(self.pool, self.workers, base) if num_parameters(base) > 10**7 else None
+        self.emit(EngineStarted(self.workers, self.stack, self.crew.gate.budget, num_parameters(base), peak))
+
+
+def _cut(requests: Mapping[str, Request], size: int) -> Iterator[Sequence[Request]]:
+    rest = iter(requests.values())
+    while part := list(islice(rest, size)):
+        yield part

@@ -1,0 +1,41 @@
+"""How fast the workers multiply matrices of the model's own shapes: what a share of the peak is a share of."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedllm.models.layers.linear import linear_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS, SECONDS, WINDOWS = 512, 0.05, 4  # the best window counts: other work may take a part of any
+
+
+def matmul_peak(pool: ThreadPoolExecutor, workers: int, model: PreTrainedModel) -> float:
+    """Floating-point operations a second of all workers together, (512, in) x (in, out) in the model's type, for the
+    largest linear layer but the head, or the head where there is none."""
+    linears = [*linear_layers(model).values()] or [model.get_output_embeddings()]
+    weight = max((layer.weight for layer in linears), key=torch.Tensor.numel)
+    x = torch.ones(ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+    def window() -> float:
+        count, started = 0, perf_counter()
+        while (seconds := perf_counter() - started) < SECONDS:
+            for _ in range(4):
+                x @ weight.T
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            count += 4
+        return 2 * count * ROWS * weight.numel() / seconds
+
+    def measured() -> float:
+        x @ weight.T
+        return max(window() for _ in range(WINDOWS))
+
+    with torch.no_grad():
+        return sum(job.result() for job in [pool.submit(measured) for _ in range(workers)])

@@ -1,0 +1,234 @@
+"""The client side of the trip, the same on every engine and on every site.
+
+    request -> receive (reverse order) -> work -> encode (in order) -> seal -> update
+
+`prepare` and `conclude` are the two halves around the local work, so that an engine may put several clients' jobs into
+one stack. An evaluation takes the same path and saves no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import TypeVar
+
+from fedllm.aggregators.base import Session
+from fedllm.data.federation import Population
+from fedllm.engines.base_model_versions import ShiftStore, SiteShift
+from fedllm.engines.client_store import ClientStore
+from fedllm.engines.lru_cache import Recent
+from fedllm.errors import ClientError, FedllmError, RunError, nearest
+from fedllm.evaluation.scores import Scorer
+from fedllm.experiment.record import Experiment
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Failure, Part, Request, Update
+from fedllm.models.batch import Example, spared
+from fedllm.models.loaded_model import LoadedModel, load
+from fedllm.stages.round_trip import Arrival, adjust, arrive, hooked, up
+from fedllm.tensors import tree
+from fedllm.tensors.tree import Tree
+from fedllm.training.base import Facts, Job, Outcome, run_work
+
+Found = TypeVar("Found")
+
+MOST_TOKENS = 1_000_000  # of the encoded examples that a process keeps: 16 MB, and some more for short ones
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A client between receiving and sending."""
+
+    client: str
+    job: Job
+    arrival: Arrival
+    memories: tuple[Tree, ...]
+    local: Local
+    model: LoadedModel
+
+
+@dataclass(eq=False)
+class Site:
+    """What the clients of one process share: the loaded model, their data and memories, and open sessions."""
+
+    experiment: Experiment
+    model: LoadedModel
+    population: Population
+    store: ClientStore
+    shifts: ShiftStore = field(default_factory=lambda: ShiftStore(None))
+    sessions: dict[str, Session] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.train: Callable[[Sequence[Job], LoadedModel], Sequence[Outcome]] = self._train
+        self.model = self.model.bound(self.experiment.key)
+        self.shift = SiteShift(self.model, self.shifts)
+        self.lock = Lock()  # clients may be answered side by side
+        self.talks = bool(self.experiment.aggregator.handlers())
+        self.stages = self.experiment.trip
+        self.fresh = self.model.fresh(self.experiment.key)
+        self.scorer = Scorer.of(self.experiment, self.population)
+        self.examples = Recent(self._examples, _num_tokens, MOST_TOKENS)
+
+    @staticmethod
+    def of(experiment: Experiment, folder: Path | None, model: LoadedModel | None = None) -> Site:
+        """Load the task, unless `model` is it, and the clients' data.
+
+        `folder` holds the clients' memories; None keeps them in this process.
+        """
+        keep = experiment.limits.keep_last * experiment.limits.checkpoint_every
+        data, store = experiment.federation.load(experiment.key), ClientStore(folder, keep)
+        return Site(experiment, model or load(experiment.task), data, store, ShiftStore(folder, keep))
+
+    def answer(self, name: str, request: Request) -> Update | Failure:
+        """One call to one client."""
+        (answer,) = self.answers(name, [request])
+        return answer
+
+    def answers(self, name: str, requests: Sequence[Request]) -> list[Update | Failure]:
+        """One call to several clients; those that train do so in one stack.
+
+        What goes wrong on a client is its failure, not the round's.
+        """
+        if name == "work":
+            return self._work(requests)
+        return [self._guarded(request, name, partial(self._other, name, request)) for request in requests]
+
+    def _work(self, requests: Sequence[Request]) -> list[Update | Failure]:
+        prepared = [self._guarded(request, "work", partial(self.prepare, request)) for request in requests]
+        ready = [found for found in prepared if isinstance(found, Prepared)]
+        outcomes = iter(self.train([found.job for found in ready], ready[0].model) if ready else ())
+        return [found if isinstance(found, Failure) else self._concluded(found, next(outcomes)) for found in prepared]
+
+    def _train(self, jobs: Sequence[Job], model: LoadedModel) -> Sequence[Outcome]:
+        return run_work(self.experiment.work, jobs, model)
+
+    def _other(self, name: str, request: Request) -> Update:
+        if name == "evaluate":
+            return self.evaluate(request)
+        handlers = self.experiment.aggregator.handlers()
+        if name not in handlers:
+            known = nearest(name, ["work", "evaluate", *handlers])
+            raise ClientError(f"a client has no answer to the call '{name}'{known}")
+        return handlers[name](request, self.session(request.ctx))
+
+    def _guarded(self, request: Request, name: str, action: Callable[[], Found]) -> Found | Failure:
+        client, ctx = str(request.ctx.client), request.ctx
+        reason = self.experiment.federation.failure(client, ctx.round, name, ctx.key)
+        if reason is not None:
+            return Failure(client, ctx.round, reason)
+        return _failing(ctx, action)
+
+    def _concluded(self, prepared: Prepared, outcome: Outcome) -> Update | Failure:
+        if isinstance(outcome, str):
+            return Failure(prepared.client, prepared.local.ctx.round, outcome)
+        return _failing(prepared.local.ctx, partial(self.conclude, prepared, outcome))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Receive: from a request to a job."""
+        return self._prepared(request, self.examples(str(request.ctx.client)))
+
+    def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
+        client, ctx, model = str(request.ctx.client), request.ctx, self.shift.model(request)
+        memories = self.store.load(client, ctx.round, len(self.stages))
+        local = Local(ctx, fresh=self.fresh)
+        params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
+        start, held = self._split(tree.over(self.fresh, params), ctx.round)
+        # encode and the memories stay on the CPU; what the local steps touch moves to the model
+        device = self.model.device
+        there = replace(arrival, scratch=tuple(tree.to(scratch, device) for scratch in arrival.scratch))
+        job = Job(
+            ctx=ctx,
+            start=tree.to(start, device),
+            examples=examples,
+            adjust=(lambda grads, params: adjust(self.stages, there, grads, params)) if hooked(self.stages) else None,
+            held=tree.to(held, device),
+        )
+        return Prepared(client, job, arrival, memories, local, model)
+
+    def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
+        """The leaves that train in a round, and the others."""
+        moves = self.experiment.moves
+        held = {name: params[name] for name in params if not moves(name, round)}
+        start = {name: leaf for name, leaf in params.items() if name not in held} if held else params
+        return tree.bundled(start), held
+
+    def first_job(self, client: str) -> Job:
+        """What a client will have to do in a round, for estimates: the first round, from the initial values."""
+        return Job(self._first(client), self.fresh, self.examples(client))
+
+    def tokens(self, ctx: Ctx) -> int:
+        """Tokens that a client will compute in its round; 0 if its data cannot be had, which it says when asked."""
+        return sum(self._batch_tokens(ctx))
+
+    def batch_tokens(self, clients: Iterable[str]) -> float:
+        """Mean of the tokens that some clients compute in a micro-batch of the first round; 0 if they have none."""
+        counts = [count for client in clients for count in self._batch_tokens(self._first(client))]
+        return sum(counts) / len(counts) if counts else 0.0
+
+    def _first(self, client: str) -> Ctx:
+        profile = self.experiment.federation.profile(client)
+        return Ctx(0, self.experiment.key, 1, 1, client=client, profile=profile)
+
+    def _batch_tokens(self, ctx: Ctx) -> Iterator[int]:
+        """Of each micro-batch of a client's round; none if its data cannot be had."""
+        try:
+            examples = self.examples(str(ctx.client))
+        except FedllmError:
+            return
+        for step in self.experiment.work.suited(ctx.profile).plan(len(examples), ctx):
+            for indices in step:
+                batch = [examples[index] for index in indices]
+                yield _num_tokens(batch) - (spared(batch) if self.model.shares else 0)
+
+    def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
+        """Send: from what the work made to a sealed update; the client's memories are saved."""
+        ctx, (made, facts) = prepared.local.ctx, outcome
+        update = Update({name: replace(part, tree=tree.to(part.tree, "cpu")) for name, part in made.parts.items()})
+        local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
+        update, memories = up(self.stages, update, prepared.arrival, prepared.memories, local)
+        sealed = self.experiment.aggregator.seal(update, self.session(ctx))
+        self.store.save(prepared.client, ctx.round + 1, memories)
+        return sealed
+
+    def evaluate(self, request: Request) -> Update:
+        """Score the parameters on the client's held-out records."""
+        prepared = self._prepared(request, ())
+        sums = self.scorer.sums(
+            prepared.model, {**prepared.job.held, **prepared.job.start}, self.population.heldout[prepared.client]
+        )
+        update = Update({"metrics": Part(sums, 0.0)})
+        local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
+        update, _ = up(self.stages, update, prepared.arrival, prepared.memories, local)
+        return self.experiment.aggregator.seal(update, self.session(request.ctx))
+
+    def session(self, ctx: Ctx) -> Session:
+        """The client's session of this round; those of an earlier one are dropped. Where an aggregator asks only once
+        none is kept: an evaluation asks all clients there are."""
+        if not self.talks:
+            return Session(ctx)
+        with self.lock:
+            held = next(iter(self.sessions.values()), None)
+            if held is not None and (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
+                self.sessions.clear()
+            return self.sessions.setdefault(str(ctx.client), Session(ctx))
+
+    def _examples(self, client: str) -> tuple[Example, ...]:
+        max_length = self.experiment.work.max_length
+        encoded = self.model.encode_all(self.population.train[client], max_length)
+        return tuple(example for example in encoded if example is not None)
+
+
+def _failing(ctx: Ctx, action: Callable[[], Found]) -> Found | Failure:
+    """What an action finds, or the client's failure."""
+    try:
+        return action()
+    except RunError:  # the disk of this process: no client has failed
+        raise
+    except FedllmError as error:
+        return Failure(str(ctx.client), ctx.round, str(error))
+
+
+def _num_tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.tokens) for example in examples)

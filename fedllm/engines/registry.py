@@ -1,0 +1,51 @@
+"""Which engine runs an experiment, and why."""
+
+from __future__ import annotations
+
+from fedllm.engines.base import Engine
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.serial import Serial
+from fedllm.errors import CheckError, ConfigError, nearest
+from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.reader import Reader, named
+from fedllm.experiment.record import Experiment
+from fedllm.experiment.yaml import read_yaml
+from fedllm.models.loaded_model import LoadedModel
+
+
+def chosen(engine: Engine | None, experiment: Experiment, model: LoadedModel) -> tuple[Engine, str]:
+    """An engine that can run the experiment, and the reason. None: batched where it can be, else serial.
+
+    Raises:
+        CheckError: an engine that stacks clients was asked for, and they cannot be stacked.
+    """
+    obstacle = _obstacle(experiment, model)
+    if engine is None:
+        return (Batched(), "its clients can be stacked") if obstacle is None else (Serial(), obstacle)
+    if engine.stacks and obstacle is not None:
+        raise CheckError(f"engine {type(engine).__name__.lower()}: {obstacle}; use --engine serial, or auto")
+    return engine, "it was asked for"
+
+
+def _obstacle(experiment: Experiment, model: LoadedModel) -> str | None:
+    if not experiment.work.batchable:
+        return f"the work {type(experiment.work).__name__} trains one client at a time"
+    return model.unstackable
+
+
+def engine_of(engine: str | Engine) -> Engine | None:
+    """An engine from its name, or from its name with settings (`{batched: {stack: 8}}`); None for "auto".
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    if not isinstance(engine, str):
+        return engine
+    if engine == "auto":
+        return None
+    given = read_yaml(engine)
+    name = named(given, "engine")[0]
+    if name not in NOUNS[Engine]:
+        raise ConfigError(f"unknown engine '{name}'{nearest(name, ['auto', *NOUNS[Engine]])}")
+    made: Engine = Reader().component(Engine, given, "engine")
+    return made

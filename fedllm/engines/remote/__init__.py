@@ -1,0 +1,1 @@
+"""Engines whose clients live in other processes."""

@@ -1,0 +1,144 @@
+"""Calls to clients in other processes: stacks under way, each to the process where its clients' sessions are.
+
+The clients at the places s i to s i + s - 1 of a cohort are stack i, and belong to process i modulo the number of
+processes. Replies come in request order from a bounded window.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any, Protocol
+
+from fedllm.engines.loopback import Opened, Reply, received
+from fedllm.errors import RunError
+from fedllm.events import Emit, EngineAdjusted, EngineStarted
+from fedllm.messages import serialization
+from fedllm.messages.call import Replies
+from fedllm.messages.update import Failure, Request
+from fedllm.rng import Key
+
+AHEAD = 2  # stacks that a process has been asked for: one in hand, one waiting
+LOSSES = 3  # processes lost with the same stack in hand, before its clients are given up
+
+
+Answer = list[tuple[bytes, Mapping[str, int] | None]] | str  # replies, or what is wrong with the process
+
+
+class Team(Protocol):
+    """Processes by place. `lost`: the exceptions that say that one is. `parameters`: of their base model."""
+
+    hosts: list[Any]
+    parameters: int
+    lost: tuple[type[Exception], ...]
+
+    def ask(self, place: int, name: str, sent: Sequence[bytes]) -> Any:
+        """A reference to an answer to come."""
+        ...
+
+    def answer(self, reference: Any) -> Answer:
+        """Wait for it."""
+        ...
+
+    def replace(self, place: int) -> None:
+        """Put another process in a place."""
+        ...
+
+
+@dataclass(eq=False)
+class Errand:
+    """A stack under way. `bound`: its clients were asked before in this round. `reason`: why they are given up."""
+
+    name: str
+    number: int
+    place: int
+    requests: Sequence[Request]
+    sent: Sequence[bytes]
+    bound: bool
+    losses: int = 0
+    reason: str = ""
+    reference: Any = None
+
+
+@dataclass(eq=False)
+class Relay:
+    """Answers calls with the processes of a team. `talks`: sessions matter, as clients are asked more than once."""
+
+    team: Team
+    stack: int
+    talks: bool
+    emit: Emit
+    started: bool = False
+    moment: tuple[int, Key] | None = None
+    homes: dict[int, Any] = field(default_factory=dict)  # stack -> the process that has its clients' sessions
+
+    def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
+        """Replies in request order.
+
+        Raises:
+            RunError: what is wrong with a process is wrong with the next one, too.
+        """
+        if not self.started:
+            self.started = True
+            self.emit(EngineStarted(len(self.team.hosts), self.stack, None, self.team.parameters, None))
+        todo = self._errands(name, requests)
+        under_way = deque(islice(todo, AHEAD * len(self.team.hosts)))
+        while under_way:
+            replies = self._replies(under_way)
+            errand = under_way.popleft()
+            for request, reply in zip(errand.requests, replies, strict=True):
+                yield str(request.ctx.client), received(name, request, Opened.of(reply, name, request), self.emit)
+            under_way.extend(islice(todo, 1))
+
+    def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[Errand]:
+        for number, group in groupby(requests.values(), key=lambda request: request.ctx.slot // self.stack):
+            part = list(group)
+            moment = (part[0].ctx.round, part[0].ctx.key)
+            if moment != self.moment:
+                self.moment, self.homes = moment, {}
+            sent = [serialization.pack(request) for request in part]
+            bound = self.talks and number in self.homes
+            errand = Errand(name, number, number % len(self.team.hosts), part, sent, bound)
+            self._send(errand)
+            yield errand
+
+    def _send(self, errand: Errand) -> None:
+        host = self.team.hosts[errand.place]
+        if errand.bound and self.homes[errand.number] is not host:
+            errand.reason = "its process was lost, and with it what it had agreed on in this round"
+        if not errand.reason:
+            self.homes[errand.number] = host
+            errand.reference = self.team.ask(errand.place, errand.name, errand.sent)
+
+    def _replies(self, under_way: Sequence[Errand]) -> list[Reply]:
+        """Those of the first stack under way. Whatever a lost process had been asked for is asked of the next one."""
+        errand = under_way[0]
+        while not errand.reason:
+            try:
+                found = self.team.answer(errand.reference)
+            except self.team.lost as error:
+                self._replaced(errand, str(error).partition("\n")[0].rstrip(". "))
+                for other in under_way:
+                    if other.place == errand.place:
+                        self._send(other)
+                continue
+            if isinstance(found, str):
+                raise RunError(found)
+            return [Reply(*told, len(sent)) for told, sent in zip(found, errand.sent, strict=True)]
+        failures = (Failure(str(r.ctx.client), r.ctx.round, errand.reason) for r in errand.requests)
+        return [
+            Reply(serialization.pack(failure), None, len(sent))
+            for failure, sent in zip(failures, errand.sent, strict=True)
+        ]
+
+    def _replaced(self, errand: Errand, why: str) -> None:
+        # an actor works in the order in which it was asked: the first stack is the one that it had in hand
+        errand.losses += 1
+        names = ", ".join(str(request.ctx.client) for request in errand.requests)
+        text = f"a process was lost with {names} in hand ({why}); another one takes its place"
+        self.emit(EngineAdjusted(errand.requests[0].ctx.round, text))
+        if errand.losses == LOSSES:
+            errand.reason = f"{LOSSES} processes were lost with it in hand ({why})"
+        self.team.replace(errand.place)

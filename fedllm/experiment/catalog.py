@@ -1,0 +1,142 @@
+"""Every name that an experiment may use: one table per noun, and the presets.
+
+A class from elsewhere is named by its dotted path, `my_package.my_module:MyStage`, in Python only: an experiment file
+names what is in these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from fedllm.aggregators.base import Aggregator
+from fedllm.aggregators.sum import Sum
+from fedllm.data.federation import Federation
+from fedllm.data.records import PACKAGED
+from fedllm.data.sampling import All, PoissonSampling, Sampling, UniformSampling
+from fedllm.data.shards import Shards
+from fedllm.data.splits.base import Split
+from fedllm.data.splits.by import By
+from fedllm.data.splits.dirichlet import Dirichlet
+from fedllm.data.splits.iid import Iid
+from fedllm.data.splits.pathological import Pathological
+from fedllm.data.splits.shard import Shard
+from fedllm.data.splits.size_skew import SizeSkew
+from fedllm.engines.base import Engine
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.remote.ray import Ray
+from fedllm.engines.serial import Serial
+from fedllm.experiment.schedules import Schedule, Synchronous
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.adapters.bottleneck import Bottleneck
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.lora_xs import LoraXs
+from fedllm.models.adapters.peft import Peft
+from fedllm.models.adapters.prefix import Prefix
+from fedllm.models.adapters.soft_prompt import SoftPrompt
+from fedllm.models.adapters.sparse_lora import SparseLora
+from fedllm.models.adapters.weights import BitFit, Full, Norms
+from fedllm.models.base_models.load import ALIASES
+from fedllm.models.objectives.base import Objective
+from fedllm.models.objectives.language_modeling import Lm
+from fedllm.models.objectives.sft import Sft
+from fedllm.stages.base import Stage
+from fedllm.stages.client_drift.dyn import Dyn
+from fedllm.stages.client_drift.prox import Prox
+from fedllm.stages.client_drift.scaffold import Scaffold
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.lora.bandwidth_cap import LoraCap
+from fedllm.stages.lora.fair import LoraFair
+from fedllm.stages.lora.merge import LoraMerge
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.product import LoraProduct
+from fedllm.stages.lora.prune import LoraPrune
+from fedllm.stages.lora.residual import LoraResidual
+from fedllm.stages.lora.sparse_first import SparseFirst
+from fedllm.stages.lora.stack import LoraStack
+from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.server_optimizers.adagrad import Adagrad
+from fedllm.stages.server_optimizers.adam import Adam
+from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.server_optimizers.nesterov import Nesterov
+from fedllm.stages.server_optimizers.yogi import Yogi
+from fedllm.stages.weighting.by_examples import ByExamples
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.training.base import Work
+from fedllm.training.sgd import Sgd
+
+Table = Mapping[str, type]
+
+STAGES: Table = {
+    "keep": Keep,
+    "prox": Prox,
+    "scaffold": Scaffold,
+    "dyn": Dyn,
+    "momentum": Momentum,
+    "adagrad": Adagrad,
+    "adam": Adam,
+    "yogi": Yogi,
+    "nesterov": Nesterov,
+    "top_k": TopK,
+    "by_examples": ByExamples,
+    "uniform": Uniform,
+    "quantize": Quantize,
+    "lora_fair": LoraFair,
+    "lora_pad": LoraPad,
+    "lora_stack": LoraStack,
+    "lora_prune": LoraPrune,
+    "lora_cap": LoraCap,
+    "lora_product": LoraProduct,
+    "lora_svd": LoraSvd,
+    "lora_merge": LoraMerge,
+    "lora_residual": LoraResidual,
+    "sparse_first": SparseFirst,
+}
+NOUNS: Mapping[type, Table] = {
+    Stage: STAGES,
+    Aggregator: {"sum": Sum},
+    Work: {"sgd": Sgd},
+    Federation: {"shards": Shards},
+    Split: {
+        "iid": Iid,
+        "dirichlet": Dirichlet,
+        "by": By,
+        "size_skew": SizeSkew,
+        "pathological": Pathological,
+        "shard": Shard,
+    },
+    Sampling: {"all": All, "uniform": UniformSampling, "poisson": PoissonSampling},
+    Adapter: {
+        "lora": Lora,
+        "lora_xs": LoraXs,
+        "sparse_lora": SparseLora,
+        "bottleneck": Bottleneck,
+        "prefix": Prefix,
+        "soft_prompt": SoftPrompt,
+        "full": Full,
+        "norms": Norms,
+        "bitfit": BitFit,
+        "peft": Peft,
+    },
+    Objective: {"sft": Sft, "lm": Lm},
+    Schedule: {"synchronous": Synchronous},
+    Engine: {"serial": Serial, "batched": Batched, "ray": Ray},
+}
+
+# Keys that may hold a path, each with the names that are none.
+PATHS: Mapping[str, Collection[str]] = {
+    "task.model": ALIASES,
+    "task.adapter.lora.init_from": (),
+    "federation.shards.data": PACKAGED,
+    "federation.shards.heldout": PACKAGED,
+}
+
+
+def name_of(component: object) -> str:
+    """The catalog name of a component."""
+    for table in NOUNS.values():
+        for name, cls in table.items():
+            if type(component) is cls:
+                return name
+    return f"{type(component).__module__}:{type(component).__qualname__}"

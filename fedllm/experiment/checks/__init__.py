@@ -1,0 +1,1 @@
+"""Every rule that can be decided before a model loads."""

@@ -1,0 +1,79 @@
+"""Methods by name: presets of stages, aggregator, adapter and scope, each with its paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset: what a method's name sets, and where it comes from.
+
+    `adapter`: the kind that it needs, if any; `adapter_sets`: settings of it. `scope`: keys of `task.scope`.
+    """
+
+    stages: tuple[Mapping[str, Mapping[str, Any]] | str, ...]
+    paper: str
+    adapter: str | None = None
+    aggregator: str = "sum"
+    adapter_sets: Mapping[str, Any] = field(default_factory=dict)
+    scope: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    summary: str = field(default="")
+
+
+_REDDI = "Reddi et al. 2021, arXiv:2003.00295"
+
+
+METHODS: Mapping[str, Method] = {
+    "fedavg": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629"),
+    "fedprox": Method(("prox", "by_examples"), "Li et al. 2020, arXiv:1812.06127"),
+    "scaffold": Method(("scaffold", "uniform"), "Karimireddy et al. 2020, arXiv:1910.06378"),
+    "fedavgm": Method(("momentum", "by_examples"), "Hsu et al. 2019, arXiv:1909.06335"),
+    "fedadagrad": Method(("adagrad", "by_examples"), _REDDI),
+    "fedadam": Method(("adam", "by_examples"), _REDDI),
+    "fedyogi": Method(("yogi", "by_examples"), _REDDI),
+    "feddyn": Method(("dyn", "uniform"), "Acar et al. 2021, arXiv:2111.04263"),
+    "fedit": Method(("by_examples",), "Zhang et al. 2024, arXiv:2305.05644", adapter="lora"),
+    "ffa_lora": Method(
+        ("by_examples",), "Sun et al. 2024, arXiv:2403.12313", adapter="lora", scope={"freeze": ("*lora_A",)}
+    ),
+    "rolora": Method(
+        ("by_examples",),
+        "Chen et al. 2025, arXiv:2502.01755",
+        adapter="lora",
+        scope={"alternate": ("*lora_B", "*lora_A")},
+    ),
+    "fedsa_lora": Method(
+        ("by_examples",), "Guo et al. 2024, arXiv:2410.01463", adapter="lora", scope={"share": ("*lora_A",)}
+    ),
+    "lora_fair": Method(("lora_fair", "by_examples"), "Bian et al. 2024, arXiv:2411.14961", adapter="lora"),
+    "zero_padding": Method(
+        ("lora_pad", "by_examples"), "the baseline of Cho et al. 2024, arXiv:2401.06432", adapter="lora"
+    ),
+    "rbla": Method(
+        ({"lora_pad": {"mean": "contributors"}}, "by_examples"), "Chen et al. 2024, arXiv:2408.08699", adapter="lora"
+    ),
+    "flexlora": Method(("lora_stack", "by_examples"), "Bai et al. 2024, arXiv:2402.11505", adapter="lora"),
+    "raflora": Method(
+        ({"lora_stack": {"mean": "contributors"}}, "by_examples"), "2026, arXiv:2602.13486", adapter="lora"
+    ),
+    "hetlora": Method(("lora_prune", "by_examples"), "Cho et al. 2024, arXiv:2401.06432", adapter="lora"),
+    "haflq": Method(
+        ({"lora_pad": {"mean": "contributors"}}, "by_examples", "lora_cap"),
+        "Su et al. 2024, arXiv:2411.06581",
+        adapter="lora",
+    ),
+    "flora": Method(("lora_merge", "by_examples"), "Wang et al. 2024, arXiv:2409.05976", adapter="lora"),
+    "fedex_lora": Method(("lora_residual", "by_examples"), "Singhal et al. 2024, arXiv:2410.09432", adapter="lora"),
+    "slora": Method(("sparse_first", "by_examples"), "Babakniya et al. 2023, arXiv:2308.06522", adapter="sparse_lora"),
+    "federa": Method(
+        ("by_examples",), "Yan et al. 2024, arXiv:2404.18848", adapter="lora", adapter_sets={"init": "singular"}
+    ),
+    "fedsvd": Method(
+        ("lora_svd", "by_examples"), "Lee et al. 2025, arXiv:2505.12805", adapter="lora", scope={"hold": ("*lora_A",)}
+    ),
+    "fed_sb": Method(("by_examples",), "Singhal et al. 2025, arXiv:2502.15436", adapter="lora_xs"),
+    "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
+}

@@ -1,1 +1,0 @@
-"""Federations: where the clients' records come from and how they are spread."""

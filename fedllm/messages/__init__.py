@@ -1,0 +1,1 @@
+"""What crosses between server and client, and nothing else: as objects and as bytes."""

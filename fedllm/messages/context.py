@@ -1,0 +1,76 @@
+"""What is known at one step of a round: public facts, and those of one client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from fedllm.errors import require
+from fedllm.rng import Key
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a client's device can do; what is None is as for everybody.
+
+    Args:
+        rank: of the adapter. device: the name of its class. steps, batch_size, lr: of the work; `steps` stands for the
+            work's `epochs`, too. bandwidth: bytes that it may send in a round, of values.
+    """
+
+    rank: int | None = None
+    device: str = "default"
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    bandwidth: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("steps", 0), ("batch_size", 1), ("bandwidth", 1)):
+            value = self.__dict__[name]
+            require(value is None or value >= least, self, field=name, value=value, allowed=f"{least} or more")
+        lr = self.lr
+        require(lr is None or 0 <= lr < math.inf, self, field="lr", value=lr, allowed="0 or more and finite")
+
+    def over(self, other: Profile) -> Profile:
+        """This profile; what it leaves open is as in the other."""
+        return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """Public facts of one step of one round: no arrays, no handles.
+
+    Args:
+        round: index of the round, from 0; `rounds`: how many the run has.
+        key: the run's public key. cohort: clients drawn; population: clients there are.
+        client: None on the server. slot: the client's place in the cohort.
+    """
+
+    round: int
+    key: Key
+    cohort: int
+    population: int
+    rounds: int = 1
+    client: str | None = None
+    slot: int = 0
+    profile: Profile = Profile()
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """The generator of (run, round, client, purpose): the only source of reproducible draws."""
+        return self.key.fold(self.round, self.client or "", purpose).generator()
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a stage's client half may know. Never leaves the client; no facts in `receive`.
+
+    `fresh` holds the initial value of every leaf that the client trains, the same on all clients.
+    """
+
+    ctx: Ctx
+    facts: Mapping[str, float] = field(default_factory=dict)
+    fresh: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -1,0 +1,77 @@
+"""The values that move: what a client is told, what it answers, and where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from fedllm.messages.context import Ctx
+from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.layout import Form
+from fedllm.tensors.tree import Tree
+from fedllm.tensors.wire_format import DENSE, Packing
+
+Asked = Mapping[str, Mapping[str, Form]]  # by part, of each leaf its type and shape
+
+
+def not_known(call: str) -> Asked | None:
+    """Nobody has worked out what a reply may hold."""
+    return None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Server to client: parameters, one extra tree per stage, and the facts of the step.
+
+    shift: what the client has missed of what was added to the frozen weights.
+    asks: what the reply to a call may hold; for the server's own use, which is not sent.
+    """
+
+    params: Tree
+    extras: tuple[Tree, ...]
+    ctx: Ctx
+    shift: Shift = Shift()
+    asks: Callable[[str], Asked | None] = field(default=not_known, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named tree of an update.
+
+    weight None: the WEIGH stage decides. w > 0: its own weight. 0: a plain sum, never divided.
+    From the WEIGH stage on the tree is weight * values, until its `decode` divides by the sum.
+    exact: values that no stage may round; a note for the client's own stages, which is not sent.
+    answered: on the server, behind the weigher's `decode`: the sum of the weights over what it was divided by. Below 1
+    where the denominator counts clients that were lost. What is no difference from what was sent needs it: the old
+    value stands for the rest, 1 - answered.
+    """
+
+    tree: Tree
+    weight: float | None = None
+    packing: Packing = DENSE
+    exact: bool = False
+    answered: float = 1.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """The only thing that a client sends: "delta" (local - global: ascent), "metrics", and what stages add."""
+
+    parts: Mapping[str, Part]
+
+    def having(self, name: str, part: Part) -> Update:
+        """This update with one part set."""
+        return replace(self, parts={**self.parts, name: part})
+
+    def without(self, name: str) -> Update:
+        """This update with one part taken out."""
+        return replace(self, parts={key: part for key, part in self.parts.items() if key != name})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not answer, and why, in one sentence."""
+
+    client: str
+    round: int
+    reason: str

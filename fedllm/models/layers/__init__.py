@@ -1,0 +1,1 @@
+"""The layers of a model, for several clients in one pass."""

@@ -1,0 +1,1 @@
+"""What a client trains for: records to examples with labels."""

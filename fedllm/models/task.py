@@ -1,0 +1,75 @@
+"""The task: base model, adapter, scope and objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedllm.errors import ConfigError
+from fedllm.models.adapters.base import Adapter
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.objectives.base import Objective
+from fedllm.models.objectives.sft import Sft
+from fedllm.models.templates import Template
+from fedllm.tensors.tree import matches
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which leaves of the adapter train, and which of those are shared; shell-style patterns over leaf names.
+
+    Args:
+        train: leaves that train. freeze: leaves that do not, although `train` fits them; they keep their initial
+            values, which every client knows from the run's key, and are never sent.
+        share: leaves that are sent and averaged; the rest stays on its client.
+        alternate: patterns that take turns: round r trains and sends, of the leaves that fit one of them, those of the
+            (r mod n)-th alone. The others stand where the server has them.
+        hold: leaves that a client is sent and uses, but neither trains nor sends: a stage moves them on the server.
+    """
+
+    train: tuple[str, ...] = ("*",)
+    share: tuple[str, ...] = ("*",)
+    freeze: tuple[str, ...] = ()
+    alternate: tuple[str, ...] = ()
+    hold: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.alternate) == 1:
+            raise ConfigError("task.scope.alternate holds one pattern; give two or more, which take turns")
+
+    def trains(self, name: str) -> bool:
+        """True if the leaf trains."""
+        return matches(name, self.train) and not matches(name, self.freeze)
+
+    def shares(self, name: str) -> bool:
+        """True if the leaf is sent."""
+        return matches(name, self.share)
+
+    def moves(self, name: str, round: int) -> bool:
+        """True if the leaf trains in this round."""
+        if matches(name, self.hold):
+            return False
+        if not self.alternate or not matches(name, self.alternate):
+            return True
+        return matches(name, [self.alternate[round % len(self.alternate)]])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned.
+
+    Args:
+        model: packaged alias, hub id, folder, or path of a GGUF file.
+        template: `chat` (the tokenizer's own), `alpaca`, or `plain`.
+        device, dtype: of the base model; `auto` takes the GPU if there is one, and bfloat16 where it is fast.
+        quantize: keep the base model's matrices in 8 or 4 bits, and compute with them in `dtype`.
+    """
+
+    model: str
+    adapter: Adapter = Lora()
+    objective: Objective = Sft()
+    scope: Scope = Scope()
+    template: Template = "chat"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    quantize: Literal["int8", "int4"] | None = None

@@ -1,0 +1,143 @@
+"""The chapter on what the server saw of the clients' updates: pictures, the same in numbers, and why there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+from fedllm.events import Diagnosed, RoundFinished, RunStarted
+from fedllm.report.formatting import figure, finite
+from fedllm.report.markup import Html, table
+from fedllm.report.plot import DASHES, SHADE, Figure, Trace, colour, line, matrix, over_rounds, squared
+from fedllm.report.run_history import Story
+
+_FEW = 12  # clients whose lines an eye can still tell apart
+_CURVES = {
+    "cosine": (
+        "Agreement of the updates",
+        "Mean cosine over all pairs of clients. 1: all go the same way; 0: at right angles, with nothing in common; "
+        "below 0: they pull against each other.",
+    ),
+    "effective_rank": (
+        "Effective rank",
+        "Directions that the shared adapter uses, by the entropy of its singular values; mean over layers.",
+    ),
+    "energy_above": (
+        "Energy above the smallest rank",
+        "What clients of the smallest rank are not sent of the shared adapter. Near 0: larger ranks are not used.",
+    ),
+}
+
+
+def figures(stories: Sequence[Story]) -> list[Figure]:
+    """All pictures of the chapter; for one run with few clients also each client's drift."""
+    curves = [
+        over_rounds(title, note, traces, legend=len(stories) > 1)
+        for field, (title, note) in _CURVES.items()
+        if (
+            traces := [
+                trace for place, story in enumerate(stories) for trace in _curve(story, field, _shade(stories, place))
+            ]
+        )
+    ]
+    return [*_drift(stories), *curves[:1], *_bias(stories), *curves[1:], *_cosines(stories)]
+
+
+def numbers(story: Story) -> Html:
+    """Every round in numbers."""
+    found = story.of(Diagnosed)
+    fields = (
+        "drift",
+        "cosine",
+        "dissimilarity",
+        "bias",
+        "bias_of_means",
+        "product_norm",
+        "effective_rank",
+        "energy_above",
+    )
+    shown = [name for name in fields if any(vars(event)[name] is not None for event in found)]
+    rows = [[str(event.round + 1), *(figure(vars(event)[name]) for name in shown)] for event in found]
+    head = ["round", *(name.replace("_", " ") for name in shown)]
+    return table(f"What the updates of {story.label} showed, round by round", head, rows) if rows else Html("")
+
+
+def absence(story: Story) -> str:
+    """Why a run shows nothing; empty if it does, or if its log does not tell."""
+    started = story.last(RunStarted)
+    if story.of(Diagnosed) or started is None or "diagnostics" not in started.settings.get("evaluation", {}):
+        return ""
+    if started.settings["evaluation"]["diagnostics"] is None:
+        return "Not computed: evaluation.diagnostics is null."
+    if started.settings.get("demands", {}).get("secrecy"):
+        return "Not computed: the server may learn nothing but sums of updates (demands.secrecy)."
+    if any(not event.note for event in story.of(RoundFinished)):
+        return (
+            "Not computed: what clients send is hidden from the server, or whole numbers that no stage has turned back."
+        )
+    return ""
+
+
+def _shade(stories: Sequence[Story], place: int) -> str:
+    return SHADE["federated"] if len(stories) == 1 else colour(place)
+
+
+def _curve(story: Story, field: str, shade: str, *, name: str = "", dash: str = "solid") -> list[Trace]:
+    """A line of one field by rounds; none where no round has it."""
+    trace = line(
+        name or story.label, {e.round + 1: vars(e)[field] for e in story.of(Diagnosed)}, shade=shade, dash=dash
+    )
+    return [trace] if trace["x"] else []
+
+
+def _drift(stories: Sequence[Story]) -> list[Figure]:
+    traces = _client_drifts(stories[0]) if len(stories) == 1 else []
+    for place, story in enumerate(stories):
+        name = "mean" if len(stories) == 1 else story.label
+        traces += _curve(story, "drift", _shade(stories, place), name=name)
+    note = "How far clients went in a round: the norm of each update, as the server received it."
+    return [over_rounds("Drift", note, traces, from_zero=True, legend=len(stories) > 1)] if traces else []
+
+
+def _client_drifts(story: Story) -> list[Trace]:
+    seen: dict[str, dict[int, float | None]] = {}
+    for event in story.of(Diagnosed):
+        for client, drift in event.clients.items():
+            seen.setdefault(client, {})[event.round + 1] = drift
+    if len(seen) > _FEW:
+        return []
+    shades = enumerate(seen.items())
+    return [line(client, points, shade=colour(place + 1), thin=True) for place, (client, points) in shades]
+
+
+def _bias(stories: Sequence[Story]) -> list[Figure]:
+    """One run: beside what the mean of the factors would lose."""
+    traces: list[Trace] = []
+    for place, story in enumerate(stories):
+        name = "this run" if len(stories) == 1 else story.label
+        traces += _curve(story, "bias", _shade(stories, place), name=name)
+    if len(stories) == 1:
+        traces += _curve(stories[0], "bias_of_means", SHADE["base"], name="mean of the factors", dash=DASHES[1])
+    note = "What the aggregation loses of the mean of the clients' products B A, relative to it."
+    return [over_rounds("Aggregation bias", note, traces, from_zero=True, legend=True)] if traces else []
+
+
+def _cosines(stories: Sequence[Story]) -> list[Figure]:
+    """The newest matrix of each run."""
+    found: list[Figure] = []
+    for story in stories:
+        event = next((event for event in reversed(story.of(Diagnosed)) if any(map(finite, event.cosines))), None)
+        if event is None:
+            continue
+        names = list(event.clients)
+        values = dict(zip(combinations(range(len(names)), 2), event.cosines, strict=True))
+        title = f"Cosines in round {event.round + 1}" + ("" if len(stories) == 1 else f", {story.label}")
+        note = "Between the updates of each pair of clients: blue together, red against each other."
+        found.append(squared(title, note, matrix(names, _full(len(names), values)), rows=names))
+    return found
+
+
+def _full(count: int, upper: Mapping[tuple[int, int], float | None]) -> list[list[float | None]]:
+    """Both triangles; nothing on the diagonal or where a cosine is not finite."""
+    known = {pair: value for pair, value in upper.items() if finite(value)}
+    return [[known.get((min(i, j), max(i, j))) for j in range(count)] for i in range(count)]

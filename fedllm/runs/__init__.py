@@ -1,0 +1,1 @@
+"""One run, from its check to its results."""

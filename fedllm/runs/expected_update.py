@@ -1,0 +1,128 @@
+"""What a client is asked for: by part, of each leaf its type and shape, known before anybody has answered.
+
+The client's half of the trip runs once on zeros in the shapes of a request:
+
+    request of zeros -> receive -> a delta of zeros, or the scores of no records -> encode -> types and shapes
+
+They follow from types and shapes alone, and are the same for the whole cohort, because its updates are added up. So a
+malformed update is found by itself, whoever answers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fedllm.aggregators.base import Aggregator
+from fedllm.experiment.record import Experiment
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Asked, Part, Request, Update
+from fedllm.rng import Key
+from fedllm.stages.base import Stage
+from fedllm.stages.round_trip import arrive, up
+from fedllm.tensors import tree
+from fedllm.tensors.layout import Form
+from fedllm.tensors.tree import Tree
+from fedllm.training.base import Job, Work, run_work
+
+Listed = tuple[tuple[str, Form], ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that the forms of an update follow from. `moving`: the leaves that train; `scores`: of an evaluation."""
+
+    stages: tuple[Stage, ...]
+    work: Work
+    cohort: int
+    params: Listed
+    extras: tuple[Listed, ...]
+    fresh: Listed
+    moving: frozenset[str]
+    scores: Listed | None
+
+
+def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree | None = None) -> Asked | None:
+    """What a client may send.
+
+    Args:
+        params: the server's, of which the request may hold a part. scores: the sums of an evaluation over no records;
+            None: the client trains.
+
+    Returns:
+        None where it is not known: the aggregator seals updates, or a stage or the work takes no zeros.
+    """
+    if type(experiment.aggregator).seal is not Aggregator.seal:
+        return None
+    question = Question(
+        stages=experiment.trip,
+        work=experiment.work,
+        cohort=request.ctx.cohort,
+        params=_listed(request.params),
+        extras=tuple(map(_listed, request.extras)),
+        fresh=_listed(params),
+        moving=frozenset(name for name in params if experiment.moves(name, request.ctx.round)),
+        scores=None if scores is None else _listed(scores),
+    )
+    try:
+        hash(question)
+    except TypeError:  # a setting that is a mapping
+        return _answer.__wrapped__(question)
+    return _answer(question)
+
+
+@lru_cache(maxsize=16)  # a run's rounds ask few different questions
+def _answer(question: Question) -> Asked | None:
+    stages, fresh = question.stages, _zeros(question.fresh)
+    memories: list[Tree] = [{} for _ in stages]
+    ctx = Ctx(0, Key(0), question.cohort, question.cohort, client="")
+    local = Local(ctx, fresh=fresh)
+    try:
+        params, arrival = arrive(stages, _zeros(question.params), list(map(_zeros, question.extras)), memories, local)
+        start = {name: leaf for name, leaf in tree.over(fresh, params).items() if name in question.moving}
+        made, facts = _made(question, start, ctx)
+        update, _ = up(stages, made, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
+    except Exception:  # somebody's own stage or work may need real values: then nothing is known
+        return None
+    return {name: dict(tree.forms(part.tree)) for name, part in update.parts.items()}
+
+
+def _made(question: Question, start: Tree, ctx: Ctx) -> tuple[Update, Mapping[str, float]]:
+    """What stands before the stages: of an evaluation, or of a work that takes no step. One value stands for each leaf,
+    for the work decides on the types alone."""
+    points = {name: leaf.new_zeros(()) for name, leaf in start.items()}
+    (outcome,) = run_work(question.work, [Job(ctx, points, ())], _NoModel())
+    assert not isinstance(outcome, str), outcome
+    made, facts = outcome
+    if question.scores is not None:
+        return Update({"metrics": Part(_zeros(question.scores), 0.0)}), facts
+    part = made.parts["delta"]
+    delta = {name: part.tree[name].expand(leaf.shape) for name, leaf in start.items()}
+    return made.having("delta", replace(part, tree=delta)), facts
+
+
+class _NoModel:
+    """In place of the model of a work that takes no step."""
+
+    device, shares = "cpu", False
+
+    def losses(self, stack: Tree, batch: object) -> Tensor:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def fresh(self, key: Key) -> Tree:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+def _listed(leaves: Tree) -> Listed:
+    return tuple(tree.forms(leaves).items())
+
+
+def _zeros(leaves: Listed) -> Tree:
+    """Zeros that take the memory of one value each."""
+    return {name: torch.zeros((), dtype=dtype).expand(shape) for name, (dtype, shape) in leaves}

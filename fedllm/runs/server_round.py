@@ -1,0 +1,217 @@
+"""The server's loop: one round, and the evaluation of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
+from fedllm.experiment.record import Experiment
+from fedllm.messages.call import Call, Replies
+from fedllm.messages.context import Ctx
+from fedllm.messages.update import Asked, Failure, Part, Request, Update
+from fedllm.runs.expected_update import asked
+from fedllm.runs.state import Run
+from fedllm.stages.base import Stage
+from fedllm.stages.round_trip import down, merge
+from fedllm.tensors import tree
+from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.tree import Tree
+
+Figures = Mapping[str, float]
+Witness = Callable[[Request, Update], None]  # (what a client was sent, its sealed update)
+
+
+@dataclass(eq=False)
+class Watch:
+    """A call that is watched: who answered, and the figures that each update carries in the clear."""
+
+    call: Call
+    emit: Emit
+    round: int
+    shown: bool  # False where the server must learn nothing but sums
+    witness: Witness | None = None  # is shown each update; keeps copies of what it needs
+    answered: list[str] = field(default_factory=list)
+    scores: dict[str, Figures] = field(default_factory=dict)
+
+    def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
+        """The replies, unchanged."""
+        started = perf_counter()
+        for client, reply in self.call(name, requests):
+            if isinstance(reply, Failure):
+                self.emit(ClientFailed(self.round, client, reply.reason, name))
+            elif name in ("work", "evaluate"):
+                self._note(name, client, reply, perf_counter() - started)
+                if name == "work" and self.shown and self.witness is not None:
+                    self.witness(requests[client], reply)
+            yield client, reply
+            started = perf_counter()
+
+    def _note(self, name: str, client: str, reply: Update, seconds: float) -> None:
+        self.answered.append(client)
+        figures = _mean(reply, "metrics") if self.shown else {}
+        counts = _mean(reply, "counts") if self.shown else {}
+        if name == "evaluate":
+            self.scores |= {client: {name: float(leaf) for name, leaf in figures.items()}} if self.shown else {}
+        else:
+            loss = float(figures["loss"]) if "loss" in figures else None
+            tokens = int(counts["tokens"]) if "tokens" in counts else None
+            self.emit(ClientFinished(self.round, client, loss, tokens, round(seconds, 4)))
+
+
+@dataclass(frozen=True, eq=False)
+class RoundResult:
+    """What a round reports besides the new state. `cohort`: who was asked. `computed`: tokens, without what sequences
+    had in common. `added`: to the frozen weights."""
+
+    cohort: Sequence[str]
+    clients: int
+    loss: float | None
+    tokens: int
+    computed: int
+    note: str
+    added: Tree = field(default_factory=dict)
+
+    def came_to(self, after: Run) -> Tree:
+        """The parameters after the round, with what it has added to the frozen weights among their components."""
+        return Shift({after.round: self.added}).folded(after.params) if self.added else after.params
+
+
+def one_round(
+    run: Run,
+    experiment: Experiment,
+    clients: Sequence[str],
+    call: Call,
+    emit: Emit,
+    witness: Witness | None = None,
+) -> tuple[Run, RoundResult]:
+    """Sample, ask, add up, decode, step. `witness` sees each update, unless the server must learn nothing but sums."""
+    stages = experiment.trip
+    cohort = experiment.federation.sample(clients, run.round, run.key.fold("cohort", run.round))
+    emit(RoundStarted(run.round, tuple(cohort)))
+    everyone = Ctx(run.round, run.key, len(cohort), len(clients), experiment.rounds)
+    watch = Watch(call, emit, run.round, not experiment.demands.secrecy, witness)
+    requests = requests_for(experiment, run, cohort, everyone)
+    total = experiment.aggregator.reduce(watch, requests)
+    note = ""
+    if len(watch.answered) < experiment.limits.quorum or "delta" not in total.parts:
+        note = "nobody was drawn" if not cohort else f"{len(watch.answered)} of {len(cohort)} answered: an empty round"
+        total = empty_total(stages, run, everyone)
+    total, states = merge(stages, total, run.params, run.states, everyone)
+    params = tree.add(run.params, total.parts["delta"].tree)
+    after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
+    loss, counts = _tree(total, "metrics").get("loss"), _tree(total, "counts")
+    result = RoundResult(
+        cohort=cohort,
+        clients=len(watch.answered),
+        loss=None if loss is None or note else float(loss),
+        tokens=int(counts.get("tokens", 0)),
+        computed=int(counts.get("computed", 0)),
+        note=note,
+        added=_tree(total, "shift"),
+    )
+    return after, result
+
+
+def _moved(run: Run, total: Update, watch: Watch) -> dict[str, Any]:
+    """The frozen weights after the round, and what those who answered have of them."""
+    added = _tree(total, "shift")
+    seen = {**run.seen, **dict.fromkeys(watch.answered, run.shift.version)} if run.shift.version else run.seen
+    return {"shift": run.shift.stepped(run.round + 1, added) if added else run.shift, "seen": seen}
+
+
+@dataclass(frozen=True, eq=False)
+class Requests(Mapping[str, Request]):
+    """What each client of a cohort is sent, made when it is asked for: an evaluation asks all clients there are."""
+
+    experiment: Experiment
+    run: Run
+    slots: Mapping[str, int]  # by client
+    everyone: Ctx
+    scores: Tree | None = None  # the sums over no records, where the clients evaluate
+    missed: dict[int, Shift] = field(default_factory=dict)  # the one that was last sent, by the version before it
+    known: dict[str, Asked | None] = field(default_factory=dict)  # what is asked for, by call, once it was needed
+
+    def __getitem__(self, client: str) -> Request:
+        profile = self.experiment.federation.profile(client)
+        ctx = replace(self.everyone, client=client, slot=self.slots[client], profile=profile)
+        sent = down(self.experiment.trip, self.run.params, self.run.states, ctx)
+        request = Request(*sent, ctx, self._missed(self.run.seen.get(client, 0)))
+        return replace(request, asks=partial(self._asked, request))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def _asked(self, request: Request, call: str) -> Asked | None:
+        """The same for all clients."""
+        scores = self.scores if call == "evaluate" else None
+        if call != "work" and scores is None:
+            return None
+        if call not in self.known:
+            self.known[call] = asked(self.experiment, request, self.run.params, scores)
+        return self.known[call]
+
+    def _missed(self, version: int) -> Shift:
+        """What was added behind a version; a whole sum takes long, and most clients have the same version."""
+        last = self.missed.get(version)
+        if last is None:
+            last = self.run.shift.since(version)
+            self.missed.clear()
+            self.missed[version] = last
+        return last
+
+
+def requests_for(
+    experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx, scores: Tree | None = None
+) -> Requests:
+    """What each client of the cohort is sent. `scores`: of an evaluation, the sums over no records."""
+    return Requests(experiment, run, {client: slot for slot, client in enumerate(cohort)}, everyone, scores)
+
+
+def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
+    """A zero delta of weight 0 in the shape of the broadcast; without leaves where clients send another shape."""
+    if any(stage.reshapes for stage in stages):
+        return Update({"delta": Part({}, 0.0)})
+    params, _ = down(stages, run.params, run.states, everyone)
+    return Update({"delta": Part(tree.zeros_like(params), 0.0)})
+
+
+def evaluate(
+    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit, scores: Tree | None = None
+) -> tuple[Tree, dict[str, Figures]]:
+    """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown.
+
+    Its round is the number of complete rounds: clients answer with what they remember after them. `scores`: the sums
+    over no records, which say what a reply may hold; None: this is not known.
+    """
+    everyone = Ctx(run.round, run.key.fold("evaluate"), len(clients), len(clients), experiment.rounds)
+    watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
+    requests = requests_for(experiment, run, clients, everyone, scores)
+    total = experiment.aggregator.reduce(watch, requests, name="evaluate")
+    total, _ = merge(experiment.trip, total, run.params, run.states, everyone)
+    return _tree(total, "metrics"), watch.scores
+
+
+def start(experiment: Experiment, initial: Tree) -> Run:
+    """The state before the first round."""
+    shared = {name: leaf for name, leaf in initial.items() if experiment.task.scope.shares(name)}
+    return Run(params=tree.bundled(shared), states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
+
+
+def _tree(update: Update, part: str) -> Tree:
+    found = update.parts.get(part)
+    return {} if found is None else found.tree
+
+
+def _mean(update: Update, part: str) -> Tree:
+    """A part of a sealed update, divided by the weight that it was multiplied with."""
+    found = update.parts.get(part)
+    if found is None:
+        return {}
+    return found.tree if not found.weight else tree.scale(found.tree, 1 / found.weight)

@@ -1,0 +1,53 @@
+"""State: the server's run and the clients' memories, saved atomically, enough to resume to the bit.
+
+Every file holds the SHA-256 of its content, which is compared when the file is read (`damage`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fedllm.rng import Key
+from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.tree import Tree
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Running sums over complete rounds. `computed`: tokens, without what sequences had in common."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    evaluation_bytes: int = 0
+    tokens: int = 0
+    computed: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: Totals) -> Totals:
+        """Sum, field by field."""
+        theirs = asdict(other)
+        return Totals(**{name: value + theirs[name] for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The server's state after `round` complete rounds.
+
+    `best` is (completed rounds, value) of the best evaluation so far; `pending` are events, as the log writes them,
+    that belong to the checkpoint and follow it in the log. `shift`: what was added to the frozen weights; `seen`: the
+    version of it that each client has, where it is not 0. `remembered`: the newest version of each client's memory,
+    where it has one.
+    """
+
+    params: Tree
+    states: tuple[Tree, ...]
+    round: int
+    key: Key
+    totals: Totals = Totals()
+    best: tuple[int, float] | None = None
+    pending: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    shift: Shift = Shift()
+    seen: Mapping[str, int] = field(default_factory=dict)
+    remembered: Mapping[str, int] = field(default_factory=dict)

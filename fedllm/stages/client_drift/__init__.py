@@ -1,0 +1,1 @@
+"""Stages that keep clients from drifting apart."""

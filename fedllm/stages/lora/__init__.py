@@ -1,0 +1,1 @@
+"""Stages that aggregate low-rank factors."""

@@ -1,0 +1,100 @@
+"""Low-rank factors of a cohort side by side, so that a sum of updates is a concatenation.
+
+    rows      (K rank, in)     client k's A in the rows of its slot, weighed: after the sum p_k A_k
+    columns   (K rank, out)    its transposed B there, a plain sum
+    columns^T rows = sum_k p_k B_k A_k
+
+Zeros fill the other slots; they are not sent. Whoever sees the sum sees each client's factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Part, Update
+from fedllm.tensors import low_rank
+from fedllm.tensors.tree import Tree
+from fedllm.tensors.wire_format import Box, Packing
+
+
+def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Update, Tree]:
+    """The delta's factors in parts "rows" and "columns"; other leaves stay in it.
+
+    Args:
+        part: the delta. start: where the client began; its factors are start + delta.
+
+    Returns:
+        The update; and for each layer (rank of the adapter,), ones for the components that the client has.
+    """
+    rows: Tree = {}
+    columns: Tree = {}
+    holders: Tree = {}
+    windows: dict[str, Box] = {}
+    for layer in low_rank.layers(part.tree):
+        b, a = (s + d for s, d in zip(low_rank.pair(start, layer), low_rank.pair(part.tree, layer), strict=True))
+        most = len(local.fresh[f"{layer}.{low_rank.A}"])
+        first = local.ctx.slot * most
+        rows[layer], columns[layer] = (_among(leaf, first, local.ctx.cohort * most) for leaf in (a, b.T))
+        windows[layer] = ((first, first + len(a)), (0, -1))
+        holders[layer] = (torch.arange(most) < len(a)).to(a.dtype)
+    rest = {name: leaf for name, leaf in part.tree.items() if name.rpartition(".")[0] not in rows}
+    update = update.having("delta", replace(part, tree=rest))
+    update = update.having("rows", Part(rows, packing=_windows(rows, windows)))
+    return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), holders
+
+
+def mark(ctx: Ctx) -> Tensor:
+    """(cohort,): a one at the client's slot; weighed and added up, the share of each client."""
+    mine = torch.zeros(ctx.cohort, dtype=torch.float64)
+    mine[ctx.slot] = 1
+    return mine
+
+
+def with_lost(rows: Tensor, columns: Tensor, start: low_rank.Pair, answered: float) -> tuple[Tensor, Tensor]:
+    """The stack with one more slot: the factors that all began with stand for the clients that were lost.
+
+    rows (K rank, in): the p_k A_k; columns (K rank, out): the transposed B_k. answered: sum_k p_k. If it is 1, nobody
+    is missing, and the stack stays as it is.
+    """
+    if answered == 1:
+        return rows, columns
+    b, a = start
+    return torch.cat([rows, (1 - answered) * a.to(rows)]), torch.cat([columns, b.T.to(columns)])
+
+
+def with_rest(shares: Tensor, answered: float) -> Tensor:
+    """The p_k (K,) beside the stack of `with_lost`."""
+    return shares if answered == 1 else torch.cat([shares, shares.new_tensor([1 - answered])])
+
+
+def _among(block: Tensor, first: int, count: int) -> Tensor:
+    """(count, n): a block's rows from `first` on, zeros elsewhere."""
+    whole = block.new_zeros(count, block.shape[1])
+    whole[first : first + len(block)] = block
+    return whole
+
+
+def _windows(leaves: Tree, windows: dict[str, Box]) -> Packing:
+    return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})
+
+
+def alone(update: Update, start: Tree, ctx: Ctx) -> Tree:
+    """The delta of one client's factors, from what `stacked` made of it and a weigher multiplied.
+
+    Args:
+        start: what the client was sent. ctx: that of its request.
+    """
+    rows, columns = update.parts.get("rows"), update.parts.get("columns")
+    found: Tree = {}
+    if rows is None or columns is None:
+        return found
+    for layer, whole in rows.tree.items():
+        b, a = low_rank.pair(start, layer)
+        first = ctx.slot * (len(whole) // ctx.cohort)
+        own = slice(first, first + len(a))
+        found |= low_rank.named(layer, columns.tree[layer][own].T - b, whole[own] / (rows.weight or 1) - a)
+    return found

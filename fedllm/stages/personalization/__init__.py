@@ -1,0 +1,1 @@
+"""Stages that keep parameters on the client."""

@@ -1,0 +1,61 @@
+"""The plain mean: every client counts the same.
+
+Δ = (1 / K) sum_k Δ_k        K: clients that answered, or that were drawn
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from fedllm.messages.context import Ctx, Local
+from fedllm.messages.update import Update
+from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.stages.weighting import weighted_mean
+from fedllm.tensors.tree import Tree
+
+FIGURES = "metrics"  # a mean over those who answered, whatever the denominator of the rest
+
+
+@dataclass(frozen=True)
+class Uniform(Stage):
+    """Weight 1 for every client.
+
+    Neutral: this is FedAvg for clients with equal numbers of examples.
+
+    Args:
+        denominator: "answered" divides by the clients that answered; "cohort" by those that were drawn, so that a lost
+            client counts as no change and no client's absence changes what the others weigh. A part with a weight of
+            its own is divided by the same number; a stage that weighs the delta itself is refused.
+    """
+
+    denominator: Literal["answered", "cohort"] = "answered"
+
+    bracket: ClassVar[Bracket] = Bracket.WEIGH
+    norm: ClassVar[Norm] = Norm.KEEPS
+    equal: ClassVar[bool] = True
+
+    @property
+    def fixed_denominator(self) -> bool:
+        """True for "cohort"."""
+        return self.denominator == "cohort"
+
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+        """Weight 1."""
+        return weighted_mean.weigh(update, 1.0), memory
+
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+        """Over the sum of the weights or the size of the cohort, which the parts keep as their weight."""
+        return weighted_mean.divide(self._spread(total, ctx.cohort)), state
+
+    def _spread(self, total: Update, cohort: int) -> Update:
+        """The total, its parts weighing as much as the whole cohort, and how much of it answered."""
+        if not self.fixed_denominator:
+            return total
+        parts = {
+            name: replace(part, weight=float(cohort), answered=part.weight / cohort)
+            if part.weight and name != FIGURES
+            else part
+            for name, part in total.parts.items()
+        }
+        return replace(total, parts=parts)

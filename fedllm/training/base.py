@@ -1,0 +1,152 @@
+"""Work: what a client does between receiving and sending. Written once, for a stack of K clients.
+
+    carry = init(jobs)    carry = step(carry, batch, adjusts, model)  x n    finish(carry)
+
+The serial engine is K = 1. `run_work` is the whole local loop; it is the only caller of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.update import Update
+from fedllm.models.batch import Batch, Example, collate
+from fedllm.rng import Key
+from fedllm.tensors.tree import Tree
+
+Facts = Mapping[str, float]
+Adjust = Callable[[Tree, Tree], Tree]  # (grads, params) -> grads: a client's stage hooks
+Outcome = tuple[Update, Facts] | str  # what a client made, or why it failed
+
+
+class Model(Protocol):
+    """A loaded task, one per process."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+        ...
+
+    @property
+    def shares(self) -> bool:
+        """Whether what a client's sequences begin with in common need not be computed again."""
+        ...
+
+    def losses(self, stack: Tree, batch: Batch) -> Tensor:
+        """(K,): one mean loss per client. The only caller of the objective."""
+        ...
+
+    def fresh(self, key: Key) -> Tree:
+        """The initial value of every leaf that a client trains."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One client's share of a stack. `start` may have leaves in any float type; examples are encoded.
+
+    `adjust`: its stages' `grads` hooks; None if there are none. `held`: leaves that the passes need, and that do not
+    train in this round.
+    """
+
+    ctx: Ctx
+    start: Tree
+    examples: Sequence[Example]
+    adjust: Adjust | None = None
+    held: Tree = field(default_factory=dict)
+
+
+class Work:
+    """A frozen dataclass of settings. `rule` names the local optimiser for stages that assume one.
+
+    `max_length`: longest sequence in tokens. `lr`: learning rate.
+    """
+
+    batchable: ClassVar[bool] = True
+    makes: ClassVar[frozenset[str]] = frozenset({"delta", "metrics", "counts"})
+    max_length: int
+    lr: float
+
+    @property
+    def rule(self) -> str:
+        """The local update rule: "sgd", "momentum", "adamw", ..."""
+        raise NotImplementedError
+
+    @property
+    def idle(self) -> str:
+        """Why a client with these settings trains nothing; empty if it trains."""
+        return ""
+
+    def tuned(self, *, lr: float, times: int) -> Work:
+        """The same work at another learning rate, with `times` as many examples a step."""
+        raise NotImplementedError
+
+    def suited(self, profile: Profile) -> Work:
+        """The same work as far as a client's device differs."""
+        return self
+
+    def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
+        """For each local step, the examples of each of its micro-batches, drawn with ctx.rng("batches")."""
+        raise NotImplementedError
+
+    def init(self, jobs: Sequence[Job]) -> Any:
+        """A carry for K clients."""
+        raise NotImplementedError
+
+    def step(self, carry: Any, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Any:
+        """One local step of all clients that have examples in `micro`; the others stand still."""
+        raise NotImplementedError
+
+    def finish(self, carry: Any) -> Sequence[Outcome]:
+        """What each client made."""
+        raise NotImplementedError
+
+
+class Halted(Exception):
+    """The engine is closing: a stack stops between two steps."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a stack is trained. `recompute`: save memory (see `Batch`). `going`: asked before each step."""
+
+    recompute: bool = False
+    going: Callable[[], bool] = lambda: True
+
+
+def run_work(work: Work, jobs: Sequence[Job], model: Model, how: Pass = Pass()) -> Sequence[Outcome]:
+    """The local loop of a stack of clients, to the end of the longest plan.
+
+    Raises:
+        Halted: `how.going` said no.
+    """
+    return work.finish(run_steps(work, jobs, model, work.init(jobs), how))
+
+
+def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any, how: Pass = Pass()) -> Any:
+    """The steps of one round, from a carry to the next."""
+    generators = tuple(job.ctx.rng("dropout") for job in jobs)
+    for micro in batches(work, jobs):
+        if not how.going():
+            raise Halted
+        made = [collate(chosen, generators, recompute=how.recompute, share=model.shares) for chosen in micro]
+        carry = work.step(carry, made, jobs, model)
+    return carry
+
+
+def batches(work: Work, jobs: Sequence[Job]) -> Iterator[list[list[list[Example]]]]:
+    """For each step, and each of its micro-batches, the examples of each client."""
+    plans = [work.suited(job.ctx.profile).plan(len(job.examples), job.ctx) for job in jobs]
+    while any(steps := [next(plan, ()) for plan in plans]):
+        yield [
+            [
+                [job.examples[index] for index in (step[place] if place < len(step) else ())]
+                for job, step in zip(jobs, steps, strict=True)
+            ]
+            for place in range(max(map(len, steps)))
+        ]

@@ -1,0 +1,108 @@
+"""Stacks with as much to do each, whatever the workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.batched.load_balancing import deal, full_stack
+from fedllm.engines.client import Site
+from fedllm.errors import ClientError
+from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.update import Update
+from fedllm.rng import Key
+from fedllm.training.sgd import Sgd
+from tests.engines.cohort import CLIENTS, Own, experiment, sent, write_long, write_records
+
+LOADS = st.lists(st.integers(0, 10**6), max_size=40)
+
+
+@given(LOADS, st.integers(1, 9), st.integers(1, 4))
+def test_everyone_once_in_stacks_that_are_not_too_large(loads: list[int], size: int, fewest: int) -> None:
+    stacks = deal(loads, size, fewest)
+    assert sorted(place for stack in stacks for place in stack) == list(range(len(loads)))
+    assert all(0 < len(stack) <= size and stack == sorted(stack) for stack in stacks)
+    assert len(stacks) >= min(fewest, len(loads))
+    sums = [sum(loads[place] for place in stack) for stack in stacks]
+    assert sums == sorted(sums, reverse=True)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=2), st.integers(1, 4))
+def test_two_stacks_differ_by_one_client_at_most(pair: list[int], size: int) -> None:
+    """The greedy bound: before the last client was dealt to it, the fuller stack was the emptier one."""
+    loads = pair * size
+    first, second = (sum(loads[place] for place in stack) for stack in deal(loads, len(loads), 2))
+    assert first - second <= max(loads)
+
+
+@pytest.mark.parametrize(
+    ("clients", "size", "fewest", "lengths"),
+    [
+        (4, 4, 1, [4]),
+        (4, 4, 2, [2, 2]),
+        (1, 4, 2, [1]),
+        (8, 4, 2, [4, 4]),
+        (10, 4, 2, [2, 2, 3, 3]),  # four stacks and not three: two workers end together
+        (16, 4, 2, [4, 4, 4, 4]),
+        (0, 4, 2, []),
+    ],
+)
+def test_as_few_as_hold_all_and_a_power_of_two(clients: int, size: int, fewest: int, lengths: list[int]) -> None:
+    assert sorted(map(len, deal([7] * clients, size, fewest))) == lengths
+
+
+def test_by_hand() -> None:
+    """9 + 6 + 5 against 8 + 7 + 1; then 9 and 7 change places, and both have 18."""
+    assert deal([5, 9, 1, 7, 6, 8], 3) == [[0, 3, 4], [1, 2, 5]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"),
+    [(0.0, 4), (1, 16), (20, 16), (32, 16), (33, 15), (64, 8), (85.5, 5), (102.4, 5), (102.5, 4), (163, 4), (1e6, 4)],
+)
+def test_short_batches_make_large_stacks(tokens: float, size: int) -> None:
+    """The whole part of 512 over the tokens, from 4 to 16."""
+    assert full_stack(tokens) == size
+
+
+def test_the_mean_is_that_of_the_first_rounds_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ann: no step. ben: 3 steps of 2 micro-batches with one sequence of 40 tokens. cid: one step of 2 with 3 each."""
+    own = (("ann", "steps", 0), ("ben", "steps", 3), ("cid", "steps", 1), ("cid", "batch_size", 3))
+    work = Own(lr=0.1, steps=2, batch_size=1, accumulation=2, max_length=40, own=own)
+    site = Site.of(experiment(write_long(tmp_path / "people.jsonl"), work=work), None)
+    means = [site.batch_tokens(clients) for clients in (["ann"], [], ["ben"], ["cid"], ["ann", "ben", "cid"])]
+    assert means == [0, 0, 40, 120, (6 * 40 + 2 * 120) / 8]
+
+    def lost(client: str) -> None:
+        raise ClientError("its file is gone")
+
+    monkeypatch.setattr(site, "examples", lost)
+    assert site.batch_tokens(["ben", "cid"]) == 0
+
+
+def test_loads_are_the_tokens_that_the_round_trains_on(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "people.jsonl")
+    made = experiment(path, work=Sgd(lr=0.1, steps=3, batch_size=2))
+    site, found = Site.of(made, None), sent(Batched(stack=2, workers=1), made)
+    assert len(found) == 2 * len(CLIENTS)
+    for (round, client), reply in found.items():
+        assert isinstance(reply, Update)
+        ctx = Ctx(round, made.key, 5, 5, 2, client=client)
+        assert site.tokens(ctx) == int(reply.parts["counts"].tree["tokens"]) > 0
+    assert site.tokens(Ctx(0, Key(0), 1, 1, client=CLIENTS[0], profile=Profile(steps=0))) == 0
+
+
+def test_a_client_whose_data_cannot_be_had_weighs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = experiment(write_records(tmp_path / "people.jsonl"))
+    site, ctx = Site.of(made, None), Ctx(0, made.key, 1, 1, client=CLIENTS[0])
+    assert site.tokens(ctx) > 0
+
+    def lost(client: str) -> None:
+        raise ClientError("its file is gone")
+
+    monkeypatch.setattr(site, "examples", lost)
+    assert site.tokens(ctx) == 0
