@@ -16,7 +16,7 @@ import torch
 
 from fedllm.aggregators.sum import Sum
 from fedllm.messages.call import Replies
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
 
@@ -28,7 +28,7 @@ def shapes(values: int) -> list[int]:
 
 def requests(clients: int) -> dict[str, Request]:
     """One empty request per client."""
-    ctx = Ctx(0, Key(0), clients, clients)
+    ctx = RoundContext(0, Key(0), clients, clients)
     return {f"client-{place}": Request({}, (), ctx) for place in range(clients)}
 
 

@@ -22,7 +22,7 @@ import fedllm
 from fedllm.data.packaged import handbook
 from fedllm.data.sources import file_rows
 from fedllm.errors import DataError
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.models.chat_turns import messages_of
 from fedllm.models.objectives.sft import Sft
 from fedllm.models.templates import Template, prompt_text
@@ -109,7 +109,7 @@ def write_batches(experiment_file: Path, path: Path, tokenizer: PreTrainedTokeni
     with path.open("w", encoding="utf-8") as lines:
         for place in range(experiment.rounds):
             for client, records in train.items():
-                ctx = Ctx(place, experiment.key, len(train), len(train), experiment.rounds, client=client)
+                ctx = RoundContext(place, experiment.key, len(train), len(train), experiment.rounds, client=client)
                 for index in (i for step in experiment.work.plan(len(records), ctx) for micro in step for i in micro):
                     prompt = prompt_text(records[index], tokenizer, experiment.task.template)
                     row = {"prompt": prompt, "completion": records[index]["response"]}

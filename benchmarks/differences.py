@@ -19,7 +19,7 @@ from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.experiment.config_file import load
 from fedllm.experiment.record import Experiment
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
 from fedllm.models.loaded_model import load as load_model
 from fedllm.runs import server_round
@@ -35,8 +35,8 @@ WAYS = [(dtype, optimizer) for dtype in ("float32", "bfloat16") for optimizer in
 def deltas(engine: Engine, experiment: Experiment) -> dict[str, dict[str, Tensor]]:
     """What each client sends in the first round."""
     clients = experiment.federation.load(experiment.key).clients
-    state = server_round.start(experiment, load_model(experiment.task).fresh(experiment.key))
-    everyone = Ctx(0, experiment.key, len(clients), len(clients), experiment.rounds)
+    state = server_round.initial_state(experiment, load_model(experiment.task).initial_params(experiment.key))
+    everyone = RoundContext(0, experiment.key, len(clients), len(clients), experiment.rounds)
     with engine.open(experiment, None, lambda event: None) as call:
         replies = dict(call("work", server_round.requests_for(experiment, state, clients, everyone)))
     return {name: dict(reply.parts["delta"].tree) for name, reply in replies.items() if isinstance(reply, Update)}

@@ -19,19 +19,19 @@ from pathlib import Path
 import torch
 from bare import BareLoop
 
-from fedllm.engines.allocator import kept_memory
+from fedllm.engines.allocator import retain_freed_memory
 from fedllm.engines.client import Site
 from fedllm.engines.client_store import ClientStore
 from fedllm.events import Event
 from fedllm.experiment.config_file import load
 from fedllm.experiment.record import Experiment
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.models.base_models.load import materialise
 from fedllm.models.loaded_model import load as load_model
 from fedllm.runs import server_round
 from fedllm.runs.checkpoints import Checkpoints
-from fedllm.training.base import Job, run_work
+from fedllm.training.base import ClientJob, run_work
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -51,10 +51,10 @@ def step_ratios(experiment: Experiment, pairs: int) -> dict[str, float]:
     bare = BareLoop(
         str(materialise(model.base)), rank=lora.rank, alpha=lora.alpha, lr=work.lr, dtype=model.base.model.dtype
     )
-    start, ours, theirs = model.fresh(experiment.key), [], []
+    start, ours, theirs = model.initial_params(experiment.key), [], []
     for pair in range(pairs + 1):
-        ctx = Ctx(pair, experiment.key, 1, 1, pairs + 1, client=client)
-        job = Job(ctx, start, examples, lambda grads, params: grads)
+        ctx = RoundContext(pair, experiment.key, 1, 1, pairs + 1, client=client)
+        job = ClientJob(ctx, start, examples, lambda grads, params: grads)
         batches = [[examples[i] for micro in step for i in micro] for step in work.plan(len(examples), ctx)]
         ours.append(seconds(lambda job=job: run_work(work, [job], model)))
         theirs.append(
@@ -74,7 +74,7 @@ def empty_round(experiment: Experiment, rounds: int) -> dict[str, float]:
     """A round of one client without local work; packing and checkpoint apart."""
     model, population = load_model(experiment.task), experiment.federation.load(experiment.key)
     site = Site(experiment, model, population, ClientStore(None))
-    state = server_round.start(experiment, model.fresh(experiment.key))
+    state = server_round.initial_state(experiment, model.initial_params(experiment.key))
     first = population.clients[:1]
 
     def call(name, requests):
@@ -84,17 +84,17 @@ def empty_round(experiment: Experiment, rounds: int) -> dict[str, float]:
     def quiet(event: Event) -> None:
         del event
 
-    with kept_memory():  # as the engines do
+    with retain_freed_memory():  # as the engines do
         times = [
-            seconds(lambda: server_round.one_round(state, experiment, first, call, quiet)) for _ in range(rounds + 3)
+            seconds(lambda: server_round.run_round(state, experiment, first, call, quiet)) for _ in range(rounds + 3)
         ][3:]
-    request = next(iter(server_round.requests_for(experiment, state, first, Ctx(0, state.key, 1, 1)).values()))
+    request = next(iter(server_round.requests_for(experiment, state, first, RoundContext(0, state.key, 1, 1)).values()))
     update = site.answer("work", request)
     packing = [
         seconds(
             lambda: (
-                serialization.unpack(serialization.pack(request)),
-                serialization.unpack(serialization.pack(update)),
+                serialization.deserialize(serialization.serialize(request)),
+                serialization.deserialize(serialization.serialize(update)),
             )
         )
         for _ in range(rounds)

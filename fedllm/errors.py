@@ -122,10 +122,10 @@ def require(holds: bool, owner: object, *, field: str, value: object, allowed: s
         ConfigError: "top_k.fraction is 2.0; it must be above 0 and at most 1".
     """
     if not holds:
-        raise ConfigError(f"{written(owner)}.{field} is {value!r}; it must be {allowed}")
+        raise ConfigError(f"{config_name(owner)}.{field} is {value!r}; it must be {allowed}")
 
 
-def written(component: object) -> str:
+def config_name(component: object) -> str:
     """As an experiment file writes it: TopK is top_k."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()
 
@@ -141,7 +141,7 @@ Record = Mapping[str, Any]
 Found = TypeVar("Found")
 
 
-class Placed(dict[str, Any]):
+class LocatedRecord(dict[str, Any]):
     """A record that knows where it was read: `place`, such as "notes/train.jsonl:3"."""
 
     __slots__ = ("place",)
@@ -153,10 +153,10 @@ class Placed(dict[str, Any]):
 
 def place_of(record: Record) -> str | None:
     """Where a record was read, if it knows."""
-    return record.place if isinstance(record, Placed) else None
+    return record.place if isinstance(record, LocatedRecord) else None
 
 
-def naming(records: Sequence[Record], action: Callable[[Sequence[Record]], Found]) -> Found:
+def with_record_place(records: Sequence[Record], action: Callable[[Sequence[Record]], Found]) -> Found:
     """What an action finds of records.
 
     Raises:

@@ -115,7 +115,7 @@ class RoundStarted(Event):
 
 
 @dataclass(frozen=True)
-class Wire(Event):
+class MessageSent(Event):
     """Serialised bytes of one message. `direction` is "down" or "up"; `parts` are the values' bytes per part, the
     rest is the header."""
 

@@ -22,7 +22,7 @@ import hypothesis
 import pytest
 import torch
 
-from fedllm.engines.remote.ray import Ray, Team
+from fedllm.engines.remote.ray import Ray, RayActors
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fedllm", deadline=None)
@@ -90,7 +90,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayActors]:
     """Two actors of a Ray with one more core, for as many runs as need them; skipped where Ray is not installed."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:

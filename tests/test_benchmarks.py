@@ -144,7 +144,7 @@ def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, template: st
     from prepare import prepare
 
     import fedllm
-    from fedllm.messages.context import Ctx
+    from fedllm.messages.context import RoundContext
     from fedllm.models.loaded_model import load
 
     numbers = ["--clients", "3", "--steps", "2", "--rounds", "1"]
@@ -158,7 +158,7 @@ def test_peers_take_the_batches_that_fedllm_draws(benchmarks: None, template: st
     for place in range(2):
         lengths = 0
         for client, records in population.train.items():
-            ctx = Ctx(place, experiment.key, 3, 3, 2, client=client)
+            ctx = RoundContext(place, experiment.key, 3, 3, 2, client=client)
             plan = [i for step in experiment.work.plan(len(records), ctx) for micro in step for i in micro]
             ours = [model.encode(records[i], options.max_length).tokens.tolist() for i in plan]
             rows = work.rows[place][client]

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from fedllm.aggregators.sum import Sum
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.engines.base import Engine
 from fedllm.engines.serial import Serial
 from fedllm.errors import ClientError
-from fedllm.events import ClientFailed, ClientFinished, Emit, Evaluated, RoundFinished, Wire, read
+from fedllm.events import ClientFailed, ClientFinished, Emit, Evaluated, MessageSent, RoundFinished, read
 from fedllm.experiment import catalog, config_file
 from fedllm.experiment.record import Demands, Experiment
 from fedllm.messages.call import Call, Replies
-from fedllm.messages.context import Ctx, Local
-from fedllm.messages.serialization import pack, unpack
+from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.serialization import deserialize, serialize
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.rng import Key
 from fedllm.runs.launch import Result, run
@@ -75,7 +75,7 @@ class Seen(Engine):
 
             def watched(name: str, requests: Mapping[str, Request]) -> Replies:
                 for client, reply in call(name, requests):
-                    kept = unpack(pack(reply))  # a copy: the reply itself is the aggregator's
+                    kept = deserialize(serialize(reply))  # a copy: the reply itself is the aggregator's
                     assert not isinstance(kept, Request)
                     self.replies.append((name, requests[client].ctx.round, client, kept))
                     yield client, reply
@@ -87,7 +87,7 @@ class Seen(Engine):
         return {(r, c): reply for call, r, c, reply in self.replies if call == name and isinstance(reply, Update)}
 
 
-def lose(experiment: Experiment, *losses: Loss) -> Experiment:
+def lose(experiment: Experiment, *losses: ClientOutage) -> Experiment:
     assert isinstance(experiment.federation, Shards)
     return replace(experiment, federation=replace(experiment.federation, failures=losses))
 
@@ -104,7 +104,7 @@ def outcome(result: Result) -> tuple[str, Any, Any]:
     return tree.digest(result.params), rounds, scores
 
 
-LOST = Loss("ben", 1, "work")  # between "peers" and "unmask" of the second round
+LOST = ClientOutage("ben", 1, "work")  # between "peers" and "unmask" of the second round
 
 
 @pytest.fixture(scope="module")
@@ -166,19 +166,19 @@ def test_the_masks_of_a_lost_client_stay_without_the_last_call(plain: tuple[Resu
 @pytest.mark.parametrize(
     ("losses", "clients"),
     [
-        ([Loss("ann", 0, "keys")], 2),
-        ([Loss("ann", 0, "peers")], 2),
-        ([Loss("ann", 0, "keys"), Loss("cid", 0, "peers"), Loss("ben", 0, "unmask")], 1),
-        ([Loss(client, 0, "work") for client in CLIENTS], 0),
-        ([Loss(client, 0, "keys") for client in CLIENTS], 0),
+        ([ClientOutage("ann", 0, "keys")], 2),
+        ([ClientOutage("ann", 0, "peers")], 2),
+        ([ClientOutage("ann", 0, "keys"), ClientOutage("cid", 0, "peers"), ClientOutage("ben", 0, "unmask")], 1),
+        ([ClientOutage(client, 0, "work") for client in CLIENTS], 0),
+        ([ClientOutage(client, 0, "keys") for client in CLIENTS], 0),
     ],
 )
-def test_clients_may_be_lost_in_any_call(losses: list[Loss], clients: int, tmp_path: Path) -> None:
+def test_clients_may_be_lost_in_any_call(losses: list[ClientOutage], clients: int, tmp_path: Path) -> None:
     experiment = replace(
         config_file.build(spec(tmp_path, rounds=2)),
         evaluation=replace(config_file.build(spec(tmp_path)).evaluation, metrics=()),
     )
-    if Loss("ben", 0, "unmask") in losses:
+    if ClientOutage("ben", 0, "unmask") in losses:
         with pytest.raises(ClientError, match="ben did not unmask"):
             run(lose(masked(experiment), *losses), engine="serial", out=tmp_path / "run")
         return
@@ -214,21 +214,21 @@ def saved(result: Result) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def sent(result: Result) -> list[Wire]:
+def sent(result: Result) -> list[MessageSent]:
     """Every message, by client, for engines that ask all before they hear one."""
-    found = [event for _, event in read(result.folder / "events.jsonl") if isinstance(event, Wire)]
+    found = [event for _, event in read(result.folder / "events.jsonl") if isinstance(event, MessageSent)]
     return sorted(found, key=lambda event: (event.round, event.client, event.call, event.direction))
 
 
 def test_rounding_by_hand() -> None:
-    stage, ctx = Rounding(bits=3), Ctx(round=0, key=Key(0), cohort=2, population=2)
+    stage, ctx = Rounding(bits=3), RoundContext(round=0, key=Key(0), cohort=2, population=2)
     update = Update(
         {
             "delta": Part({"w": torch.tensor([0.0625, 0.1, -1.0])}, 2.0),
             "metrics": Part({"loss": torch.tensor(0.5)}, 0.0),
         }
     )
-    sent, _ = stage.encode(update, {}, {}, Local(ctx))
+    sent, _ = stage.encode(update, {}, {}, ClientContext(ctx))
     integers = sent.parts["delta"].tree["w"]
     assert integers.dtype == torch.int64 and integers.tolist() == [0, 1, -8]  # halves go to the even one
     back, _ = stage.decode(

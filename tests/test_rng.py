@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.rng import Key
 
 NAMES = st.lists(st.one_of(st.text(max_size=4), st.integers()), max_size=4)
@@ -78,16 +78,16 @@ def test_any_key_has_a_generator_and_a_seed(value: int) -> None:
 
 
 def test_a_draw_depends_on_run_round_client_and_purpose_alone() -> None:
-    def draw(ctx: Ctx, purpose: str = "batches") -> list[float]:
+    def draw(ctx: RoundContext, purpose: str = "batches") -> list[float]:
         return torch.rand(4, generator=ctx.rng(purpose)).tolist()
 
-    ctx = Ctx(round=2, key=Key(1), cohort=3, population=9, client="a")
-    assert draw(ctx) == draw(Ctx(round=2, key=Key(1), cohort=1, population=1, rounds=7, client="a", slot=5))
+    ctx = RoundContext(round=2, key=Key(1), cohort=3, population=9, client="a")
+    assert draw(ctx) == draw(RoundContext(round=2, key=Key(1), cohort=1, population=1, rounds=7, client="a", slot=5))
     others = [
-        draw(Ctx(round=3, key=Key(1), cohort=3, population=9, client="a")),
-        draw(Ctx(round=2, key=Key(2), cohort=3, population=9, client="a")),
-        draw(Ctx(round=2, key=Key(1), cohort=3, population=9, client="b")),
-        draw(Ctx(round=2, key=Key(1), cohort=3, population=9)),
+        draw(RoundContext(round=3, key=Key(1), cohort=3, population=9, client="a")),
+        draw(RoundContext(round=2, key=Key(2), cohort=3, population=9, client="a")),
+        draw(RoundContext(round=2, key=Key(1), cohort=3, population=9, client="b")),
+        draw(RoundContext(round=2, key=Key(1), cohort=3, population=9)),
         draw(ctx, "dropout"),
     ]
     assert draw(ctx) not in others and len({tuple(drawn) for drawn in others}) == len(others)

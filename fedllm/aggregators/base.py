@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from fedllm.messages.call import Call
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Request, Update
 
 Sees = Literal["sum", "each"]
 
 
 @dataclass
-class Session:
+class ClientSession:
     """What a client remembers within one round, on its own side; dropped when the round ends."""
 
-    ctx: Ctx
+    ctx: RoundContext
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-Handler = Callable[[Request, Session], Update]
+Handler = Callable[[Request, ClientSession], Update]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Aggregator:
         """Further calls that a client answers, by name."""
         return {}
 
-    def seal(self, update: Update, session: Session) -> Update:
+    def seal(self, update: Update, session: ClientSession) -> Update:
         """Client side, after all stages, before the wire."""
         return update
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedllm.errors import DataError
-from fedllm.runs.loaded_run import Opened, open_run
+from fedllm.runs.loaded_run import LoadedRun, open_run
 
 Turns = list[dict[str, str]]
 
@@ -30,7 +30,7 @@ def chat_with(
         turns.append({"role": "assistant", "content": answer})
 
 
-def _answer(opened: Opened, console: Console, turns: Turns, compare: bool, max_new_tokens: int) -> str:
+def _answer(opened: LoadedRun, console: Console, turns: Turns, compare: bool, max_new_tokens: int) -> str:
     record = {"messages": [*turns, {"role": "assistant", "content": "..."}]}
     prompt = opened.model.prompt(record)
     if compare:
@@ -47,7 +47,7 @@ def _show(console: Console, who: str, answer: str) -> None:
     console.print(f"{who}{plain}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _opening(opened: Opened) -> str | None:
+def _opening(opened: LoadedRun) -> str | None:
     """The system prompt that the run's own records begin with; none if the data is no longer there."""
     try:
         population = opened.experiment.federation.load(opened.experiment.key)

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm.cli import tables
-from fedllm.cli.run_progress import Scene, line, moment, scores_line
+from fedllm.cli.run_progress import RunProgress, line, model_label, scores_line
 from fedllm.errors import counted
 from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
 from fedllm.report.formatting import NOTHING, duration, figure, part_of_whole, printable, remaining, size
@@ -42,7 +42,7 @@ class Display:
     def __init__(self, console: Console | None = None, *, clock: Clock = time.monotonic) -> None:
         self._console = console or Console()
         self._clock = clock
-        self._scene = Scene()
+        self._scene = RunProgress()
         self._told = float("-inf")  # when the last plain line about progress was printed
         self._live = (
             Live(console=self._console, get_renderable=self.render, refresh_per_second=4)
@@ -86,18 +86,25 @@ class Display:
         return _picture(self._scene, self._clock())
 
 
-def _picture(scene: Scene, now: float) -> RenderableType:
+def _picture(scene: RunProgress, now: float) -> RenderableType:
     bars = Table.grid(padding=(0, 2))
     if scene.rounds:
         left = scene.pace.left(scene.rounds, now) if scene.pace else None
         bars.add_row(*_bar("rounds", scene.done, scene.rounds, left))
-    if scene.aside:
-        left = scene.aside_pace.left(scene.aside.total, now) if scene.aside_pace else None
-        bars.add_row(*_bar(COMPARED.get(scene.aside.what, scene.aside.what), scene.aside.done, scene.aside.total, left))
+    if scene.side_task:
+        left = scene.aside_pace.left(scene.side_task.total, now) if scene.aside_pace else None
+        bars.add_row(
+            *_bar(
+                COMPARED.get(scene.side_task.what, scene.side_task.what),
+                scene.side_task.done,
+                scene.side_task.total,
+                left,
+            )
+        )
     up, down = scene.traffic
     sums = Text(f"loss {figure(scene.loss)}   up {size(up)}   down {size(down)}")
     told = [
-        Text.assemble((moment(event), "cyan"), "  ", printable(scores_line(event.metrics)))
+        Text.assemble((model_label(event), "cyan"), "  ", printable(scores_line(event.metrics)))
         for event in scene.scores.values()
     ]
     return Group(Text(printable(scene.title), style="bold"), bars, sums, *_cohort(scene), *told)
@@ -109,7 +116,7 @@ def _bar(name: str, done: int, total: int, left: float | None) -> list[Renderabl
     return [Text(printable(name)), bar, Text(f"{done}/{total}"), Text(tail, style="dim")]
 
 
-def _cohort(scene: Scene) -> list[RenderableType]:
+def _cohort(scene: RunProgress) -> list[RenderableType]:
     """The round under way: every client of a small cohort, the newest replies of a large one."""
     if not scene.cohort:
         return []

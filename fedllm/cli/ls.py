@@ -22,7 +22,7 @@ from fedllm.models.base_models.load import ALIASES
 from fedllm.stages.base import Stage
 from fedllm.training.base import Work
 
-Rows = Iterable[tuple[str, ...]]
+TableRows = Iterable[tuple[str, ...]]
 
 
 def listing(what: str) -> None:
@@ -40,7 +40,7 @@ def listing(what: str) -> None:
     tables.show(Console(), heads, rows())
 
 
-def _methods() -> Rows:
+def _methods() -> TableRows:
     for name, method in METHODS.items():
         task = f"task.adapter: {method.adapter}; " if method.adapter else ""
         task += "".join(f"task.adapter.{method.adapter}.{k}: {v}; " for k, v in method.adapter_sets.items())
@@ -51,8 +51,8 @@ def _methods() -> Rows:
         yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}{alone}", method.paper
 
 
-def _classes(noun: type) -> Callable[[], Rows]:
-    def rows() -> Rows:
+def _classes(noun: type) -> Callable[[], TableRows]:
+    def rows() -> TableRows:
         for name, cls in NOUNS[noun].items():
             yield name, _settings(cls), _first_line(cls.__doc__ if noun is Aggregator else _file_of(cls))
 
@@ -72,13 +72,13 @@ def _first_line(text: str | None) -> str:
     return (text or "").strip().splitlines()[0]
 
 
-def _recipes() -> Rows:
+def _recipes() -> TableRows:
     for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")):
         yield path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 SETTINGS = ("name", "settings", "what")
-LISTS: Mapping[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
+LISTS: Mapping[str, tuple[tuple[str, ...], Callable[[], TableRows]]] = {
     "methods": (("name", "sets", "paper"), _methods),
     "stages": (SETTINGS, _classes(Stage)),
     "aggregators": (SETTINGS, _classes(Aggregator)),

@@ -10,6 +10,7 @@ from fedllm.events import (
     ClientFinished,
     Evaluated,
     Event,
+    MessageSent,
     Progress,
     Resumed,
     RoundFinished,
@@ -18,14 +19,13 @@ from fedllm.events import (
     RunStarted,
     Scores,
     Warned,
-    Wire,
 )
 from fedllm.report.formatting import duration, figure, remaining, size
 from fedllm.report.run_history import COMPARED, moment_of_loss
 
 
 @dataclass
-class Pace:
+class StepRate:
     """How fast steps are done: from the first step that was seen to the newest."""
 
     start: float
@@ -46,7 +46,7 @@ class Pace:
 
 
 @dataclass
-class Scene:
+class RunProgress:
     """What the events so far add up to. `finished` says of each client of this round what came of it."""
 
     title: str = ""
@@ -58,9 +58,9 @@ class Scene:
     cohort: tuple[str, ...] = ()
     finished: dict[str, str] = field(default_factory=dict)
     scores: dict[str, Evaluated] = field(default_factory=dict)
-    aside: Progress | None = None
-    pace: Pace | None = None
-    aside_pace: Pace | None = None
+    side_task: Progress | None = None
+    pace: StepRate | None = None
+    aside_pace: StepRate | None = None
 
     def see(self, event: Event, now: float) -> None:
         """Take one event in."""
@@ -72,9 +72,9 @@ class Scene:
                 self._go_back(event.round)
             case RoundStarted():
                 self.begun, self.cohort = event.round, event.cohort
-                self.finished, self.sent, self.aside = {}, {}, None
-                self.pace = self.pace or Pace(now, event.round, event.round, now)
-            case Wire() if event.call != "evaluate":
+                self.finished, self.sent, self.side_task = {}, {}, None
+                self.pace = self.pace or StepRate(now, event.round, event.round, now)
+            case MessageSent() if event.call != "evaluate":
                 self.sent = {**self.sent, event.direction: self.sent.get(event.direction, 0) + event.bytes}
             case ClientFinished():
                 self.finished = {**self.finished, event.client: "done" if event.loss is None else figure(event.loss)}
@@ -87,7 +87,7 @@ class Scene:
             case Progress():
                 self._step_aside(event, now)
             case RunFinished():
-                self.cohort, self.aside = (), None
+                self.cohort, self.side_task = (), None
 
     def _close(self, event: RoundFinished, now: float) -> None:
         self.done, self.sent = event.round + 1, {}
@@ -115,13 +115,13 @@ class Scene:
         return up + self.sent.get("up", 0), down + self.sent.get("down", 0)
 
     def _step_aside(self, event: Progress, now: float) -> None:
-        if self.aside_pace is None or self.aside is None or self.aside.what != event.what:
-            self.aside_pace = Pace(now, event.done, event.done, now)
+        if self.aside_pace is None or self.side_task is None or self.side_task.what != event.what:
+            self.aside_pace = StepRate(now, event.done, event.done, now)
         self.aside_pace.step(event.done, now)
-        self.aside, self.cohort = event, ()
+        self.side_task, self.cohort = event, ()
 
 
-def line(event: Event, scene: Scene, now: float) -> str | None:
+def line(event: Event, scene: RunProgress, now: float) -> str | None:
     """An event in one line, after the scene has taken it in; None for what is not worth one."""
     match event:
         case RunStarted():
@@ -136,7 +136,7 @@ def line(event: Event, scene: Scene, now: float) -> str | None:
             loss = f"loss {figure(event.loss)}"
             return f"round {_counted(scene.done, scene.rounds)}  {loss}  {told}  {duration(event.seconds)}{tail}{note}"
         case Evaluated():
-            return f"{moment(event)}: {scores_line(event.metrics)}" + (f"  ({event.note})" if event.note else "")
+            return f"{model_label(event)}: {scores_line(event.metrics)}" + (f"  ({event.note})" if event.note else "")
         case Progress():
             left = scene.aside_pace.left(event.total, now) if scene.aside_pace else None
             tail = f"  left {remaining(left)}" if left is not None and event.done < event.total else ""
@@ -157,7 +157,7 @@ def _counted(done: int, total: int) -> str:
     return f"{done}/{total}" if total else str(done)
 
 
-def moment(event: Evaluated) -> str:
+def model_label(event: Evaluated) -> str:
     """Which model was evaluated, and after which round where that matters."""
     name = COMPARED.get(event.which, event.which)
     return f"{name} after round {event.round}" if event.which == "federated" else name

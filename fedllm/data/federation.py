@@ -28,7 +28,7 @@ class Population:
         return tuple(self.train)
 
 
-class Joined(Sequence[Record]):
+class ConcatRecords(Sequence[Record]):
     """Several sequences as one, end to end; nothing is copied."""
 
     def __init__(self, parts: Iterable[Sequence[Record]]) -> None:

@@ -31,7 +31,7 @@ Groups = list[list[int]]
 
 
 @dataclass(frozen=True)
-class Job:
+class PartitionJob:
     """One use of a partitioner: its class and arguments, and the rows' number and values of the column "value"."""
 
     partitioner: str
@@ -40,10 +40,10 @@ class Job:
     values: tuple[Value, ...] | None = None
 
 
-Run = Callable[[Job], Groups]
+PartitionFunction = Callable[[PartitionJob], Groups]
 
 
-def run(job: Job) -> Groups:
+def run(job: PartitionJob) -> Groups:
     """The rows of each partition, from the cache or from a worker.
 
     Raises:

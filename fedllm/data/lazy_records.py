@@ -20,14 +20,14 @@ from typing import IO, Any, overload
 
 from fedllm.data import sources
 from fedllm.data.record_schema import Record
-from fedllm.data.records import Way, record_of, rows_of, some, ways_of
-from fedllm.errors import DataError, Placed, RunError
+from fedllm.data.records import FieldMapping, record_of, rows_of, some, ways_of
+from fedllm.errors import DataError, LocatedRecord, RunError
 from fedllm.files import cache_dir, read_at
 
 OFFSETS = "Q"  # array type of 8 bytes
 
 
-class Lines(Sequence[Record]):
+class JsonlRecords(Sequence[Record]):
     """Records of an open file of JSON lines. `starts`: the byte where the line of each begins, and where the last ends.
     `make`: the record of what a line holds, and of its number in the sequence.
 
@@ -48,7 +48,7 @@ class Lines(Sequence[Record]):
     def __getitem__(self, index: slice) -> Sequence[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         if isinstance(index, slice):
-            return View(self, array(OFFSETS, range(len(self))[index]))
+            return Subset(self, array(OFFSETS, range(len(self))[index]))
         place = range(len(self))[index]
         start, stop = self._starts[place], self._starts[place + 1]
         lines = read_at(self._handle, stop - start, start).splitlines()  # blank ones may follow
@@ -64,7 +64,7 @@ class Lines(Sequence[Record]):
         return status.st_mtime_ns, status.st_size
 
 
-class View(Sequence[Record]):
+class Subset(Sequence[Record]):
     """Some of the records, by their places in `records`."""
 
     def __init__(self, records: Sequence[Record], places: array[int]) -> None:
@@ -79,16 +79,16 @@ class View(Sequence[Record]):
     def __getitem__(self, index: slice) -> Sequence[Record]: ...
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         if isinstance(index, slice):
-            return View(self._records, self._places[index])
+            return Subset(self._records, self._places[index])
         return self._records[self._places[index]]
 
     def __iter__(self) -> Iterator[Record]:
         return (self._records[place] for place in self._places)
 
 
-def view(records: Sequence[Record], places: Sequence[int]) -> View:
+def view(records: Sequence[Record], places: Sequence[int]) -> Subset:
     """The records at these places."""
-    return View(records, array(OFFSETS, places))
+    return Subset(records, array(OFFSETS, places))
 
 
 def open_records(source: str, *, fields: Mapping[str, str] | None = None) -> Sequence[Record]:
@@ -106,7 +106,7 @@ def open_records(source: str, *, fields: Mapping[str, str] | None = None) -> Seq
     return some(_unpacked(records, source) if sources.is_text(source) else list(records), source)
 
 
-def _in_place(source: str, ways: Sequence[Way]) -> Lines:
+def _in_place(source: str, ways: Sequence[FieldMapping]) -> JsonlRecords:
     file, starts, numbers = sources.opened(source), array(OFFSETS), array(OFFSETS)
     with _closed_on_error(file):
         for number, start, (place, row) in sources.numbered_rows(source, file):
@@ -115,10 +115,10 @@ def _in_place(source: str, ways: Sequence[Way]) -> Lines:
             numbers.append(number)
         starts.append(file.seek(0, os.SEEK_END))
     path = str(Path(source).expanduser())
-    return Lines(file, starts, lambda row, at: record_of(row, f"{path}:{numbers[at]}", ways), source)
+    return JsonlRecords(file, starts, lambda row, at: record_of(row, f"{path}:{numbers[at]}", ways), source)
 
 
-def _unpacked(records: Iterator[Placed], source: str) -> Lines:
+def _unpacked(records: Iterator[LocatedRecord], source: str) -> JsonlRecords:
     file, starts = _unnamed(), array(OFFSETS, [0])
     try:
         with _closed_on_error(file):
@@ -130,7 +130,7 @@ def _unpacked(records: Iterator[Placed], source: str) -> Lines:
     except OSError as error:
         reason = f"{source} cannot be unpacked into {cache_dir()} ({error.strerror})"
         raise DataError(f"{reason}; make room there") from error
-    return Lines(file, starts, lambda line, _: Placed(line[1], line[0]), source)
+    return JsonlRecords(file, starts, lambda line, _: LocatedRecord(line[1], line[0]), source)
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from math import log2
 from typing import Any, NamedTuple
 
 from fedllm.data import flwr_partitioners
-from fedllm.data.flwr_partitioners import Run, Value
-from fedllm.data.splits.base import Rows, Split
+from fedllm.data.flwr_partitioners import PartitionFunction, Value
+from fedllm.data.splits.base import Split, SplitInput
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.rng import Key
 
@@ -34,7 +34,7 @@ class Report(NamedTuple):
 
 
 def partition(
-    records: Records, split: Split, *, clients: int | None, key: Key, run: Run = flwr_partitioners.run
+    records: Records, split: Split, *, clients: int | None, key: Key, run: PartitionFunction = flwr_partitioners.run
 ) -> Partition:
     """Spread records over clients: the same for the same records, split, number and key.
 
@@ -52,7 +52,7 @@ def partition(
     if clients is not None and clients > len(records):
         raise DataError(f"there are {len(records)} records for {clients} clients; ask for fewer clients")
     values = () if split.field is None else column(records, split.field)
-    groups = split.groups(Rows(len(records), values, clients, key), run)
+    groups = split.groups(SplitInput(len(records), values, clients, key), run)
     for client, rows in groups.items():
         if not rows:
             raise DataError(f"client '{client}' of {len(groups)} gets no records from {split}; {split.hint}")

@@ -12,7 +12,7 @@ from fedllm.data import sources
 from fedllm.data.packaged import handbook
 from fedllm.data.record_schema import Record, checked
 from fedllm.data.sources import Row
-from fedllm.errors import ConfigError, DataError, Placed, nearest
+from fedllm.errors import ConfigError, DataError, LocatedRecord, nearest
 
 Held = TypeVar("Held", bound=Sequence[Record])
 
@@ -48,7 +48,7 @@ PACKAGED: Mapping[str, Packaged] = {
 
 
 @dataclass(frozen=True)
-class Way:
+class FieldMapping:
     """How a field is made from a source's fields: one field as it is, or a template such as "{question}\\n{input}"."""
 
     name: str
@@ -111,24 +111,24 @@ def rows_of(source: str) -> Iterator[Row]:
     raise DataError(f"'{source}' is neither packaged data nor a file nor org/name of the hub{known}")
 
 
-def ways_of(fields: Mapping[str, str] | None) -> list[Way]:
+def ways_of(fields: Mapping[str, str] | None) -> list[FieldMapping]:
     """How each field that is named is made."""
     return [_way(name, text) for name, text in (fields or {}).items()]
 
 
-def record_of(row: Record, place: str, ways: Sequence[Way]) -> Placed:
+def record_of(row: Record, place: str, ways: Sequence[FieldMapping]) -> LocatedRecord:
     """A checked record of a row. A field of the source that would win over one that was asked for is left out."""
     made = {way.name: way.value(row, place) for way in ways}
     record = {**row, **made}
     for name, weaker in WINS.items() if made else ():
         if name not in made and not made.keys().isdisjoint(weaker):
             record.pop(name, None)
-    return Placed(checked(record, place), place)
+    return LocatedRecord(checked(record, place), place)
 
 
-def _way(name: str, text: str) -> Way:
+def _way(name: str, text: str) -> FieldMapping:
     if "{" not in text and "}" not in text:
-        return Way(name, (("", text),), plain=True)
+        return FieldMapping(name, (("", text),), plain=True)
     rule = f"'{text}' for field '{name}' is no template"
     try:
         parsed = list(Formatter().parse(text))
@@ -137,4 +137,4 @@ def _way(name: str, text: str) -> Way:
     for _, field, form, conversion in parsed:
         if field == "" or form or conversion:
             raise ConfigError(f"{rule}; braces hold the name of a field and nothing else")
-    return Way(name, tuple((literal, field) for literal, field, _, _ in parsed), plain=False)
+    return FieldMapping(name, tuple((literal, field) for literal, field, _, _ in parsed), plain=False)

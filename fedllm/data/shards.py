@@ -29,7 +29,7 @@ Held = dict[str, Sequence[Record]]
 
 
 @dataclass(frozen=True)
-class Loss:
+class ClientOutage:
     """A client that is lost in a round (from 0), in its call `work` or `evaluate`.
 
     An evaluation's round is the number of rounds that are complete.
@@ -65,7 +65,7 @@ class Shards(Federation):
     heldout: str | float = 0.1
     label: str | None = None
     failure_rate: float = 0.0
-    failures: tuple[Loss, ...] = ()
+    failures: tuple[ClientOutage, ...] = ()
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     devices: Mapping[str, Profile] = field(default_factory=dict)
 
@@ -110,7 +110,7 @@ class Shards(Federation):
 
     def failure(self, client: str, round: int, call: str, key: Key) -> str | None:
         """By `failures` and `failure_rate`."""
-        if Loss(client, round, call) in self.failures:
+        if ClientOutage(client, round, call) in self.failures:
             return "federation.shards.failures asks for it"
         generator = key.fold(round, client, "failure").generator()
         if call == "work" and float(torch.rand((), generator=generator)) < self.failure_rate:

@@ -21,14 +21,14 @@ HEAP = 64 << 20  # bytes of a thread's heap, of which it may have several
 NEVER = (1 << 31) - 1
 
 
-def one_heap() -> None:
+def single_arena() -> None:
     """All threads that start from now on share one heap, unless there are several already. To the end of the process:
     glibc does not take that back."""
     _glibc("mallopt")(ARENA_MAX, 1)
 
 
 @contextmanager
-def kept_memory(*, emptied: bool = True) -> Iterator[None]:
+def retain_freed_memory(*, emptied: bool = True) -> Iterator[None]:
     """Blocks of up to 32 MiB come from the heap, which is not trimmed until the end.
 
     `emptied`: heaps of other threads are kept, too, when all of one is free. glibc gives such a one back whatever the
@@ -44,11 +44,11 @@ def kept_memory(*, emptied: bool = True) -> Iterator[None]:
     finally:
         for name in settings:
             mallopt(name, 128 << 10)  # glibc's default
-        give_back()
+        trim()
 
 
 @contextmanager
-def settled_objects() -> Iterator[None]:
+def freeze_gc() -> Iterator[None]:
     """Until the end, Python's garbage collector leaves out what exists now. Within another such block nothing changes.
 
     A full collection walks through all objects. Half a million of them belong to the modules of torch and transformers
@@ -65,7 +65,7 @@ def settled_objects() -> Iterator[None]:
         gc.unfreeze()
 
 
-def give_back() -> None:
+def trim() -> None:
     """What all threads have freed, back to the system: after blocks that are not taken again soon."""
     _glibc("malloc_trim")(0)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
-from fedllm.engines.allocator import give_back
+from fedllm.engines.allocator import trim
 from fedllm.engines.checksummed_files import RESUME, read_tree, written
 from fedllm.errors import ClientError, FedllmError
 from fedllm.files import not_written, write_durably
@@ -20,13 +20,13 @@ from fedllm.messages.update import Request
 from fedllm.models.adapters.base import Movable
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.stages.base import Stage
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 
 COPIES = 8  # of the layers' values in float32: the server's factors and sum, the site's, a message (3), moved weights
 
 
 @dataclass(eq=False)
-class ShiftStore:
+class BaseDeltaStore:
     """Shifts by version, `shift-000003.safetensors`; with no folder they stay in this object.
 
     As many are kept as a resume may go back, `keep`.
@@ -34,9 +34,9 @@ class ShiftStore:
 
     folder: Path | None
     keep: int = 2
-    held: dict[int, Shift] = field(default_factory=dict)
+    held: dict[int, BaseDelta] = field(default_factory=dict)
 
-    def load(self, oldest: int, newest: int) -> Shift | None:
+    def load(self, oldest: int, newest: int) -> BaseDelta | None:
         """The newest that is not later than `newest` and not before `oldest`.
 
         Raises:
@@ -44,15 +44,15 @@ class ShiftStore:
         """
         known = [version for version in self._versions() if oldest <= version <= newest]
         if not known:
-            return Shift() if not oldest else None
+            return BaseDelta() if not oldest else None
         if self.folder is None:
             return self.held[known[-1]]
         path = self._path(known[-1])
         trees = read_tree(path, "without it the clients here cannot take part; bring it back from a copy")
         versions = {int(name.partition("/")[0].removeprefix("shift")) for name in trees}
-        return Shift.of(trees, sorted(versions))
+        return BaseDelta.of(trees, sorted(versions))
 
-    def save(self, shift: Shift) -> None:
+    def save(self, shift: BaseDelta) -> None:
         """Keep a version; forget those that no resume needs.
 
         Raises:
@@ -70,7 +70,7 @@ class ShiftStore:
             else:
                 self._path(known).unlink(missing_ok=True)
 
-    def _write(self, path: Path, shift: Shift) -> None:
+    def _write(self, path: Path, shift: BaseDelta) -> None:
         part = path.with_suffix(f".{os.getpid()}")  # processes may share the folder
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,16 +90,16 @@ class ShiftStore:
 
 
 @dataclass(eq=False)
-class SiteShift:
+class BaseModelVersions:
     """The model of a process at the version that its clients are asked about. All clients of a call are at one."""
 
     base: LoadedModel
-    store: ShiftStore
-    moved: tuple[Shift, LoadedModel] = field(init=False)
+    store: BaseDeltaStore
+    moved: tuple[BaseDelta, LoadedModel] = field(init=False)
     lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        self.moved = Shift(), self.base
+        self.moved = BaseDelta(), self.base
 
     def model(self, request: Request) -> LoadedModel:
         """The model as the request's client has it.
@@ -108,7 +108,7 @@ class SiteShift:
             ClientError: what the request adds to is not here, or does not fit the model's layers.
             RunError: the disk.
         """
-        sent = request.shift
+        sent = request.base_delta
         with self.lock:
             held, model = self.moved
             if held.version == sent.version:
@@ -118,20 +118,20 @@ class SiteShift:
             if held.version < sent.version:
                 held = self._joined(held, sent)
                 self.store.save(held)
-            self.moved = held, self.base.shifted(held)
-            give_back()  # the messages of a round and the weights before it, each as large as the layers
+            self.moved = held, self.base.with_base_delta(held)
+            trim()  # the messages of a round and the weights before it, each as large as the layers
             return self.moved[1]
 
     def taken(self, request: Request) -> Request:
         """The request without what it brings, which is here from now on: several wait for their turn, and what each
         brings is as large as the layers. As it is, where that is not possible; its client will be told."""
-        if not request.shift.steps:
+        if not request.base_delta.steps:
             return request
         try:
             self.model(request)
         except FedllmError:
             return request
-        return replace(request, shift=Shift(after=request.shift.version))
+        return replace(request, base_delta=BaseDelta(after=request.base_delta.version))
 
     def reserve(self, stages: Sequence[Stage]) -> int:
         """Bytes that moving takes at most beside the training: what is kept here and on the server, messages on their
@@ -141,7 +141,7 @@ class SiteShift:
             return 0
         return COPIES * 4 * model.adapter.num_movable
 
-    def _found(self, sent: Shift) -> Shift:
+    def _found(self, sent: BaseDelta) -> BaseDelta:
         found = self.store.load(sent.after, sent.version)
         if found is None:
             raise ClientError(
@@ -150,7 +150,7 @@ class SiteShift:
             )
         return found
 
-    def _joined(self, held: Shift, sent: Shift) -> Shift:
+    def _joined(self, held: BaseDelta, sent: BaseDelta) -> BaseDelta:
         if not isinstance(self.base.adapter, Movable):
             raise ClientError("the server adds to frozen weights, but the adapter here does not move; use lora")
         self.base.adapter.fits(sent)

@@ -25,7 +25,7 @@ SUM = "sha256"
 
 def written(trees: Tree) -> bytes:
     """A safetensors file of some leaves."""
-    apart = tree.separate(trees)
+    apart = tree.detached_copies(trees)
     return save(apart, metadata={SUM: tree.digest(apart)})
 
 

@@ -15,22 +15,22 @@ from pathlib import Path
 from threading import Lock
 from typing import TypeVar
 
-from fedllm.aggregators.base import Session
+from fedllm.aggregators.base import ClientSession
 from fedllm.data.federation import Population
-from fedllm.engines.base_model_versions import ShiftStore, SiteShift
+from fedllm.engines.base_model_versions import BaseDeltaStore, BaseModelVersions
 from fedllm.engines.client_store import ClientStore
-from fedllm.engines.lru_cache import Recent
+from fedllm.engines.lru_cache import SizedLRUCache
 from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment.record import Experiment
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.models.batch import Example, spared
 from fedllm.models.loaded_model import LoadedModel, load
-from fedllm.stages.round_trip import Arrival, adjust, arrive, hooked, up
+from fedllm.stages.round_trip import Received, adjust_grads, changes_gradients, encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Facts, Job, Outcome, run_work
+from fedllm.training.base import ClientFacts, ClientJob, Outcome, run_work
 
 Found = TypeVar("Found")
 
@@ -42,10 +42,10 @@ class Prepared:
     """A client between receiving and sending."""
 
     client: str
-    job: Job
-    arrival: Arrival
+    job: ClientJob
+    arrival: Received
     memories: tuple[Tree, ...]
-    local: Local
+    local: ClientContext
     model: LoadedModel
 
 
@@ -57,19 +57,19 @@ class Site:
     model: LoadedModel
     population: Population
     store: ClientStore
-    shifts: ShiftStore = field(default_factory=lambda: ShiftStore(None))
-    sessions: dict[str, Session] = field(default_factory=dict)
+    shifts: BaseDeltaStore = field(default_factory=lambda: BaseDeltaStore(None))
+    sessions: dict[str, ClientSession] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.train: Callable[[Sequence[Job], LoadedModel], Sequence[Outcome]] = self._train
-        self.model = self.model.bound(self.experiment.key)
-        self.shift = SiteShift(self.model, self.shifts)
+        self.train: Callable[[Sequence[ClientJob], LoadedModel], Sequence[Outcome]] = self._train
+        self.model = self.model.with_constants(self.experiment.key)
+        self.shift = BaseModelVersions(self.model, self.shifts)
         self.lock = Lock()  # clients may be answered side by side
         self.talks = bool(self.experiment.aggregator.handlers())
-        self.stages = self.experiment.trip
-        self.fresh = self.model.fresh(self.experiment.key)
+        self.stages = self.experiment.pipeline
+        self.fresh = self.model.initial_params(self.experiment.key)
         self.scorer = Scorer.of(self.experiment, self.population)
-        self.examples = Recent(self._examples, _num_tokens, MOST_TOKENS)
+        self.examples = SizedLRUCache(self._examples, _num_tokens, MOST_TOKENS)
 
     @staticmethod
     def of(experiment: Experiment, folder: Path | None, model: LoadedModel | None = None) -> Site:
@@ -79,7 +79,7 @@ class Site:
         """
         keep = experiment.limits.keep_last * experiment.limits.checkpoint_every
         data, store = experiment.federation.load(experiment.key), ClientStore(folder, keep)
-        return Site(experiment, model or load(experiment.task), data, store, ShiftStore(folder, keep))
+        return Site(experiment, model or load(experiment.task), data, store, BaseDeltaStore(folder, keep))
 
     def answer(self, name: str, request: Request) -> Update | Failure:
         """One call to one client."""
@@ -101,7 +101,7 @@ class Site:
         outcomes = iter(self.train([found.job for found in ready], ready[0].model) if ready else ())
         return [found if isinstance(found, Failure) else self._concluded(found, next(outcomes)) for found in prepared]
 
-    def _train(self, jobs: Sequence[Job], model: LoadedModel) -> Sequence[Outcome]:
+    def _train(self, jobs: Sequence[ClientJob], model: LoadedModel) -> Sequence[Outcome]:
         return run_work(self.experiment.work, jobs, model)
 
     def _other(self, name: str, request: Request) -> Update:
@@ -132,33 +132,35 @@ class Site:
     def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
         client, ctx, model = str(request.ctx.client), request.ctx, self.shift.model(request)
         memories = self.store.load(client, ctx.round, len(self.stages))
-        local = Local(ctx, fresh=self.fresh)
-        params, arrival = arrive(self.stages, request.params, request.extras, memories, local)
-        start, held = self._split(tree.over(self.fresh, params), ctx.round)
+        local = ClientContext(ctx, initial_params=self.fresh)
+        params, arrival = receive_all(self.stages, request.params, request.extras, memories, local)
+        start, held = self._split(tree.overlay(self.fresh, params), ctx.round)
         # encode and the memories stay on the CPU; what the local steps touch moves to the model
         device = self.model.device
         there = replace(arrival, scratch=tuple(tree.to(scratch, device) for scratch in arrival.scratch))
-        job = Job(
+        job = ClientJob(
             ctx=ctx,
-            start=tree.to(start, device),
+            initial=tree.to(start, device),
             examples=examples,
-            adjust=(lambda grads, params: adjust(self.stages, there, grads, params)) if hooked(self.stages) else None,
-            held=tree.to(held, device),
+            adjust=(lambda grads, params: adjust_grads(self.stages, there, grads, params))
+            if changes_gradients(self.stages)
+            else None,
+            frozen=tree.to(held, device),
         )
         return Prepared(client, job, arrival, memories, local, model)
 
     def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
         """The leaves that train in a round, and the others."""
-        moves = self.experiment.moves
+        moves = self.experiment.trains_in_round
         held = {name: params[name] for name in params if not moves(name, round)}
         start = {name: leaf for name, leaf in params.items() if name not in held} if held else params
-        return tree.bundled(start), held
+        return tree.flatten(start), held
 
-    def first_job(self, client: str) -> Job:
+    def first_job(self, client: str) -> ClientJob:
         """What a client will have to do in a round, for estimates: the first round, from the initial values."""
-        return Job(self._first(client), self.fresh, self.examples(client))
+        return ClientJob(self._first(client), self.fresh, self.examples(client))
 
-    def tokens(self, ctx: Ctx) -> int:
+    def tokens(self, ctx: RoundContext) -> int:
         """Tokens that a client will compute in its round; 0 if its data cannot be had, which it says when asked."""
         return sum(self._batch_tokens(ctx))
 
@@ -167,27 +169,27 @@ class Site:
         counts = [count for client in clients for count in self._batch_tokens(self._first(client))]
         return sum(counts) / len(counts) if counts else 0.0
 
-    def _first(self, client: str) -> Ctx:
+    def _first(self, client: str) -> RoundContext:
         profile = self.experiment.federation.profile(client)
-        return Ctx(0, self.experiment.key, 1, 1, client=client, profile=profile)
+        return RoundContext(0, self.experiment.key, 1, 1, client=client, profile=profile)
 
-    def _batch_tokens(self, ctx: Ctx) -> Iterator[int]:
+    def _batch_tokens(self, ctx: RoundContext) -> Iterator[int]:
         """Of each micro-batch of a client's round; none if its data cannot be had."""
         try:
             examples = self.examples(str(ctx.client))
         except FedllmError:
             return
-        for step in self.experiment.work.suited(ctx.profile).plan(len(examples), ctx):
+        for step in self.experiment.work.for_profile(ctx.profile).plan(len(examples), ctx):
             for indices in step:
                 batch = [examples[index] for index in indices]
-                yield _num_tokens(batch) - (spared(batch) if self.model.shares else 0)
+                yield _num_tokens(batch) - (spared(batch) if self.model.shares_prefixes else 0)
 
-    def conclude(self, prepared: Prepared, outcome: tuple[Update, Facts]) -> Update:
+    def conclude(self, prepared: Prepared, outcome: tuple[Update, ClientFacts]) -> Update:
         """Send: from what the work made to a sealed update; the client's memories are saved."""
         ctx, (made, facts) = prepared.local.ctx, outcome
         update = Update({name: replace(part, tree=tree.to(part.tree, "cpu")) for name, part in made.parts.items()})
         local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
-        update, memories = up(self.stages, update, prepared.arrival, prepared.memories, local)
+        update, memories = encode_all(self.stages, update, prepared.arrival, prepared.memories, local)
         sealed = self.experiment.aggregator.seal(update, self.session(ctx))
         self.store.save(prepared.client, ctx.round + 1, memories)
         return sealed
@@ -196,23 +198,23 @@ class Site:
         """Score the parameters on the client's held-out records."""
         prepared = self._prepared(request, ())
         sums = self.scorer.sums(
-            prepared.model, {**prepared.job.held, **prepared.job.start}, self.population.heldout[prepared.client]
+            prepared.model, {**prepared.job.frozen, **prepared.job.initial}, self.population.heldout[prepared.client]
         )
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
-        update, _ = up(self.stages, update, prepared.arrival, prepared.memories, local)
+        update, _ = encode_all(self.stages, update, prepared.arrival, prepared.memories, local)
         return self.experiment.aggregator.seal(update, self.session(request.ctx))
 
-    def session(self, ctx: Ctx) -> Session:
+    def session(self, ctx: RoundContext) -> ClientSession:
         """The client's session of this round; those of an earlier one are dropped. Where an aggregator asks only once
         none is kept: an evaluation asks all clients there are."""
         if not self.talks:
-            return Session(ctx)
+            return ClientSession(ctx)
         with self.lock:
             held = next(iter(self.sessions.values()), None)
             if held is not None and (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
                 self.sessions.clear()
-            return self.sessions.setdefault(str(ctx.client), Session(ctx))
+            return self.sessions.setdefault(str(ctx.client), ClientSession(ctx))
 
     def _examples(self, client: str) -> tuple[Example, ...]:
         max_length = self.experiment.work.max_length
@@ -220,7 +222,7 @@ class Site:
         return tuple(example for example in encoded if example is not None)
 
 
-def _failing(ctx: Ctx, action: Callable[[], Found]) -> Found | Failure:
+def _failing(ctx: RoundContext, action: Callable[[], Found]) -> Found | Failure:
     """What an action finds, or the client's failure."""
     try:
         return action()

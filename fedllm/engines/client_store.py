@@ -45,7 +45,7 @@ class ClientStore:
             return self._held[client][known[-1]]
         path = self._path(client, known[-1])
         trees = read_tree(path, f"without it client {client} cannot take part; bring it back from a copy")
-        return tuple(tree.branch(trees, f"memory{place}") for place in range(stages))
+        return tuple(tree.select_prefix(trees, f"memory{place}") for place in range(stages))
 
     def newest(self, clients: Iterable[str], round: int) -> dict[str, int]:
         """Of each of some clients that have a memory, the newest version that is not later than `round`."""
@@ -98,7 +98,7 @@ class ClientStore:
         path = self._path(client, version)
         trees: Tree = {}
         for place, memory in enumerate(memories):
-            trees |= tree.join(**{f"memory{place}": memory})
+            trees |= tree.add_prefix(**{f"memory{place}": memory})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_durably(path.with_suffix(".tmp"), written(trees))

@@ -11,7 +11,7 @@ Name = TypeVar("Name", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Name, Value]):
+class SizedLRUCache(Generic[Name, Value]):
     """`make(name)`, or what it made before, if that is among the last values whose sizes add up to `room`.
 
     The newest value is always kept. Threads may share it; two that ask for the same new name at once both make it.

@@ -7,13 +7,13 @@ from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, nearest
 from fedllm.experiment.catalog import NOUNS
-from fedllm.experiment.reader import Reader, named
+from fedllm.experiment.reader import ConfigReader, named
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml
 from fedllm.models.loaded_model import LoadedModel
 
 
-def chosen(engine: Engine | None, experiment: Experiment, model: LoadedModel) -> tuple[Engine, str]:
+def choose(engine: Engine | None, experiment: Experiment, model: LoadedModel) -> tuple[Engine, str]:
     """An engine that can run the experiment, and the reason. None: batched where it can be, else serial.
 
     Raises:
@@ -30,7 +30,7 @@ def chosen(engine: Engine | None, experiment: Experiment, model: LoadedModel) ->
 def _obstacle(experiment: Experiment, model: LoadedModel) -> str | None:
     if not experiment.work.batchable:
         return f"the work {type(experiment.work).__name__} trains one client at a time"
-    return model.unstackable
+    return model.why_not_stackable
 
 
 def engine_of(engine: str | Engine) -> Engine | None:
@@ -47,5 +47,5 @@ def engine_of(engine: str | Engine) -> Engine | None:
     name = named(given, "engine")[0]
     if name not in NOUNS[Engine]:
         raise ConfigError(f"unknown engine '{name}'{nearest(name, ['auto', *NOUNS[Engine]])}")
-    made: Engine = Reader().component(Engine, given, "engine")
+    made: Engine = ConfigReader().component(Engine, given, "engine")
     return made

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedllm.engines.allocator import kept_memory
+from fedllm.engines.allocator import retain_freed_memory
 from fedllm.engines.base import Engine
 from fedllm.engines.client import Site
-from fedllm.engines.loopback import one_by_one, tidied
+from fedllm.engines.loopback import one_by_one, with_heap_trim
 from fedllm.engines.torch_threads import one_thread
 from fedllm.events import Emit
 from fedllm.experiment.record import Experiment
@@ -28,5 +28,5 @@ class Serial(Engine):
     @contextmanager
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """Load the task and the clients' data; answer calls until closed."""
-        with one_thread(), kept_memory():
-            yield tidied(one_by_one(Site.of(experiment, folder), emit))
+        with one_thread(), retain_freed_memory():
+            yield with_heap_trim(one_by_one(Site.of(experiment, folder), emit))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from fedllm.errors import DataError, Record, naming
+from fedllm.errors import DataError, Record, with_record_place
 from fedllm.models.batch import Example
 from fedllm.models.chat_turns import answered
 from fedllm.models.loaded_model import LoadedModel
@@ -61,7 +61,7 @@ def options_of(model: LoadedModel, record: Record, max_length: int) -> list[Exam
     Raises:
         DataError: the template does not fit the record; with its place.
     """
-    options = naming([record], lambda _: list(model.encode_all(_answered(record), max_length)))
+    options = with_record_place([record], lambda _: list(model.encode_all(_answered(record), max_length)))
     fitting = [option for option in options if option is not None and not option.cut]
     return fitting if len(fitting) == len(options) else None
 

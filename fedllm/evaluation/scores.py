@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedllm.data.federation import Population
-from fedllm.errors import ConfigError, DataError, Record, naming, nearest, place_of
+from fedllm.errors import ConfigError, DataError, Record, nearest, place_of, with_record_place
 from fedllm.evaluation.record_length import Unfit, is_choice, options_of, unfit
 from fedllm.evaluation.settings import Evaluation
 from fedllm.evaluation.text_metrics import choice_score, exact_match, rouge_l
@@ -178,7 +178,7 @@ def generated(
         for at in range(0, len(distinct), settings.batch_size):
             chosen = distinct[at : at + settings.batch_size]
             answers |= dict(zip(chosen, model.generate(params, chosen, settings.max_new_tokens), strict=True))
-        wanted = [naming([record], lambda some: response_text(some[0])) for record in records]
+        wanted = [with_record_place([record], lambda some: response_text(some[0])) for record in records]
         return [(measure(answers[prompt], text), 1.0) for prompt, text in zip(prompts, wanted, strict=True)]
 
     return metric

@@ -14,7 +14,7 @@ from fedllm.experiment.catalog import NOUNS, name_of
 from fedllm.experiment.methods import METHODS
 from fedllm.experiment.overrides import all_overridden
 from fedllm.experiment.presets import expand
-from fedllm.experiment.reader import Reader, hints
+from fedllm.experiment.reader import ConfigReader, hints
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml
 from fedllm.stages.base import Stage
@@ -64,7 +64,7 @@ def build(spec: Mapping[str, Any], *, folder: Path | None = None) -> Experiment:
     names it: a project that is run from its own root has the same hash on every machine, and the recorded experiment
     finds its files again from the same working directory. Contents are no part of the hash.
     """
-    reader = Reader(folder)
+    reader = ConfigReader(folder)
     spec = {key: value for key, value in spec.items() if key != ABOUT}
     if "method" in spec:
         spec = _expanded(spec, reader)
@@ -120,7 +120,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"it is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
-def _expanded(spec: Mapping[str, Any], reader: Reader) -> dict[str, Any]:
+def _expanded(spec: Mapping[str, Any], reader: ConfigReader) -> dict[str, Any]:
     """The file with `method` replaced by what it sets, whose values are read once here for their place in errors."""
     types = hints(Experiment)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from pydantic import TypeAdapter
 
 from fedllm.experiment.presets import passed_on
-from fedllm.experiment.reader import hints, noun_of, record_of
+from fedllm.experiment.reader import component_type, hints, record_of
 from fedllm.experiment.record import Experiment
 from fedllm.stages.base import Stage
 
@@ -43,7 +43,7 @@ def _record(cls: type, nouns: Mapping[type, Table]) -> Schema:
 
 
 def _value(hint: Any, nouns: Mapping[type, Table]) -> Schema:
-    noun, inner = noun_of(hint), get_args(hint)
+    noun, inner = component_type(hint), get_args(hint)
     if noun is not None:
         component = _component(nouns[noun], nouns)
         return component if noun is hint else {"anyOf": [NULL, component]}

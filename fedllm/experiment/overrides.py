@@ -20,11 +20,11 @@ from fedllm.experiment.methods import METHODS
 from fedllm.experiment.presets import PROPER
 from fedllm.experiment.reader import (
     class_of,
+    component_type,
     dotted,
     hints,
     mapping,
     named,
-    noun_of,
     record_of,
     settings_of,
     unknown_key,
@@ -94,7 +94,7 @@ def _set(hint: Any, old: Any, steps: list[str], value: Any, path: str) -> Any:
     """`old`, of the type `hint`, with the value at the end of `steps`."""
     if not steps:
         return value
-    noun, inner = noun_of(hint), get_args(hint)
+    noun, inner = component_type(hint), get_args(hint)
     if noun is not None:
         return _in_component(noun, old, steps, value, path)
     if get_origin(hint) is tuple and (inner[0] in NOUNS or is_dataclass(inner[0])):

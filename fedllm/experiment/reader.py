@@ -20,7 +20,7 @@ from fedllm.experiment.catalog import NOUNS, PATHS
 
 
 @dataclass(frozen=True)
-class Reader:
+class ConfigReader:
     """Reads values. `folder`: where the experiment's file lies, if it has one."""
 
     folder: Path | None = None
@@ -43,7 +43,7 @@ class Reader:
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """A value of the type that a field declares."""
-        noun = noun_of(hint)
+        noun = component_type(hint)
         if noun is not None:
             return None if value is None and noun is not hint else self.component(noun, value, path)
         inner = get_args(hint)
@@ -114,7 +114,7 @@ def settings_of(cls: type, given: Any, path: str) -> Mapping[str, Any]:
     return {known[0]: given}
 
 
-def noun_of(hint: Any) -> type | None:
+def component_type(hint: Any) -> type | None:
     """The noun of a field that holds one component, or one or none."""
     if hint in NOUNS:
         noun: type = hint

@@ -76,12 +76,14 @@ class Experiment:
         """The run's public key."""
         return Key(self.seed).fold("run")
 
-    def moves(self, name: str, round: int) -> bool:
+    def trains_in_round(self, name: str, round: int) -> bool:
         """True if a leaf trains in this round."""
-        return self.task.scope.moves(name, round) and all(stage.moves(name, round) for stage in self.trip)
+        return self.task.scope.trains_in_round(name, round) and all(
+            stage.trains_in_round(name, round) for stage in self.pipeline
+        )
 
     @property
-    def trip(self) -> tuple[Stage, ...]:
+    def pipeline(self) -> tuple[Stage, ...]:
         """The stages of the round trip: `stages`, and first what keeps the leaves that the scope does not share."""
         share = self.task.scope.share
         if share == ("*",):

@@ -41,7 +41,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Ctx:
+class RoundContext:
     """Public facts of one step of one round: no arrays, no handles.
 
     Args:
@@ -65,12 +65,12 @@ class Ctx:
 
 
 @dataclass(frozen=True)
-class Local:
+class ClientContext:
     """What a stage's client half may know. Never leaves the client; no facts in `receive`.
 
     `fresh` holds the initial value of every leaf that the client trains, the same on all clients.
     """
 
-    ctx: Ctx
+    ctx: RoundContext
     facts: Mapping[str, float] = field(default_factory=dict)
-    fresh: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    initial_params: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -20,14 +20,14 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from fedllm.errors import WireError
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Asked, Failure, Part, Request, Update
 from fedllm.tensors import safetensors_io, tree, wire_format
-from fedllm.tensors.base_delta import Shift
-from fedllm.tensors.flat_tree import Bundle
-from fedllm.tensors.layout import Form
+from fedllm.tensors.base_delta import BaseDelta
+from fedllm.tensors.flat_tree import FlatTree
+from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import Packing, Picks, Window
+from fedllm.tensors.wire_format import IndexSelection, Window, WireFormat
 
 Message = Request | Update | Failure
 
@@ -59,7 +59,7 @@ class _Part:
 class _Request:
     """A request without its values. `extras`: how many leaves each has. `shift`: its versions, `after` which one."""
 
-    ctx: Ctx
+    ctx: RoundContext
     extras: list[Count]
     shift: list[Count] = field(default_factory=list)
     after: Count = 0
@@ -85,7 +85,7 @@ _HEADER: TypeAdapter[_Header] = TypeAdapter(
 )
 
 
-def pack(message: Message) -> bytes:
+def serialize(message: Message) -> bytes:
     """A message to bytes. Every value, integers included, comes back with the same bits.
 
     One thing is not kept: a zero of a packed part comes back as +0.
@@ -96,9 +96,9 @@ def pack(message: Message) -> bytes:
         case Request():
             trees["params"] = message.params
             trees |= {f"extra{place}": extra for place, extra in enumerate(message.extras)}
-            trees |= {f"shift{version}": step for version, step in message.shift.steps.items()}
-            extras, steps = [len(extra) for extra in message.extras], list(message.shift.steps)
-            header = _Request(message.ctx, extras, steps, message.shift.after)
+            trees |= {f"shift{version}": step for version, step in message.base_delta.steps.items()}
+            extras, steps = [len(extra) for extra in message.extras], list(message.base_delta.steps)
+            header = _Request(message.ctx, extras, steps, message.base_delta.after)
         case Update():
             for place, part in enumerate(message.parts.values()):
                 trees |= _laid_out(place, part)
@@ -107,10 +107,10 @@ def pack(message: Message) -> bytes:
             # a reason may name a file by bytes that are no text
             reason = message.reason.encode(errors="backslashreplace").decode()
             header = _Failure(replace(message, reason=reason))
-    return safetensors_io.written(trees, str(_HEADER.dump_json(header), "utf-8"))
+    return safetensors_io.to_bytes(trees, str(_HEADER.dump_json(header), "utf-8"))
 
 
-def unpack(data: bytes, asked: Asked | None = None) -> Message:
+def deserialize(data: bytes, asked: Asked | None = None) -> Message:
     """Bytes to a message, in memory of its own. Nothing in them is code, and they are believed in nothing.
 
     Time and memory follow from the number of bytes, or from what was asked for, and not from what a header claims.
@@ -122,7 +122,7 @@ def unpack(data: bytes, asked: Asked | None = None) -> Message:
         WireError: the bytes are cut off, do not hold what their header says, or are not what was asked for.
     """
     try:
-        text, trees = safetensors_io.read(data)
+        text, trees = safetensors_io.from_bytes(data)
         message = _read(_HEADER.validate_json(text, strict=True), trees, len(data), asked)
     except WireError as error:  # it may name leaves, whose names come from elsewhere, too
         raise WireError(_short(str(error))) from error
@@ -143,16 +143,16 @@ def part_bytes(message: Message) -> dict[str, int]:
         sizes = {
             "params": tree.num_bytes(message.params),
             "extras": sum(map(tree.num_bytes, message.extras)),
-            "shift": message.shift.num_bytes,
+            "shift": message.base_delta.num_bytes,
         }
         return {name: size for name, size in sizes.items() if size}
     if isinstance(message, Update):
-        return {name: wire_format.num_bytes(part.tree, part.packing) for name, part in message.parts.items()}
+        return {name: wire_format.num_bytes(part.tree, part.wire_format) for name, part in message.parts.items()}
     return {}
 
 
 def _without_values(part: Part) -> _Part:
-    form = part.packing
+    form = part.wire_format
     if form.sparse:
         return _Part(part.weight, sparse=True, shapes={name: list(leaf.shape) for name, leaf in part.tree.items()})
     if form.bits is None and not form.windows:
@@ -161,20 +161,22 @@ def _without_values(part: Part) -> _Part:
     packed = form.windows if form.bits is None else form.scales
     shapes = {name: list(leaf.shape) for name, leaf in part.tree.items() if name in packed}
     held = {name: form.windows[name] for name in shapes if name in form.windows}
-    windows = {name: [*map(list, box)] for name, box in held.items() if not isinstance(box, Picks)}
-    picks = {name: (found.axis, list(found.places)) for name, found in held.items() if isinstance(found, Picks)}
+    windows = {name: [*map(list, box)] for name, box in held.items() if not isinstance(box, IndexSelection)}
+    picks = {
+        name: (found.axis, list(found.places)) for name, found in held.items() if isinstance(found, IndexSelection)
+    }
     return _Part(part.weight, False, form.bits, form.block, shapes, windows, picks)  # type: ignore[arg-type]
 
 
 def _laid_out(place: int, part: Part) -> dict[str, Tree]:
     """The trees that stand for a part on the wire."""
-    form, key = part.packing, f"part{place}"
+    form, key = part.wire_format, f"part{place}"
     if not form.sparse and form.bits is None and not form.windows:
         return {key: part.tree}
     trees: defaultdict[str, Tree] = defaultdict(dict)
     for name, held in part.tree.items():
         whole = held.detach().cpu()
-        leaf = whole if form.sparse else wire_format.inside(whole, form.windows.get(name))
+        leaf = whole if form.sparse else wire_format.read_window(whole, form.windows.get(name))
         kept = leaf is whole or int(leaf.count_nonzero()) == int(whole.count_nonzero())
         assert kept, f"{key}/{name} has values outside of its window"
         if form.sparse:
@@ -186,7 +188,7 @@ def _laid_out(place: int, part: Part) -> dict[str, Tree]:
         elif form.bits is not None and name in form.scales:
             scales = form.scales[name].cpu()
             codes = wire_format.codes(leaf, scales, form.block)
-            packed = wire_format.squeeze(codes.reshape(-1)[: leaf.numel()], form.bits)
+            packed = wire_format.pack_bits(codes.reshape(-1)[: leaf.numel()], form.bits)
             assert torch.equal(_decoded(packed, scales, leaf.shape, form), leaf), f"{key}/{name} is not on its grid"
             trees[key][name] = packed
             trees[f"scale{place}"][name] = scales
@@ -236,7 +238,7 @@ def _unfolds(entries: Mapping[str, _Part], most: int, asked: Asked | None) -> No
     _demand(zeros <= most, f"it would unfold to {zeros} values")
 
 
-def _suits(part: str, forms: Mapping[str, Form], asked: Asked) -> None:
+def _suits(part: str, forms: Mapping[str, LeafSpec], asked: Asked) -> None:
     """Judge a part by what was asked for."""
     _demand(part in asked, f"it has a part '{part}', which nobody asked for")
     wanted = asked[part]
@@ -253,10 +255,10 @@ def _written(dtype: torch.dtype, shape: Sequence[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _shift(header: _Request, trees: Mapping[str, Tree]) -> Shift:
+def _shift(header: _Request, trees: Mapping[str, Tree]) -> BaseDelta:
     rising = all(low < high for low, high in pairwise([header.after, *header.shift]))
     _demand(rising, "the versions of its shift do not rise")
-    return Shift({version: trees[f"shift{version}"] for version in header.shift}, header.after)
+    return BaseDelta({version: trees[f"shift{version}"] for version in header.shift}, header.after)
 
 
 def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
@@ -278,14 +280,14 @@ def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
             scales[name] = trees[f"scale{place}"][name]
             leaves[name] = _decoded(leaves[name], scales[name], box, entry)
         _demand(list(leaves[name].shape) == box, "a window does not have its values")
-        leaves[name] = wire_format.among_zeros(leaves[name], windows.get(name), torch.Size(shape))
+        leaves[name] = wire_format.write_window(leaves[name], windows.get(name), torch.Size(shape))
     _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
-    return Part(leaves, entry.weight, Packing(entry.sparse, entry.bits, entry.block, scales, windows))
+    return Part(leaves, entry.weight, WireFormat(entry.sparse, entry.bits, entry.block, scales, windows))
 
 
 def _pieces(held: Tree, names: Mapping[str, object]) -> Sequence[Tensor]:
     """Some leaves; the blocks of a bundle, where these are all of its leaves: zeros lie between them."""
-    if isinstance(held, Bundle) and held.keys() == names.keys():
+    if isinstance(held, FlatTree) and held.keys() == names.keys():
         return held.blocks
     return [held[name] for name in names]
 
@@ -302,12 +304,12 @@ def _picks(axis: int, places: Sequence[int], shape: Sequence[int]) -> Window:
     """Rising places along an axis of a leaf of this shape."""
     within = axis < len(shape) and all(place < shape[axis] for place in places)
     _demand(within and all(low < high for low, high in pairwise(places)), "picks do not rise within their leaf")
-    return Picks(axis, tuple(places))
+    return IndexSelection(axis, tuple(places))
 
 
 def _held(window: Window | None, shape: Sequence[int]) -> list[int]:
     """The shape of a leaf's window."""
-    if isinstance(window, Picks):
+    if isinstance(window, IndexSelection):
         return [len(window.places) if axis == window.axis else size for axis, size in enumerate(shape)]
     return list(shape) if window is None else [stop - start for start, stop in window]
 
@@ -324,7 +326,7 @@ def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     return dense.reshape(shape)
 
 
-def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: Packing | _Part) -> Tensor:
+def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: WireFormat | _Part) -> Tensor:
     """The values of a leaf's codes."""
     count, bits = math.prod(shape), form.bits
     assert bits is not None, "shapes without a packing"
@@ -335,7 +337,7 @@ def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: Packing
     fits = fits and scales.shape == (-(-count // block),) and scales.is_floating_point()
     _demand(fits, f"a leaf of shape {tuple(shape)} does not have its codes and scales")
     return wire_format.values(
-        wire_format.blocks(wire_format.unsqueeze(packed, bits, count), block), scales, torch.Size(shape)
+        wire_format.quantization_blocks(wire_format.unpack_bits(packed, bits, count), block), scales, torch.Size(shape)
     )
 
 

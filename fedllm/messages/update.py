@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fedllm.messages.context import Ctx
-from fedllm.tensors.base_delta import Shift
-from fedllm.tensors.layout import Form
+from fedllm.messages.context import RoundContext
+from fedllm.tensors.base_delta import BaseDelta
+from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import DENSE, Packing
+from fedllm.tensors.wire_format import DENSE, WireFormat
 
-Asked = Mapping[str, Mapping[str, Form]]  # by part, of each leaf its type and shape
+Asked = Mapping[str, Mapping[str, LeafSpec]]  # by part, of each leaf its type and shape
 
 
 def not_known(call: str) -> Asked | None:
@@ -29,8 +29,8 @@ class Request:
 
     params: Tree
     extras: tuple[Tree, ...]
-    ctx: Ctx
-    shift: Shift = Shift()
+    ctx: RoundContext
+    base_delta: BaseDelta = BaseDelta()
     asks: Callable[[str], Asked | None] = field(default=not_known, compare=False, repr=False)
 
 
@@ -48,7 +48,7 @@ class Part:
 
     tree: Tree
     weight: float | None = None
-    packing: Packing = DENSE
+    wire_format: WireFormat = DENSE
     exact: bool = False
     answered: float = 1.0
 

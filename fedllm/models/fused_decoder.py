@@ -17,13 +17,13 @@ from fedllm.models.adapters.lora import Adapted
 from fedllm.models.kernels import ops
 from fedllm.models.layers.attention import SHORT
 from fedllm.models.layers.base_delta_linear import frozen
-from fedllm.models.layers.decoder_layer import LINEARS, Linear, Plan, counted, passed
-from fedllm.models.layers.forward_context import Forward, computing, current
+from fedllm.models.layers.decoder_layer import LINEARS, Linear, Plan, counted, decoder_layer
+from fedllm.models.layers.forward_context import Forward, current, forward_context
 from fedllm.models.layers.low_rank_linear import Frozen
 from fedllm.models.layers.prefix_attention import leaf_name
-from fedllm.models.layers.rms_norm import Normed
+from fedllm.models.layers.rms_norm import RMSNorm
 from fedllm.models.layers.short_attention import Row, sequences
-from fedllm.models.layers.swiglu import Gated
+from fedllm.models.layers.swiglu import SwiGLU
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,10 +47,10 @@ def prepare(model: PreTrainedModel) -> int:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if not ops.serve(model):
+    if not ops.supports(model):
         return 0
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    found = [Whole.of(layer) for layer in layers if _has_form(layer)]
+    found = [FusedDecoderLayer.of(layer) for layer in layers if _has_form(layer)]
     same = [whole for whole in found if _is_near(whole)]
     for whole in same:
         whole.layer.forward = whole
@@ -58,7 +58,7 @@ def prepare(model: PreTrainedModel) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class FusedDecoderLayer:
     """A layer's forward pass. `plain`: the one that it has of its own; `parts`: those of its modules."""
 
     layer: Any
@@ -66,9 +66,9 @@ class Whole:
     parts: Mapping[str, Any]
 
     @staticmethod
-    def of(layer: nn.Module) -> Whole:
+    def of(layer: nn.Module) -> FusedDecoderLayer:
         """Of a prepared layer."""
-        return Whole(
+        return FusedDecoderLayer(
             layer, layer.forward, {name: vars(layer.get_submodule(name)).get("forward") for name in CHILDREN[""]}
         )
 
@@ -77,7 +77,7 @@ class Whole:
         plan = None if args else self._plan(hidden_states, current(), options)
         if plan is None:
             return self.plain(hidden_states, *args, **options)
-        return passed(hidden_states[0], plan)[None]
+        return decoder_layer(hidden_states[0], plan)[None]
 
     def _plan(self, hidden: Tensor, now: Forward, options: Mapping[str, Any]) -> Plan | None:
         """None where the layer's own pass is needed."""
@@ -85,7 +85,7 @@ class Whole:
         packed = now.lengths is not None and max(now.lengths) <= SHORT and options.get("attention_mask") is None
         if not packed or turns is None or options.get("past_key_values") is not None or not self._is_untouched():
             return None
-        if leaf_name(attention.layer_idx, "key") in now.stack or not ops.serve(hidden, *turns):
+        if leaf_name(attention.layer_idx, "key") in now.stack or not ops.supports(hidden, *turns):
             return None
         linears = dict(self._linears(now))
         if len(linears) < len(LINEARS):
@@ -108,7 +108,7 @@ class Whole:
         """Whether the modules still are what they were found to be, and their norms stand still."""
         own = all(vars(self.layer.get_submodule(name)).get("forward") is part for name, part in self.parts.items())
         return own and not any(
-            part.norm.weight.requires_grad for part in self.parts.values() if isinstance(part, Normed)
+            part.norm.weight.requires_grad for part in self.parts.values() if isinstance(part, RMSNorm)
         )
 
     def _linears(self, now: Forward) -> Iterator[tuple[str, Linear]]:
@@ -131,7 +131,7 @@ def _linear(layer: nn.Module, now: Forward) -> Linear | None:
             found = Linear(still.weight, still.bias, adapted.scale, (now.stack[f"{adapted.path}.lora_A"], b))
     elif adapted is not None:
         return None
-    fits = all(size % 4 == 0 for size in found.weight.shape) and ops.serve_product(found.weight)
+    fits = all(size % 4 == 0 for size in found.weight.shape) and ops.supports_product(found.weight)
     trains = found.weight.requires_grad or (found.bias is not None and found.bias.requires_grad)
     return found if fits and not trains else None
 
@@ -142,8 +142,8 @@ def _has_form(layer: nn.Module) -> bool:
         return False
     attention: Any = layer.get_submodule("self_attn")
     parts = {name: vars(layer.get_submodule(name)).get("forward") for name in CHILDREN[""]}
-    prepared = all(isinstance(part, Normed) for name, part in parts.items() if name.endswith("norm"))
-    prepared = prepared and isinstance(parts["mlp"], Gated) and parts["self_attn"] is not None
+    prepared = all(isinstance(part, RMSNorm) for name, part in parts.items() if name.endswith("norm"))
+    prepared = prepared and isinstance(parts["mlp"], SwiGLU) and parts["self_attn"] is not None
     plain = isinstance(vars(attention).get("scaling"), float) and not [*attention.parameters(recurse=False)]
     window, size = getattr(attention.config, "sliding_window", None), vars(attention).get("head_dim", 1)
     return prepared and plain and (window is None or window >= SHORT) and size % ops.WIDTH == 0
@@ -154,14 +154,14 @@ def _children(layer: nn.Module, path: str) -> set[str]:
 
 
 @torch.no_grad()
-def _is_near(whole: Whole) -> bool:
+def _is_near(whole: FusedDecoderLayer) -> bool:
     """Whether the layer adds that much to a row of two sequences."""
     attention, tokens = whole.layer.self_attn, sum(PROBE)
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(1, tokens, attention.q_proj.in_features, generator=drawn).bfloat16()
     angles = torch.linspace(0, 9, tokens * attention.head_dim).view(1, tokens, -1)
     turns = angles.cos().bfloat16(), angles.sin().bfloat16()
-    with computing(Forward({}, PROBE)):
+    with forward_context(Forward({}, PROBE)):
         if whole._plan(x, current(), {"position_embeddings": turns}) is None:
             return False
         found, expected = whole(x, position_embeddings=turns), whole.plain(x, position_embeddings=turns)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.errors import CheckError, DataError, naming
+from fedllm.errors import CheckError, DataError, with_record_place
 from fedllm.models import fused_decoder
 from fedllm.models.adapters.base import Attached, Movable
 from fedllm.models.base_models.load import Base, load_base
@@ -27,7 +27,7 @@ from fedllm.models.layers.cross_entropy import row_losses, softcap
 from fedllm.models.task import Task
 from fedllm.models.templates import prompt_tokens
 from fedllm.rng import Key
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.checksum import checksum
 from fedllm.tensors.tree import Tree, matches
 
@@ -50,7 +50,7 @@ class LoadedModel:
         return str(self.base.model.device)
 
     @property
-    def unstackable(self) -> str | None:
+    def why_not_stackable(self) -> str | None:
         """Why clients must train one at a time: the adapter or the architecture; None if they can be stacked."""
         adapter = self.task.adapter
         if not adapter.stackable:
@@ -58,42 +58,42 @@ class LoadedModel:
         return self.base.unpackable
 
     @property
-    def shares(self) -> bool:
+    def shares_prefixes(self) -> bool:
         """Whether what a client's sequences begin with in common is computed once. Not in float64, which is for proofs:
-        transformers' norms round to float32, and the slopes of the common tokens would add up in another order."""
+        transformers' norms round to float32, and the gradients of the common tokens would add up in another order."""
         wide = self.base.model.dtype == torch.float64
         return self.task.adapter.shares and self.base.unpackable is None and not wide
 
     def start_digest(self, key: Key) -> str:
         """A checksum of the adapter's leaves at the start of a run, frozen ones included."""
-        return checksum(self.adapter.fresh(key.fold("adapter")))
+        return checksum(self.adapter.initial_params(key.fold("adapter")))
 
     @property
-    def computed_by(self) -> Mapping[str, str]:
+    def backend(self) -> Mapping[str, str]:
         """`kernels`: whose computes what is no large product, where there is a choice: bfloat16 on a CPU."""
-        return {"kernels": library().about} if ops.made_for(self.base.model) else {}
+        return {"kernels": library().about} if ops.is_bf16_cpu(self.base.model) else {}
 
-    def bound(self, key: Key) -> LoadedModel:
+    def with_constants(self, key: Key) -> LoadedModel:
         """This model with the frozen leaves of the run's key."""
-        leaves = self.adapter.fresh(key.fold("adapter"))
+        leaves = self.adapter.initial_params(key.fold("adapter"))
         frozen = {name: leaf.to(self.device) for name, leaf in leaves.items() if not self.task.scope.trains(name)}
-        own = self.adapter.moved(Shift()) if isinstance(self.adapter, Movable) else {}
+        own = self.adapter.moved(BaseDelta()) if isinstance(self.adapter, Movable) else {}
         return replace(self, constants={**frozen, **own})
 
-    def shifted(self, shift: Shift) -> LoadedModel:
+    def with_base_delta(self, shift: BaseDelta) -> LoadedModel:
         """This model with what was added to its frozen weights."""
         if not shift.steps:
             return self
         assert isinstance(self.adapter, Movable), "an adapter whose frozen side does not move"
         return replace(self, constants={**self.constants, **self.adapter.moved(shift)})
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """The initial value of every leaf that trains.
 
         Raises:
             CheckError: the scope selects no tensor, or has a pattern that fits none.
         """
-        leaves = self.adapter.fresh(key.fold("adapter"))
+        leaves = self.adapter.initial_params(key.fold("adapter"))
         some = ", ".join([*list(leaves)[:2], "..."][: len(leaves)]) or "none"
         scope = self.task.scope
         for name in ("train", "share", "freeze", "alternate", "hold"):
@@ -103,10 +103,10 @@ class LoadedModel:
         trained = {name: leaf for name, leaf in leaves.items() if scope.trains(name)}
         if not trained:
             raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its leaves: {some})")
-        if not scope.alternate and not any(scope.moves(name, 0) for name in trained):
+        if not scope.alternate and not any(scope.trains_in_round(name, 0) for name in trained):
             raise CheckError("task.scope.hold leaves nothing to train; name fewer leaves")
         for turn, pattern in enumerate(scope.alternate):
-            if not any(scope.moves(name, turn) for name in trained):
+            if not any(scope.trains_in_round(name, turn) for name in trained):
                 raise CheckError(f"task.scope.alternate: nothing trains in the turn of '{pattern}'; leave it out")
         return trained
 
@@ -154,7 +154,7 @@ class LoadedModel:
         Raises:
             DataError: the template does not fit the record, or a token has no row; with the record's place.
         """
-        ids = naming([record], lambda _: prompt_tokens(record, self.base.tokenizer, self.task.template))
+        ids = with_record_place([record], lambda _: prompt_tokens(record, self.base.tokenizer, self.task.template))
         require_rows(ids, self.base.tokenizer, self.base.model)
         return ids
 
@@ -164,7 +164,7 @@ class LoadedModel:
         stack = {name: leaf[None] for name, leaf in params.items()}
         found: list[Tensor] = []
         for at in range(0, len(examples), batch_size):
-            batch = collate([examples[at : at + batch_size]], share=self.shares)
+            batch = collate([examples[at : at + batch_size]], share=self.shares_prefixes)
             losses = self.row_losses(stack, batch).cpu()
             found += [losses[batch.row_sequences == place] for place in range(len(batch.lengths))]
         return found
@@ -263,7 +263,7 @@ def _load(task: Task, stamp: str) -> LoadedModel:
     if unpackable is None:
         fused_decoder.prepare(base.model)
     activation_checkpointing.prepare(base.model)
-    base = replace(base, unpackable=unpackable, caching=unpackable is None or model_probe.caching(base.model))
+    base = replace(base, unpackable=unpackable, caching=unpackable is None or model_probe.supports_cache(base.model))
     return LoadedModel(task, base, task.adapter.attach(base))
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedllm.errors import written
+from fedllm.errors import config_name
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.peft import Peft
 from fedllm.models.adapters.peft_format import adapter_file
 from fedllm.models.adapters.targets import targeted
 from fedllm.models.base_models.huggingface import require_model
 from fedllm.models.base_models.load import ALIASES, place_of, resolve_device
-from fedllm.models.base_models.meta_device import outline
+from fedllm.models.base_models.meta_device import meta_model
 from fedllm.models.task import Task
 
 
@@ -31,6 +31,6 @@ def check_task(task: Task) -> None:
     if isinstance(adapter, Lora):
         if adapter.init_from is not None:
             adapter_file(Path(adapter.init_from))
-        model = outline(task.model)
+        model = meta_model(task.model)
         if model is not None:
-            targeted(model, adapter.targets, adapter.rank, f"task.adapter.{written(adapter)}")
+            targeted(model, adapter.targets, adapter.rank, f"task.adapter.{config_name(adapter)}")

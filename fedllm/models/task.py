@@ -45,7 +45,7 @@ class Scope:
         """True if the leaf is sent."""
         return matches(name, self.share)
 
-    def moves(self, name: str, round: int) -> bool:
+    def trains_in_round(self, name: str, round: int) -> bool:
         """True if the leaf trains in this round."""
         if matches(name, self.hold):
             return False

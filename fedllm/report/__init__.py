@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fedllm.report.page import write_report
-from fedllm.report.run_history import Story, effective, load
+from fedllm.report.run_history import RunHistory, effective, load
 
-__all__ = ["Story", "effective", "load", "write_report"]
+__all__ = ["RunHistory", "effective", "load", "write_report"]

@@ -9,7 +9,7 @@ from fedllm.events import Diagnosed, RoundFinished, RunStarted
 from fedllm.report.formatting import figure, finite
 from fedllm.report.markup import Html, table
 from fedllm.report.plot import DASHES, SHADE, Figure, Trace, colour, line, matrix, over_rounds, squared
-from fedllm.report.run_history import Story
+from fedllm.report.run_history import RunHistory
 
 _FEW = 12  # clients whose lines an eye can still tell apart
 _CURVES = {
@@ -29,7 +29,7 @@ _CURVES = {
 }
 
 
-def figures(stories: Sequence[Story]) -> list[Figure]:
+def figures(stories: Sequence[RunHistory]) -> list[Figure]:
     """All pictures of the chapter; for one run with few clients also each client's drift."""
     curves = [
         over_rounds(title, note, traces, legend=len(stories) > 1)
@@ -43,7 +43,7 @@ def figures(stories: Sequence[Story]) -> list[Figure]:
     return [*_drift(stories), *curves[:1], *_bias(stories), *curves[1:], *_cosines(stories)]
 
 
-def numbers(story: Story) -> Html:
+def numbers(story: RunHistory) -> Html:
     """Every round in numbers."""
     found = story.of(Diagnosed)
     fields = (
@@ -62,7 +62,7 @@ def numbers(story: Story) -> Html:
     return table(f"What the updates of {story.label} showed, round by round", head, rows) if rows else Html("")
 
 
-def absence(story: Story) -> str:
+def absence(story: RunHistory) -> str:
     """Why a run shows nothing; empty if it does, or if its log does not tell."""
     started = story.last(RunStarted)
     if story.of(Diagnosed) or started is None or "diagnostics" not in started.settings.get("evaluation", {}):
@@ -78,11 +78,11 @@ def absence(story: Story) -> str:
     return ""
 
 
-def _shade(stories: Sequence[Story], place: int) -> str:
+def _shade(stories: Sequence[RunHistory], place: int) -> str:
     return SHADE["federated"] if len(stories) == 1 else colour(place)
 
 
-def _curve(story: Story, field: str, shade: str, *, name: str = "", dash: str = "solid") -> list[Trace]:
+def _curve(story: RunHistory, field: str, shade: str, *, name: str = "", dash: str = "solid") -> list[Trace]:
     """A line of one field by rounds; none where no round has it."""
     trace = line(
         name or story.label, {e.round + 1: vars(e)[field] for e in story.of(Diagnosed)}, shade=shade, dash=dash
@@ -90,7 +90,7 @@ def _curve(story: Story, field: str, shade: str, *, name: str = "", dash: str = 
     return [trace] if trace["x"] else []
 
 
-def _drift(stories: Sequence[Story]) -> list[Figure]:
+def _drift(stories: Sequence[RunHistory]) -> list[Figure]:
     traces = _client_drifts(stories[0]) if len(stories) == 1 else []
     for place, story in enumerate(stories):
         name = "mean" if len(stories) == 1 else story.label
@@ -99,7 +99,7 @@ def _drift(stories: Sequence[Story]) -> list[Figure]:
     return [over_rounds("Drift", note, traces, from_zero=True, legend=len(stories) > 1)] if traces else []
 
 
-def _client_drifts(story: Story) -> list[Trace]:
+def _client_drifts(story: RunHistory) -> list[Trace]:
     seen: dict[str, dict[int, float | None]] = {}
     for event in story.of(Diagnosed):
         for client, drift in event.clients.items():
@@ -110,7 +110,7 @@ def _client_drifts(story: Story) -> list[Trace]:
     return [line(client, points, shade=colour(place + 1), thin=True) for place, (client, points) in shades]
 
 
-def _bias(stories: Sequence[Story]) -> list[Figure]:
+def _bias(stories: Sequence[RunHistory]) -> list[Figure]:
     """One run: beside what the mean of the factors would lose."""
     traces: list[Trace] = []
     for place, story in enumerate(stories):
@@ -122,7 +122,7 @@ def _bias(stories: Sequence[Story]) -> list[Figure]:
     return [over_rounds("Aggregation bias", note, traces, from_zero=True, legend=True)] if traces else []
 
 
-def _cosines(stories: Sequence[Story]) -> list[Figure]:
+def _cosines(stories: Sequence[RunHistory]) -> list[Figure]:
     """The newest matrix of each run."""
     found: list[Figure] = []
     for story in stories:

@@ -6,16 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from fedllm.events import ClientFinished, DataReported, Evaluated, RoundFinished, Wire
+from fedllm.events import ClientFinished, DataReported, Evaluated, MessageSent, RoundFinished
 from fedllm.report.formatting import finite, labelled, lower_is_better
 from fedllm.report.plot import DASHES, SHADE, Figure, Trace, bars, by_rows, colour, columns, level, line, over_rounds
-from fedllm.report.run_history import COMPARED, OWN, Story, client_metrics, client_scores
+from fedllm.report.run_history import COMPARED, OWN, RunHistory, client_metrics, client_scores
 
 _MIB = 2**20
 FEW = 12  # lines or labels that an eye can still tell apart
 
 
-def loss(stories: Sequence[Story]) -> list[Figure]:
+def loss(stories: Sequence[RunHistory]) -> list[Figure]:
     """Training loss of each round; for one run with few clients also each client's own."""
     traces: list[Trace] = []
     if len(stories) == 1:
@@ -30,7 +30,7 @@ def loss(stories: Sequence[Story]) -> list[Figure]:
     return [over_rounds("Training loss", note, traces, legend=len(stories) > 1)]
 
 
-def _client_losses(story: Story) -> list[Trace]:
+def _client_losses(story: RunHistory) -> list[Trace]:
     seen: dict[str, dict[int, float | None]] = {}
     for event in story.of(ClientFinished):
         if finite(event.loss):
@@ -42,7 +42,7 @@ def _client_losses(story: Story) -> list[Trace]:
     ]
 
 
-def metrics(stories: Sequence[Story]) -> list[Figure]:
+def metrics(stories: Sequence[RunHistory]) -> list[Figure]:
     """A figure per metric. One run: the lines of a few groups (`exact_match/private`), the levels of the base model and
     of the comparisons. Several runs: a line each, and the base model's level."""
     note = "{} is better. The shared model on held-out records."
@@ -59,7 +59,7 @@ def metrics(stories: Sequence[Story]) -> list[Figure]:
     ]
 
 
-def families(stories: Sequence[Story]) -> dict[str, list[str]]:
+def families(stories: Sequence[RunHistory]) -> dict[str, list[str]]:
     """The metrics of all evaluations, and for each the groups that `evaluation.by` splits it into."""
     names = dict.fromkeys(name for story in stories for event in story.of(Evaluated) for name in event.metrics)
     found: dict[str, list[str]] = {}
@@ -71,7 +71,7 @@ def families(stories: Sequence[Story]) -> dict[str, list[str]]:
     return found
 
 
-def _curves(stories: Sequence[Story], metric: str, groups: Sequence[str]) -> list[Trace]:
+def _curves(stories: Sequence[RunHistory], metric: str, groups: Sequence[str]) -> list[Trace]:
     if len(stories) > 1:
         curves = [(story.label, story.curve(metric), colour(place)) for place, story in enumerate(stories)]
     else:
@@ -81,7 +81,7 @@ def _curves(stories: Sequence[Story], metric: str, groups: Sequence[str]) -> lis
     return [line(title, dict(points), shade=shade) for title, points, shade in curves if points]
 
 
-def _levels(stories: Sequence[Story], metric: str) -> list[Trace]:
+def _levels(stories: Sequence[RunHistory], metric: str) -> list[Trace]:
     """One run: of all that it is compared with. Several: of the base models, one line where they score the same."""
     if len(stories) == 1:
         return [
@@ -97,14 +97,14 @@ def _levels(stories: Sequence[Story], metric: str) -> list[Trace]:
     return [level(f"{label} {COMPARED['base']}", value, shade=colour(place)) for place, label, value in scores]
 
 
-def clients(stories: Sequence[Story]) -> list[Figure]:
+def clients(stories: Sequence[RunHistory]) -> list[Figure]:
     """The final evaluation of every client, worst first: one run beside its comparisons, or several runs."""
     events = [event for story in stories for event in story.evaluations.values()]
     names = dict.fromkeys(name for event in events for name in client_metrics(event) if "/" not in name)
     return [figure for name in names for figure in _client_bars(stories, name)]
 
 
-def _client_bars(stories: Sequence[Story], metric: str) -> list[Figure]:
+def _client_bars(stories: Sequence[RunHistory], metric: str) -> list[Figure]:
     if len(stories) == 1:
         groups = [(COMPARED[which], SHADE[which], event) for which, event in stories[0].evaluations.items()]
     else:
@@ -133,7 +133,7 @@ def worst_first(metric: str, names: Iterable[str], scores: Mapping[str, float]) 
     return sorted(names, key=lambda name: sign * scores[name] if name in scores else float("inf"))
 
 
-def traffic(stories: Sequence[Story]) -> list[Figure]:
+def traffic(stories: Sequence[RunHistory]) -> list[Figure]:
     """Bytes of each round, and of all rounds so far where there are several."""
     each = "Serialised messages of the round's clients, headers included."
     several = any(len(story.of(RoundFinished)) > 1 for story in stories)
@@ -142,7 +142,7 @@ def traffic(stories: Sequence[Story]) -> list[Figure]:
 
 
 def _directions(
-    stories: Sequence[Story], title: str, note: str, turn: Callable[[list[int]], Iterable[int]]
+    stories: Sequence[RunHistory], title: str, note: str, turn: Callable[[list[int]], Iterable[int]]
 ) -> list[Figure]:
     traces: list[Trace] = []
     for place, story in enumerate(stories):
@@ -158,7 +158,7 @@ def _directions(
     return [over_rounds(title, note, traces, unit="MiB", from_zero=True, legend=legend)] if traces else []
 
 
-def parts(stories: Sequence[Story]) -> list[Figure]:
+def parts(stories: Sequence[RunHistory]) -> list[Figure]:
     """What the bytes were spent on: one bar per run and direction, cut into parts and headers."""
     rows: list[str] = []
     spent: dict[str, dict[str, float]] = {}
@@ -174,11 +174,11 @@ def parts(stories: Sequence[Story]) -> list[Figure]:
     return [by_rows("Bytes by part", note, traces, rows=rows, unit="MiB", stacked=True)]
 
 
-def bytes_by_part(story: Story) -> dict[tuple[str, str], int]:
+def bytes_by_part(story: RunHistory) -> dict[tuple[str, str], int]:
     """Bytes by (direction, part); what is no part's is the headers'. Evaluations are left out; up comes first, then the
     largest."""
     spent: dict[tuple[str, str], int] = {}
-    for event in story.of(Wire):
+    for event in story.of(MessageSent):
         if event.call == "evaluate":
             continue
         rest = event.bytes - sum(event.parts.values())
@@ -215,7 +215,7 @@ def partition(data: DataReported) -> list[Figure]:
     return [by_rows("Records by client", note, traces, rows=rows, unit="records", stacked=True)]
 
 
-def seconds(stories: Sequence[Story]) -> list[Figure]:
+def seconds(stories: Sequence[RunHistory]) -> list[Figure]:
     """Wall-clock time of each round."""
     timed = [(story.label, {e.round + 1: e.seconds for e in story.of(RoundFinished)}) for story in stories]
     if not any(values for _, values in timed):

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from fedllm.report.figures import FEW, better, families, worst_first
 from fedllm.report.formatting import finite, labelled
 from fedllm.report.plot import SHADE, Figure, bars, by_rows, colour
-from fedllm.report.run_history import COMPARED, Story, client_scores
+from fedllm.report.run_history import COMPARED, RunHistory, client_scores
 
 Scores = Mapping[str, float | None]
 
 
-def by_group(stories: Sequence[Story]) -> list[Figure]:
+def by_group(stories: Sequence[RunHistory]) -> list[Figure]:
     """A row for each group: one run's models beside each other, or the federated models of several runs."""
     return [
         figure
@@ -22,7 +22,7 @@ def by_group(stories: Sequence[Story]) -> list[Figure]:
     ]
 
 
-def _group_bars(stories: Sequence[Story], metric: str, groups: Sequence[str]) -> list[Figure]:
+def _group_bars(stories: Sequence[RunHistory], metric: str, groups: Sequence[str]) -> list[Figure]:
     if len(stories) == 1:
         found = [(COMPARED[which], SHADE[which], event) for which, event in stories[0].evaluations.items()]
     else:
@@ -40,7 +40,7 @@ def _group_bars(stories: Sequence[Story], metric: str, groups: Sequence[str]) ->
     return [by_rows(f"{labelled(metric)}, by {by}", note, traces, rows=rows, legend=len(stories) > 1)]
 
 
-def by_client_and_group(story: Story) -> list[Figure]:
+def by_client_and_group(story: RunHistory) -> list[Figure]:
     """The federated model on each client's records of each group; nothing where no client has several groups, or where
     there are too many groups to tell apart."""
     event = story.evaluations.get("federated")

@@ -16,7 +16,7 @@ from fedllm.files import not_written
 from fedllm.report import tables
 from fedllm.report.formatting import figure, labelled
 from fedllm.report.markup import Html, el, pairs
-from fedllm.report.run_history import Story, load_all
+from fedllm.report.run_history import RunHistory, load_all
 from fedllm.report.sections import sections
 from fedllm.report.style import SCRIPT, STYLE
 
@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render(stories: Sequence[Story]) -> str:
+def render(stories: Sequence[RunHistory]) -> str:
     """The whole page."""
     chosen = [(title, body) for title, body in sections(stories) if body]
     library = _plotly()
@@ -78,18 +78,18 @@ def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _title(stories: Sequence[Story]) -> str:
+def _title(stories: Sequence[RunHistory]) -> str:
     names = [_name(story) for story in stories]
     models = list(dict.fromkeys(story.model for story in stories))
     return f"{', '.join(dict.fromkeys(names))} \N{EM DASH} {', '.join(models)}"
 
 
-def _name(story: Story) -> str:
+def _name(story: RunHistory) -> str:
     started = story.last(RunStarted)
     return started.name if started else story.label
 
 
-def _opening(stories: Sequence[Story]) -> list[Html]:
+def _opening(stories: Sequence[RunHistory]) -> list[Html]:
     models = " and ".join(dict.fromkeys(story.model for story in stories))
     if len(stories) > 1:
         names = " and ".join([", ".join(story.label for story in stories[:-1]), stories[-1].label])
@@ -104,7 +104,7 @@ def _opening(stories: Sequence[Story]) -> list[Html]:
     return [el("p.kind", "fedllm report"), el("h1", _name(story)), lede, _key_figures(story)]
 
 
-def _key_figures(story: Story) -> Html:
+def _key_figures(story: RunHistory) -> Html:
     found = story.evaluations
     items: list[tuple[str, str, str]] = []
     if "federated" in found:

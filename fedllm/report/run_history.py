@@ -22,6 +22,7 @@ from fedllm.events import (
     Diagnosed,
     Evaluated,
     Event,
+    MessageSent,
     Resumed,
     RoundFinished,
     RoundStarted,
@@ -29,7 +30,6 @@ from fedllm.events import (
     RunStarted,
     Scores,
     Warned,
-    Wire,
     read,
 )
 from fedllm.report.formatting import finite
@@ -52,9 +52,9 @@ def effective(events: Iterable[Event]) -> list[Event]:
 
 def _superseded(event: Event, start: int) -> bool:
     match event:
-        case Wire(call="evaluate") | ClientFailed(call="evaluate"):
+        case MessageSent(call="evaluate") | ClientFailed(call="evaluate"):
             return event.round > start
-        case RoundStarted() | Wire() | ClientFinished() | ClientFailed() | Diagnosed() | RoundFinished():
+        case RoundStarted() | MessageSent() | ClientFinished() | ClientFailed() | Diagnosed() | RoundFinished():
             return event.round >= start
         case Warned(round=int(round)):
             return round >= start
@@ -66,7 +66,7 @@ def _superseded(event: Event, start: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Story:
+class RunHistory:
     """One run: its effective events, and what stands beside the log (`summary`, `settings` as YAML text)."""
 
     label: str
@@ -164,7 +164,7 @@ def client_metrics(event: Evaluated) -> list[str]:
     return list(dict.fromkeys(name.removeprefix(OWN) for found in event.clients.values() for name in found))
 
 
-def load(folder: Path, *, label: str | None = None) -> Story:
+def load(folder: Path, *, label: str | None = None) -> RunHistory:
     """Read a run folder. Raises RunError where the log is missing or holds something that is no event."""
     log = folder / "events.jsonl"
     if not log.is_file():
@@ -179,10 +179,10 @@ def load(folder: Path, *, label: str | None = None) -> Story:
         settings = experiment.read_text(encoding="utf-8")
     else:
         settings = yaml.safe_dump(dict(started.settings), sort_keys=False) if started else ""
-    return Story(label or folder.resolve().name, tuple(events), _summary(folder / "summary.json"), settings)
+    return RunHistory(label or folder.resolve().name, tuple(events), _summary(folder / "summary.json"), settings)
 
 
-def load_all(folders: Sequence[Path]) -> list[Story]:
+def load_all(folders: Sequence[Path]) -> list[RunHistory]:
     """Several run folders, each under a name of its own: the folder's, or its path where names repeat."""
     if not folders:
         raise RunError("no run folder was named; name at least one")

@@ -9,12 +9,12 @@ from fedllm.report import diagnostics, figures, groups, tables
 from fedllm.report.citation import bibtex
 from fedllm.report.markup import Html, el, folded, joined
 from fedllm.report.plot import Figure
-from fedllm.report.run_history import Story
+from fedllm.report.run_history import RunHistory
 
 Section = tuple[str, Html]
 
 
-def sections(stories: Sequence[Story]) -> list[Section]:
+def sections(stories: Sequence[RunHistory]) -> list[Section]:
     """All chapters in order; one that has nothing to show is empty."""
     several = len(stories) > 1
     cost = None if several else tables.cost(stories[0])
@@ -49,23 +49,23 @@ def _figures(drawn: Sequence[Figure], beside: Html | None = None) -> Html:
     return el("div.figures", *cells) if cells else Html("")
 
 
-def _troubles(story: Story, *, named: bool) -> Html:
+def _troubles(story: RunHistory, *, named: bool) -> Html:
     return joined([el("h3", story.label) if named else Html(""), tables.troubles(story)])
 
 
-def _numbers(stories: Sequence[Story]) -> list[Html]:
+def _numbers(stories: Sequence[RunHistory]) -> list[Html]:
     found = [(story.label, tables.rounds(story)) for story in stories]
     return [folded(f"Every round of {label} in numbers", body) for label, body in found if body]
 
 
-def _clients(stories: Sequence[Story]) -> Html:
+def _clients(stories: Sequence[RunHistory]) -> Html:
     several = len(stories) > 1
     gains = [] if several else [tables.gains(stories[0])]
     split = [] if several else groups.by_client_and_group(stories[0])
     return joined([*gains, _figures([*figures.clients(stories), *split]), *tables.worst(stories)])
 
 
-def _updates(stories: Sequence[Story]) -> Html:
+def _updates(stories: Sequence[RunHistory]) -> Html:
     """What the server saw of them, round by round."""
     several = len(stories) > 1
     told = [(story.label, text) for story in stories if (text := diagnostics.absence(story))]
@@ -79,7 +79,7 @@ def _updates(stories: Sequence[Story]) -> Html:
     )
 
 
-def _data(stories: Sequence[Story]) -> Html:
+def _data(stories: Sequence[RunHistory]) -> Html:
     """One block per distinct partition."""
     found = [(story.label, data) for story in stories if (data := story.last(DataReported))]
     distinct: list[tuple[list[str], DataReported]] = []
@@ -98,7 +98,7 @@ def _data(stories: Sequence[Story]) -> Html:
     )
 
 
-def _settings(stories: Sequence[Story]) -> Html:
+def _settings(stories: Sequence[RunHistory]) -> Html:
     several = len(stories) > 1
     texts = [
         folded(f"All settings of {story.label}" if several else "All settings, every default written out",
@@ -109,7 +109,7 @@ def _settings(stories: Sequence[Story]) -> Html:
     return joined([tables.differences(stories) if several else Html(""), *texts, tables.versions(stories)])
 
 
-def _reproduce(stories: Sequence[Story]) -> Html:
+def _reproduce(stories: Sequence[RunHistory]) -> Html:
     started = [found for story in stories if (found := story.last(RunStarted))]
     hashes = ", ".join(dict.fromkeys(found.experiment_hash[:8] for found in started))
     where = "In the run's folder" if len(stories) == 1 else "In each run's folder"

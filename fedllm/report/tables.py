@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fedllm.events import DataReported, EngineChosen, Evaluated, RoundFinished, RunFinished, RunStarted, Warned, Wire
+from fedllm.events import (
+    DataReported,
+    EngineChosen,
+    Evaluated,
+    MessageSent,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.formatting import NOTHING, duration, figure, labelled, lower_is_better, part_of_whole, share, size
 from fedllm.report.markup import Html, el, folded, joined, table
-from fedllm.report.run_history import COMPARED, Story, client_metrics, client_scores
+from fedllm.report.run_history import COMPARED, RunHistory, client_metrics, client_scores
 
 _LONG = 24  # rows of a table that a reader still looks through
 _MEANS = (
@@ -18,7 +27,7 @@ _MEANS = (
 )
 
 
-def headline(stories: Sequence[Story]) -> Html:
+def headline(stories: Sequence[RunHistory]) -> Html:
     """Every metric of the base model, of local training, of the federation and of pooled data."""
     found = [story.figures for story in stories]
     metrics = list(dict.fromkeys(name for models in found for scores in models.values() for name in scores))
@@ -52,7 +61,7 @@ def _folded_rows(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]
     return [folded(caption, table(caption, head, rows))] if rows else []
 
 
-def _notes(stories: Sequence[Story]) -> Html:
+def _notes(stories: Sequence[RunHistory]) -> Html:
     """What each evaluation says of itself; runs that say the same share a line."""
     said: dict[tuple[str, str], list[str]] = {}
     for story in stories:
@@ -73,7 +82,7 @@ def _notes(stories: Sequence[Story]) -> Html:
     return el("ul.notes", *lines) if lines else Html("")
 
 
-def overview(stories: Sequence[Story]) -> Html:
+def overview(stories: Sequence[RunHistory]) -> Html:
     """One column per run: what it is, what it cost."""
     described = [_described(story) for story in stories]
     names = list(dict.fromkeys(name for items in described for name in items))
@@ -81,7 +90,7 @@ def overview(stories: Sequence[Story]) -> Html:
     return table("The runs side by side", ["", *(story.label for story in stories)], rows, figures=False)
 
 
-def _described(story: Story) -> dict[str, str]:
+def _described(story: RunHistory) -> dict[str, str]:
     started = story.last(RunStarted)
     known = {
         "base model": story.model,
@@ -94,7 +103,7 @@ def _described(story: Story) -> dict[str, str]:
     return {**known, **costs(story)}
 
 
-def _engine(story: Story) -> str:
+def _engine(story: RunHistory) -> str:
     """Which engine ran, and why."""
     started, chosen = story.last(RunStarted), story.last(EngineChosen)
     if chosen is not None:
@@ -102,7 +111,7 @@ def _engine(story: Story) -> str:
     return started.engine if started else NOTHING
 
 
-def ending(story: Story) -> str:
+def ending(story: RunHistory) -> str:
     """How the run ended, in a few words."""
     started, finished = story.last(RunStarted), story.last(RunFinished)
     planned = f" of {started.rounds}" if started else ""
@@ -111,13 +120,13 @@ def ending(story: Story) -> str:
     return f"{finished.rounds}{planned} rounds" + (f": {finished.note}" if finished.note else "")
 
 
-def costs(story: Story) -> dict[str, str]:
+def costs(story: RunHistory) -> dict[str, str]:
     """Bytes, time, speed, memory and privacy of a run; what nobody measured is left out."""
     rounds, summary = story.of(RoundFinished), story.summary
     time, tokens = story.total("seconds"), story.total("tokens")
     pace = summary.get("seconds_per_round") or (fmean(event.seconds for event in rounds) if rounds else None)
     speed = summary.get("tokens_per_second") or (tokens / time if tokens and time else None)
-    scoring = sum(event.bytes for event in story.of(Wire) if event.call == "evaluate")
+    scoring = sum(event.bytes for event in story.of(MessageSent) if event.call == "evaluate")
     items: dict[str, Any] = {
         "sent up": (size, story.total("bytes_up")),
         "sent down": (size, story.total("bytes_down")),
@@ -134,13 +143,13 @@ def costs(story: Story) -> dict[str, str]:
     return {name: spell(value) for name, (spell, value) in items.items() if value is not None}
 
 
-def cost(story: Story) -> Html:
+def cost(story: RunHistory) -> Html:
     """`costs` as a table."""
     items = costs(story)
     return table("What it took", ["", "whole run"], [list(item) for item in items.items()]) if items else Html("")
 
 
-def worst(stories: Sequence[Story]) -> list[Html]:
+def worst(stories: Sequence[RunHistory]) -> list[Html]:
     """How the clients fare: the worst one, the mean, the best; of several runs under the federated model alone. Groups
     that only one client has are left out."""
     rows = []
@@ -174,7 +183,7 @@ def _spread(metric: str, found: Mapping[str, float]) -> list[str]:
     return [names[0], figure(found[first]), figure(fmean(found.values())), figure(found[last]), names[1]]
 
 
-def gains(story: Story) -> Html:
+def gains(story: RunHistory) -> Html:
     """For how many clients the federation beats training alone."""
     alone, together = story.evaluations.get("local_only"), story.evaluations.get("federated")
     if alone is None or together is None:
@@ -192,7 +201,7 @@ def _gains(metric: str, alone: Evaluated, together: Evaluated) -> list[float]:
     return [sign * (after[client] - before[client]) for client in before if client in after]
 
 
-def spending(stories: Sequence[Story]) -> Html:
+def spending(stories: Sequence[RunHistory]) -> Html:
     """Bytes by direction and part."""
     rows = []
     for story in stories:
@@ -221,7 +230,7 @@ def records(data: DataReported) -> Html:
     return table("What became of the records", ["", "count"], rows)
 
 
-def troubles(story: Story) -> Html:
+def troubles(story: RunHistory) -> Html:
     """Lost clients and warnings."""
     failed = [list(loss) for loss in story.lost]
     warned = list(dict.fromkeys(event.text for event in story.of(Warned)))
@@ -235,7 +244,7 @@ def troubles(story: Story) -> Html:
     return joined(shown) if shown else el("p", "No client was lost and nothing was warned of.")
 
 
-def rounds(story: Story) -> Html:
+def rounds(story: RunHistory) -> Html:
     """Every round in numbers."""
     finished = story.of(RoundFinished)
     curves = {name: story.curve(name) for event in story.of(Evaluated) for name in event.metrics}
@@ -257,7 +266,7 @@ def rounds(story: Story) -> Html:
     return table(f"{story.label}, round by round", head, rows) if rows else Html("")
 
 
-def versions(stories: Sequence[Story]) -> Html:
+def versions(stories: Sequence[RunHistory]) -> Html:
     """The software that ran."""
     found = [started.versions if (started := story.last(RunStarted)) else {} for story in stories]
     names = list(dict.fromkeys(name for versions in found for name in versions))
@@ -266,7 +275,7 @@ def versions(stories: Sequence[Story]) -> Html:
     return table("Versions", head, rows, figures=False) if rows else Html("")
 
 
-def differences(stories: Sequence[Story]) -> Html:
+def differences(stories: Sequence[RunHistory]) -> Html:
     """The settings in which the runs differ, one column per run."""
     flat = [_flat(started.settings) if (started := story.last(RunStarted)) else {} for story in stories]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))

@@ -17,20 +17,20 @@ from fedllm.files import atomic_folder, to_json_text
 from fedllm.models.base_models.load import Base, materialise
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.runs.folder import Folder, write_whole
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.stages.personalization.keep import Keep
 from fedllm.tensors.tree import Tree
 
 
-def write_adapters(experiment: Experiment, folder: Folder, model: LoadedModel, state: Run) -> None:
+def write_adapters(experiment: Experiment, folder: Folder, model: LoadedModel, state: ServerState) -> None:
     """The adapter, and the clients' own.
 
     Raises:
         RunError: the disk, or a client's memory is gone.
     """
-    bound = model.bound(experiment.key)
-    complete = {**bound.constants, **model.fresh(experiment.key)}
-    save_adapter(model, state.shift.folded({**complete, **state.params}), folder.path / "adapter", RESUME)
+    bound = model.with_constants(experiment.key)
+    complete = {**bound.constants, **model.initial_params(experiment.key)}
+    save_adapter(model, state.base_delta.folded({**complete, **state.params}), folder.path / "adapter", RESUME)
     for client, own in personal_leaves(experiment, folder, state).items():
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter", RESUME)
 
@@ -61,13 +61,13 @@ def base_name(model: LoadedModel) -> str:
     return str(materialise(base))
 
 
-def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mapping[str, Tree]:
+def personal_leaves(experiment: Experiment, folder: Folder, state: ServerState) -> Mapping[str, Tree]:
     """What each client has kept to itself.
 
     Raises:
         RunError: a client's memory is gone or damaged.
     """
-    stages = experiment.trip
+    stages = experiment.pipeline
     places = [place for place, stage in enumerate(stages) if isinstance(stage, Keep)]
     if not places or not folder.memories.is_dir():
         return {}
@@ -82,7 +82,14 @@ def personal_leaves(experiment: Experiment, folder: Folder, state: Run) -> Mappi
 
 
 def summary(
-    experiment: Experiment, folder: Folder, state: Run, *, engine: str, seconds: float, title: str, failure: str = ""
+    experiment: Experiment,
+    folder: Folder,
+    state: ServerState,
+    *,
+    engine: str,
+    seconds: float,
+    title: str,
+    failure: str = "",
 ) -> dict[str, Any]:
     """The figures of `summary.json`. `failure`: why the run has no result."""
     told = DataReported | ClientFinished | EngineStarted | Evaluated

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from fedllm.errors import counted, written
+from fedllm.errors import config_name, counted
 from fedllm.experiment.record import Experiment
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.sparse_lora import SparseLora
 from fedllm.models.adapters.targets import targeted
 from fedllm.models.base_models.load import ALIASES, resolve_device, resolve_dtype
-from fedllm.models.base_models.meta_device import outline
+from fedllm.models.base_models.meta_device import meta_model
 from fedllm.report.formatting import size
 from fedllm.tensors.sparse_mask import num_values
 
@@ -29,15 +29,15 @@ def moving_line(experiment: Experiment, cohort: Sequence[str]) -> str | None:
         ConfigError: the adapter's targets fit no layer.
     """
     adapter, task = experiment.task.adapter, experiment.task
-    if not any(stage.shifts for stage in experiment.trip) or not isinstance(adapter, Lora):
+    if not any(stage.shifts for stage in experiment.pipeline) or not isinstance(adapter, Lora):
         return None
     ranks = [experiment.federation.profile(client).rank or adapter.rank for client in cohort]
     once = isinstance(adapter, SparseLora)
     told = "a step" if once else f"a step of rank {sum(ranks)} after each round of {counted(len(ranks), 'client')}"
-    model = outline(task.model)
+    model = meta_model(task.model)
     if model is None:
         return f"{told}; its bytes are known once {task.model} is on this machine"
-    layers = targeted(model, adapter.targets, adapter.rank, f"task.adapter.{written(adapter)}").values()
+    layers = targeted(model, adapter.targets, adapter.rank, f"task.adapter.{config_name(adapter)}").values()
     shapes = [(layer.out_features, layer.in_features) for layer in layers]
     step = BYTES * sum(_values(adapter, shape, sum(ranks)) for shape in shapes)
     whole, trained = sum(n * m for n, m in shapes), sum(adapter.rank * (n + m) for n, m in shapes)

@@ -23,18 +23,18 @@ from threading import get_ident
 import torch
 
 import fedllm
-from fedllm.data.federation import Joined, Population
+from fedllm.data.federation import ConcatRecords, Population
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, Evaluated, Progress
 from fedllm.experiment.config_file import dump
 from fedllm.experiment.record import Experiment
 from fedllm.files import cache_dir, to_json_text, write_durably
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.models.batch import Example
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.tensors.tree import Tree, add
-from fedllm.training.base import Job, Work, run_steps
+from fedllm.training.base import ClientJob, Work, run_steps
 
 Scores = dict[str, float]
 POOLED = "pooled"
@@ -42,7 +42,7 @@ CHOICE = "held-out loss"  # kept beside the scores in the cache
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Baselines:
     """Trains and scores without a federation, in this process."""
 
     experiment: Experiment
@@ -88,13 +88,15 @@ class Comparison:
             RunError: no group could be trained.
         """
         rates = self.experiment.evaluation.compare_lr or (self.experiment.work.lr,)
-        workers = (os.cpu_count() or 1) if self.model.unstackable is None else 1
+        workers = (os.cpu_count() or 1) if self.model.why_not_stackable is None else 1
         found: dict[str, list[tuple[float, Scores, float]]] = {name: [] for name in groups}
         failure: RunError | None = None
         assert self.start  # before the threads begin
         with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
             jobs = {
-                pool.submit(self._cached, f"{what}:{name}", self.experiment.work.tuned(lr=lr, times=times), clients): (
+                pool.submit(
+                    self._cached, f"{what}:{name}", self.experiment.work.with_lr(lr=lr, times=times), clients
+                ): (
                     name,
                     lr,
                 )
@@ -126,18 +128,18 @@ class Comparison:
     def _train(self, work: Work, clients: Sequence[str]) -> Scores:
         """Train on the clients' records; score on all held-out records, and on the clients' own."""
         key, rounds = self.experiment.key, self.experiment.rounds
-        model = self.model.bound(key)
+        model = self.model.with_constants(key)
         name = clients[0] if len(clients) == 1 else POOLED
-        ctx = Ctx(0, key, 1, len(self.population.clients), rounds, client=name)
-        start = {name: leaf.to(model.device) for name, leaf in model.fresh(key).items()}
-        job = Job(ctx, start, self._examples(clients))
+        ctx = RoundContext(0, key, 1, len(self.population.clients), rounds, client=name)
+        start = {name: leaf.to(model.device) for name, leaf in model.initial_params(key).items()}
+        job = ClientJob(ctx, start, self._examples(clients))
         carry = work.init([job])
         for round in range(rounds):
             carry = run_steps(work, [replace(job, ctx=replace(ctx, round=round))], model, carry)
         (outcome,) = work.finish(carry)
         if isinstance(outcome, str):
             raise RunError(f"the comparison with {name} alone failed: {outcome}")
-        params = add(job.start, outcome[0].parts["delta"].tree)
+        params = add(job.initial, outcome[0].parts["delta"].tree)
         scores, by_client = self._scored(model, params)
         own = {f"own/{metric}": value for metric, value in by_client[name].items()} if name in by_client else {}
         return {**scores, **own, CHOICE: self._loss(model, params, clients)}
@@ -151,7 +153,7 @@ class Comparison:
         """One set of parameters on all held-out records: in all, and by client."""
         scorer = Scorer.of(self.experiment, self.population)
         owned = {client: scorer.chosen(rows) for client, rows in self.population.heldout.items()}
-        records = Joined(owned.values())
+        records = ConcatRecords(owned.values())
         pairs = scorer.pairs(model, params, records)
         by_client: dict[str, Scores] = {}
         start = 0
@@ -180,7 +182,7 @@ class Comparison:
         left_out = ("compare", "compare_lr", "every", "best")
         evaluation = {name: value for name, value in whole["evaluation"].items() if name not in left_out}
         kept = {name: whole[name] for name in ("task", "federation", "work", "rounds", "seed")}
-        made = {"fedllm": fedllm.__version__, **self.model.computed_by}
+        made = {"fedllm": fedllm.__version__, **self.model.backend}
         text = json.dumps([made, what, kept, evaluation, _fingerprint(self.population), self.start], sort_keys=True)
         path = cache_dir() / "compare" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
         with suppress(OSError, ValueError):  # not there, or damaged

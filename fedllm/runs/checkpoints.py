@@ -10,9 +10,9 @@ from fedllm.engines.checksummed_files import RESUME, read_facts, read_tree, with
 from fedllm.errors import RunError
 from fedllm.files import atomic_folder, remove_folder, write_durably
 from fedllm.rng import Key
-from fedllm.runs.state import Run, Totals
+from fedllm.runs.state import ServerState, Totals
 from fedllm.tensors import tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 
 
 class Checkpoints:
@@ -26,16 +26,16 @@ class Checkpoints:
         found = (re.fullmatch(r"round-(\d+)", path.name) for path in self._folder.glob("round-*"))
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, run: Run) -> None:
+    def save(self, run: ServerState) -> None:
         """Save; then drop what is neither the best nor among the last ones.
 
         Raises:
             RunError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        trees = tree.join(params=run.params)
+        trees = tree.add_prefix(params=run.params)
         for place, state in enumerate(run.states):
-            trees |= tree.join(**{f"state{place}": state})
-        trees |= run.shift.joined_trees()
+            trees |= tree.add_prefix(**{f"state{place}": state})
+        trees |= run.base_delta.joined_trees()
         facts = {
             "round": run.round,
             "key": run.key.value,
@@ -43,7 +43,7 @@ class Checkpoints:
             "totals": asdict(run.totals),
             "best": run.best,
             "pending": list(run.pending),
-            "shift": list(run.shift.steps),
+            "shift": list(run.base_delta.steps),
             "seen": dict(run.seen),
             "remembered": dict(run.remembered),
         }
@@ -55,7 +55,7 @@ class Checkpoints:
             if number not in kept:
                 remove_folder(self._path(number))
 
-    def load(self, number: int | None = None) -> Run | None:
+    def load(self, number: int | None = None) -> ServerState | None:
         """The newest, or the one after `number` rounds; None if there is none.
 
         Raises:
@@ -68,15 +68,15 @@ class Checkpoints:
         folder, advice = self._path(chosen), self._without(chosen)
         trees, facts = read_tree(folder / "server.safetensors", advice), read_facts(folder / "run.json", advice)
         try:
-            return Run(
-                params=tree.bundled(tree.branch(trees, "params")),
-                states=tuple(tree.branch(trees, f"state{place}") for place in range(facts["states"])),
+            return ServerState(
+                params=tree.flatten(tree.select_prefix(trees, "params")),
+                states=tuple(tree.select_prefix(trees, f"state{place}") for place in range(facts["states"])),
                 round=facts["round"],
                 key=Key(facts["key"]),
                 totals=Totals(**facts["totals"]),
                 best=tuple(facts["best"]) if facts["best"] else None,
                 pending=facts["pending"],
-                shift=Shift.of(trees, facts["shift"]),
+                base_delta=BaseDelta.of(trees, facts["shift"]),
                 seen=facts["seen"],
                 remembered=facts.get("remembered", {}),
             )

@@ -23,7 +23,7 @@ from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.fingerprint import Inputs, changed_data, changed_model
 from fedllm.runs.folder import Folder
 from fedllm.runs.resource_usage import limit_reached
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 
 FREE = ("rounds", "evaluation", "limits", "work", "demands", "schedule")
 FREE_OF_TASK = ("objective", "template", "device", "dtype")
@@ -38,7 +38,7 @@ class Origin:
     folder: Folder
     experiment: Experiment
     about: Mapping[str, Any]
-    state: Run
+    state: ServerState
 
     @property
     def mark(self) -> dict[str, Any]:
@@ -50,11 +50,11 @@ class Origin:
         """Whether a folder's mark is of this run, wherever it lay."""
         return mark is not None and all(mark.get(key) == self.mark[key] for key in ("experiment_hash", "round"))
 
-    def begun(self, experiment: Experiment) -> Run:
+    def begun(self, experiment: Experiment) -> ServerState:
         """The state that the new run begins with."""
         state, kept = self.state, replace(self.state, pending=())
-        if len(state.states) != len(experiment.trip):
-            kept = replace(kept, states=tuple({} for _ in experiment.trip))
+        if len(state.states) != len(experiment.pipeline):
+            kept = replace(kept, states=tuple({} for _ in experiment.pipeline))
         same = self.experiment.evaluation.metrics == experiment.evaluation.metrics
         return (
             kept if same and self.experiment.evaluation.best == experiment.evaluation.best else replace(kept, best=None)
@@ -88,7 +88,7 @@ def origin_of(path: Path, experiment: Experiment) -> Origin:
     return Origin(folder, before, about, saved)
 
 
-def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: Run) -> None:
+def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: ServerState) -> None:
     """
     Raises:
         RunError: names the setting that has changed, and the reason.
@@ -100,7 +100,7 @@ def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: Run) 
             continue
         if top not in STATE:
             why = "its parameters belong to that model, adapter, scope and seed"
-        elif any(saved.states) or saved.remembered or saved.seen or saved.shift.steps:
+        elif any(saved.states) or saved.remembered or saved.seen or saved.base_delta.steps:
             why = "what its server and its clients have kept belongs to these stages and clients"
         else:
             continue

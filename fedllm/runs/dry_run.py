@@ -8,18 +8,18 @@ from dataclasses import replace
 from fedllm.data.federation import Population
 from fedllm.errors import CheckError, ClientError
 from fedllm.experiment.record import Experiment
-from fedllm.messages.context import Ctx, Local, Profile
+from fedllm.messages.context import ClientContext, Profile, RoundContext
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.runs import server_round
-from fedllm.stages.round_trip import arrive, up
+from fedllm.stages.round_trip import encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Job, run_work
+from fedllm.training.base import ClientJob, run_work
 
 GENERATED = frozenset({"exact_match", "rouge_l"})  # metrics of answers
 
 
-def rehearse(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, Profile]) -> None:
+def dry_run(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, Profile]) -> None:
     """Let one client of each profile with a bandwidth send what it would send in the first round, without training.
 
     Raises:
@@ -29,18 +29,18 @@ def rehearse(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, 
     capped = {profile: client for client, profile in last_first if profile.bandwidth is not None}
     if not capped:
         return
-    fresh, stages = model.bound(experiment.key).fresh(experiment.key), experiment.trip
-    run = server_round.start(experiment, fresh)
-    everyone = Ctx(0, experiment.key, len(profiles), len(profiles), experiment.rounds)
+    fresh, stages = model.with_constants(experiment.key).initial_params(experiment.key), experiment.pipeline
+    run = server_round.initial_state(experiment, fresh)
+    everyone = RoundContext(0, experiment.key, len(profiles), len(profiles), experiment.rounds)
     for client, request in server_round.requests_for(experiment, run, list(capped.values()), everyone).items():
         memories: list[Tree] = [{} for _ in stages]
-        local = Local(request.ctx, fresh=fresh)
-        params, arrival = arrive(stages, request.params, request.extras, memories, local)
-        (outcome,) = run_work(experiment.work, [Job(request.ctx, tree.over(fresh, params), ())], model)
+        local = ClientContext(request.ctx, initial_params=fresh)
+        params, arrival = receive_all(stages, request.params, request.extras, memories, local)
+        (outcome,) = run_work(experiment.work, [ClientJob(request.ctx, tree.overlay(fresh, params), ())], model)
         assert not isinstance(outcome, str), outcome
         update, facts = outcome
         try:
-            up(stages, update, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
+            encode_all(stages, update, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
         except ClientError as error:
             raise CheckError(f"federation: client {client}: {error}") from error
 

@@ -11,7 +11,7 @@ from fedllm.errors import ConfigError
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.experiment.config_file import override
 from fedllm.experiment.record import Experiment
-from fedllm.runs.loaded_run import Opened
+from fedllm.runs.loaded_run import LoadedRun
 from fedllm.tensors import tree
 
 Figures = dict[str, float]
@@ -27,7 +27,7 @@ def _evaluated_as(experiment: Experiment, overrides: Sequence[str]) -> Experimen
     return replace(experiment, evaluation=evaluation)
 
 
-def _scores(opened: Opened, experiment: Experiment) -> dict[str, Figures]:
+def _scores(opened: LoadedRun, experiment: Experiment) -> dict[str, Figures]:
     """Figures by client, each with its own leaves, and of all together."""
     population = experiment.federation.load(experiment.key)
     scorer = Scorer.of(experiment, population)

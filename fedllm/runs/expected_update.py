@@ -19,17 +19,17 @@ from torch import Tensor
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.experiment.record import Experiment
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Asked, Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
-from fedllm.stages.round_trip import arrive, up
+from fedllm.stages.round_trip import encode_all, receive_all
 from fedllm.tensors import tree
-from fedllm.tensors.layout import Form
+from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Job, Work, run_work
+from fedllm.training.base import ClientJob, Work, run_work
 
-Listed = tuple[tuple[str, Form], ...]
+Listed = tuple[tuple[str, LeafSpec], ...]
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
     if type(experiment.aggregator).seal is not Aggregator.seal:
         return None
     question = Question(
-        stages=experiment.trip,
+        stages=experiment.pipeline,
         work=experiment.work,
         cohort=request.ctx.cohort,
         params=_listed(request.params),
         extras=tuple(map(_listed, request.extras)),
         fresh=_listed(params),
-        moving=frozenset(name for name in params if experiment.moves(name, request.ctx.round)),
+        moving=frozenset(name for name in params if experiment.trains_in_round(name, request.ctx.round)),
         scores=None if scores is None else _listed(scores),
     )
     try:
@@ -79,23 +79,25 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
 def _answer(question: Question) -> Asked | None:
     stages, fresh = question.stages, _zeros(question.fresh)
     memories: list[Tree] = [{} for _ in stages]
-    ctx = Ctx(0, Key(0), question.cohort, question.cohort, client="")
-    local = Local(ctx, fresh=fresh)
+    ctx = RoundContext(0, Key(0), question.cohort, question.cohort, client="")
+    local = ClientContext(ctx, initial_params=fresh)
     try:
-        params, arrival = arrive(stages, _zeros(question.params), list(map(_zeros, question.extras)), memories, local)
-        start = {name: leaf for name, leaf in tree.over(fresh, params).items() if name in question.moving}
+        params, arrival = receive_all(
+            stages, _zeros(question.params), list(map(_zeros, question.extras)), memories, local
+        )
+        start = {name: leaf for name, leaf in tree.overlay(fresh, params).items() if name in question.moving}
         made, facts = _made(question, start, ctx)
-        update, _ = up(stages, made, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
+        update, _ = encode_all(stages, made, arrival, memories, replace(local, facts={**facts, "examples": 1.0}))
     except Exception:  # somebody's own stage or work may need real values: then nothing is known
         return None
     return {name: dict(tree.forms(part.tree)) for name, part in update.parts.items()}
 
 
-def _made(question: Question, start: Tree, ctx: Ctx) -> tuple[Update, Mapping[str, float]]:
+def _made(question: Question, start: Tree, ctx: RoundContext) -> tuple[Update, Mapping[str, float]]:
     """What stands before the stages: of an evaluation, or of a work that takes no step. One value stands for each leaf,
     for the work decides on the types alone."""
     points = {name: leaf.new_zeros(()) for name, leaf in start.items()}
-    (outcome,) = run_work(question.work, [Job(ctx, points, ())], _NoModel())
+    (outcome,) = run_work(question.work, [ClientJob(ctx, points, ())], _NoModel())
     assert not isinstance(outcome, str), outcome
     made, facts = outcome
     if question.scores is not None:

@@ -10,7 +10,7 @@ from fedllm.errors import ConfigError, RunError, nearest
 from fedllm.models.base_models.load import Base, load_base
 from fedllm.models.base_models.tied_weights import set_weights
 from fedllm.runs.artifacts import save_adapter, save_base
-from fedllm.runs.loaded_run import Opened, open_run
+from fedllm.runs.loaded_run import LoadedRun, open_run
 
 FORMS = ("peft", "merged")
 PROBE = 8  # tokens for which the merged model and the run's are compared
@@ -42,7 +42,7 @@ def export(folder: Path, to: str, *, out: Path | None = None, client: str | None
 
 
 @torch.no_grad()
-def _require_equal(run: Opened, merged: Base) -> None:
+def _require_equal(run: LoadedRun, merged: Base) -> None:
     """Compare the next token's logits of both models: their 2-norms may differ by a thousandth, or by 15 % where the
     run computes in 16 bits. A quantised run is another model by design.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedllm.data.federation import Population
 from fedllm.engines.base import Engine
-from fedllm.engines.registry import chosen, engine_of
+from fedllm.engines.registry import choose, engine_of
 from fedllm.errors import FedllmError, RunError, counted
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.events import DataReported, Emit, EngineChosen, Warned
@@ -22,14 +22,14 @@ from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.runs import server_round
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.continuation import Origin, origin_of, refuse_another_model
-from fedllm.runs.dry_run import rehearse, require_positions
+from fedllm.runs.dry_run import dry_run, require_positions
 from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs, changed, changed_since, inputs_of
 from fedllm.runs.folder import ELSEWHERE, Folder, Status, default_folder
 from fedllm.runs.lock import locked
-from fedllm.runs.resource_usage import Ledger
-from fedllm.runs.session import Session, failed
-from fedllm.tensors.base_delta import Shift
+from fedllm.runs.resource_usage import TrafficMeter
+from fedllm.runs.session import RunSession, failed
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 
@@ -40,7 +40,7 @@ class Result:
     folder: Path
     summary: Mapping[str, Any]
     params: Tree
-    shift: Shift = Shift()
+    shift: BaseDelta = BaseDelta()
 
 
 class Interrupted(Exception):
@@ -86,7 +86,7 @@ def run(
     if plan.status() == "finished":
         return _finished(plan)
     model, population = _loaded(experiment)
-    runner, why = chosen(asked, experiment, model)
+    runner, why = choose(asked, experiment, model)
     with locked(folder.path):
         if plan.status() == "finished":  # by another process, since it was asked
             return _finished(plan)
@@ -157,7 +157,7 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
         session.adapters()
         session.comparisons()
         session.finish(engine_name)
-    return Result(folder.path, folder.read_summary(), session.state.params, session.state.shift)
+    return Result(folder.path, folder.read_summary(), session.state.params, session.state.base_delta)
 
 
 def _refuse_changes(plan: Plan, now: Inputs) -> None:
@@ -190,7 +190,7 @@ def _finished(plan: Plan) -> Result:
     saved = plan.checkpoints.load()
     if saved is None:
         return Result(folder.path, figures, {})
-    return Result(folder.path, figures, saved.params, saved.shift)
+    return Result(folder.path, figures, saved.params, saved.base_delta)
 
 
 def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
@@ -204,7 +204,7 @@ def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
     check_profiles(experiment, profiles)
     Scorer.of(experiment, population)
     model = load(experiment.task)
-    rehearse(experiment, model, profiles)
+    dry_run(experiment, model, profiles)
     require_positions(experiment, model, population)
     return model, replace(population, report=_data_report(experiment, model, population))
 
@@ -221,12 +221,12 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
 
 
 @contextmanager
-def _session(plan: Plan, model: LoadedModel, population: Population) -> Iterator[Session]:
+def _session(plan: Plan, model: LoadedModel, population: Population) -> Iterator[RunSession]:
     """A session that writes the log. Ctrl-C leaves every complete round on the disk."""
-    ledger, experiment = Ledger(), plan.experiment
-    start = server_round.start(experiment, model.fresh(experiment.key))
+    ledger, experiment = TrafficMeter(), plan.experiment
+    start = server_round.initial_state(experiment, model.initial_params(experiment.key))
     with closing(Log(plan.folder.events, (ledger, *plan.listeners))) as log:
-        session = Session(experiment, plan.folder, model, population, log, ledger, start, plan.began)
+        session = RunSession(experiment, plan.folder, model, population, log, ledger, start, plan.began)
         try:
             yield session
         except KeyboardInterrupt:

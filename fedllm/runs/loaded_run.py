@@ -13,19 +13,19 @@ from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.runs.artifacts import personal_leaves
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.folder import Folder
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.tensors.tree import Tree
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class LoadedRun:
     """`params` are complete: shared, personal and frozen leaves, and among the components of the factors what was
     added to the frozen weights. `own`: what each client has kept to itself."""
 
     folder: Folder
     experiment: Experiment
     model: LoadedModel
-    state: Run
+    state: ServerState
     params: Tree
     own: Mapping[str, Tree]
 
@@ -34,7 +34,7 @@ class Opened:
         return {**self.params, **self.own.get(client, {})}
 
 
-def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Opened:
+def open_run(path: Path, *, client: str | None = None, best: bool = False) -> LoadedRun:
     """Load a run's experiment, base model and last (or best) parameters, a client's own leaves included.
 
     Raises:
@@ -48,13 +48,13 @@ def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Op
         what = nearest(client, own) if own else "; no client of this run has leaves of its own"
         raise RunError(f"{path} has no personal model of '{client}'{what}")
     model = load(experiment.task)
-    leaves = {**model.bound(experiment.key).constants, **model.fresh(experiment.key), **state.params}
-    params = state.shift.folded(leaves)
-    opened = Opened(folder, experiment, model, state, params, own)
-    return opened if client is None else Opened(folder, experiment, model, state, opened.params_of(client), own)
+    leaves = {**model.with_constants(experiment.key).constants, **model.initial_params(experiment.key), **state.params}
+    params = state.base_delta.folded(leaves)
+    opened = LoadedRun(folder, experiment, model, state, params, own)
+    return opened if client is None else LoadedRun(folder, experiment, model, state, opened.params_of(client), own)
 
 
-def _state(folder: Folder, experiment: Experiment, *, best: bool) -> Run:
+def _state(folder: Folder, experiment: Experiment, *, best: bool) -> ServerState:
     checkpoints = Checkpoints(folder.checkpoints, experiment.limits.keep_last)
     last = checkpoints.load()
     if last is None:

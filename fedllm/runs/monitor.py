@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedllm.errors import reason
 from fedllm.evaluation.diagnostics.alarms import Alarms
-from fedllm.evaluation.diagnostics.cohort import Cohort
+from fedllm.evaluation.diagnostics.cohort import CohortStatistics
 from fedllm.evaluation.settings import Diagnostics
 from fedllm.events import Event, RoundFinished, Warned
 from fedllm.experiment.record import Experiment
@@ -19,7 +19,7 @@ from fedllm.tensors.tree import Tree
 
 
 @dataclass(eq=False)
-class Observer:
+class RoundMonitor:
     """One for a process's share of a run.
 
     Args:
@@ -36,7 +36,7 @@ class Observer:
     trouble: str = ""  # of this round's figures
 
     @staticmethod
-    def of(experiment: Experiment, model: LoadedModel, clients: Sequence[str]) -> Observer | None:
+    def of(experiment: Experiment, model: LoadedModel, clients: Sequence[str]) -> RoundMonitor | None:
         """None where `evaluation.diagnostics` is."""
         settings, adapter = experiment.evaluation.diagnostics, experiment.task.adapter
         if settings is None:
@@ -44,24 +44,24 @@ class Observer:
         rank, scale = (adapter.rank, adapter.scale) if isinstance(adapter, Lora) else (None, 1.0)
         hidden = experiment.demands.secrecy or experiment.aggregator.secret
         ranks = [experiment.federation.profile(client).rank for client in clients]
-        return Observer(
+        return RoundMonitor(
             settings=settings,
-            shown=not (hidden or any(stage.integers for stage in experiment.trip)),
+            shown=not (hidden or any(stage.integers for stage in experiment.pipeline)),
             alarms=Alarms(settings),
-            constants=tree.to(model.bound(experiment.key).constants, "cpu"),
+            constants=tree.to(model.with_constants(experiment.key).constants, "cpu"),
             scale=scale,
             smallest=min((own for own in ranks if own is not None and rank is not None and own < rank), default=None),
-            fixed=any(stage.fixed_denominator for stage in experiment.trip),
+            fixed=any(stage.fixed_denominator for stage in experiment.pipeline),
         )
 
-    def cohort(self) -> Cohort | None:
+    def cohort(self) -> CohortStatistics | None:
         """What will see the next round's updates."""
         self.trouble = ""
         if not self.shown:
             return None
-        return Cohort(self.settings, self.constants, self.scale, self.smallest, self.fixed)
+        return CohortStatistics(self.settings, self.constants, self.scale, self.smallest, self.fixed)
 
-    def seen(self, cohort: Cohort | None, request: Request, reply: Update) -> None:
+    def seen(self, cohort: CohortStatistics | None, request: Request, reply: Update) -> None:
         """Show the cohort an update. What goes wrong there costs the round its figures, and nothing else."""
         if cohort is None or self.trouble:
             return
@@ -70,7 +70,7 @@ class Observer:
         except Exception as error:
             self.trouble = reason(error)
 
-    def closed(self, cohort: Cohort | None, params: Tree, finished: RoundFinished) -> list[Event]:
+    def end_round(self, cohort: CohortStatistics | None, params: Tree, finished: RoundFinished) -> list[Event]:
         """The events of a round's end: its figures, unless it was empty, `finished` itself, and the alarms that begin.
         Where the figures cannot be had, a warning says why.
 

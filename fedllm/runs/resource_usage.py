@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedllm.errors import counted
-from fedllm.events import Event, Resumed, RunStarted, Wire
+from fedllm.events import Event, MessageSent, Resumed, RunStarted
 from fedllm.experiment.record import Experiment
-from fedllm.runs.state import Run, Totals
+from fedllm.runs.state import ServerState, Totals
 
 
 @dataclass(eq=False)
-class Ledger:
+class TrafficMeter:
     """Adds up the serialised bytes of all messages since it was last emptied. A listener of a run's events."""
 
     up: int = 0
@@ -21,7 +21,7 @@ class Ledger:
 
     def __call__(self, event: Event) -> None:
         """Listen."""
-        if not isinstance(event, Wire):
+        if not isinstance(event, MessageSent):
             return
         if event.call == "evaluate":
             self.evaluation += event.bytes
@@ -30,7 +30,7 @@ class Ledger:
         else:
             self.down += event.bytes
 
-    def take(self) -> Totals:
+    def reset(self) -> Totals:
         """The sums; then start anew."""
         totals = Totals(bytes_up=self.up, bytes_down=self.down, evaluation_bytes=self.evaluation)
         self.up = self.down = self.evaluation = 0
@@ -48,7 +48,7 @@ def elapsed(log: Iterable[tuple[float, Event]]) -> float:
     return total + (0.0 if began is None else last - began)
 
 
-def limit_reached(experiment: Experiment, state: Run) -> str:
+def limit_reached(experiment: Experiment, state: ServerState) -> str:
     """Why the run ends before its last round; empty if it goes on."""
     totals, limits = state.totals, experiment.limits
     sent = totals.bytes_up + totals.bytes_down

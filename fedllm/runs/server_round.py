@@ -11,29 +11,29 @@ from typing import Any
 from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call, Replies
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Asked, Failure, Part, Request, Update
 from fedllm.runs.expected_update import asked
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.stages.base import Stage
-from fedllm.stages.round_trip import down, merge
+from fedllm.stages.round_trip import broadcast_all, decode_all
 from fedllm.tensors import tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 Figures = Mapping[str, float]
-Witness = Callable[[Request, Update], None]  # (what a client was sent, its sealed update)
+UpdateObserver = Callable[[Request, Update], None]  # (what a client was sent, its sealed update)
 
 
 @dataclass(eq=False)
-class Watch:
+class ObservedCall:
     """A call that is watched: who answered, and the figures that each update carries in the clear."""
 
     call: Call
     emit: Emit
     round: int
     shown: bool  # False where the server must learn nothing but sums
-    witness: Witness | None = None  # is shown each update; keeps copies of what it needs
+    witness: UpdateObserver | None = None  # is shown each update; keeps copies of what it needs
     answered: list[str] = field(default_factory=list)
     scores: dict[str, Figures] = field(default_factory=dict)
 
@@ -75,32 +75,32 @@ class RoundResult:
     note: str
     added: Tree = field(default_factory=dict)
 
-    def came_to(self, after: Run) -> Tree:
+    def came_to(self, after: ServerState) -> Tree:
         """The parameters after the round, with what it has added to the frozen weights among their components."""
-        return Shift({after.round: self.added}).folded(after.params) if self.added else after.params
+        return BaseDelta({after.round: self.added}).folded(after.params) if self.added else after.params
 
 
-def one_round(
-    run: Run,
+def run_round(
+    run: ServerState,
     experiment: Experiment,
     clients: Sequence[str],
     call: Call,
     emit: Emit,
-    witness: Witness | None = None,
-) -> tuple[Run, RoundResult]:
+    witness: UpdateObserver | None = None,
+) -> tuple[ServerState, RoundResult]:
     """Sample, ask, add up, decode, step. `witness` sees each update, unless the server must learn nothing but sums."""
-    stages = experiment.trip
+    stages = experiment.pipeline
     cohort = experiment.federation.sample(clients, run.round, run.key.fold("cohort", run.round))
     emit(RoundStarted(run.round, tuple(cohort)))
-    everyone = Ctx(run.round, run.key, len(cohort), len(clients), experiment.rounds)
-    watch = Watch(call, emit, run.round, not experiment.demands.secrecy, witness)
+    everyone = RoundContext(run.round, run.key, len(cohort), len(clients), experiment.rounds)
+    watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy, witness)
     requests = requests_for(experiment, run, cohort, everyone)
     total = experiment.aggregator.reduce(watch, requests)
     note = ""
     if len(watch.answered) < experiment.limits.quorum or "delta" not in total.parts:
         note = "nobody was drawn" if not cohort else f"{len(watch.answered)} of {len(cohort)} answered: an empty round"
         total = empty_total(stages, run, everyone)
-    total, states = merge(stages, total, run.params, run.states, everyone)
+    total, states = decode_all(stages, total, run.params, run.states, everyone)
     params = tree.add(run.params, total.parts["delta"].tree)
     after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
     loss, counts = _tree(total, "metrics").get("loss"), _tree(total, "counts")
@@ -116,11 +116,11 @@ def one_round(
     return after, result
 
 
-def _moved(run: Run, total: Update, watch: Watch) -> dict[str, Any]:
+def _moved(run: ServerState, total: Update, watch: ObservedCall) -> dict[str, Any]:
     """The frozen weights after the round, and what those who answered have of them."""
     added = _tree(total, "shift")
-    seen = {**run.seen, **dict.fromkeys(watch.answered, run.shift.version)} if run.shift.version else run.seen
-    return {"shift": run.shift.stepped(run.round + 1, added) if added else run.shift, "seen": seen}
+    seen = {**run.seen, **dict.fromkeys(watch.answered, run.base_delta.version)} if run.base_delta.version else run.seen
+    return {"base_delta": run.base_delta.stepped(run.round + 1, added) if added else run.base_delta, "seen": seen}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,17 +128,17 @@ class Requests(Mapping[str, Request]):
     """What each client of a cohort is sent, made when it is asked for: an evaluation asks all clients there are."""
 
     experiment: Experiment
-    run: Run
+    run: ServerState
     slots: Mapping[str, int]  # by client
-    everyone: Ctx
+    everyone: RoundContext
     scores: Tree | None = None  # the sums over no records, where the clients evaluate
-    missed: dict[int, Shift] = field(default_factory=dict)  # the one that was last sent, by the version before it
+    missed: dict[int, BaseDelta] = field(default_factory=dict)  # the one that was last sent, by the version before it
     known: dict[str, Asked | None] = field(default_factory=dict)  # what is asked for, by call, once it was needed
 
     def __getitem__(self, client: str) -> Request:
         profile = self.experiment.federation.profile(client)
         ctx = replace(self.everyone, client=client, slot=self.slots[client], profile=profile)
-        sent = down(self.experiment.trip, self.run.params, self.run.states, ctx)
+        sent = broadcast_all(self.experiment.pipeline, self.run.params, self.run.states, ctx)
         request = Request(*sent, ctx, self._missed(self.run.seen.get(client, 0)))
         return replace(request, asks=partial(self._asked, request))
 
@@ -157,51 +157,53 @@ class Requests(Mapping[str, Request]):
             self.known[call] = asked(self.experiment, request, self.run.params, scores)
         return self.known[call]
 
-    def _missed(self, version: int) -> Shift:
+    def _missed(self, version: int) -> BaseDelta:
         """What was added behind a version; a whole sum takes long, and most clients have the same version."""
         last = self.missed.get(version)
         if last is None:
-            last = self.run.shift.since(version)
+            last = self.run.base_delta.since(version)
             self.missed.clear()
             self.missed[version] = last
         return last
 
 
 def requests_for(
-    experiment: Experiment, run: Run, cohort: Sequence[str], everyone: Ctx, scores: Tree | None = None
+    experiment: Experiment, run: ServerState, cohort: Sequence[str], everyone: RoundContext, scores: Tree | None = None
 ) -> Requests:
     """What each client of the cohort is sent. `scores`: of an evaluation, the sums over no records."""
     return Requests(experiment, run, {client: slot for slot, client in enumerate(cohort)}, everyone, scores)
 
 
-def empty_total(stages: Sequence[Stage], run: Run, everyone: Ctx) -> Update:
+def empty_total(stages: Sequence[Stage], run: ServerState, everyone: RoundContext) -> Update:
     """A zero delta of weight 0 in the shape of the broadcast; without leaves where clients send another shape."""
     if any(stage.reshapes for stage in stages):
         return Update({"delta": Part({}, 0.0)})
-    params, _ = down(stages, run.params, run.states, everyone)
+    params, _ = broadcast_all(stages, run.params, run.states, everyone)
     return Update({"delta": Part(tree.zeros_like(params), 0.0)})
 
 
 def evaluate(
-    run: Run, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit, scores: Tree | None = None
+    run: ServerState, experiment: Experiment, clients: Sequence[str], call: Call, emit: Emit, scores: Tree | None = None
 ) -> tuple[Tree, dict[str, Figures]]:
     """Ask all clients for the scores of the current parameters: their sums in all, and by client where shown.
 
     Its round is the number of complete rounds: clients answer with what they remember after them. `scores`: the sums
     over no records, which say what a reply may hold; None: this is not known.
     """
-    everyone = Ctx(run.round, run.key.fold("evaluate"), len(clients), len(clients), experiment.rounds)
-    watch = Watch(call, emit, run.round, not experiment.demands.secrecy)
+    everyone = RoundContext(run.round, run.key.fold("evaluate"), len(clients), len(clients), experiment.rounds)
+    watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy)
     requests = requests_for(experiment, run, clients, everyone, scores)
     total = experiment.aggregator.reduce(watch, requests, name="evaluate")
-    total, _ = merge(experiment.trip, total, run.params, run.states, everyone)
+    total, _ = decode_all(experiment.pipeline, total, run.params, run.states, everyone)
     return _tree(total, "metrics"), watch.scores
 
 
-def start(experiment: Experiment, initial: Tree) -> Run:
+def initial_state(experiment: Experiment, initial: Tree) -> ServerState:
     """The state before the first round."""
     shared = {name: leaf for name, leaf in initial.items() if experiment.task.scope.shares(name)}
-    return Run(params=tree.bundled(shared), states=tuple({} for _ in experiment.trip), round=0, key=experiment.key)
+    return ServerState(
+        params=tree.flatten(shared), states=tuple({} for _ in experiment.pipeline), round=0, key=experiment.key
+    )
 
 
 def _tree(update: Update, part: str) -> Tree:

@@ -42,20 +42,20 @@ from fedllm.messages.call import Call
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.runs import server_round
 from fedllm.runs.artifacts import summary, write_adapters, write_summary
-from fedllm.runs.baselines import Comparison
+from fedllm.runs.baselines import Baselines
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.continuation import Origin, hand_over, warnings
 from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs
 from fedllm.runs.folder import Folder, versions
-from fedllm.runs.monitor import Observer
-from fedllm.runs.resource_usage import Ledger, elapsed, limit_reached
-from fedllm.runs.state import Run
+from fedllm.runs.monitor import RoundMonitor
+from fedllm.runs.resource_usage import TrafficMeter, elapsed, limit_reached
+from fedllm.runs.state import ServerState
 from fedllm.tensors import tree
 
 
 @dataclass(eq=False)
-class Session:
+class RunSession:
     """`state` is that of the last complete round; it changes in one step, with all that belongs to the round. `began`:
     when the command did, in seconds since the epoch."""
 
@@ -64,15 +64,15 @@ class Session:
     model: LoadedModel
     population: Population
     log: Log
-    ledger: Ledger
-    state: Run
+    ledger: TrafficMeter
+    state: ServerState
     began: float
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.experiment.limits.keep_last)
         self.store = ClientStore(self.folder.memories)
-        self.comparison = Comparison(self.experiment, self.model, self.population, self.log)
-        self.observer = Observer.of(self.experiment, self.model, self.population.clients)
+        self.comparison = Baselines(self.experiment, self.model, self.population, self.log)
+        self.observer = RoundMonitor.of(self.experiment, self.model, self.population.clients)
 
     def begin(self, *, engine: str, name: str) -> None:
         """The events of the start, the base's scores, and checkpoint 0."""
@@ -103,7 +103,7 @@ class Session:
                 clients=len(self.population.clients),
                 trainable=tree.num_values(self.state.params),
                 settings=dump(self.experiment),
-                versions={**versions(), **self.model.computed_by},
+                versions={**versions(), **self.model.backend},
                 seconds=self._before(),
             ),
             report,
@@ -209,13 +209,13 @@ class Session:
 
     def _round(self, call: Call) -> None:
         began, exp = perf_counter(), self.experiment
-        self.ledger.take()
+        self.ledger.reset()
         observer = self.observer
         cohort = observer.cohort() if observer is not None else None
         witness = partial(observer.seen, cohort) if observer is not None and cohort is not None else None
-        state, result = server_round.one_round(self.state, exp, self.population.clients, call, self.log, witness)
+        state, result = server_round.run_round(self.state, exp, self.population.clients, call, self.log, witness)
         state = replace(state, remembered={**state.remembered, **self.store.newest(result.cohort, state.round)})
-        sent, seconds = self.ledger.take(), perf_counter() - began
+        sent, seconds = self.ledger.reset(), perf_counter() - began
         sent = replace(sent, tokens=result.tokens, computed=result.computed, seconds=seconds)
         state = replace(state, totals=state.totals.plus(sent))
         last = state.round == exp.rounds or bool(limit_reached(exp, state))
@@ -225,7 +225,7 @@ class Session:
             scored = self._evaluated(state, call)
             if isinstance(scored, Evaluated):
                 state = replace(state, best=best_of(state.best, scored, exp.evaluation))
-            state = replace(state, totals=state.totals.plus(self.ledger.take()))
+            state = replace(state, totals=state.totals.plus(self.ledger.reset()))
             events.append(scored)
         finished = RoundFinished(
             round=self.state.round,
@@ -237,12 +237,12 @@ class Session:
             seconds=round(sent.seconds, 4),
             note=result.note,
         )
-        closed = [finished] if observer is None else observer.closed(cohort, result.came_to(state), finished)
+        closed = [finished] if observer is None else observer.end_round(cohort, result.came_to(state), finished)
         best = state.best is not None and state.best[0] == state.round
         save = last or best or state.round % exp.limits.checkpoint_every == 0
         self._complete(state, [*events, *closed], save=save)
 
-    def _complete(self, state: Run, events: Sequence[Event], *, save: bool) -> None:
+    def _complete(self, state: ServerState, events: Sequence[Event], *, save: bool) -> None:
         """Make the state durable, then say so."""
         events = [*events, CheckpointSaved(state.round)] if save else events
         self.state = replace(state, pending=[to_json(event) for event in events])
@@ -251,7 +251,7 @@ class Session:
         for event in events:
             self.log(event)
 
-    def _evaluated(self, state: Run, call: Call) -> Event:
+    def _evaluated(self, state: ServerState, call: Call) -> Event:
         """The scores after a round, or why there are none: they never cost a run its rounds.
 
         Raises:
@@ -264,7 +264,7 @@ class Session:
         except Exception as error:
             return Warned(f"the evaluation after round {state.round} has no figures: {reason(error)}", state.round - 1)
 
-    def _evaluate(self, state: Run, call: Call) -> Evaluated:
+    def _evaluate(self, state: ServerState, call: Call) -> Evaluated:
         scorer = Scorer.of(self.experiment, self.population)
         asked = scorer.add_up((), {})
         total, clients = server_round.evaluate(state, self.experiment, self.population.clients, call, self.log, asked)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedllm.rng import Key
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 
@@ -32,7 +32,7 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Run:
+class ServerState:
     """The server's state after `round` complete rounds.
 
     `best` is (completed rounds, value) of the best evaluation so far; `pending` are events, as the log writes them,
@@ -48,6 +48,6 @@ class Run:
     totals: Totals = Totals()
     best: tuple[int, float] | None = None
     pending: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    shift: Shift = Shift()
+    base_delta: BaseDelta = BaseDelta()
     seen: Mapping[str, int] = field(default_factory=dict)
     remembered: Mapping[str, int] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import ClassVar
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.tensors.tree import Tree
 
@@ -89,15 +89,15 @@ class Stage:
         """Local optimisers that the method's derivation covers; None: any."""
         return None
 
-    def moves(self, name: str, round: int) -> bool:
+    def trains_in_round(self, name: str, round: int) -> bool:
         """Whether a leaf that the scope trains does so in this round."""
         return True
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """Server, down: (parameters to send, extra for this stage's `receive`)."""
         return params, {}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Client, down: (parameters to start from, scratch)."""
         return params, {}
 
@@ -105,10 +105,10 @@ class Stage:
         """Client, each local step, before the optimiser."""
         return grads
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Client, up: (update, memory for its next round). Parts that are not there are passed on."""
         return update, memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Server, after the sum: (update, state). Creates its state at first use."""
         return total, state

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Received:
     """What `receive` left behind, per stage: the scratch, and the names that the stage saw."""
 
     scratch: tuple[Tree, ...]
     names: tuple[frozenset[str], ...]
 
 
-def down(stages: Sequence[Stage], params: Tree, states: Sequence[Tree], ctx: Ctx) -> tuple[Tree, tuple[Tree, ...]]:
+def broadcast_all(
+    stages: Sequence[Stage], params: Tree, states: Sequence[Tree], ctx: RoundContext
+) -> tuple[Tree, tuple[Tree, ...]]:
     """Fold of `broadcast`, in order: what a client is sent."""
     extras = []
     for stage, state in zip(stages, states, strict=True):
@@ -28,9 +30,9 @@ def down(stages: Sequence[Stage], params: Tree, states: Sequence[Tree], ctx: Ctx
     return params, tuple(extras)
 
 
-def arrive(
-    stages: Sequence[Stage], params: Tree, extras: Sequence[Tree], memories: Sequence[Tree], local: Local
-) -> tuple[Tree, Arrival]:
+def receive_all(
+    stages: Sequence[Stage], params: Tree, extras: Sequence[Tree], memories: Sequence[Tree], local: ClientContext
+) -> tuple[Tree, Received]:
     """Fold of `receive`, in reverse order: where a client starts."""
     scratch: list[Tree] = []
     names: list[frozenset[str]] = []
@@ -38,15 +40,15 @@ def arrive(
         params, kept = stage.receive(params, extra, memory, local)
         scratch.append(kept)
         names.append(frozenset(params))
-    return params, Arrival(tuple(reversed(scratch)), tuple(reversed(names)))
+    return params, Received(tuple(reversed(scratch)), tuple(reversed(names)))
 
 
-def hooked(stages: Sequence[Stage]) -> bool:
+def changes_gradients(stages: Sequence[Stage]) -> bool:
     """True if a stage changes gradients."""
     return any(type(stage).grads is not Stage.grads for stage in stages)
 
 
-def adjust(stages: Sequence[Stage], arrival: Arrival, grads: Tree, params: Tree) -> Tree:
+def adjust_grads(stages: Sequence[Stage], arrival: Received, grads: Tree, params: Tree) -> Tree:
     """Fold of `grads`, in order. A stage sees the leaves that passed through its `receive`, no others."""
     for stage, scratch, names in zip(stages, arrival.scratch, arrival.names, strict=True):
         if type(stage).grads is not Stage.grads:
@@ -56,8 +58,8 @@ def adjust(stages: Sequence[Stage], arrival: Arrival, grads: Tree, params: Tree)
     return grads
 
 
-def up(
-    stages: Sequence[Stage], update: Update, arrival: Arrival, memories: Sequence[Tree], local: Local
+def encode_all(
+    stages: Sequence[Stage], update: Update, arrival: Received, memories: Sequence[Tree], local: ClientContext
 ) -> tuple[Update, tuple[Tree, ...]]:
     """Fold of `encode`, in order: what a client sends, and its memories for the next round."""
     kept = []
@@ -67,8 +69,8 @@ def up(
     return update, tuple(kept)
 
 
-def merge(
-    stages: Sequence[Stage], total: Update, params: Tree, states: Sequence[Tree], ctx: Ctx
+def decode_all(
+    stages: Sequence[Stage], total: Update, params: Tree, states: Sequence[Tree], ctx: RoundContext
 ) -> tuple[Update, tuple[Tree, ...]]:
     """Fold of `decode`, in reverse order: the sum becomes the step of the server."""
     kept: list[Tree] = []

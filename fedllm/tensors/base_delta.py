@@ -23,7 +23,7 @@ Steps = dict[int, Tree]
 
 
 @dataclass(frozen=True, eq=False)
-class Shift:
+class BaseDelta:
     """What is added to the frozen weights behind version `after`.
 
     `steps[v]` holds leaves of version v, in float32 or wider: `LAYER.lora_B` (out, R) and `LAYER.lora_A` (R, in), whose
@@ -39,12 +39,12 @@ class Shift:
         """The newest."""
         return max(self.steps, default=self.after)
 
-    def stepped(self, version: int, added: Mapping[str, Tensor]) -> Shift:
+    def stepped(self, version: int, added: Mapping[str, Tensor]) -> BaseDelta:
         """With factors that a new version adds."""
         assert version > self.version, (version, self.version)
-        return Shift(_thinned({**self.steps, version: dict(added)}), self.after)
+        return BaseDelta(_thinned({**self.steps, version: dict(added)}), self.after)
 
-    def since(self, version: int) -> Shift:
+    def since(self, version: int) -> BaseDelta:
         """What somebody lacks who has this version: factors, or the whole sum of a layer whose factors are gone."""
         found: Steps = {}
         for layer in _layers(self.steps):
@@ -55,9 +55,9 @@ class Shift:
             for at, leaves in self.steps.items():
                 if at > version and f"{layer}.{low_rank.A}" in leaves:
                     found.setdefault(at, {}).update({n: leaves[n] for n in _parts(layer) if n in leaves})
-        return Shift(dict(sorted(found.items())), version)
+        return BaseDelta(dict(sorted(found.items())), version)
 
-    def joined(self, later: Shift) -> Shift:
+    def joined(self, later: BaseDelta) -> BaseDelta:
         """With what `later` adds, as far as it is new: later.after <= version."""
         assert later.after <= self.version, (later.after, self.version)
         found = {at: dict(leaves) for at, leaves in self.steps.items()}
@@ -66,16 +66,16 @@ class Shift:
                 if name.endswith(f".{low_rank.PRODUCT}"):
                     _forget(found, name.removesuffix(f".{low_rank.PRODUCT}"))
                 found.setdefault(at, {})[name] = leaf
-        return Shift(_thinned({at: leaves for at, leaves in sorted(found.items()) if leaves}), self.after)
+        return BaseDelta(_thinned({at: leaves for at, leaves in sorted(found.items()) if leaves}), self.after)
 
     def joined_trees(self) -> Tree:
         """All leaves as one tree: `shift3/LEAF` of version 3."""
-        return tree.join(**{f"shift{at}": leaves for at, leaves in self.steps.items()})
+        return tree.add_prefix(**{f"shift{at}": leaves for at, leaves in self.steps.items()})
 
     @staticmethod
-    def of(joined: Mapping[str, Tensor], versions: Sequence[int], after: int = 0) -> Shift:
+    def of(joined: Mapping[str, Tensor], versions: Sequence[int], after: int = 0) -> BaseDelta:
         """From what `joined_trees` made."""
-        return Shift({at: tree.branch(joined, f"shift{at}") for at in versions}, after)
+        return BaseDelta({at: tree.select_prefix(joined, f"shift{at}") for at in versions}, after)
 
     @property
     def num_bytes(self) -> int:
@@ -99,7 +99,7 @@ class Shift:
         for layer in self.layers():
             pairs = [low_rank.pair(found, layer), *_pairs(self.steps, layer)]
             b, a = torch.cat([b.to(pairs[0][0]) for b, _ in pairs], 1), torch.cat([a.to(pairs[0][1]) for _, a in pairs])
-            found |= low_rank.named(layer, b, a)
+            found |= low_rank.layer_leaves(layer, b, a)
         return found
 
 
@@ -122,7 +122,7 @@ def _as_factors(whole: Tensor) -> low_rank.Pair:
 
 def _spread(leaves: Tree, layer: str) -> Tensor:
     b, a = low_rank.pair(leaves, layer)
-    return sparse_mask.spread(layer, leaves[f"{layer}.{low_rank.SPARSE}"], (len(b), a.shape[1]))
+    return sparse_mask.scatter(layer, leaves[f"{layer}.{low_rank.SPARSE}"], (len(b), a.shape[1]))
 
 
 def _parts(layer: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from fedllm.tensors.layout import ALIGNMENT, Form, Place, Places, Shape, placed
+from fedllm.tensors.layout import ALIGNMENT, LeafSpec, Place, Shape, TreeLayout, layout_of
 
 if TYPE_CHECKING:
     from _collections_abc import dict_items, dict_values
@@ -25,14 +25,14 @@ Leaves = dict[str, Tensor]
 _UNMADE: Any = object()
 
 
-class Bundle(Leaves):
+class FlatTree(Leaves):
     """A tree whose leaves are views of `blocks` (1-d; the leaves of a block share dtype and device).
 
     Zeros lie between them. A view is made when it is first asked for: most trees are passed on, or computed with, block
     by block. It cannot be given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], layout: Places) -> None:
+    def __init__(self, blocks: Sequence[Tensor], layout: TreeLayout) -> None:
         super().__init__(dict.fromkeys(layout, _UNMADE))
         self.blocks, self.layout = blocks, layout
 
@@ -64,7 +64,7 @@ class Bundle(Leaves):
         return {**self, **other}
 
     def __eq__(self, other: object) -> bool:
-        return self._made() == (other._made() if isinstance(other, Bundle) else other)
+        return self._made() == (other._made() if isinstance(other, FlatTree) else other)
 
     __hash__ = None
 
@@ -80,34 +80,34 @@ class Bundle(Leaves):
 
     def alike(self, other: Mapping[str, Tensor]) -> bool:
         """True if the other one is a bundle with the same leaves at the same places."""
-        if not isinstance(other, Bundle) or not (self.layout is other.layout or self.layout == other.layout):
+        if not isinstance(other, FlatTree) or not (self.layout is other.layout or self.layout == other.layout):
             return False
         return all(
             mine.dtype == theirs.dtype and mine.device == theirs.device
             for mine, theirs in zip(self.blocks, other.blocks, strict=True)
         )
 
-    def ordered(self, names: Iterable[str]) -> Bundle:
+    def ordered(self, names: Iterable[str]) -> FlatTree:
         """The same leaves, listed in another order."""
         layout = self.layout.ordered(tuple(names))
-        return self if layout is self.layout else Bundle(self.blocks, layout)
+        return self if layout is self.layout else FlatTree(self.blocks, layout)
 
     @property
-    def forms(self) -> Mapping[str, Form]:
+    def forms(self) -> Mapping[str, LeafSpec]:
         """Of each leaf its type and shape."""
         return self.layout.forms(tuple(block.dtype for block in self.blocks))
 
-    def stacked(self) -> Bundle:
+    def stacked(self) -> FlatTree:
         """A copy whose leaves are (1, ...)."""
-        return Bundle([block.clone() for block in self.blocks], self.layout.stacked)
+        return FlatTree([block.clone() for block in self.blocks], self.layout.stacked)
 
-    def unstacked(self) -> Bundle | None:
+    def unstacked(self) -> FlatTree | None:
         """The leaves (1, ...) as (...), in the same memory; None if one is of another shape."""
         layout = self.layout.unstacked
-        return None if layout is None else Bundle(self.blocks, layout)
+        return None if layout is None else FlatTree(self.blocks, layout)
 
-    def __reduce__(self) -> tuple[type[Bundle], tuple[Sequence[Tensor], Places]]:
-        return Bundle, (self.blocks, self.layout)  # a deep copy has blocks of its own
+    def __reduce__(self) -> tuple[type[FlatTree], tuple[Sequence[Tensor], TreeLayout]]:
+        return FlatTree, (self.blocks, self.layout)  # a deep copy has blocks of its own
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
         raise TypeError("the leaves of a bundle are views of its blocks; change dict(bundle) instead")
@@ -115,23 +115,23 @@ class Bundle(Leaves):
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
 
-def forms(tree: Mapping[str, Tensor]) -> Mapping[str, Form]:
+def forms(tree: Mapping[str, Tensor]) -> Mapping[str, LeafSpec]:
     """Of each leaf its type and shape."""
-    if isinstance(tree, Bundle):
+    if isinstance(tree, FlatTree):
         return tree.forms
     return {name: (leaf.dtype, leaf.shape) for name, leaf in tree.items()}
 
 
-def bundled(tree: Mapping[str, Tensor]) -> Leaves:
+def flatten(tree: Mapping[str, Tensor]) -> Leaves:
     """A copy of the tree in blocks; the tree itself where its leaves are so large that this saves less than half of the
     calls. Where a leaf lies depends on the names, shapes and types alone, not on the order in which they come."""
-    if isinstance(tree, Bundle):
+    if isinstance(tree, FlatTree):
         return tree
-    layout, kinds, sizes = placed({name: (leaf.shape, (leaf.dtype, leaf.device)) for name, leaf in tree.items()})
+    layout, kinds, sizes = layout_of({name: (leaf.shape, (leaf.dtype, leaf.device)) for name, leaf in tree.items()})
     if not _pays(layout, sizes):
         return dict(tree)
     blocks = [torch.zeros(size, dtype=dtype, device=device) for size, (dtype, device) in zip(sizes, kinds, strict=True)]
-    bundle = Bundle(blocks, layout)
+    bundle = FlatTree(blocks, layout)
     for name, leaf in tree.items():
         bundle[name].copy_(leaf.detach())
     return bundle
@@ -139,7 +139,7 @@ def bundled(tree: Mapping[str, Tensor]) -> Leaves:
 
 def of_bytes(leaves: Mapping[str, tuple[Shape, torch.dtype, memoryview]]) -> Leaves:
     """A tree of its own from a copy of each leaf's bytes; `bundled`."""
-    layout, kinds, sizes = placed({name: (shape, (dtype, CPU)) for name, (shape, dtype, _) in leaves.items()})
+    layout, kinds, sizes = layout_of({name: (shape, (dtype, CPU)) for name, (shape, dtype, _) in leaves.items()})
     if not _pays(layout, sizes):
         return {name: _tensor(*leaf) for name, leaf in leaves.items()}
     blocks = [torch.empty(size, dtype=dtype) for size, (dtype, _) in zip(sizes, kinds, strict=True)]
@@ -150,12 +150,12 @@ def of_bytes(leaves: Mapping[str, tuple[Shape, torch.dtype, memoryview]]) -> Lea
         memory[n][start:end] = data
         if rest := -len(data) % ALIGNMENT:
             memory[n][end : end + rest] = bytes(rest)
-    return Bundle(blocks, layout)
+    return FlatTree(blocks, layout)
 
 
 def in_bytes(tree: Mapping[str, Tensor]) -> Iterator[memoryview]:
     """The bytes of each leaf, row by row: its own memory where it is contiguous and on the CPU, else a copy."""
-    if not isinstance(tree, Bundle):
+    if not isinstance(tree, FlatTree):
         yield from (_bytes(leaf) for leaf in tree.values())
         return
     blocks = [(_bytes(block), block.element_size()) for block in tree.blocks]
@@ -186,16 +186,16 @@ def elementwise(function: Callable[..., Tensor], tree: Mapping[str, Tensor], *ot
     What it makes of a value must not depend on the values beside it, nor on their number, to the last bit; and it makes
     zeros of zeros.
     """
-    if isinstance(tree, Bundle) and all(tree.alike(other) for other in others):
-        columns = zip(tree.blocks, *(other.blocks for other in others if isinstance(other, Bundle)), strict=True)
-        return Bundle([function(*column) for column in columns], tree.layout)
+    if isinstance(tree, FlatTree) and all(tree.alike(other) for other in others):
+        columns = zip(tree.blocks, *(other.blocks for other in others if isinstance(other, FlatTree)), strict=True)
+        return FlatTree([function(*column) for column in columns], tree.layout)
     return {name: function(leaf, *(other[name] for other in others)) for name, leaf in tree.items()}
 
 
 def copy_into(tree: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Give the leaves of `tree` the values of the same leaves of `source`, in place."""
     pairs = ((leaf, source[name]) for name, leaf in tree.items())
-    if isinstance(tree, Bundle) and isinstance(source, Bundle) and tree.alike(source):
+    if isinstance(tree, FlatTree) and isinstance(source, FlatTree) and tree.alike(source):
         pairs = zip(tree.blocks, source.blocks, strict=True)  # type: ignore[assignment]
     for mine, other in pairs:
         mine.copy_(other)

@@ -21,11 +21,11 @@ BLOCK_BYTES = 1 << 20  # malloc maps larger ones anew for each result, which cos
 Shape = tuple[int, ...]
 Place = tuple[int, Shape, Shape, int]  # block, shape, strides, offset in the block
 Kind = tuple[torch.dtype, torch.device]
-Form = tuple[torch.dtype, torch.Size]
+LeafSpec = tuple[torch.dtype, torch.Size]
 Found = TypeVar("Found")
 
 
-class Places(dict[str, Place]):
+class TreeLayout(dict[str, Place]):
     """Where the leaves of bundles lie. It is not changed: what follows from it is worked out once for all of them."""
 
     @cached_property
@@ -34,41 +34,41 @@ class Places(dict[str, Place]):
         return {name: torch.Size(shape) for name, (_, shape, _, _) in self.items()}
 
     @cached_property
-    def stacked(self) -> Places:
+    def stacked(self) -> TreeLayout:
         """With leaves (1, ...)."""
-        return Places(
+        return TreeLayout(
             {name: (n, (1, *shape), (math.prod(shape), *strides), at) for name, (n, shape, strides, at) in self.items()}
         )
 
     @cached_property
-    def unstacked(self) -> Places | None:
+    def unstacked(self) -> TreeLayout | None:
         """The leaves (1, ...) as (...); None if one is of another shape."""
         if any(shape[:1] != (1,) for _, shape, _, _ in self.values()):
             return None
-        return Places({name: (n, shape[1:], strides[1:], at) for name, (n, shape, strides, at) in self.items()})
+        return TreeLayout({name: (n, shape[1:], strides[1:], at) for name, (n, shape, strides, at) in self.items()})
 
-    def forms(self, dtypes: tuple[torch.dtype, ...]) -> Mapping[str, Form]:
+    def forms(self, dtypes: tuple[torch.dtype, ...]) -> Mapping[str, LeafSpec]:
         """Of each leaf its type and shape, in blocks of some types."""
         if dtypes not in self._forms:
             self._forms[dtypes] = {name: (dtypes[self[name][0]], shape) for name, shape in self.shapes.items()}
         return self._forms[dtypes]
 
-    def ordered(self, names: tuple[str, ...]) -> Places:
+    def ordered(self, names: tuple[str, ...]) -> TreeLayout:
         """The same, listed in another order."""
         if names not in self._orders:
-            self._orders[names] = self if names == tuple(self) else Places({name: self[name] for name in names})
+            self._orders[names] = self if names == tuple(self) else TreeLayout({name: self[name] for name in names})
         return self._orders[names]
 
     @cached_property
-    def _forms(self) -> dict[tuple[torch.dtype, ...], Mapping[str, Form]]:
+    def _forms(self) -> dict[tuple[torch.dtype, ...], Mapping[str, LeafSpec]]:
         return {}
 
     @cached_property
-    def _orders(self) -> dict[tuple[str, ...], Places]:
+    def _orders(self) -> dict[tuple[str, ...], TreeLayout]:
         return {}
 
 
-def placed(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[Places, Sequence[Kind], Sequence[int]]:
+def layout_of(leaves: Mapping[str, tuple[Shape, Kind]]) -> tuple[TreeLayout, Sequence[Kind], Sequence[int]]:
     """The place of each leaf, and of each block its kind and its size in values."""
     return remembered(_placed, sum(map(len, leaves)))(tuple(leaves.items()), BLOCK_BYTES)
 
@@ -81,7 +81,7 @@ def remembered(function: Cached[Found], letters: int) -> Callable[..., Found]:
 @lru_cache(maxsize=64)  # a round's trees have few forms
 def _placed(
     leaves: tuple[tuple[str, tuple[Shape, Kind]], ...], most: int
-) -> tuple[Places, tuple[Kind, ...], tuple[int, ...]]:
+) -> tuple[TreeLayout, tuple[Kind, ...], tuple[int, ...]]:
     layout: dict[str, Place] = {}
     kinds: list[Kind] = []
     sizes: list[int] = []
@@ -92,7 +92,7 @@ def _placed(
             sizes.append(0)
         layout[name] = (len(sizes) - 1, tuple(shape), _strides(shape), sizes[-1])
         sizes[-1] += -(-size * bytes_each // ALIGNMENT) * ALIGNMENT // bytes_each
-    return Places({name: layout[name] for name, _ in leaves}), tuple(kinds), tuple(sizes)
+    return TreeLayout({name: layout[name] for name, _ in leaves}), tuple(kinds), tuple(sizes)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedllm.errors import RunError
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import Packing, Window
+from fedllm.tensors.wire_format import Window, WireFormat
 
 A, B = "lora_A", "lora_B"
 SPARSE = "lora_sparse"  # a layer's leaf of values at its places, beside the factors
@@ -32,13 +32,13 @@ def pair(leaves: Mapping[str, Tensor], layer: str) -> Pair:
     return leaves[f"{layer}.{B}"], leaves[f"{layer}.{A}"]
 
 
-def after(start: Mapping[str, Tensor], delta: Mapping[str, Tensor], layer: str) -> Pair:
+def merged_factors(start: Mapping[str, Tensor], delta: Mapping[str, Tensor], layer: str) -> Pair:
     """B and A of a layer once they have moved; a factor that the delta lacks stands still."""
     b, a = (start[name] + delta[name] if name in delta else start[name] for name in (f"{layer}.{B}", f"{layer}.{A}"))
     return b, a
 
 
-def named(layer: str, b: Tensor, a: Tensor) -> Tree:
+def layer_leaves(layer: str, b: Tensor, a: Tensor) -> Tree:
     """The leaves of a layer."""
     return {f"{layer}.{A}": a, f"{layer}.{B}": b}
 
@@ -50,7 +50,7 @@ def sliced(leaves: Mapping[str, Tensor], rank: int | None) -> Tree:
     return {name: leaf[_first(name, leaf, rank)] for name, leaf in leaves.items()}
 
 
-def padded(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[Tree, Packing]:
+def padded(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[Tree, WireFormat]:
     """The leaves with zeros for the components that they lack of `whole`, and a packing that does not send these."""
     found: Tree = {}
     windows: dict[str, Window] = {}
@@ -60,7 +60,7 @@ def padded(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[T
         found[name][tuple(map(slice, leaf.shape))] = leaf
         windows[name] = tuple((0, size) for size in leaf.shape)
     same = all(found[name].shape == leaf.shape for name, leaf in leaves.items())
-    return (dict(leaves), Packing()) if same else (found, Packing(windows=windows))
+    return (dict(leaves), WireFormat()) if same else (found, WireFormat(windows=windows))
 
 
 def is_factor(name: str) -> bool:
@@ -68,32 +68,32 @@ def is_factor(name: str) -> bool:
     return name.endswith((A, B))
 
 
-def axis(name: str) -> int:
+def component_axis(name: str) -> int:
     """The axis of a factor's components."""
     return 1 if name.endswith(B) else 0
 
 
-def along(name: str, share: Tensor) -> Tensor:
+def per_component(name: str, share: Tensor) -> Tensor:
     """A number for each component (rank,), in the shape that multiplies a factor."""
     return share if name.endswith(B) else share[:, None]
 
 
-def holders(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tree:
+def component_mask(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Tree:
     """Of each factor of `leaves`, ones for the components that it has of `whole`, (rank of whole,)."""
     return {
-        name: (torch.arange(whole[name].shape[axis(name)]) < leaf.shape[axis(name)]).to(leaf.dtype)
+        name: (torch.arange(whole[name].shape[component_axis(name)]) < leaf.shape[component_axis(name)]).to(leaf.dtype)
         for name, leaf in leaves.items()
         if is_factor(name)
     }
 
 
-def faded(name: str, delta: Tensor, param: Tensor, share: Tensor, answered: float = 1.0) -> Tensor:
+def padded_mean_step(name: str, delta: Tensor, param: Tensor, share: Tensor, answered: float = 1.0) -> Tensor:
     """The step to the mean of zero-padded factors, from the mean of their padded deltas.
 
     `share` (rank,): the weights of those who have a component, over all weights; who lacks it counts with zeros.
     `answered`: the weights of all who answered, over all weights; who did not answer counts with the old value.
     """
-    return delta + (along(name, share) - answered) * param
+    return delta + (per_component(name, share) - answered) * param
 
 
 def norm(leaves: Mapping[str, Tensor]) -> float:
@@ -126,7 +126,7 @@ def truncated(b: Tensor, a: Tensor, rank: int, where: str) -> Pair:
     return new_b, new_a
 
 
-def principal(weight: Tensor, rank: int) -> Pair:
+def top_singular(weight: Tensor, rank: int) -> Pair:
     """U (out, rank) and S V^T = U^T W (rank, in) of the largest singular values of W (out, in), rank <= min(out, in).
 
     From the eigenvectors of W W^T or W^T W, whichever is smaller, in float64. Of each component the largest entry of
@@ -145,7 +145,7 @@ def principal(weight: Tensor, rank: int) -> Pair:
     return b * sign, sign[:, None] * a
 
 
-def balanced(b: Tensor, a: Tensor, scale: float) -> Pair:
+def balanced_svd(b: Tensor, a: Tensor, scale: float) -> Pair:
     """From U and S V^T to B and A with scale B A = U S V^T, each with the roots of S / scale.
 
     b (out, rank) with columns of length one; a (rank, in).
@@ -154,7 +154,7 @@ def balanced(b: Tensor, a: Tensor, scale: float) -> Pair:
     return b * root, a / (scale * root.clamp(min=torch.finfo(a.dtype).tiny))[:, None]
 
 
-def best(product: Tensor, rank: int, where: str) -> Pair:
+def best_rank_r(product: Tensor, rank: int, where: str) -> Pair:
     """The same from the product (out, in) itself, rank <= min(out, in)."""
     require_finite(where, product)
     u, s, v = torch.linalg.svd(product.double(), full_matrices=False)

@@ -19,7 +19,7 @@ import torch
 
 from fedllm.errors import WireError
 from fedllm.tensors.flat_tree import forms, in_bytes, of_bytes
-from fedllm.tensors.layout import Form, Shape, remembered
+from fedllm.tensors.layout import LeafSpec, Shape, remembered
 from fedllm.tensors.tree import Tree
 
 # In the order in which a file holds them.
@@ -45,7 +45,7 @@ OPENING = f'{{"{METADATA}":'
 Entry = tuple[str, str, Shape, torch.dtype, int, int]  # prefix, name, and where its bytes begin and end
 
 
-def written(trees: Mapping[str, Tree], text: str) -> bytes:
+def to_bytes(trees: Mapping[str, Tree], text: str) -> bytes:
     """The file of some trees by their prefixes, and of a text; byte for byte as safetensors writes it."""
     letters = sum(len(name) for tree in trees.values() for name in tree)
     known = tuple((prefix, tuple(forms(tree).items())) for prefix, tree in trees.items())
@@ -57,7 +57,7 @@ def written(trees: Mapping[str, Tree], text: str) -> bytes:
     return b"".join([len(head).to_bytes(8, "little"), head, *(memory[place] for place in order)])
 
 
-def read(data: bytes) -> tuple[str, defaultdict[str, Tree]]:
+def from_bytes(data: bytes) -> tuple[str, defaultdict[str, Tree]]:
     """The text of a file, and its trees in memory of their own.
 
     Raises:
@@ -92,7 +92,7 @@ def num_values(shape: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=16)
-def _listed(trees: tuple[tuple[str, tuple[tuple[str, Form], ...]], ...]) -> tuple[Sequence[int], str]:
+def _listed(trees: tuple[tuple[str, tuple[tuple[str, LeafSpec], ...]], ...]) -> tuple[Sequence[int], str]:
     """The order in which the leaves of some trees stand in a file, and their entries in its header."""
     leaves = [(f"{prefix}/{name}", *form) for prefix, leaves in trees for name, form in leaves]
     order = sorted(range(len(leaves)), key=lambda place: (PLACES[leaves[place][1]], leaves[place][0]))

@@ -21,19 +21,19 @@ def num_values(shape: tuple[int, int], density: float) -> int:
 
 
 @lru_cache(maxsize=1024)
-def places(layer: str, size: int, count: int) -> Tensor:
+def positions(layer: str, size: int, count: int) -> Tensor:
     """(count,): rising positions among `size` values, drawn without repeats."""
     generator = Key(0).fold("sparse", layer, size).generator()
     return torch.randperm(size, generator=generator)[:count].sort().values
 
 
-def spread(layer: str, values: Tensor, shape: tuple[int, int]) -> Tensor:
+def scatter(layer: str, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """(out, in): the values at the layer's places, zeros elsewhere."""
     whole = values.new_zeros(shape[0] * shape[1])
-    whole[places(layer, whole.numel(), len(values)).to(values.device)] = values
+    whole[positions(layer, whole.numel(), len(values)).to(values.device)] = values
     return whole.view(shape)
 
 
-def picked(layer: str, whole: Tensor, count: int) -> Tensor:
+def gather(layer: str, whole: Tensor, count: int) -> Tensor:
     """(count,): the values of (out, in) at the layer's places."""
-    return whole.reshape(-1)[places(layer, whole.numel(), count).to(whole.device)]
+    return whole.reshape(-1)[positions(layer, whole.numel(), count).to(whole.device)]

@@ -17,9 +17,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from fedllm.tensors.flat_tree import Bundle, bundled, elementwise, forms
+from fedllm.tensors.flat_tree import FlatTree, elementwise, flatten, forms
 
-__all__ = ["bundled", "forms"]
+__all__ = ["flatten", "forms"]
 
 Tree = dict[str, Tensor]
 
@@ -37,7 +37,7 @@ def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
 def add(left: Mapping[str, Tensor], right: Mapping[str, Tensor], scale: float = 1.0) -> Tree:
     """left + scale * right. Leaves that `right` lacks stay as they are; it may hold no others."""
     assert right.keys() <= left.keys(), sorted(right.keys() - left.keys())
-    if scale == 1.0 and isinstance(left, Bundle) and left.alike(right):
+    if scale == 1.0 and isinstance(left, FlatTree) and left.alike(right):
         return elementwise(torch.add, left, right)
     alpha = 1 if scale == 1.0 else scale  # a whole number, for integers take no other
     # leaf by leaf: in bfloat16 the last values of a tensor are rounded otherwise than the rest, if there is a scale
@@ -52,7 +52,7 @@ def sub(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Tree:
 def scale(tree: Mapping[str, Tensor], factor: float) -> Tree:
     """factor * tree. A factor of exactly 1 returns the leaves themselves."""
     if factor == 1.0:
-        return tree if isinstance(tree, Bundle) else dict(tree)
+        return tree if isinstance(tree, FlatTree) else dict(tree)
     return elementwise(lambda leaf: leaf * factor, tree)
 
 
@@ -64,7 +64,7 @@ def divide(tree: Mapping[str, Tensor], divisor: float) -> Tree:
 def add_(total: Tree, other: Mapping[str, Tensor]) -> None:
     """total += other, in place. Both hold the same leaves."""
     assert total.keys() == other.keys(), (sorted(total), sorted(other))
-    if isinstance(total, Bundle) and isinstance(other, Bundle) and total.alike(other):
+    if isinstance(total, FlatTree) and isinstance(other, FlatTree) and total.alike(other):
         for mine, theirs in zip(total.blocks, other.blocks, strict=True):
             mine.add_(theirs)
         return
@@ -74,7 +74,7 @@ def add_(total: Tree, other: Mapping[str, Tensor]) -> None:
 
 def to(tree: Mapping[str, Tensor], device: str) -> Tree:
     """The leaves on a device; those that are there already are not copied."""
-    if isinstance(tree, Bundle) and all(block.device == torch.device(device) for block in tree.blocks):
+    if isinstance(tree, FlatTree) and all(block.device == torch.device(device) for block in tree.blocks):
         return tree
     return elementwise(lambda leaf: leaf.to(device), tree)
 
@@ -82,14 +82,16 @@ def to(tree: Mapping[str, Tensor], device: str) -> Tree:
 def norm(tree: Mapping[str, Tensor]) -> float:
     """The 2-norm over all (floating) leaves together, in float64; the order of the leaves does not change its bits, but
     whether they are bundled may."""
-    parts = tree.blocks if isinstance(tree, Bundle) else [tree[name] for name in sorted(tree)]  # zeros are between them
+    parts = (
+        tree.blocks if isinstance(tree, FlatTree) else [tree[name] for name in sorted(tree)]
+    )  # zeros are between them
     return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
 
 
 def finite(tree: Mapping[str, Tensor]) -> bool:
     """True if no leaf holds a NaN or an infinity; both show in a sum, which is several times faster than a look at each
     value. Values whose sum overflows their type count as infinite."""
-    if isinstance(tree, Bundle) and _all_finite([block.dot(block) for block in tree.blocks]):
+    if isinstance(tree, FlatTree) and _all_finite([block.dot(block) for block in tree.blocks]):
         return True  # where a sum of squares is finite, so is the sum of each leaf; the inverse need not hold
     return _all_finite([leaf.sum() for leaf in tree.values()])
 
@@ -118,20 +120,20 @@ def num_values(tree: Mapping[str, Tensor]) -> int:
 def stack(trees: Iterable[Mapping[str, Tensor]]) -> Tree:
     """K trees of one shape to one tree whose leaves are (K, ...)."""
     listed = list(trees)
-    if len(listed) == 1 and isinstance(listed[0], Bundle):
+    if len(listed) == 1 and isinstance(listed[0], FlatTree):
         return listed[0].stacked()
     return {name: torch.stack([tree[name] for tree in listed]) for name in listed[0]}
 
 
 def unstack(stacked: Mapping[str, Tensor], index: int) -> Tree:
     """Client `index`'s view of a stacked tree."""
-    alone = stacked.unstacked() if isinstance(stacked, Bundle) and index == 0 else None
+    alone = stacked.unstacked() if isinstance(stacked, FlatTree) and index == 0 else None
     if alone is not None:
         return alone
     return {name: leaf[index] for name, leaf in stacked.items()}
 
 
-def separate(tree: Mapping[str, Tensor]) -> Tree:
+def detached_copies(tree: Mapping[str, Tensor]) -> Tree:
     """The same values on the CPU, contiguous, no leaf in another's memory: what can be written to a file."""
     found = map_leaves(lambda leaf: leaf.detach().cpu().contiguous(), tree)
     end = 0
@@ -144,20 +146,20 @@ def separate(tree: Mapping[str, Tensor]) -> Tree:
     return found
 
 
-def over(base: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Tree:
+def overlay(base: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Tree:
     """The leaves of `base`, in its order; those that `changes` has are taken from there."""
-    if isinstance(changes, Bundle) and changes.keys() == base.keys():
+    if isinstance(changes, FlatTree) and changes.keys() == base.keys():
         return changes.ordered(base)
     return {name: changes.get(name, leaf) for name, leaf in base.items()}
 
 
-def join(**branches: Mapping[str, Tensor]) -> Tree:
+def add_prefix(**branches: Mapping[str, Tensor]) -> Tree:
     """Several trees as one: leaf `n` of branch `b` becomes `b/n`. No branch has a "/" in its name, so none collide."""
     assert not any("/" in branch for branch in branches), sorted(branches)
     return {f"{branch}/{name}": leaf for branch, tree in branches.items() for name, leaf in tree.items()}
 
 
-def branch(joined: Mapping[str, Tensor], name: str) -> Tree:
+def select_prefix(joined: Mapping[str, Tensor], name: str) -> Tree:
     """One branch of a joined tree; empty if there is none."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): leaf for key, leaf in joined.items() if key.startswith(prefix)}

@@ -21,18 +21,18 @@ Box = tuple[tuple[int, int], ...]  # the range of each axis
 
 
 @dataclass(frozen=True)
-class Picks:
+class IndexSelection:
     """Rising places of one axis: rows of a matrix, or columns."""
 
     axis: int
     places: tuple[int, ...]
 
 
-Window = Box | Picks
+Window = Box | IndexSelection
 
 
 @dataclass(frozen=True)
-class Packing:
+class WireFormat:
     """`bits` with one scale per block of `block` values of a leaf, or `sparse`; none of them is dense.
 
     Of a leaf in `windows` only that much is laid out, densely or in `bits`: the values of its blocks are the window's.
@@ -45,16 +45,16 @@ class Packing:
     windows: Mapping[str, Window] = field(default_factory=dict)
 
 
-DENSE = Packing()
-SPARSE = Packing(sparse=True)
+DENSE = WireFormat()
+SPARSE = WireFormat(sparse=True)
 
 
-def inside(leaf: Tensor, window: Window | None) -> Tensor:
+def read_window(leaf: Tensor, window: Window | None) -> Tensor:
     """The values in a leaf's window, in its order of axes. None: the leaf."""
     return leaf if window is None else leaf[_index(window)]
 
 
-def among_zeros(held: Tensor, window: Window | None, shape: torch.Size) -> Tensor:
+def write_window(held: Tensor, window: Window | None, shape: torch.Size) -> Tensor:
     """A leaf of zeros with `held` in its window. None: what is held is the leaf."""
     if window is None:
         return held
@@ -64,12 +64,12 @@ def among_zeros(held: Tensor, window: Window | None, shape: torch.Size) -> Tenso
 
 
 def _index(window: Window) -> tuple[slice | Tensor, ...]:
-    if isinstance(window, Picks):
+    if isinstance(window, IndexSelection):
         return (*[slice(None)] * window.axis, torch.tensor(window.places, dtype=torch.int64))
     return tuple(slice(*edges) for edges in window)
 
 
-def num_bytes(leaves: Mapping[str, Tensor], form: Packing) -> int:
+def num_bytes(leaves: Mapping[str, Tensor], form: WireFormat) -> int:
     """Bytes of the values of a part as they stand on the wire.
 
     A sparse leaf takes nnz (4 + itemsize); one of n values in `bits` takes ceil(n bits / 8) and its scales; one with a
@@ -85,10 +85,10 @@ def few_bits_bytes(count: int, bits: int, block: int, scale_size: int) -> int:
     return -(-count * bits // 8) + -(-count // block) * scale_size
 
 
-def _leaf_bytes(name: str, leaf: Tensor, form: Packing) -> int:
+def _leaf_bytes(name: str, leaf: Tensor, form: WireFormat) -> int:
     if form.sparse:
         return int(torch.count_nonzero(leaf)) * (4 + leaf.element_size())
-    leaf = inside(leaf, form.windows.get(name))
+    leaf = read_window(leaf, form.windows.get(name))
     if form.bits is not None and name in form.scales:
         return few_bits_bytes(leaf.numel(), form.bits, form.block, form.scales[name].element_size())
     return leaf.numel() * leaf.element_size()
@@ -99,7 +99,7 @@ def levels(bits: int) -> int:
     return max(1, (1 << (bits - 1)) - 1)
 
 
-def blocks(leaf: Tensor, block: int) -> Tensor:
+def quantization_blocks(leaf: Tensor, block: int) -> Tensor:
     """A leaf's values as rows of `block`, the last row filled up with zeros."""
     flat = leaf.reshape(-1)
     rows = -(-flat.numel() // block)
@@ -131,7 +131,7 @@ def rounded(rows: Tensor, bits: int, generator: torch.Generator) -> tuple[Tensor
 def codes(leaf: Tensor, scales: Tensor, block: int) -> Tensor:
     """The int8 codes of values that lie on the grid."""
     safe = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return torch.round(blocks(leaf, block) / safe[:, None]).to(torch.int8)
+    return torch.round(quantization_blocks(leaf, block) / safe[:, None]).to(torch.int8)
 
 
 def on_grid(squeezed: Iterable[Tensor], scales: Iterable[Tensor], bits: int) -> bool:
@@ -151,7 +151,7 @@ def on_grid(squeezed: Iterable[Tensor], scales: Iterable[Tensor], bits: int) -> 
 _OFF_GRID = {8: b"\x80", 4: bytes(byte for byte in range(256) if 8 in (byte & 15, byte >> 4)), 1: b""}
 
 
-def squeeze(code: Tensor, bits: int) -> Tensor:
+def pack_bits(code: Tensor, bits: int) -> Tensor:
     """Int8 codes to packed bytes: 1, 2 or 8 of them to a byte."""
     flat = code.reshape(-1)
     if bits == 8:
@@ -163,7 +163,7 @@ def squeeze(code: Tensor, bits: int) -> Tensor:
     return (flat << torch.arange(8, dtype=torch.int32)).sum(1).to(torch.uint8)
 
 
-def unsqueeze(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `squeeze`: `count` int8 codes (for 1 bit: -1 and +1)."""
     if bits == 8:
         return packed[:count]

@@ -13,15 +13,15 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example, collate
 from fedllm.rng import Key
 from fedllm.tensors.tree import Tree
 
-Facts = Mapping[str, float]
+ClientFacts = Mapping[str, float]
 Adjust = Callable[[Tree, Tree], Tree]  # (grads, params) -> grads: a client's stage hooks
-Outcome = tuple[Update, Facts] | str  # what a client made, or why it failed
+Outcome = tuple[Update, ClientFacts] | str  # what a client made, or why it failed
 
 
 class Model(Protocol):
@@ -33,7 +33,7 @@ class Model(Protocol):
         ...
 
     @property
-    def shares(self) -> bool:
+    def shares_prefixes(self) -> bool:
         """Whether what a client's sequences begin with in common need not be computed again."""
         ...
 
@@ -41,24 +41,24 @@ class Model(Protocol):
         """(K,): one mean loss per client. The only caller of the objective."""
         ...
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """The initial value of every leaf that a client trains."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class ClientJob:
     """One client's share of a stack. `start` may have leaves in any float type; examples are encoded.
 
     `adjust`: its stages' `grads` hooks; None if there are none. `held`: leaves that the passes need, and that do not
     train in this round.
     """
 
-    ctx: Ctx
-    start: Tree
+    ctx: RoundContext
+    initial: Tree
     examples: Sequence[Example]
     adjust: Adjust | None = None
-    held: Tree = field(default_factory=dict)
+    frozen: Tree = field(default_factory=dict)
 
 
 class Work:
@@ -82,23 +82,23 @@ class Work:
         """Why a client with these settings trains nothing; empty if it trains."""
         return ""
 
-    def tuned(self, *, lr: float, times: int) -> Work:
+    def with_lr(self, *, lr: float, times: int) -> Work:
         """The same work at another learning rate, with `times` as many examples a step."""
         raise NotImplementedError
 
-    def suited(self, profile: Profile) -> Work:
+    def for_profile(self, profile: Profile) -> Work:
         """The same work as far as a client's device differs."""
         return self
 
-    def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
+    def plan(self, num_examples: int, ctx: RoundContext) -> Iterator[Sequence[Sequence[int]]]:
         """For each local step, the examples of each of its micro-batches, drawn with ctx.rng("batches")."""
         raise NotImplementedError
 
-    def init(self, jobs: Sequence[Job]) -> Any:
+    def init(self, jobs: Sequence[ClientJob]) -> Any:
         """A carry for K clients."""
         raise NotImplementedError
 
-    def step(self, carry: Any, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Any:
+    def step(self, carry: Any, micro: Sequence[Batch], jobs: Sequence[ClientJob], model: Model) -> Any:
         """One local step of all clients that have examples in `micro`; the others stand still."""
         raise NotImplementedError
 
@@ -107,19 +107,21 @@ class Work:
         raise NotImplementedError
 
 
-class Halted(Exception):
+class Stopped(Exception):
     """The engine is closing: a stack stops between two steps."""
 
 
 @dataclass(frozen=True)
-class Pass:
+class TrainOptions:
     """How a stack is trained. `recompute`: save memory (see `Batch`). `going`: asked before each step."""
 
     recompute: bool = False
-    going: Callable[[], bool] = lambda: True
+    should_continue: Callable[[], bool] = lambda: True
 
 
-def run_work(work: Work, jobs: Sequence[Job], model: Model, how: Pass = Pass()) -> Sequence[Outcome]:
+def run_work(
+    work: Work, jobs: Sequence[ClientJob], model: Model, how: TrainOptions = TrainOptions()
+) -> Sequence[Outcome]:
     """The local loop of a stack of clients, to the end of the longest plan.
 
     Raises:
@@ -128,20 +130,22 @@ def run_work(work: Work, jobs: Sequence[Job], model: Model, how: Pass = Pass()) 
     return work.finish(run_steps(work, jobs, model, work.init(jobs), how))
 
 
-def run_steps(work: Work, jobs: Sequence[Job], model: Model, carry: Any, how: Pass = Pass()) -> Any:
+def run_steps(
+    work: Work, jobs: Sequence[ClientJob], model: Model, carry: Any, how: TrainOptions = TrainOptions()
+) -> Any:
     """The steps of one round, from a carry to the next."""
     generators = tuple(job.ctx.rng("dropout") for job in jobs)
     for micro in batches(work, jobs):
-        if not how.going():
-            raise Halted
-        made = [collate(chosen, generators, recompute=how.recompute, share=model.shares) for chosen in micro]
+        if not how.should_continue():
+            raise Stopped
+        made = [collate(chosen, generators, recompute=how.recompute, share=model.shares_prefixes) for chosen in micro]
         carry = work.step(carry, made, jobs, model)
     return carry
 
 
-def batches(work: Work, jobs: Sequence[Job]) -> Iterator[list[list[list[Example]]]]:
+def batches(work: Work, jobs: Sequence[ClientJob]) -> Iterator[list[list[list[Example]]]]:
     """For each step, and each of its micro-batches, the examples of each client."""
-    plans = [work.suited(job.ctx.profile).plan(len(job.examples), job.ctx) for job in jobs]
+    plans = [work.for_profile(job.ctx.profile).plan(len(job.examples), job.ctx) for job in jobs]
     while any(steps := [next(plan, ()) for plan in plans]):
         yield [
             [

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from fedllm.tensors import tree
-from fedllm.tensors.flat_tree import Bundle, copy_into
-from fedllm.tensors.layout import Places, placed
+from fedllm.tensors.flat_tree import FlatTree, copy_into
+from fedllm.tensors.layout import TreeLayout, layout_of
 from fedllm.tensors.tree import Tree
 
 Shapes = Mapping[str, torch.Size]
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class BufferLayout:
     """Which values of a buffer's row are which leaf.
 
     `own[k]`: the shapes of client k's leaves; `shapes`: the largest over the clients, placed by `places` in blocks
@@ -35,24 +35,24 @@ class Layout:
 
     own: Sequence[Shapes]
     shapes: Shapes
-    places: Places
+    places: TreeLayout
     starts: Sequence[int]
     kind: tuple[torch.dtype, torch.device]
 
     @staticmethod
-    def of(trees: Sequence[Tree]) -> Layout:
+    def of(trees: Sequence[Tree]) -> BufferLayout:
         """The layout of K trees with the same names."""
         first = trees[0]
-        tensors = first.blocks if isinstance(first, Bundle) else list(first.values())
+        tensors = first.blocks if isinstance(first, FlatTree) else list(first.values())
         dtypes = {tensor.dtype for tensor in tensors} or {torch.float32}
         kind = reduce(torch.promote_types, dtypes), (tensors or [torch.zeros(0)])[0].device
-        if len(dtypes) == 1 and isinstance(first, Bundle) and all(first.alike(other) for other in trees):
+        if len(dtypes) == 1 and isinstance(first, FlatTree) and all(first.alike(other) for other in trees):
             shapes = first.layout.shapes
-            return Layout([shapes] * len(trees), shapes, first.layout, _edges(map(len, first.blocks)), kind)
+            return BufferLayout([shapes] * len(trees), shapes, first.layout, _edges(map(len, first.blocks)), kind)
         own = [{name: leaf.shape for name, leaf in params.items()} for params in trees]
         shapes = {name: torch.Size(map(max, zip(*(shapes[name] for shapes in own), strict=True))) for name in own[0]}
-        places, _, sizes = placed({name: (shape, kind) for name, shape in shapes.items()})
-        return Layout(own, shapes, places, _edges(sizes), kind)
+        places, _, sizes = layout_of({name: (shape, kind) for name, shape in shapes.items()})
+        return BufferLayout(own, shapes, places, _edges(sizes), kind)
 
     def zeros(self, clients: int) -> Tensor:
         """A (K, P) buffer, in memory that this thread has given back if there is such."""
@@ -78,7 +78,7 @@ class Layout:
         """Client k's (P,) row minus its start, in its own shapes."""
         if not self._placed(start):
             return tree.sub(self.client(row, k), start)
-        return Bundle(
+        return FlatTree(
             [mine - theirs for mine, theirs in zip(self._blocks(row), start.blocks, strict=True)], self.places
         )
 
@@ -92,7 +92,7 @@ class Layout:
 
     def client(self, row: Tensor, k: int) -> Tree:
         """Views of client k's (P,) row, in its own shapes."""
-        whole = Bundle(self._blocks(row), self.places)
+        whole = FlatTree(self._blocks(row), self.places)
         if self.own[k] == self.shapes:
             return whole
         return {name: leaf[tuple(map(slice, self.own[k][name]))] for name, leaf in whole.items()}
@@ -100,9 +100,9 @@ class Layout:
     def _blocks(self, row: Tensor) -> list[Tensor]:
         return [row[start:end] for start, end in pairwise(self.starts)]
 
-    def _placed(self, params: Tree) -> TypeGuard[Bundle]:
+    def _placed(self, params: Tree) -> TypeGuard[FlatTree]:
         """Whether its leaves lie in blocks as the row's do, so that no view of a leaf is needed."""
-        same = isinstance(params, Bundle) and (params.layout is self.places or params.layout == self.places)
+        same = isinstance(params, FlatTree) and (params.layout is self.places or params.layout == self.places)
         return same and all((block.dtype, block.device) == self.kind for block in params.blocks)  # type: ignore[attr-defined]
 
 

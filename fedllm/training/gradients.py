@@ -27,7 +27,7 @@ class Stack:
     (K, ...) that stand still."""
 
     values: Tensor
-    slope: Tensor
+    gradient: Tensor
     leaves: Stacked
     held: Tree
 
@@ -38,14 +38,14 @@ class Stack:
 
 
 def gradients(stack: Stack, micro: Sequence[Batch], model: Model) -> Tensor:
-    """(K,) losses, float64 on the CPU; the stack's `slope` becomes the gradient of their sum at its `values`.
+    """(K,) losses, float64 on the CPU; the stack's `gradient` becomes the gradient of their sum at its `values`.
 
     A client's loss is the mean over its examples in all micro-batches.
     """
     totals = torch.tensor([batch.counts for batch in micro]).sum(0).clamp(min=1).double()
     leaves = {name: leaf.requires_grad_() for name, leaf in stack.leaves(stack.values.detach()).items()}
     losses = torch.zeros(len(stack.values), dtype=torch.float64)
-    into = list(stack.leaves(stack.slope).values())
+    into = list(stack.leaves(stack.gradient).values())
     for number, batch in enumerate(micro):
         for leaf, place in zip(leaves.values(), into, strict=True):
             leaf.grad = None if number else place  # a kernel may write it there itself
@@ -54,8 +54,10 @@ def gradients(stack: Stack, micro: Sequence[Batch], model: Model) -> Tensor:
         found = torch.autograd.grad(weighted.sum(), list(leaves.values()), materialize_grads=True)
         if number:
             torch._foreach_add_(into, found)
-        elif rest := [(place, slope) for place, slope in zip(into, found, strict=True) if not _same(place, slope)]:
-            torch._foreach_copy_([place for place, _ in rest], [slope for _, slope in rest])
+        elif rest := [
+            (place, gradient) for place, gradient in zip(into, found, strict=True) if not _same(place, gradient)
+        ]:
+            torch._foreach_copy_([place for place, _ in rest], [gradient for _, gradient in rest])
         losses += weighted.detach().double().cpu()
     return losses
 
@@ -73,7 +75,7 @@ def surviving(
     reasons: dict[int, str] = {}
     while True:
         losses = gradients(stack, micro, model)
-        finite = torch.isfinite(stack.slope.sum(1)).tolist()
+        finite = torch.isfinite(stack.gradient.sum(1)).tolist()
         spoilt = [k for k, loss in enumerate(losses.tolist()) if not (math.isfinite(loss) and finite[k])]
         spoilt = [k for k in spoilt if k not in failed and k not in reasons]
         if not spoilt:
@@ -93,7 +95,7 @@ def _alone(stack: Stack, micro: Sequence[Batch], model: Model, k: int, states: S
     _rewind(micro, states)
     own = [batch.only(k) for batch in micro if batch.counts[k]]
     losses = gradients(stack, own, model)
-    fine = math.isfinite(float(losses[0])) and bool(torch.isfinite(stack.slope.sum()))
+    fine = math.isfinite(float(losses[0])) and bool(torch.isfinite(stack.gradient.sum()))
     return None if fine else _reason(losses[0])
 
 

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import ConfigError
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.models.batch import Batch
 from fedllm.tensors import tree
 from fedllm.tensors.flat_tree import copy_into
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Job, Model, Outcome, Work
-from fedllm.training.client_stack import Layout, give_back
+from fedllm.training.base import ClientJob, Model, Outcome, Work
+from fedllm.training.client_stack import BufferLayout, give_back
 from fedllm.training.gradients import Stack, surviving
 from fedllm.training.lr_schedule import LrSchedule
 
@@ -36,7 +36,7 @@ class Carry:
     """The running state of K clients: (K, P) buffers of their weights and gradients."""
 
     works: Sequence[Sgd]
-    layout: Layout
+    layout: BufferLayout
     values: Tensor
     starts: Sequence[Tree]
     held: Tree  # (K, ...): leaves that stand still
@@ -105,11 +105,11 @@ class Sgd(Work):
             return "work.sgd.steps is 0"
         return "work.sgd.lr is 0" if self.lr == 0 else ""
 
-    def tuned(self, *, lr: float, times: int) -> Sgd:
+    def with_lr(self, *, lr: float, times: int) -> Sgd:
         """More micro-batches a step, so that memory stays as it is."""
         return replace(self, lr=lr, accumulation=self.accumulation * times)
 
-    def suited(self, profile: Profile) -> Sgd:
+    def for_profile(self, profile: Profile) -> Sgd:
         """With the profile's steps (instead of steps or epochs), batch size and learning rate, where it has them."""
         set_there = {"batch_size": profile.batch_size, "lr": profile.lr}
         changes: dict[str, Any] = {name: value for name, value in set_there.items() if value is not None}
@@ -124,7 +124,7 @@ class Sgd(Work):
         assert self.epochs is not None
         return self.epochs * math.ceil(num_examples / (self.batch_size * self.accumulation))
 
-    def plan(self, num_examples: int, ctx: Ctx) -> Iterator[Sequence[Sequence[int]]]:
+    def plan(self, num_examples: int, ctx: RoundContext) -> Iterator[Sequence[Sequence[int]]]:
         """Batches from a stream of permutations; with `epochs` a step does not reach over a permutation's end."""
         generator, size = ctx.rng("batches"), self.batch_size * self.accumulation
         if not num_examples:
@@ -136,10 +136,10 @@ class Sgd(Work):
             chosen, pending = pending[:size], pending[size:]
             yield [chosen[at : at + self.batch_size] for at in range(0, len(chosen), self.batch_size)]
 
-    def init(self, jobs: Sequence[Job]) -> Carry:
+    def init(self, jobs: Sequence[ClientJob]) -> Carry:
         """Stack the starting points and give every client an optimiser on its row."""
-        starts, works = [job.start for job in jobs], [self.suited(job.ctx.profile) for job in jobs]
-        layout = Layout.of(starts)
+        starts, works = [job.initial for job in jobs], [self.for_profile(job.ctx.profile) for job in jobs]
+        layout = BufferLayout.of(starts)
         values = layout.filled(starts)
         grads = layout.zeros(len(jobs))
         return Carry(
@@ -147,7 +147,7 @@ class Sgd(Work):
             layout=layout,
             values=values,
             starts=starts,
-            held=_stacked([job.held for job in jobs]),
+            held=_stacked([job.frozen for job in jobs]),
             grads=grads,
             optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
             steps=[0] * len(jobs),
@@ -157,7 +157,7 @@ class Sgd(Work):
             lr_sum=[0.0] * len(jobs),
         )
 
-    def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[Job], model: Model) -> Carry:
+    def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[ClientJob], model: Model) -> Carry:
         """One step: losses and gradients of all clients, then each client's hooks, clipping and optimiser."""
         active = [k for k in range(len(jobs)) if k not in carry.failed and any(batch.counts[k] for batch in micro)]
         stack = Stack(carry.values, carry.grads, carry.layout.stacked, carry.held)
@@ -190,7 +190,7 @@ class Sgd(Work):
         parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
         return Update(parts), facts
 
-    def _client_step(self, carry: Carry, k: int, job: Job, loss: float) -> None:
+    def _client_step(self, carry: Carry, k: int, job: ClientJob, loss: float) -> None:
         work, grads = carry.works[k], carry.grads[k]
         with torch.no_grad():
             if job.adjust is not None:
@@ -223,5 +223,5 @@ class Sgd(Work):
 def _stacked(trees: Sequence[Tree]) -> Tree:
     if not trees[0]:
         return {}
-    layout = Layout.of(trees)
+    layout = BufferLayout.of(trees)
     return layout.stacked(layout.filled(trees))

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedllm.aggregators.base import Aggregator, Session
+from fedllm.aggregators.base import Aggregator, ClientSession
 from fedllm.aggregators.sum import Sum
 from fedllm.errors import ClientError
 from fedllm.messages.call import Call
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.rng import Key
-from fedllm.stages.round_trip import Arrival, merge, up
+from fedllm.stages.round_trip import Received, decode_all, encode_all
 from fedllm.stages.weighting.by_examples import ByExamples
 
-CTX = Ctx(round=0, key=Key(0), cohort=3, population=3)
+CTX = RoundContext(round=0, key=Key(0), cohort=3, population=3)
 
 
 def requests(number: int) -> dict[str, Request]:
@@ -52,12 +52,12 @@ VALUES = st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3)
 
 @given(st.lists(st.tuples(st.integers(1, 1000), VALUES, st.booleans()), min_size=1, max_size=6))
 def test_sum_and_by_examples_make_the_weighted_mean(clients: list[tuple[int, list[float], bool]]) -> None:
-    stages, nothing = (ByExamples(),), Arrival(({},), (frozenset(),))
+    stages, nothing = (ByExamples(),), Received(({},), (frozenset(),))
     replies: list[Update | Failure] = []
     top, bottom = [0.0] * 3, 0
     for number, values, lost in clients:
-        local = Local(CTX, {"examples": float(number)})
-        sent, _ = up(stages, delta(*values, weight=None), nothing, ({},), local)
+        local = ClientContext(CTX, {"examples": float(number)})
+        sent, _ = encode_all(stages, delta(*values, weight=None), nothing, ({},), local)
         replies.append(Failure("c", 0, "gone") if lost else sent)
         if not lost:  # sum n_k x_k / sum n_k, over those who answered
             top, bottom = [a + number * x for a, x in zip(top, values, strict=True)], bottom + number
@@ -65,7 +65,7 @@ def test_sum_and_by_examples_make_the_weighted_mean(clients: list[tuple[int, lis
     if not bottom:
         assert total == Update({})
         return
-    mean, _ = merge(stages, total, {}, ({},), CTX)
+    mean, _ = decode_all(stages, total, {}, ({},), CTX)
     expected = torch.tensor(top, dtype=torch.float64) / bottom
     torch.testing.assert_close(mean.parts["delta"].tree["w"], expected, rtol=1e-13, atol=1e-10)
     assert total.parts["delta"].weight == bottom
@@ -159,7 +159,7 @@ def test_a_part_without_a_weight_is_refused() -> None:
 
 def test_defaults_of_an_aggregator() -> None:
     plain, update = Aggregator(), delta(1.0)
-    assert plain.handlers() == {} and plain.seal(update, Session(CTX)) is update
+    assert plain.handlers() == {} and plain.seal(update, ClientSession(CTX)) is update
     with pytest.raises(NotImplementedError):
         plain.reduce(answering([]), {})
     assert (Sum.sees, Sum.secret, Sum.needs_integers) == ("sum", False, False)

@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 from fedllm.cli.display import Display, print_summary
-from fedllm.cli.run_progress import Pace
+from fedllm.cli.run_progress import StepRate
 from fedllm.events import (
     ClientFailed,
     ClientFinished,
     Evaluated,
     Event,
+    MessageSent,
     Progress,
     Resumed,
     RoundFinished,
@@ -22,7 +23,6 @@ from fedllm.events import (
     RunFinished,
     RunStarted,
     Warned,
-    Wire,
 )
 
 MIB = 2**20
@@ -79,7 +79,7 @@ def round_of(number: int) -> tuple[Event, ...]:
 
 
 def test_pace_is_the_mean_time_per_step() -> None:
-    pace = Pace(start=100.0, first=2, done=2, newest=100.0)
+    pace = StepRate(start=100.0, first=2, done=2, newest=100.0)
     assert pace.left(10, 101.0) is None
     pace.step(4, 108.0)  # two steps in 8 seconds: 4 each, six to come
     assert pace.left(10, 108.0) == 24.0
@@ -156,7 +156,7 @@ def test_picture_on_a_terminal() -> None:
     stage.play(
         Evaluated("federated", 1, {"nll": 1.96}),
         RoundStarted(1, ("a", "b", "c", "d")),
-        Wire(1, "work", "a", "down", 2 * MIB, {}),
+        MessageSent(1, "work", "a", "down", 2 * MIB, {}),
         ClientFinished(1, "a", 1.25, 64, 1.0),
         ClientFinished(1, "b", None, None, 1.0),
         ClientFailed(1, "c", "gone"),
@@ -196,9 +196,9 @@ def test_a_resume_without_the_log_shows_no_total() -> None:
 
 def test_evaluation_is_not_counted_and_its_losses_are_named() -> None:
     stage = Stage(terminal=False)
-    stage.play(started(), RoundStarted(4, ("a",)), Wire(4, "work", "a", "up", MIB, {}))
+    stage.play(started(), RoundStarted(4, ("a",)), MessageSent(4, "work", "a", "up", MIB, {}))
     lost = ClientFailed(4, "a", "x"), ClientFailed(5, "b", "y", "evaluate")
-    stage.play(Wire(5, "evaluate", "a", "up", 7 * MIB, {}), *lost)
+    stage.play(MessageSent(5, "evaluate", "a", "up", 7 * MIB, {}), *lost)
     assert "up 1 MiB down 0 B" in " ".join(stage.picture().split())
     assert stage.lines[1:] == ["round 5: lost a: x", "evaluation after round 5: lost b: y"]
 

@@ -20,7 +20,7 @@ from fedllm.cli import run
 from fedllm.cli.display import Display
 from fedllm.cli.next_steps import next_steps
 from fedllm.data.records import PACKAGED
-from fedllm.events import Event, RoundStarted, Wire
+from fedllm.events import Event, MessageSent, RoundStarted
 from fedllm.experiment.catalog import NOUNS
 from fedllm.experiment.config_file import experiment_hash, override
 from fedllm.experiment.methods import METHODS
@@ -57,7 +57,7 @@ class Impatient(Display):
 
     def __call__(self, event: Event) -> None:
         super().__call__(event)
-        if isinstance(event, Wire) and event.round == 1 and event.direction == "up" and event.call == "work":
+        if isinstance(event, MessageSent) and event.round == 1 and event.direction == "up" and event.call == "work":
             os.kill(os.getpid(), signal.SIGINT)
 
 

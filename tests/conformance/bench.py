@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.data.splits.by import By
 from fedllm.engines.base import Engine
 from fedllm.engines.client import Prepared, Site
@@ -23,7 +23,7 @@ from fedllm.engines.serial import Serial
 from fedllm.evaluation.settings import Evaluation
 from fedllm.experiment.catalog import NOUNS
 from fedllm.experiment.record import Experiment, Limits
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
@@ -33,11 +33,11 @@ from fedllm.models.task import Task
 from fedllm.runs import launch
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.server_round import requests_for
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.stages.base import Stage
-from fedllm.stages.round_trip import up
+from fedllm.stages.round_trip import encode_all
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Job, run_work
+from fedllm.training.base import ClientJob, run_work
 from fedllm.training.sgd import Sgd
 from tests.engines import cohort
 
@@ -57,7 +57,7 @@ class Course:
     """A finished run: the server after each number of complete rounds."""
 
     folder: Path
-    after: tuple[Run, ...]
+    after: tuple[ServerState, ...]
 
     @property
     def params(self) -> Tree:
@@ -96,7 +96,7 @@ class Bench:
             rows = [{"who": who, "prompt": f"{who} {i}?", "response": f"{i * i}!"} for who, i in pairs]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         profiles = {"*": Profile(bandwidth=BANDWIDTH)} if any(stage.caps for stage in stages) else {}
-        failures = tuple(Loss(who, round) for round in lost for who, _ in sizes)
+        failures = tuple(ClientOutage(who, round) for round in lost for who, _ in sizes)
         return Experiment(
             task=self.task,
             federation=Shards(str(data), split=By("who"), heldout=0.0, failures=failures, profiles=profiles),
@@ -131,26 +131,26 @@ class Bench:
         population = experiment.federation.load(experiment.key)
         store = ClientStore(course.folder / "checkpoints" / "clients", 9)
         site = Site(experiment, self.model, population, store)
-        everyone = Ctx(1, experiment.key, 2, 2, ROUNDS)
+        everyone = RoundContext(1, experiment.key, 2, 2, ROUNDS)
         return site, site.prepare(requests_for(experiment, course.after[1], ["a", "b"], everyone)[client])
 
     # The local work alone. Parameters are one flat vector: the leaves in the order of their names.
 
     def fresh(self) -> Tensor:
-        return flat(self.model.fresh(self.experiment(()).key))
+        return flat(self.model.initial_params(self.experiment(()).key))
 
     def tree(self, vector: Tensor) -> Tree:
-        shapes = {name: leaf.shape for name, leaf in sorted(self.model.fresh(self.experiment(()).key).items())}
+        shapes = {name: leaf.shape for name, leaf in sorted(self.model.initial_params(self.experiment(()).key).items())}
         pieces = vector.split([shape.numel() for shape in shapes.values()])
         return {name: piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
 
-    def job(self, client: str, round: int, start: Tensor, sizes: Sizes) -> Job:
+    def job(self, client: str, round: int, start: Tensor, sizes: Sizes) -> ClientJob:
         experiment = self.experiment((), sizes=sizes)
         records = experiment.federation.load(experiment.key).train[client]
         examples = [example for record in records if (example := self.model.encode(record, WORK.max_length))]
         slot = [who for who, _ in sizes].index(client)
-        ctx = Ctx(round, experiment.key, len(sizes), len(sizes), ROUNDS, client, slot)
-        return Job(ctx, self.tree(start), examples, lambda grads, params: grads)
+        ctx = RoundContext(round, experiment.key, len(sizes), len(sizes), ROUNDS, client, slot)
+        return ClientJob(ctx, self.tree(start), examples, lambda grads, params: grads)
 
     def trained(self, client: str, round: int, start: Tensor, sizes: Sizes = UNEQUAL) -> Tensor:
         """The delta of the work itself, without stages."""
@@ -176,9 +176,11 @@ def flat(leaves: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([leaves[name].reshape(-1) for name in sorted(leaves)])
 
 
-def come_to(run: Run) -> Tensor:
+def come_to(run: ServerState) -> Tensor:
     """The parameters of a run, and what was added to its frozen weights."""
-    return torch.cat([flat(run.params), *(run.shift.dense(layer).reshape(-1) for layer in run.shift.layers())])
+    return torch.cat(
+        [flat(run.params), *(run.base_delta.dense(layer).reshape(-1) for layer in run.base_delta.layers())]
+    )
 
 
 def sent_by(site: Site, prepared: Prepared) -> tuple[Update, tuple[Tree, ...]]:
@@ -187,4 +189,4 @@ def sent_by(site: Site, prepared: Prepared) -> tuple[Update, tuple[Tree, ...]]:
     assert not isinstance(outcome, str), outcome
     update, facts = outcome
     local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
-    return up(site.stages, update, prepared.arrival, prepared.memories, local)
+    return encode_all(site.stages, update, prepared.arrival, prepared.memories, local)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedllm.tensors.sparse_mask import places
+from fedllm.tensors.sparse_mask import positions
 from tests.conformance.bench import ALPHA, BANDWIDTH, LR, RANK, ROUNDS, STEPS, UNEQUAL, Bench, Sizes
 
 
@@ -296,7 +296,7 @@ class SparseFirstBook(FlexLoraBook):
         for layer in sorted(name.removesuffix(".lora_A") for name in new if name.endswith(".lora_A")):
             a, b = new[f"{layer}.lora_A"], new[f"{layer}.lora_B"]
             whole = torch.zeros(len(b) * a.shape[1], dtype=x.dtype)
-            whole[places(layer, len(whole), len(new[f"{layer}.lora_sparse"]))] = new[f"{layer}.lora_sparse"]
+            whole[positions(layer, len(whole), len(new[f"{layer}.lora_sparse"]))] = new[f"{layer}.lora_sparse"]
             u, s, v = self.cut(whole.view(len(b), -1), len(a))
             new[f"{layer}.lora_B"], new[f"{layer}.lora_A"] = u * s.sqrt(), s.sqrt()[:, None] * v
             self.sums[layer] = whole.view(len(b), -1) - (u * s) @ v

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fedllm.experiment.config_file import dump, experiment_hash
-from fedllm.experiment.reader import Reader
+from fedllm.experiment.reader import ConfigReader
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
-from fedllm.stages.round_trip import merge, up
+from fedllm.stages.round_trip import decode_all, encode_all
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 from tests.conformance.bench import UNEQUAL, Bench, Course, come_to, flat, sent_by
@@ -72,7 +72,7 @@ def is_a_value(case: Case, bench: Bench) -> None:
         else:
             raise AssertionError("its settings can be changed")
     (settings,) = dump(bench.experiment([stage]))["stages"][0].values()
-    back = Reader().record(type(stage), json.loads(json.dumps(settings)), "stage")
+    back = ConfigReader().record(type(stage), json.loads(json.dumps(settings)), "stage")
     assert back == stage, "it comes back from a file as something else"
     one, two = (experiment_hash(bench.experiment([same])) for same in (stage, back))
     assert one == two, "its hash is not stable"
@@ -83,11 +83,13 @@ def evaluation_passes(case: Case, bench: Bench) -> None:
     site, prepared = bench.visit(case.trip())
     scores = {"sum/nll": torch.tensor(8.0, dtype=torch.float64), "count/nll": torch.tensor(4.0, dtype=torch.float64)}
     local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
-    sent, memories = up(site.stages, Update({"metrics": Part(scores, 0.0)}), prepared.arrival, prepared.memories, local)
+    sent, memories = encode_all(
+        site.stages, Update({"metrics": Part(scores, 0.0)}), prepared.arrival, prepared.memories, local
+    )
     assert sent.parts.keys() == {"metrics"}, f"an evaluation sends {sorted(sent.parts)}"
     assert all(map(tree.equal, memories, prepared.memories)), "an evaluation changes what a client remembers"
     run = bench.run(case.trip()).after[1]
-    total, states = merge(site.stages, sent, run.params, run.states, Ctx(1, Key(0), 2, 2))
+    total, states = decode_all(site.stages, sent, run.params, run.states, RoundContext(1, Key(0), 2, 2))
     assert total.parts.keys() == {"metrics"} and tree.equal(total.parts["metrics"].tree, scores), "scores are changed"
     assert all(map(tree.equal, states, run.states)), "an evaluation changes the server's state"
 
@@ -116,7 +118,7 @@ def shares_no_storage(case: Case, bench: Bench) -> None:
     """
     site, prepared = bench.visit(replace(case, weigher=Uniform()).trip())
     sent, memories = sent_by(site, prepared)
-    kept = [*memories, *prepared.memories, *prepared.arrival.scratch, prepared.job.start, site.fresh]
+    kept = [*memories, *prepared.memories, *prepared.arrival.scratch, prepared.job.initial, site.fresh]
     shared = storages(part.tree for part in sent.parts.values()) & storages(kept)
     assert not shared, "a tensor is both sent and remembered"
 
@@ -124,11 +126,11 @@ def shares_no_storage(case: Case, bench: Bench) -> None:
 def survives_the_wire(case: Case, bench: Bench) -> None:
     """What is sent arrives with the same bits."""
     sent, _ = sent_by(*bench.visit(case.trip()))
-    back = serialization.unpack(serialization.pack(sent))
+    back = serialization.deserialize(serialization.serialize(sent))
     assert isinstance(back, Update) and back.parts.keys() == sent.parts.keys()
     for name, part in sent.parts.items():
         assert tree.equal(back.parts[name].tree, part.tree), f"part '{name}' arrives changed"
-        assert (back.parts[name].weight, back.parts[name].packing.bits) == (part.weight, part.packing.bits)
+        assert (back.parts[name].weight, back.parts[name].wire_format.bits) == (part.weight, part.wire_format.bits)
 
 
 def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
@@ -138,7 +140,7 @@ def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
     makes = {part for stage in site.stages for part in stage.makes}
     assert sent.parts.keys() - site.experiment.work.makes == makes, "it makes other parts than it declares"
     run = bench.run(case.trip()).after[1]
-    total, _ = merge(site.stages, wire_copy(sent), run.params, run.states, Ctx(1, Key(0), 2, 2))
+    total, _ = decode_all(site.stages, wire_copy(sent), run.params, run.states, RoundContext(1, Key(0), 2, 2))
     left = total.parts.keys() - ({"shift"} if case.stage.shifts else set())
     assert left == site.experiment.work.makes, "its decode leaves a part of its own"
 
@@ -161,7 +163,7 @@ def rounds_without_bias(case: Case, bench: Bench) -> None:
     total = torch.zeros_like(values)
     for draw in range(DRAWS):
         update = Update({"delta": Part({"w": values.clone()}, 1.0)})
-        sent, _ = case.stage.encode(update, {}, {}, Local(Ctx(draw, Key(2), 1, 1)))
+        sent, _ = case.stage.encode(update, {}, {}, ClientContext(RoundContext(draw, Key(2), 1, 1)))
         total += sent.parts["delta"].tree["w"]
     step = case.rounding * 0.5
     worst = float((total / DRAWS - values).abs().max())
@@ -210,6 +212,6 @@ def storages(trees: Iterable[Mapping[str, Tensor]]) -> set[int]:
 
 
 def wire_copy(update: Update) -> Update:
-    back = serialization.unpack(serialization.pack(update))
+    back = serialization.deserialize(serialization.serialize(update))
     assert isinstance(back, Update)
     return back

@@ -36,7 +36,7 @@ from fedllm.stages.weighting import weighted_mean
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
-from fedllm.tensors.wire_format import Packing
+from fedllm.tensors.wire_format import WireFormat
 from tests.conformance.table import HUGE, Case
 
 
@@ -125,7 +125,7 @@ class DynEvaluates(Dyn):
 
     def encode(self, update, scratch, memory, local):
         if "delta" not in update.parts:
-            return update, tree.branch(scratch, "anchor")
+            return update, tree.select_prefix(scratch, "anchor")
         return super().encode(update, scratch, memory, local)
 
 
@@ -317,8 +317,8 @@ class LoraSvdBalanced(LoraSvd):
             return total, state
         step = {}
         for layer in low_rank.layers(params):
-            b, a = low_rank.after(params, part.tree, layer)
-            new = low_rank.named(layer, *low_rank.truncated(b, a, len(a), layer))
+            b, a = low_rank.merged_factors(params, part.tree, layer)
+            new = low_rank.layer_leaves(layer, *low_rank.truncated(b, a, len(a), layer))
             step |= {name: leaf - params[name] for name, leaf in new.items()}
         return total.having("delta", replace(part, tree=step)), state
 
@@ -353,7 +353,7 @@ class LoraResidualTurned(LoraResidual):
         for layer, (b, a) in pairs.items():
             size_out, size_in = len(b), a.shape[1]
             product = (b @ a).T.reshape(size_out, size_in)
-            turned |= low_rank.named(layer, product, torch.eye(size_in, dtype=a.dtype))
+            turned |= low_rank.layer_leaves(layer, product, torch.eye(size_in, dtype=a.dtype))
         return total.having("shift", replace(part, tree=turned)), state
 
 
@@ -389,9 +389,9 @@ class QuantizeUnscaled(Quantize):
 
     def _rounded(self, part_name, part, ctx):
         found = super()._rounded(part_name, part, ctx)
-        ones = {name: torch.ones_like(scale) for name, scale in found.packing.scales.items()}
+        ones = {name: torch.ones_like(scale) for name, scale in found.wire_format.scales.items()}
         codes = {n: torch.sign(leaf) for n, leaf in found.tree.items()}
-        return replace(found, tree=codes, packing=replace(found.packing, scales=ones))
+        return replace(found, tree=codes, wire_format=replace(found.wire_format, scales=ones))
 
 
 class QuantizeDown(Quantize):
@@ -409,7 +409,7 @@ class QuantizeOffGrid(Quantize):
         return update.having("delta", self._named(update.parts["delta"])) if "delta" in update.parts else update, memory
 
     def _named(self, part):
-        return Part(part.tree, part.weight, Packing(bits=4, scales={n: torch.ones(1).double() for n in part.tree}))
+        return Part(part.tree, part.weight, WireFormat(bits=4, scales={n: torch.ones(1).double() for n in part.tree}))
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from fedllm.data import flwr_partitioners, hub_worker
-from fedllm.data.flwr_partitioners import Job, run
+from fedllm.data.flwr_partitioners import PartitionJob, run
 from fedllm.errors import DataError, MissingExtra
 
 pytestmark = pytest.mark.skipif(find_spec("flwr_datasets") is None, reason="flwr-datasets is not installed")
 
 ARGUMENTS = {"num_partitions": 3, "partition_by": "value", "alpha": 1.0, "min_partition_size": 1, "seed": 5}
-JOB = Job("DirichletPartitioner", ARGUMENTS, 30, tuple(f"ü{row % 3}" for row in range(30)))
+JOB = PartitionJob("DirichletPartitioner", ARGUMENTS, 30, tuple(f"ü{row % 3}" for row in range(30)))
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_a_process_of_its_own_gives_the_same_and_is_started_once(cache: Path, mo
     monkeypatch.setattr(flwr_partitioners, "WORKER", Path("nowhere.py"))
     assert run(JOB) == groups
     with pytest.raises(DataError, match=r"the partitioner failed: .*nowhere\.py"):
-        run(Job("LinearPartitioner", {"num_partitions": 2}, 9))
+        run(PartitionJob("LinearPartitioner", {"num_partitions": 2}, 9))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
@@ -67,8 +67,8 @@ def test_a_damaged_entry_is_worked_out_again(
 def test_another_job_is_another_entry(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, tmp_path, ONE_GROUP)
     run(JOB)
-    run(Job(JOB.partitioner, {**ARGUMENTS, "seed": 6}, JOB.count, JOB.values))
-    run(Job(JOB.partitioner, ARGUMENTS, JOB.count, tuple(reversed(JOB.values or ()))))
+    run(PartitionJob(JOB.partitioner, {**ARGUMENTS, "seed": 6}, JOB.count, JOB.values))
+    run(PartitionJob(JOB.partitioner, ARGUMENTS, JOB.count, tuple(reversed(JOB.values or ()))))
     assert len(list(cache.iterdir())) == 3
 
 
@@ -102,7 +102,7 @@ def test_the_worker_sends_no_telemetry_and_imports_nothing_that_lies_beside_it(
     stand_in(monkeypatch, tmp_path, code)
     with pytest.raises(DataError, match=r"failed: 0False$"):
         run(JOB)
-    hub_worker.assign(asdict(Job("LinearPartitioner", {"num_partitions": 2}, 9)))
+    hub_worker.assign(asdict(PartitionJob("LinearPartitioner", {"num_partitions": 2}, 9)))
     assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
 
 

@@ -16,8 +16,8 @@ import pytest
 
 import fedllm
 from fedllm.data import lazy_records
-from fedllm.data.federation import Joined
-from fedllm.data.lazy_records import Lines, open_records, view
+from fedllm.data.federation import ConcatRecords
+from fedllm.data.lazy_records import JsonlRecords, open_records, view
 from fedllm.data.records import read_records
 from fedllm.errors import DataError, RunError, place_of
 
@@ -50,7 +50,7 @@ def test_equal_to_what_is_read_at_once(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES[name])
     source = str(tmp_path / name)
     records = open_records(source)
-    assert isinstance(records, Lines)
+    assert isinstance(records, JsonlRecords)
     assert list(records) == read_records(source) == [records[0], records[-1]]
     assert list(records) == TWO or name == "table.csv"
     assert len(records) == 2
@@ -180,10 +180,10 @@ def test_unpacked_files_leave_nothing_behind(tmp_path: Path, cache_folder: Path)
 
 def test_joined_is_end_to_end() -> None:
     parts = [[{"n": 0}], [], [{"n": 1}, {"n": 2}], [{"n": 3}]]
-    joined = Joined(parts)
+    joined = ConcatRecords(parts)
     assert [record["n"] for record in joined] == [joined[place]["n"] for place in range(4)] == [0, 1, 2, 3]
     assert len(joined) == 4 and joined[-1] == {"n": 3} and joined[1:3] == [{"n": 1}, {"n": 2}]
-    assert len(Joined([])) == 0 and list(Joined([[]])) == []
+    assert len(ConcatRecords([])) == 0 and list(ConcatRecords([[]])) == []
 
 
 GROWTH = """

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from fedllm.data import hub_worker
-from fedllm.data.flwr_partitioners import Groups, Job
+from fedllm.data.flwr_partitioners import Groups, PartitionJob
 from fedllm.data.partition import Partition, column, divergence, partition, report
 from fedllm.data.record_schema import Record
 from fedllm.data.splits import By, Dirichlet, Iid, Pathological, Shard, SizeSkew, client_name
@@ -27,7 +27,7 @@ pytestmark = [
 KEY = Key(7)
 
 
-def here(job: Job) -> Groups:
+def here(job: PartitionJob) -> Groups:
     """What the worker does, in this process."""
     try:
         return hub_worker.assign(asdict(job))

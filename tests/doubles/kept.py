@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.engines.base import Engine
-from fedllm.engines.remote.ray import Team
-from fedllm.engines.remote.worker import Host
+from fedllm.engines.remote.ray import RayActors
+from fedllm.engines.remote.worker import RemoteWorker
 from fedllm.engines.torch_threads import one_thread
 from fedllm.events import Emit
 from fedllm.experiment.record import Experiment
@@ -21,7 +21,7 @@ from fedllm.messages.call import Call
 class Kept(Engine):
     """The engine."""
 
-    team: Team
+    team: RayActors
     stack: int = 1
 
     @contextmanager
@@ -34,12 +34,12 @@ class Kept(Engine):
 # What a test has an actor do, with Ray's `__ray_call__`.
 
 
-def pid(host: Host) -> int:
+def pid(host: RemoteWorker) -> int:
     """The process."""
     return os.getpid()
 
 
-def learn_doubles(host: Host) -> None:
+def learn_doubles(host: RemoteWorker) -> None:
     """Let experiments of this actor name the doubles."""
     from tests.doubles.processes import know_doubles
 

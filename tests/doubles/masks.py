@@ -19,11 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedllm.aggregators.base import Aggregator, Handler, Session
+from fedllm.aggregators.base import Aggregator, ClientSession, Handler
 from fedllm.aggregators.sum import Sum
 from fedllm.errors import ClientError
 from fedllm.messages.call import Call, Replies
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Bracket, Norm, Stage
@@ -43,12 +43,12 @@ class Rounding(Stage):
     norm: ClassVar[Norm] = Norm.GROWS
     integers: ClassVar[bool] = True
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """To int64."""
         parts = {name: Part(self._rounded(part.tree), part.weight) for name, part in update.parts.items()}
         return Update(parts), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Back to the parameters' types, or to float64."""
         parts = {
             name: replace(part, tree={leaf: self._restored(leaf, value, params) for leaf, value in part.tree.items()})
@@ -79,7 +79,7 @@ class Masked(Aggregator):
         """The client's side of the calls around the work."""
         return {"keys": _keys, "peers": _peers, "unmask": _unmask}
 
-    def seal(self, update: Update, session: Session) -> Update:
+    def seal(self, update: Update, session: ClientSession) -> Update:
         """Hide the integers of every part."""
         client, seeds = str(session.ctx.client), session.notes["seeds"]
         parts = {}
@@ -134,13 +134,13 @@ def _only(requests: Mapping[str, Request], clients: Iterable[str]) -> dict[str, 
     return {client: requests[client] for client in clients}
 
 
-def _keys(request: Request, session: Session) -> Update:
+def _keys(request: Request, session: ClientSession) -> Update:
     session.notes["secret"] = 1 + secrets.randbelow(P - 1)
     public = torch.tensor(pow(G, session.notes["secret"], P))
     return Update({"key": Part({"public": public}, 0.0)})
 
 
-def _peers(request: Request, session: Session) -> Update:
+def _peers(request: Request, session: ClientSession) -> Update:
     session.notes["seeds"] = {
         peer: pow(int(public), session.notes["secret"], P)
         for peer, public in request.params.items()
@@ -149,7 +149,7 @@ def _peers(request: Request, session: Session) -> Update:
     return Update({})
 
 
-def _unmask(request: Request, session: Session) -> Update:
+def _unmask(request: Request, session: ClientSession) -> Update:
     seeds = {peer: torch.tensor(session.notes["seeds"][peer]) for peer in request.params}
     return Update({"seeds": Part(seeds, 0.0)})
 

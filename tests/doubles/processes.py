@@ -26,7 +26,7 @@ from fedllm.engines.base import Engine
 from fedllm.engines.client import Site
 from fedllm.engines.client_store import ClientStore
 from fedllm.errors import RunError
-from fedllm.events import Emit, Wire
+from fedllm.events import Emit, MessageSent
 from fedllm.experiment import catalog, config_file
 from fedllm.experiment.record import Experiment
 from fedllm.messages import serialization
@@ -64,17 +64,21 @@ class Workers:
     def __call__(self, name: str, requests: Mapping[str, Request]) -> Replies:
         """All are asked before the first answer is waited for."""
         for client, request in requests.items():
-            data = serialization.pack(request)
-            self.emit(Wire(request.ctx.round, name, client, "down", len(data), serialization.part_bytes(request)))
+            data = serialization.serialize(request)
+            self.emit(
+                MessageSent(request.ctx.round, name, client, "down", len(data), serialization.part_bytes(request))
+            )
             send(pipe(self.of(client).stdin), name.encode(), data)
         for client, request in requests.items():
             answer = receive(pipe(self.of(client).stdout))
             if answer is None:
                 raise RunError(f"the process of client {client} has ended")
-            reply = serialization.unpack(answer)
+            reply = serialization.deserialize(answer)
             assert isinstance(reply, Update | Failure)
             if isinstance(reply, Update):
-                self.emit(Wire(request.ctx.round, name, client, "up", len(answer), serialization.part_bytes(reply)))
+                self.emit(
+                    MessageSent(request.ctx.round, name, client, "up", len(answer), serialization.part_bytes(reply))
+                )
             yield client, reply
 
     def of(self, client: str) -> subprocess.Popen[bytes]:
@@ -124,9 +128,9 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
     while (name := receive(source)) is not None:
         data = receive(source)
         assert data is not None
-        request = serialization.unpack(data)
+        request = serialization.deserialize(data)
         assert isinstance(request, Request)
-        send(sink, serialization.pack(site.answer(name.decode(), request)))
+        send(sink, serialization.serialize(site.answer(name.decode(), request)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from fedllm.evaluation.settings import Evaluation
 from fedllm.events import CheckpointSaved, Emit, Event
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call, Replies
-from fedllm.messages.context import Ctx, Local, Profile
+from fedllm.messages.context import ClientContext, Profile, RoundContext
 from fedllm.messages.update import Failure, Request, Update, not_known
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
@@ -83,7 +83,7 @@ class Own(Sgd):
 
     own: tuple[tuple[str, str, Any], ...] = ()
 
-    def suited(self, profile: Profile) -> Sgd:
+    def for_profile(self, profile: Profile) -> Sgd:
         changes = {name: value for device, name, value in self.own if device == profile.device}
         if "epochs" in changes:
             changes["steps"] = None
@@ -94,7 +94,7 @@ class Own(Sgd):
 class Slice(Stage):
     """Sends the first ranks of a low-rank adapter, as many as the client's device holds."""
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         rank = ctx.profile.rank
         return {n: leaf[:rank] if n.endswith("lora_A") else leaf[:, :rank] for n, leaf in params.items()}, {}
 
@@ -105,7 +105,7 @@ class Spoil(Stage):
 
     client: str | None
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         return params, {"factor": torch.tensor(torch.nan if local.ctx.client == self.client else 1.0)}
 
     def grads(self, grads: Tree, params: Tree, scratch: Tree) -> Tree:
@@ -163,10 +163,10 @@ def sent(
 ) -> dict[tuple[int, str], Update | Failure]:
     """What each client of a cohort sends in some rounds, in which the server's parameters stay as they are."""
     found: dict[tuple[int, str], Update | Failure] = {}
-    run = server_round.start(made, begun(made))
+    run = server_round.initial_state(made, begun(made))
     with engine.open(made, None, [].append if told is None else told.append) as call:
         for round in range(rounds):
-            everyone = Ctx(round, made.key, len(cohort), len(CLIENTS), made.rounds)
+            everyone = RoundContext(round, made.key, len(cohort), len(CLIENTS), made.rounds)
             requests = server_round.requests_for(made, replace(run, round=round), cohort, everyone)
             # nothing is added up here, so clients of unequal ranks may answer without a stage that makes them equal
             unasked = {client: replace(request, asks=not_known) for client, request in requests.items()}
@@ -193,7 +193,7 @@ def begun(made: Experiment) -> Tree:
     from fedllm.models.loaded_model import load
 
     generator = torch.Generator().manual_seed(7)
-    fresh = load(made.task).fresh(made.key)
+    fresh = load(made.task).initial_params(made.key)
     return {name: leaf + 0.02 * torch.randn(leaf.shape, generator=generator) for name, leaf in fresh.items()}
 
 
@@ -226,5 +226,6 @@ def same(found: Update | Failure, expected: Update | Failure) -> bool:
 def memories(site: Site, made: Experiment, round: int) -> dict[str, list[str]]:
     """Digests of what the clients remember."""
     return {
-        client: [tree.digest(memory) for memory in site.store.load(client, round, len(made.trip))] for client in CLIENTS
+        client: [tree.digest(memory) for memory in site.store.load(client, round, len(made.pipeline))]
+        for client in CLIENTS
     }

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 
-from fedllm.engines.allocator import settled_objects
+from fedllm.engines.allocator import freeze_gc
 
 pytestmark = pytest.mark.usefixtures("unfrozen")
 
@@ -26,7 +26,7 @@ def test_what_exists_is_left_out_until_the_end() -> None:
     kept, before = Ring(), Ring()
     gone = weakref.ref(before)
     assert not gc.get_freeze_count()
-    with settled_objects():
+    with freeze_gc():
         assert gc.get_freeze_count() > 1000
         assert not any(found is kept for found in gc.get_objects())
         del before
@@ -39,7 +39,7 @@ def test_what_exists_is_left_out_until_the_end() -> None:
 
 def test_what_is_garbage_before_or_becomes_it_inside_is_collected() -> None:
     gone = weakref.ref(Ring())
-    with settled_objects():
+    with freeze_gc():
         assert gone() is None
         gone = weakref.ref(Ring())
         gc.collect()
@@ -47,8 +47,8 @@ def test_what_is_garbage_before_or_becomes_it_inside_is_collected() -> None:
 
 
 def test_only_the_outermost_ends_it() -> None:
-    with settled_objects():
-        with settled_objects():
+    with freeze_gc():
+        with freeze_gc():
             pass
         assert gc.get_freeze_count()
     assert not gc.get_freeze_count()
@@ -57,7 +57,7 @@ def test_only_the_outermost_ends_it() -> None:
 def test_objects_that_another_froze_stay_frozen() -> None:
     gc.freeze()
     try:
-        with settled_objects():
+        with freeze_gc():
             pass
         assert gc.get_freeze_count()
     finally:
@@ -65,7 +65,7 @@ def test_objects_that_another_froze_stay_frozen() -> None:
 
 
 def test_it_ends_with_an_error() -> None:
-    with pytest.raises(KeyError), settled_objects():
+    with pytest.raises(KeyError), freeze_gc():
         raise KeyError
     assert not gc.get_freeze_count()
 

@@ -274,7 +274,7 @@ def test_any_number_of_workers(data: Path, tmp_path: Path, dtype: str) -> None:
         run = Checkpoints(folder / "checkpoints", 2).load()
         store = ClientStore(folder / "checkpoints" / "clients")
         assert run is not None and run.round == 2
-        kept = [memory for client in CLIENTS for memory in store.load(client, 2, len(made.trip))]
+        kept = [memory for client in CLIENTS for memory in store.load(client, 2, len(made.pipeline))]
         assert sum(map(bool, kept)) == 2 * len(CLIENTS)
         digests.append([tree.digest(part) for part in (run.params, *run.states, *kept)])
     assert digests[0] == digests[1] == digests[2]

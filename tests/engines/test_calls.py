@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm.data.shards import Loss
+from fedllm.data.shards import ClientOutage
 from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.batched.load_balancing import HAND
+from fedllm.engines.batched.load_balancing import BATCH_OF_STACKS
 from fedllm.engines.serial import Serial
 from fedllm.evaluation.settings import Evaluation
 from fedllm.events import (
@@ -26,10 +26,10 @@ from fedllm.events import (
     Evaluated,
     Event,
     MemoryMeasured,
+    MessageSent,
     RoundFinished,
-    Wire,
 )
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Failure, Request, Update
 from fedllm.rng import Key
 from fedllm.runs import server_round
@@ -44,7 +44,7 @@ from tests.doubles.masks import Masked, Rounding
 from tests.engines.cohort import CLIENTS, SGD, Devices, Watched, begun, experiment, same, sent, write_records
 from tests.runs.small import adapter_hash, events, figures, story
 
-LOST = (Loss("cid", 0), Loss("ann", 1), Loss("dot", 1))
+LOST = (ClientOutage("cid", 0), ClientOutage("ann", 1), ClientOutage("dot", 1))
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +76,16 @@ class Counted(dict[str, Request]):
 def test_replies_come_in_request_order_from_a_bounded_window(data: Path, stack: int, workers: int) -> None:
     """An aggregator that takes one reply after another sees at most workers + 1 stacks, and a hand, on their way."""
     made = experiment(data)
-    run = server_round.start(made, begun(made))
+    run = server_round.initial_state(made, begun(made))
     with Batched(stack=stack, workers=workers).open(made, None, lambda event: None) as call:
-        everyone = Ctx(0, made.key, 10, 5, 2)
+        everyone = RoundContext(0, made.key, 10, 5, 2)
         asked = server_round.requests_for(made, run, CLIENTS[::-1], everyone)
         # the same five once more under other names of the mapping, for a longer queue
         requests = Counted({**asked, **{f"{client}'": request for client, request in asked.items()}})
         order = []
         for place, (client, _) in enumerate(call("work", requests)):
             order.append(client)
-            assert requests.taken <= min(10, place + workers * stack + HAND * stack)
+            assert requests.taken <= min(10, place + workers * stack + BATCH_OF_STACKS * stack)
     assert order == [*CLIENTS[::-1]] * 2 and requests.taken == 10
 
 
@@ -102,7 +102,9 @@ def test_clients_that_are_lost_in_the_middle_of_a_stack(data: Path) -> None:
 def test_nobody_and_everybody_lost(data: Path) -> None:
     made = experiment(data)
     assert sent(Batched(stack=2, workers=2), made, cohort=()) == {}
-    all_lost = experiment(data, federation=federation(data, failures=tuple(Loss(client, 0) for client in CLIENTS)))
+    all_lost = experiment(
+        data, federation=federation(data, failures=tuple(ClientOutage(client, 0) for client in CLIENTS))
+    )
     found = sent(Batched(stack=2, workers=2), all_lost)
     assert [isinstance(reply, Failure) for reply in found.values()] == [True] * 5 + [False] * 5
 
@@ -135,7 +137,7 @@ def whole(data: Path, **settings: Any) -> Any:
         dtype="float32",
         stages=stages,
         evaluation=evaluation,
-        federation=federation(data, failures=(*LOST, Loss("ben", 1, "evaluate"))),
+        federation=federation(data, failures=(*LOST, ClientOutage("ben", 1, "evaluate"))),
         **settings,
     )
 
@@ -161,7 +163,7 @@ def test_larger_stacks_send_the_same_bytes_and_score_the_same(data: Path, tmp_pa
         for place, engine in enumerate((Serial(), Batched(stack=3, workers=2)))
     ]
     logs = [events(run.folder) for run in runs]
-    wires = [[event for event in log if isinstance(event, Wire)] for log in logs]
+    wires = [[event for event in log if isinstance(event, MessageSent)] for log in logs]
     assert len(wires[0]) > 30 and wires[0] == wires[1]
     for name in ("bytes_up", "bytes_down", "tokens_trained", "rounds"):
         assert runs[0].summary[name] == runs[1].summary[name]

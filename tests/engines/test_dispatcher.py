@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from fedllm.engines.remote.dispatcher import AHEAD, LOSSES, Answer, Relay
+from fedllm.engines.remote.dispatcher import AHEAD, LOSSES, Answer, Dispatcher
 from fedllm.errors import RunError
-from fedllm.events import EngineAdjusted, Event, Wire
+from fedllm.events import EngineAdjusted, Event, MessageSent
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.rng import Key
 
@@ -38,7 +38,7 @@ class Process:
         if self.ended:
             return [None]
         self.talked |= set(clients)
-        return [[(serialization.pack(update(f"{name} {client}")), {"delta": 8}) for client in clients]]
+        return [[(serialization.serialize(update(f"{name} {client}")), {"delta": 8}) for client in clients]]
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Team:
 
     def ask(self, place: int, name: str, sent: Sequence[bytes]) -> list[Answer | None]:
         """Asked in this order."""
-        requests = [serialization.unpack(data) for data in sent]
+        requests = [serialization.deserialize(data) for data in sent]
         clients = tuple(str(request.ctx.client) for request in requests if isinstance(request, Request))
         self.asked.append((place, name, clients))
         self.open += 1
@@ -82,11 +82,11 @@ def update(text: str) -> Update:
 
 
 def requests(clients: str, round: int = 0, key: int = 0) -> dict[str, Request]:
-    ctx = Ctx(round, Key(key), len(clients), len(clients))
+    ctx = RoundContext(round, Key(key), len(clients), len(clients))
     return {who: Request({}, (), replace(ctx, client=who, slot=slot)) for slot, who in enumerate(clients)}
 
 
-def told(relay: Relay, name: str, asked: Mapping[str, Request]) -> list[tuple[str, str]]:
+def told(relay: Dispatcher, name: str, asked: Mapping[str, Request]) -> list[tuple[str, str]]:
     """Each client's reply: the name of its leaf, or its failure's reason."""
     found = []
     for client, reply in relay(name, asked):
@@ -94,9 +94,9 @@ def told(relay: Relay, name: str, asked: Mapping[str, Request]) -> list[tuple[st
     return found
 
 
-def relay_of(team: Team, *, stack: int = 1, talks: bool = False) -> tuple[Relay, list[Event]]:
+def relay_of(team: Team, *, stack: int = 1, talks: bool = False) -> tuple[Dispatcher, list[Event]]:
     events: list[Event] = []
-    return Relay(team, stack, talks, events.append), events
+    return Dispatcher(team, stack, talks, events.append), events
 
 
 def works(clients: str) -> list[tuple[str, str]]:
@@ -107,7 +107,7 @@ def test_stacks_are_cut_in_cohort_order_and_dealt_out_in_turn() -> None:
     relay, events = relay_of(team := Team(), stack=2)
     assert told(relay, "work", requests("abcde")) == works("abcde")
     assert team.asked == [(0, "work", ("a", "b")), (1, "work", ("c", "d")), (0, "work", ("e",))]
-    assert [(e.client, e.direction) for e in events if isinstance(e, Wire)] == [
+    assert [(e.client, e.direction) for e in events if isinstance(e, MessageSent)] == [
         (who, way) for who in "abcde" for way in ("down", "up")
     ]
 

@@ -33,9 +33,9 @@ def test_attention_of_unequal_lengths_is_the_plain_one(window: int | None) -> No
     found = varlen_attention(*there, LENGTHS, 0.125, window)
     wide = [states.detach().double().requires_grad_() for states in (query, key, value)]
     expected = short_attention(*wide, LENGTHS, 0.125, window)
-    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    found.backward(slope.to(found))
-    expected.backward(slope.double())
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    found.backward(gradient.to(found))
+    expected.backward(gradient.double())
     for ours, theirs in [(found, expected), *((a.grad, b.grad) for a, b in zip(there, wide, strict=True))]:
         assert ours is not None and theirs is not None
         assert float((ours.detach().cpu().double() - theirs.detach()).norm() / theirs.detach().norm()) < 1e-2

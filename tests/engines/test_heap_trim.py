@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from fedllm.engines import loopback
-from fedllm.engines.allocator import kept_memory
+from fedllm.engines.allocator import retain_freed_memory
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.client import Site
-from fedllm.engines.loopback import TIDY, tidied
+from fedllm.engines.loopback import TIDY, with_heap_trim
 from fedllm.engines.serial import Serial
 from fedllm.messages.call import Replies
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Request, Update
 from fedllm.runs import server_round
 from tests.doubles.masks import Masked
@@ -39,14 +39,14 @@ def answered(name: str, requests: Mapping[str, Request]) -> Replies:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_free_pages_between_blocks_in_use_go_back() -> None:
-    with kept_memory():
+    with retain_freed_memory():
         blocks = [(torch.ones(MEGA, dtype=torch.uint8), torch.ones(64)) for _ in range(64)]
         words = [small for _, small in blocks]
         del blocks
         before = resident()
         assert len(list(answered("evaluate", {}))) == TIDY
         assert resident() > before - 8 * MEGA  # the control: nothing gives them back
-        assert len(list(tidied(answered)("evaluate", {}))) == TIDY
+        assert len(list(with_heap_trim(answered)("evaluate", {}))) == TIDY
         assert resident() < before - 48 * MEGA
         assert all(bool((word == 1).all()) for word in words)
 
@@ -57,9 +57,11 @@ def test_every_so_many_replies_of_an_engine(
 ) -> None:
     times: list[int] = []
     monkeypatch.setattr(loopback, "TIDY", 2)
-    monkeypatch.setattr(loopback, "give_back", lambda: times.append(len(replies)))
+    monkeypatch.setattr(loopback, "trim", lambda: times.append(len(replies)))
     made, replies = experiment(write_records(tmp_path / "people.jsonl")), list[str]()
-    asked = server_round.requests_for(made, server_round.start(made, begun(made)), CLIENTS, Ctx(0, made.key, 5, 5, 2))
+    asked = server_round.requests_for(
+        made, server_round.initial_state(made, begun(made)), CLIENTS, RoundContext(0, made.key, 5, 5, 2)
+    )
     with engine.open(made, None, lambda event: None) as call:
         for _ in range(2):  # small rounds add up
             for client, _ in call("evaluate", asked):
@@ -71,7 +73,9 @@ def test_every_so_many_replies_of_an_engine(
 def test_sessions_are_kept_where_a_client_is_asked_again(secure: bool, kept: int, tmp_path: Path) -> None:
     made = experiment(write_records(tmp_path / "people.jsonl"))
     made = replace(made, aggregator=Masked()) if secure else made
-    asked = server_round.requests_for(made, server_round.start(made, begun(made)), CLIENTS, Ctx(0, made.key, 5, 5, 2))
+    asked = server_round.requests_for(
+        made, server_round.initial_state(made, begun(made)), CLIENTS, RoundContext(0, made.key, 5, 5, 2)
+    )
     site = Site.of(made, None)
     for client in CLIENTS:
         first = site.session(asked[client].ctx)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.batched.load_balancing import deal, full_stack
+from fedllm.engines.batched.load_balancing import balance, stack_size
 from fedllm.engines.client import Site
 from fedllm.errors import ClientError
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
 from fedllm.rng import Key
 from fedllm.training.sgd import Sgd
@@ -23,7 +23,7 @@ LOADS = st.lists(st.integers(0, 10**6), max_size=40)
 
 @given(LOADS, st.integers(1, 9), st.integers(1, 4))
 def test_everyone_once_in_stacks_that_are_not_too_large(loads: list[int], size: int, fewest: int) -> None:
-    stacks = deal(loads, size, fewest)
+    stacks = balance(loads, size, fewest)
     assert sorted(place for stack in stacks for place in stack) == list(range(len(loads)))
     assert all(0 < len(stack) <= size and stack == sorted(stack) for stack in stacks)
     assert len(stacks) >= min(fewest, len(loads))
@@ -35,7 +35,7 @@ def test_everyone_once_in_stacks_that_are_not_too_large(loads: list[int], size: 
 def test_two_stacks_differ_by_one_client_at_most(pair: list[int], size: int) -> None:
     """The greedy bound: before the last client was dealt to it, the fuller stack was the emptier one."""
     loads = pair * size
-    first, second = (sum(loads[place] for place in stack) for stack in deal(loads, len(loads), 2))
+    first, second = (sum(loads[place] for place in stack) for stack in balance(loads, len(loads), 2))
     assert first - second <= max(loads)
 
 
@@ -52,12 +52,12 @@ def test_two_stacks_differ_by_one_client_at_most(pair: list[int], size: int) -> 
     ],
 )
 def test_as_few_as_hold_all_and_a_power_of_two(clients: int, size: int, fewest: int, lengths: list[int]) -> None:
-    assert sorted(map(len, deal([7] * clients, size, fewest))) == lengths
+    assert sorted(map(len, balance([7] * clients, size, fewest))) == lengths
 
 
 def test_by_hand() -> None:
     """9 + 6 + 5 against 8 + 7 + 1; then 9 and 7 change places, and both have 18."""
-    assert deal([5, 9, 1, 7, 6, 8], 3) == [[0, 3, 4], [1, 2, 5]]
+    assert balance([5, 9, 1, 7, 6, 8], 3) == [[0, 3, 4], [1, 2, 5]]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_by_hand() -> None:
 )
 def test_short_batches_make_large_stacks(tokens: float, size: int) -> None:
     """The whole part of 512 over the tokens, from 4 to 16."""
-    assert full_stack(tokens) == size
+    assert stack_size(tokens) == size
 
 
 def test_the_mean_is_that_of_the_first_rounds_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +91,14 @@ def test_loads_are_the_tokens_that_the_round_trains_on(tmp_path: Path) -> None:
     assert len(found) == 2 * len(CLIENTS)
     for (round, client), reply in found.items():
         assert isinstance(reply, Update)
-        ctx = Ctx(round, made.key, 5, 5, 2, client=client)
+        ctx = RoundContext(round, made.key, 5, 5, 2, client=client)
         assert site.tokens(ctx) == int(reply.parts["counts"].tree["tokens"]) > 0
-    assert site.tokens(Ctx(0, Key(0), 1, 1, client=CLIENTS[0], profile=Profile(steps=0))) == 0
+    assert site.tokens(RoundContext(0, Key(0), 1, 1, client=CLIENTS[0], profile=Profile(steps=0))) == 0
 
 
 def test_a_client_whose_data_cannot_be_had_weighs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = experiment(write_records(tmp_path / "people.jsonl"))
-    site, ctx = Site.of(made, None), Ctx(0, made.key, 1, 1, client=CLIENTS[0])
+    site, ctx = Site.of(made, None), RoundContext(0, made.key, 1, 1, client=CLIENTS[0])
     assert site.tokens(ctx) > 0
 
     def lost(client: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fedllm.engines.lru_cache import Recent
+from fedllm.engines.lru_cache import SizedLRUCache
 
 
-def made(room: int) -> tuple[Recent[str, str], list[str]]:
+def made(room: int) -> tuple[SizedLRUCache[str, str], list[str]]:
     """A cache of texts by their lengths, and what it had to make."""
     asked: list[str] = []
-    return Recent(lambda name: asked.append(name) or name * 2, len, room), asked  # type: ignore[func-returns-value]
+    return SizedLRUCache(lambda name: asked.append(name) or name * 2, len, room), asked  # type: ignore[func-returns-value]
 
 
 def test_what_is_held_is_not_made_again() -> None:

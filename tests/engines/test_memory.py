@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedllm.engines.batched.memory import Costs, Gate, free_bytes, parse_bytes
+from fedllm.engines.batched.memory import MemoryBudget, MemoryEstimate, free_bytes, parse_bytes
 from fedllm.errors import ConfigError
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.soft_prompt import SoftPrompt
@@ -48,7 +48,7 @@ def test_some_memory_is_free() -> None:
 
 
 def test_the_budget_is_never_passed() -> None:
-    gate, inside, most, lock = Gate(100), [0], [0], threading.Lock()
+    gate, inside, most, lock = MemoryBudget(100), [0], [0], threading.Lock()
     draw = random.Random(0)
 
     def work(needs: list[int]) -> None:
@@ -69,7 +69,7 @@ def test_the_budget_is_never_passed() -> None:
 
 
 def test_two_that_fit_are_inside_together() -> None:
-    gate, both = Gate(100), threading.Barrier(2, timeout=60)
+    gate, both = MemoryBudget(100), threading.Barrier(2, timeout=60)
     threads = [threading.Thread(target=lambda: through(gate, both)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -78,12 +78,12 @@ def test_two_that_fit_are_inside_together() -> None:
     assert gate.peak == 100 and not both.broken
 
 
-def through(gate: Gate, both: threading.Barrier) -> None:
+def through(gate: MemoryBudget, both: threading.Barrier) -> None:
     with gate.room(50):
         both.wait()
 
 
-def waiting(gate: Gate, count: int) -> None:
+def waiting(gate: MemoryBudget, count: int) -> None:
     """Until so many wait."""
     while len(gate._waiting) < count:
         threading.Event().wait(0.001)
@@ -91,7 +91,7 @@ def waiting(gate: Gate, count: int) -> None:
 
 def test_first_come_first_served() -> None:
     """A small one does not slip past a large one that waits."""
-    gate, order = Gate(100), []
+    gate, order = MemoryBudget(100), []
     threads = []
     with gate.room(80):
         for count, (name, need) in enumerate((("large", 90), ("small", 10)), 1):
@@ -104,13 +104,13 @@ def test_first_come_first_served() -> None:
     assert order == ["large", "small"]
 
 
-def passes(gate: Gate, name: str, need: int, order: list[str]) -> None:
+def passes(gate: MemoryBudget, name: str, need: int, order: list[str]) -> None:
     with gate.room(need):
         order.append(name)
 
 
 def test_one_alone_always_may_and_then_nobody_else() -> None:
-    gate, order = Gate(100), list[str]()
+    gate, order = MemoryBudget(100), list[str]()
     with gate.room(500):
         assert gate.peak == 500
         thread = threading.Thread(target=lambda: passes(gate, "next", 1, order))
@@ -122,7 +122,7 @@ def test_one_alone_always_may_and_then_nobody_else() -> None:
 
 
 def test_room_is_given_back_after_an_error() -> None:
-    gate = Gate(100)
+    gate = MemoryBudget(100)
     with pytest.raises(KeyError), gate.room(70):
         raise KeyError
     assert gate.used == 0
@@ -134,7 +134,7 @@ def test_room_is_given_back_after_an_error() -> None:
 @pytest.mark.parametrize("adapter", [Lora(rank=4), SoftPrompt(tokens=3)])
 def test_what_a_pass_keeps_grows_with_its_tokens_and_recomputation_keeps_less(adapter: Any) -> None:
     model = load(Task("tiny-llama", adapter=adapter, dtype="float32", device="cpu"))
-    costs = Costs.measured(model, model.fresh(Key(0)))
+    costs = MemoryEstimate.measured(model, model.initial_params(Key(0)))
     short, long = costs.whole.of([40]), costs.whole.of([80])
     assert 1.5 * short < long < 4 * short
     assert costs.recomputed.of([80]) < 0.7 * long
@@ -221,13 +221,13 @@ with one_thread():
 whole = costs.of(work, [site.first_job(client) for client in ("ann", "ben")], recompute=False)
 inside, most, lock, real = [0], [0], threading.Lock(), crew.run_work
 meeting, calls = threading.Barrier(2), [0]
-peak, slopes = threading.Barrier(2), torch.autograd.grad
+peak, gradients = threading.Barrier(2), torch.autograd.grad
 def together(*args, **options):
     try:
-        peak.wait(60)  # both hold all that their slopes need
+        peak.wait(60)  # both hold all that their gradients need
     except threading.BrokenBarrierError:  # the other one ran out before
         pass
-    return slopes(*args, **options)
+    return gradients(*args, **options)
 if settings.get("meet"):
     torch.autograd.grad = together
 def counted(*args):

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import fedllm
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.engines.base import Engine
-from fedllm.engines.registry import chosen, engine_of
-from fedllm.engines.remote.ray import Ray, Team
+from fedllm.engines.registry import choose, engine_of
+from fedllm.engines.remote.ray import Ray, RayActors
 from fedllm.errors import CheckError, ConfigError, MissingExtra, RunError
 from fedllm.events import ClientFailed, EngineAdjusted, EngineStarted, Event, RoundStarted
 from fedllm.experiment import catalog
@@ -81,7 +81,7 @@ def told(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_one_client_a_stack_gives_the_serial_bits(data: Path, serial: Path, team: Team, tmp_path: Path) -> None:
+def test_one_client_a_stack_gives_the_serial_bits(data: Path, serial: Path, team: RayActors, tmp_path: Path) -> None:
     found = run(stateful(data, rounds=2), Kept(team), tmp_path)
     same(found, serial)
     (started,) = (event for event in events(found) if isinstance(event, EngineStarted))
@@ -89,13 +89,13 @@ def test_one_client_a_stack_gives_the_serial_bits(data: Path, serial: Path, team
     assert started.parameters == load(stateful(data).task).base.model.num_parameters()
 
 
-def test_stacks_give_the_serial_digits(data: Path, team: Team, tmp_path: Path) -> None:
+def test_stacks_give_the_serial_digits(data: Path, team: RayActors, tmp_path: Path) -> None:
     experiment = stateful(data, rounds=1, task__dtype="float64")
     found = {}
     for name, engine in {"serial": "serial", "ray": Kept(team, stack=2)}.items():
         result = fedllm.run(experiment, engine=engine, out=tmp_path / name)
         found[name] = {leaf: value.double() for leaf, value in result.params.items()}
-    start = load(experiment.task).fresh(experiment.key)
+    start = load(experiment.task).initial_params(experiment.key)
     off = moved = 0.0
     for leaf, value in found["serial"].items():
         off += float((found["ray"][leaf] - value).norm() ** 2)
@@ -104,7 +104,7 @@ def test_stacks_give_the_serial_digits(data: Path, team: Team, tmp_path: Path) -
 
 
 def test_a_secure_sum_of_several_conversations(
-    data: Path, team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, team: RayActors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
     for noun, table in DOUBLES.items():
@@ -114,7 +114,7 @@ def test_a_secure_sum_of_several_conversations(
     stages = ["scaffold", {"top_k": {"fraction": 0.3}}, "uniform", "rounding"]
     plain = small(data, rounds=2, stages=stages)
     assert isinstance(plain.federation, Shards)
-    plain = replace(plain, federation=replace(plain.federation, failures=(Loss("ben", 1, "work"),)))
+    plain = replace(plain, federation=replace(plain.federation, failures=(ClientOutage("ben", 1, "work"),)))
     secret = override(plain, ["aggregator=masked", "demands.secrecy=true"])
     reference = run(plain, "serial", tmp_path / "plain")
     found = run(secret, Kept(team), tmp_path / "masked")
@@ -125,7 +125,7 @@ def test_a_secure_sum_of_several_conversations(
     assert lost == ["ben"]
 
 
-def test_a_lost_actor_is_replaced_and_changes_no_bit(data: Path, serial: Path, team: Team, tmp_path: Path) -> None:
+def test_a_lost_actor_is_replaced_and_changes_no_bit(data: Path, serial: Path, team: RayActors, tmp_path: Path) -> None:
     """It is stopped when round 1 begins, so that it holds requests, and killed a moment later."""
     ray = pytest.importorskip("ray")
     process, other = ray.get([host.__ray_call__.remote(pid) for host in team.hosts])
@@ -143,7 +143,7 @@ def test_a_lost_actor_is_replaced_and_changes_no_bit(data: Path, serial: Path, t
     assert same_one == other and new not in (process, other)
 
 
-def test_a_run_on_ray_is_resumed_to_the_bit(data: Path, serial: Path, team: Team, tmp_path: Path) -> None:
+def test_a_run_on_ray_is_resumed_to_the_bit(data: Path, serial: Path, team: RayActors, tmp_path: Path) -> None:
     second = StopAt(lambda event: isinstance(event, RoundStarted) and event.round == 1)
     with pytest.raises(Stop):
         run(stateful(data, rounds=2), Kept(team), tmp_path, second)
@@ -152,7 +152,7 @@ def test_a_run_on_ray_is_resumed_to_the_bit(data: Path, serial: Path, team: Team
     assert saved(found) == saved(serial)
 
 
-def test_an_actor_that_cannot_write_ends_the_run(data: Path, team: Team, tmp_path: Path) -> None:
+def test_an_actor_that_cannot_write_ends_the_run(data: Path, team: RayActors, tmp_path: Path) -> None:
     def block(event: Event) -> None:
         if isinstance(event, RoundStarted):
             clients = tmp_path / "run" / "checkpoints" / "clients"
@@ -225,7 +225,7 @@ def test_settings_are_read() -> None:
     assert engine_of("{ray: {stack: 4, actors: 2, address: auto}}") == Ray(4, 2, None, "auto")
 
 
-def test_more_actors_than_there_is_room_for(data: Path, team: Team, tmp_path: Path) -> None:
+def test_more_actors_than_there_is_room_for(data: Path, team: RayActors, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"actors is 999, but with 3 cores and 0 GPUs.* room for 3; lower"):
         run(small(data), Ray(actors=999), tmp_path)
     assert not (tmp_path / "run").exists()
@@ -306,9 +306,9 @@ def test_only_stacks_demand_clients_that_can_be_stacked(data: Path) -> None:
     experiment = small(data, task__adapter="norms")
     model = load(experiment.task)
     assert not Norms.stackable
-    assert chosen(Ray(), experiment, model) == (Ray(), "it was asked for")
+    assert choose(Ray(), experiment, model) == (Ray(), "it was asked for")
     with pytest.raises(CheckError, match="engine ray: adapter norms trains one client at a time; use --engine serial"):
-        chosen(Ray(stack=2), experiment, model)
+        choose(Ray(stack=2), experiment, model)
 
 
 def test_ray_is_imported_by_its_engine_alone() -> None:

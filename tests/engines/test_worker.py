@@ -13,11 +13,11 @@ import torch
 
 from fedllm.engines.client import Site
 from fedllm.engines.client_store import ClientStore
-from fedllm.engines.remote.worker import Host, to_text
+from fedllm.engines.remote.worker import RemoteWorker, to_text
 from fedllm.errors import ConfigError
 from fedllm.experiment.record import Experiment
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Request
 from fedllm.runs import server_round
 from fedllm.stages.base import Stage
@@ -38,50 +38,50 @@ def experiment(tmp_path: Path, cache_folder: Path) -> Iterator[Experiment]:
 
 
 def asked(experiment: Experiment, site: Site) -> Request:
-    everyone = Ctx(0, experiment.key, 3, 3, 3)
-    run = server_round.start(experiment, site.model.fresh(experiment.key))
+    everyone = RoundContext(0, experiment.key, 3, 3, 3)
+    run = server_round.initial_state(experiment, site.model.initial_params(experiment.key))
     return server_round.requests_for(experiment, run, ["ann", "ben", "cid"], everyone)["ben"]
 
 
 def test_a_host_answers_as_a_site_of_this_process(experiment: Experiment, tmp_path: Path) -> None:
-    host = Host()
+    host = RemoteWorker()
     (tmp_path / "memories").mkdir()
-    count = host.begin(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
+    count = host.initialize(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
     site = Site.of(experiment, None)
     assert count == site.model.base.model.num_parameters()
     request = asked(experiment, site)
-    ((data, parts),) = host.answers("work", [serialization.pack(request)])
+    ((data, parts),) = host.answers("work", [serialization.serialize(request)])
     answer = site.answer("work", request)
-    assert data == serialization.pack(answer)
+    assert data == serialization.serialize(answer)
     assert parts == serialization.part_bytes(answer)
     assert type(data) is bytes and json.loads(json.dumps(parts)) == parts  # nothing that only Python could read
     here, there = (
-        store.load("ben", 1, len(experiment.trip)) for store in (site.store, ClientStore(tmp_path / "memories"))
+        store.load("ben", 1, len(experiment.pipeline)) for store in (site.store, ClientStore(tmp_path / "memories"))
     )
     assert any(here) and all(map(tree.equal, here, there))
 
 
 def test_a_host_keeps_the_model_of_the_same_task_alone(experiment: Experiment, tmp_path: Path) -> None:
-    host = Host()
+    host = RemoteWorker()
     (tmp_path / "memories").mkdir()
     models = []
     wider = replace(experiment, task=replace(experiment.task, dtype="float64"))
     for other in (experiment, replace(experiment, seed=1), wider):
-        host.begin(to_text(other), str(tmp_path), str(tmp_path / "memories"))
+        host.initialize(to_text(other), str(tmp_path), str(tmp_path / "memories"))
         assert host.site is not None and host.site.experiment == other
         models.append(host.site.model.base)
     assert models[0] is models[1] is not models[2]
 
 
 def test_what_another_process_cannot_see_is_named(experiment: Experiment, tmp_path: Path) -> None:
-    host, nowhere = Host(), str(tmp_path / "nowhere")
+    host, nowhere = RemoteWorker(), str(tmp_path / "nowhere")
     for place, folder in ((nowhere, str(tmp_path)), (str(tmp_path), nowhere)):
-        told = host.begin(to_text(experiment), place, folder)
+        told = host.initialize(to_text(experiment), place, folder)
         assert isinstance(told, str) and nowhere in told and "under one path" in told
         assert host.answers("work", []) == told
     data = json.loads(to_text(experiment))
     data["federation"]["shards"]["data"] = nowhere
-    told = host.begin(json.dumps(data), str(tmp_path), str(tmp_path))
+    told = host.initialize(json.dumps(data), str(tmp_path), str(tmp_path))
     assert isinstance(told, str) and nowhere in told
 
 
@@ -91,11 +91,11 @@ def test_python_of_ones_own_is_refused(experiment: Experiment) -> None:
 
 
 def test_memory_that_runs_out_is_a_sentence(experiment: Experiment, tmp_path: Path) -> None:
-    host = Host()
+    host = RemoteWorker()
     (tmp_path / "memories").mkdir()
-    host.begin(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
+    host.initialize(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
     assert host.site is not None
-    request = serialization.pack(asked(experiment, host.site))
+    request = serialization.serialize(asked(experiment, host.site))
 
     def full(jobs: object, model: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -13,7 +13,7 @@ import torch
 
 from fedllm.engines.batched import workers
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.batched.memory import Costs
+from fedllm.engines.batched.memory import MemoryEstimate
 from fedllm.engines.client import Site
 from fedllm.engines.torch_threads import one_thread
 from fedllm.errors import RunError
@@ -46,7 +46,7 @@ class Room:
     def __init__(self, made: Any) -> None:
         with one_thread():
             self.site = Site.of(made, None)
-            self.costs = Costs.measured(self.site.model, self.site.fresh)
+            self.costs = MemoryEstimate.measured(self.site.model, self.site.fresh)
         self.work = made.work
 
     def largest(self, size: int, *, recompute: bool) -> int:

@@ -11,7 +11,7 @@ import torch
 import fedllm.models.loaded_model as models
 from fedllm.data.federation import Population
 from fedllm.data.shards import Shards
-from fedllm.errors import ConfigError, DataError, Placed
+from fedllm.errors import ConfigError, DataError, LocatedRecord
 from fedllm.evaluation.record_length import Unfit
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.evaluation.settings import Evaluation
@@ -155,7 +155,7 @@ def test_unknown_metric_names_the_nearest() -> None:
 def test_accuracy_needs_choices(model: LoadedModel) -> None:
     for broken in (RECORDS[0], {**CHOICES[0], "answer": "C"}, {**CHOICES[0], "answer": 3}):
         with pytest.raises(DataError, match=r"^own\.csv:2: the metric accuracy needs 'choices', a list"):
-            figures(scorer("accuracy"), model, [CHOICES[0], Placed(broken, "own.csv:2")])
+            figures(scorer("accuracy"), model, [CHOICES[0], LocatedRecord(broken, "own.csv:2")])
 
 
 def test_turns_have_choices_for_their_last_answer(model: LoadedModel) -> None:
@@ -225,7 +225,7 @@ def test_a_record_that_is_no_multiple_choice_is_found_before_a_model_is_loaded()
     with pytest.raises(DataError, match=r"accuracy needs 'choices', .* which a held-out record of b has not"):
         Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES[:5], RECORDS[0]]}))
     with pytest.raises(DataError, match=r"and 'answer', one of them, which own\.csv:2 has not"):
-        Scorer.of(made, Population({}, {"a": [Placed({**CHOICES[0], "answer": 3}, "own.csv:2")]}))
+        Scorer.of(made, Population({}, {"a": [LocatedRecord({**CHOICES[0], "answer": 3}, "own.csv:2")]}))
     Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES, RECORDS[0]]}))  # behind the limit
 
 

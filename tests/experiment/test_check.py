@@ -54,7 +54,7 @@ class Clip(Stage):
         parts = {}
         for name, part in update.parts.items():
             factor = min(1.0, self.clip / max(tree.norm(part.tree), 1e-300))
-            parts[name] = replace(part, tree=tree.scale(part.tree, factor), packing=DENSE)
+            parts[name] = replace(part, tree=tree.scale(part.tree, factor), wire_format=DENSE)
         return replace(update, parts=parts), memory
 
 

@@ -27,7 +27,7 @@ from fedllm.evaluation.settings import Evaluation
 from fedllm.experiment.catalog import name_of
 from fedllm.experiment.checks.check import check
 from fedllm.experiment.record import Experiment
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
 from fedllm.models.loaded_model import load
 from fedllm.runs import server_round
@@ -80,7 +80,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
 class Summed(Stage):
     """FedDyn as alpha goes to 0, where the clients' losses are their own: Δ_t + Δ_1 + .. + Δ_t, by hand."""
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         part = total.parts["delta"]
         held = {name: state[name] + leaf if name in state else leaf for name, leaf in part.tree.items()}
         return total.having("delta", replace(part, tree=tree.add(part.tree, held))), {**state, **held}
@@ -114,21 +114,21 @@ class Bench:
         """How far a run moves the server's parameters; nothing is checked."""
         key = (repr(experiment), engine)
         if key not in self.ends:
-            initial = load(experiment.task).bound(experiment.key).fresh(experiment.key)
-            ended, began = course(experiment, initial, engine), server_round.start(experiment, initial).params
+            initial = load(experiment.task).with_constants(experiment.key).initial_params(experiment.key)
+            ended, began = course(experiment, initial, engine), server_round.initial_state(experiment, initial).params
             self.ends[key] = {name: leaf - began[name] if name in began else leaf for name, leaf in ended.items()}
         return self.ends[key]
 
 
 def course(experiment: Experiment, initial: Tree, engine: Engine = SERIAL) -> Tree:
     """The server's parameters after the last round, and what was added to the frozen weights."""
-    run = server_round.start(experiment, initial)
+    run = server_round.initial_state(experiment, initial)
     clients = experiment.federation.load(experiment.key).clients
     with engine.open(experiment, None, [].append) as call:
         for _ in range(experiment.rounds):
-            run, result = server_round.one_round(run, experiment, clients, call, [].append)
+            run, result = server_round.run_round(run, experiment, clients, call, [].append)
             assert result.clients == len(clients), result.note
-    return {**run.params, **{f"{layer}.{SHIFT}": run.shift.dense(layer) for layer in run.shift.layers()}}
+    return {**run.params, **{f"{layer}.{SHIFT}": run.base_delta.dense(layer) for layer in run.base_delta.layers()}}
 
 
 def distance(one: Tree, two: Tree) -> float:
@@ -235,7 +235,7 @@ def test_the_page_holds_every_cell() -> None:
 def test_a_method_says_whether_it_writes_factors_in_another_basis(method: str, bench: Bench, middle: Tree) -> None:
     """Where it does not, factors that begin with another sign end with another sign, round by round."""
     experiment = bench.ready(pages.alone(method))
-    initial = load(experiment.task).bound(experiment.key).fresh(experiment.key)
+    initial = load(experiment.task).with_constants(experiment.key).initial_params(experiment.key)
     start = {**initial, **{name: leaf for name, leaf in middle.items() if name in initial}}
     layers = low_rank.layers(initial)  # those of which a client trains both sides
     one, two = (course(experiment, leaves) for leaves in (start, mirrored(start, layers)))
@@ -282,7 +282,7 @@ def products(leaves: Tree) -> Tree:
 def middle(bench: Bench) -> Tree:
     """Weights in the middle of a run: no factor is zero."""
     experiment = bench.ready(pages.alone("flexlora"))
-    initial = load(experiment.task).bound(experiment.key).fresh(experiment.key)
+    initial = load(experiment.task).with_constants(experiment.key).initial_params(experiment.key)
     return course(experiment, initial)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.data.sampling import All, UniformSampling
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.data.splits.by import By
 from fedllm.data.splits.iid import Iid
 from fedllm.engines.base import Engine
@@ -173,7 +173,7 @@ FULL = replace(
     stages=(Keep(("*.b",)), Prox(), Uniform()),
     federation=replace(
         BY_HAND.federation,
-        failures=(Loss("a", 0),),
+        failures=(ClientOutage("a", 0),),
         sampling=UniformSampling(2),
         profiles={"a*": Profile(rank=3, device="x", steps=3, batch_size=3, lr=0.1, bandwidth=3)},
         devices={device: Profile(rank=3, steps=3, batch_size=3, lr=0.1, bandwidth=3) for device in ("x", "linear")},

@@ -24,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedllm.errors import WireError
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Asked, Failure, Part, Request, Update
 from fedllm.rng import Key
 from fedllm.tensors import tree, wire_format
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import DENSE, SPARSE, Packing, Picks, Window
+from fedllm.tensors.wire_format import DENSE, SPARSE, IndexSelection, Window, WireFormat
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
@@ -64,7 +64,7 @@ def trees(dtypes: tuple[torch.dtype, ...] = DTYPES) -> st.SearchStrategy[Tree]:
 
 
 @st.composite
-def quantized(draw: st.DrawFn) -> tuple[Tree, Packing]:
+def quantized(draw: st.DrawFn) -> tuple[Tree, WireFormat]:
     """A tree whose floating leaves lie on a grid. Its integers are left as they are."""
     bits, block = draw(st.sampled_from([8, 4, 1])), draw(st.integers(1, 9))
     top = wire_format.levels(bits)
@@ -80,14 +80,14 @@ def quantized(draw: st.DrawFn) -> tuple[Tree, Packing]:
             scales[name] = torch.tensor(draw(sizes), dtype=leaf.dtype)
             grid = torch.tensor(drawn, dtype=torch.int8).reshape(rows, block)
             found[name] = wire_format.values(grid, scales[name], leaf.shape)
-    return found, Packing(bits=bits, block=block, scales=scales)
+    return found, WireFormat(bits=bits, block=block, scales=scales)
 
 
 @st.composite
-def picked(draw: st.DrawFn, shape: torch.Size) -> Picks:
+def picked(draw: st.DrawFn, shape: torch.Size) -> IndexSelection:
     """Some places, or none, of an axis of a leaf that has one."""
     axis = draw(st.integers(0, len(shape) - 1))
-    return Picks(axis, tuple(place for place in range(shape[axis]) if draw(st.booleans())))
+    return IndexSelection(axis, tuple(place for place in range(shape[axis]) if draw(st.booleans())))
 
 
 @st.composite
@@ -99,8 +99,8 @@ def windowed(draw: st.DrawFn, weight: float | None) -> Part:
             windows[name] = draw(picked(leaf.shape))
         else:
             windows[name] = tuple(tuple(sorted(draw(st.tuples(*[st.integers(0, size)] * 2)))) for size in leaf.shape)
-        held[name] = wire_format.among_zeros(wire_format.inside(leaf, windows[name]), windows[name], leaf.shape)
-    return Part(held, weight, Packing(windows=windows))
+        held[name] = wire_format.write_window(wire_format.read_window(leaf, windows[name]), windows[name], leaf.shape)
+    return Part(held, weight, WireFormat(windows=windows))
 
 
 @st.composite
@@ -113,14 +113,14 @@ def windowed_bits(draw: st.DrawFn, weight: float | None) -> Part:
         if boxes[name].dim() and draw(st.booleans()):
             axis, shape = draw(st.integers(0, boxes[name].dim() - 1)), list(boxes[name].shape)
             gaps = draw(st.lists(st.integers(1, 3), min_size=shape[axis], max_size=shape[axis]))
-            windows[name] = Picks(axis, tuple(sum(gaps[: place + 1]) - 1 for place in range(shape[axis])))
+            windows[name] = IndexSelection(axis, tuple(sum(gaps[: place + 1]) - 1 for place in range(shape[axis])))
             shape[axis] = sum(gaps) + draw(st.integers(0, 2))
-            held[name] = wire_format.among_zeros(boxes[name], windows[name], torch.Size(shape))
+            held[name] = wire_format.write_window(boxes[name], windows[name], torch.Size(shape))
         elif draw(st.booleans()):
             first = draw(st.lists(st.integers(0, 3), min_size=boxes[name].dim(), max_size=boxes[name].dim()))
             windows[name] = tuple((at, at + size) for at, size in zip(first, boxes[name].shape, strict=True))
             shape = torch.Size(stop + draw(st.integers(0, 2)) for _, stop in windows[name])
-            held[name] = wire_format.among_zeros(boxes[name], windows[name], shape)
+            held[name] = wire_format.write_window(boxes[name], windows[name], shape)
     return Part(held, weight, replace(form, windows=windows))
 
 
@@ -145,7 +145,7 @@ def parts(draw: st.DrawFn) -> Part:
 
 
 CTXS = st.builds(
-    Ctx,
+    RoundContext,
     round=COUNTS,
     key=st.builds(Key, st.integers(0, 2**64 - 1)),
     cohort=COUNTS,
@@ -162,7 +162,7 @@ CTXS = st.builds(
         lr=st.none() | st.floats(0, 1e300),
     ),
 )
-SHIFTS = st.dictionaries(st.integers(3, 12), trees(), max_size=3).map(lambda s: Shift(dict(sorted(s.items())), 2))
+SHIFTS = st.dictionaries(st.integers(3, 12), trees(), max_size=3).map(lambda s: BaseDelta(dict(sorted(s.items())), 2))
 REQUESTS = st.builds(Request, trees(), st.lists(trees(), max_size=3).map(tuple), CTXS, SHIFTS)
 UPDATES = st.builds(Update, st.dictionaries(NAMES, parts(), max_size=3))
 FAILURES = st.builds(Failure, st.text(), COUNTS, st.text())
@@ -177,17 +177,23 @@ def assert_same(one: serialization.Message, two: serialization.Message) -> None:
         case Request(), Request():
             assert one.ctx == two.ctx and same_bits(one.params, two.params)
             assert [tree.digest(extra) for extra in one.extras] == [tree.digest(extra) for extra in two.extras]
-            assert (list(one.shift.steps), one.shift.after) == (list(two.shift.steps), two.shift.after)
-            assert all(map(same_bits, one.shift.steps.values(), two.shift.steps.values()))
+            assert (list(one.base_delta.steps), one.base_delta.after) == (
+                list(two.base_delta.steps),
+                two.base_delta.after,
+            )
+            assert all(map(same_bits, one.base_delta.steps.values(), two.base_delta.steps.values()))
         case Update(), Update():
             assert list(one.parts) == list(two.parts)
             for name, part in one.parts.items():
                 other = two.parts[name]
                 assert part.weight == other.weight and type(part.weight) is type(other.weight)
                 assert same_bits(part.tree, other.tree), name
-                assert (part.packing.sparse, part.packing.bits) == (other.packing.sparse, other.packing.bits)
-                assert same_bits(dict(part.packing.scales), dict(other.packing.scales))
-                assert part.packing.windows == other.packing.windows
+                assert (part.wire_format.sparse, part.wire_format.bits) == (
+                    other.wire_format.sparse,
+                    other.wire_format.bits,
+                )
+                assert same_bits(dict(part.wire_format.scales), dict(other.wire_format.scales))
+                assert part.wire_format.windows == other.wire_format.windows
         case _:
             assert isinstance(one, Failure) and one == two
 
@@ -199,11 +205,11 @@ def header_bytes(data: bytes) -> int:
 @settings(max_examples=300)
 @given(st.one_of(REQUESTS, UPDATES, FAILURES))
 def test_every_message_comes_back_with_the_same_bits(message: serialization.Message) -> None:
-    data = serialization.pack(message)
-    back = serialization.unpack(data)
+    data = serialization.serialize(message)
+    back = serialization.deserialize(data)
     assert_same(message, back)
     assert sum(serialization.part_bytes(message).values()) == len(data) - header_bytes(data)
-    assert_same(message, serialization.unpack(serialization.pack(back)))
+    assert_same(message, serialization.deserialize(serialization.serialize(back)))
 
 
 def test_nothing_collides_whatever_its_name() -> None:
@@ -211,35 +217,35 @@ def test_nothing_collides_whatever_its_name() -> None:
     update = Update(
         {
             "scale": Part({"PART/x": a, "x": b}, 1.0),
-            "PART": Part({"x": 2 * a, "scale/PART/x": c}, 1.0, Packing(bits=8, block=1, scales={"x": 2 * a})),
+            "PART": Part({"x": 2 * a, "scale/PART/x": c}, 1.0, WireFormat(bits=8, block=1, scales={"x": 2 * a})),
             "PART/x": Part({"": b}, None, SPARSE),
             "index": Part({"PART/x/": c}, None, SPARSE),
             "": Part({}, 0.0),
             "part0": Part({"x": c}, 0.0),
         }
     )
-    assert_same(update, serialization.unpack(serialization.pack(update)))
-    request = Request({"extra0/x": a}, ({"x": b}, {}, {"params/x": c}), Ctx(0, Key(0), 1, 1))
-    assert_same(request, serialization.unpack(serialization.pack(request)))
+    assert_same(update, serialization.deserialize(serialization.serialize(update)))
+    request = Request({"extra0/x": a}, ({"x": b}, {}, {"params/x": c}), RoundContext(0, Key(0), 1, 1))
+    assert_same(request, serialization.deserialize(serialization.serialize(request)))
 
 
 def test_leaves_may_share_memory_and_be_views() -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    request = Request({"w": whole}, ({"w": whole}, {"row": whole[1], "t": whole.T}), Ctx(0, Key(0), 1, 1))
-    assert_same(request, serialization.unpack(serialization.pack(request)))
+    request = Request({"w": whole}, ({"w": whole}, {"row": whole[1], "t": whole.T}), RoundContext(0, Key(0), 1, 1))
+    assert_same(request, serialization.deserialize(serialization.serialize(request)))
     wide = Update({"delta": Part({"e": torch.ones(1).expand(4), "g": torch.ones(2).requires_grad_()}, 1.0)})
-    assert_same(wide, serialization.unpack(serialization.pack(wide)))
+    assert_same(wide, serialization.deserialize(serialization.serialize(wide)))
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse", "bits"])
 def test_what_is_unpacked_is_writable_and_owns_its_memory(form: str) -> None:
     leaf = torch.tensor([0.0, 2.0, -4.0])
-    forms = {"dense": DENSE, "sparse": SPARSE, "bits": Packing(bits=8, block=3, scales={"w": torch.tensor([2.0])})}
+    forms = {"dense": DENSE, "sparse": SPARSE, "bits": WireFormat(bits=8, block=3, scales={"w": torch.tensor([2.0])})}
     sent = Update({"delta": Part({"w": leaf, "n": torch.tensor([7])}, 1.0, forms[form])})
-    data = serialization.pack(sent)
+    data = serialization.serialize(sent)
     copy = bytes(bytearray(data))
     for _ in range(2):  # the second time from the same bytes
-        back = serialization.unpack(data)
+        back = serialization.deserialize(data)
         assert isinstance(back, Update)
         held = back.parts["delta"].tree
         assert held["w"].tolist() == [0.0, 2.0, -4.0] and held["n"].tolist() == [7]
@@ -249,39 +255,47 @@ def test_what_is_unpacked_is_writable_and_owns_its_memory(form: str) -> None:
 
 
 ROWS = torch.zeros(6, 7).index_fill(0, torch.tensor([1, 4]), 1.0)
-TWO_ROWS = {"w": Picks(0, (1, 4))}
+TWO_ROWS = {"w": IndexSelection(0, (1, 4))}
 
 
 @pytest.mark.parametrize(
     ("part", "size"),
     [
         (Part({"w": torch.ones(10, 7), "b": torch.ones(3, dtype=torch.bfloat16)}), 70 * 4 + 3 * 2),
-        (Part({"w": torch.eye(10)}, packing=SPARSE), 10 * (4 + 4)),
-        (Part({"w": torch.eye(10, dtype=torch.float64), "z": torch.zeros(99)}, packing=SPARSE), 10 * (4 + 8)),
-        (Part({"w": torch.eye(9, dtype=torch.int8)}, packing=SPARSE), 9 * (4 + 1)),
-        (Part({"w": -torch.zeros(9)}, packing=SPARSE), 0),
-        (Part({"w": torch.eye(9)[:, :2]}, packing=Packing(windows={"w": ((0, 2), (0, 2))})), 4 * 4),
-        (Part({"w": ROWS, "v": ROWS.T}, packing=Packing(windows={**TWO_ROWS, "v": Picks(1, (1, 4))})), 2 * 2 * 7 * 4),
-        (Part({"w": 0 * ROWS}, packing=Packing(windows={"w": Picks(1, ())})), 0),
-        (Part({"w": ROWS}, packing=Packing(bits=4, block=4, scales={"w": torch.ones(4)}, windows=TWO_ROWS)), 7 + 4 * 4),
+        (Part({"w": torch.eye(10)}, wire_format=SPARSE), 10 * (4 + 4)),
+        (Part({"w": torch.eye(10, dtype=torch.float64), "z": torch.zeros(99)}, wire_format=SPARSE), 10 * (4 + 8)),
+        (Part({"w": torch.eye(9, dtype=torch.int8)}, wire_format=SPARSE), 9 * (4 + 1)),
+        (Part({"w": -torch.zeros(9)}, wire_format=SPARSE), 0),
+        (Part({"w": torch.eye(9)[:, :2]}, wire_format=WireFormat(windows={"w": ((0, 2), (0, 2))})), 4 * 4),
+        (
+            Part(
+                {"w": ROWS, "v": ROWS.T}, wire_format=WireFormat(windows={**TWO_ROWS, "v": IndexSelection(1, (1, 4))})
+            ),
+            2 * 2 * 7 * 4,
+        ),
+        (Part({"w": 0 * ROWS}, wire_format=WireFormat(windows={"w": IndexSelection(1, ())})), 0),
+        (
+            Part({"w": ROWS}, wire_format=WireFormat(bits=4, block=4, scales={"w": torch.ones(4)}, windows=TWO_ROWS)),
+            7 + 4 * 4,
+        ),
     ],
 )
 def test_sizes_by_hand(part: Part, size: int) -> None:
     update = Update({"delta": part})
     assert serialization.part_bytes(update) == {"delta": size}
-    data = serialization.pack(update)
+    data = serialization.serialize(update)
     assert len(data) - header_bytes(data) == size
 
 
 def test_a_window_of_few_bits_by_hand() -> None:
     """3 x 5 values of 4 bits in a leaf of 8 x 6: 8 bytes of codes, two to a byte, and 4 for the scale of one block."""
-    form = Packing(bits=4, block=16, scales={"w": torch.tensor([2.0])}, windows={"w": ((4, 7), (1, 6))})
-    leaf = wire_format.among_zeros(torch.full((3, 5), -6.0), form.windows["w"], torch.Size([8, 6]))
+    form = WireFormat(bits=4, block=16, scales={"w": torch.tensor([2.0])}, windows={"w": ((4, 7), (1, 6))})
+    leaf = wire_format.write_window(torch.full((3, 5), -6.0), form.windows["w"], torch.Size([8, 6]))
     assert leaf.sum() == -90 and leaf[:4].count_nonzero() == 0 and leaf[:, 0].count_nonzero() == 0
     update = Update({"d": Part({"w": leaf}, 1.0, form)})
-    data = serialization.pack(update)
+    data = serialization.serialize(update)
     assert serialization.part_bytes(update) == {"d": 12} and len(data) - header_bytes(data) == 12
-    assert_same(update, serialization.unpack(data))
+    assert_same(update, serialization.deserialize(data))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 1])
@@ -289,49 +303,56 @@ def test_a_window_of_few_bits_by_hand() -> None:
 def test_sizes_of_few_bits(bits: int, count: int, block: int) -> None:
     blocks = -(-count // block)
     leaf = wire_format.values(torch.ones(blocks, block, dtype=torch.int8), torch.ones(blocks), torch.Size([count]))
-    update = Update({"d": Part({"w": leaf}, 1.0, Packing(bits=bits, block=block, scales={"w": torch.ones(blocks)}))})
+    update = Update({"d": Part({"w": leaf}, 1.0, WireFormat(bits=bits, block=block, scales={"w": torch.ones(blocks)}))})
     size = math.ceil(bits * count / 8) + 4 * blocks
-    data = serialization.pack(update)
+    data = serialization.serialize(update)
     assert serialization.part_bytes(update) == {"d": size} and len(data) - header_bytes(data) == size
 
 
 def test_bytes_of_requests_and_failures() -> None:
-    request = Request({"w": torch.ones(3)}, ({"c": torch.ones(2, dtype=torch.float64)}, {}), Ctx(0, Key(0), 1, 1))
+    request = Request(
+        {"w": torch.ones(3)}, ({"c": torch.ones(2, dtype=torch.float64)}, {}), RoundContext(0, Key(0), 1, 1)
+    )
     assert serialization.part_bytes(request) == {"params": 12, "extras": 16}
     assert serialization.part_bytes(replace(request, extras=())) == {"params": 12}
     assert serialization.part_bytes(Failure("a", 1, "gone")) == {}
 
 
 def test_values_off_their_grid_are_not_rounded_in_silence() -> None:
-    form = Packing(bits=8, block=2, scales={"w": torch.tensor([1.0])})
+    form = WireFormat(bits=8, block=2, scales={"w": torch.tensor([1.0])})
     with pytest.raises(AssertionError, match="grid"):
-        serialization.pack(Update({"d": Part({"w": torch.tensor([1.0, 1.5])}, 1.0, form)}))
+        serialization.serialize(Update({"d": Part({"w": torch.tensor([1.0, 1.5])}, 1.0, form)}))
     one = replace(form, bits=1)
     with pytest.raises(AssertionError, match="grid"):
-        serialization.pack(Update({"d": Part({"w": torch.tensor([1.0, 0.0])}, 1.0, one)}))
+        serialization.serialize(Update({"d": Part({"w": torch.tensor([1.0, 0.0])}, 1.0, one)}))
 
 
 def test_values_outside_of_their_window_are_not_dropped_in_silence() -> None:
-    for window in (((0, 2), (0, 3)), Picks(1, (0, 2))):
+    for window in (((0, 2), (0, 3)), IndexSelection(1, (0, 2))):
         with pytest.raises(AssertionError, match="outside of its window"):
-            serialization.pack(Update({"d": Part({"w": torch.eye(3)}, 1.0, Packing(windows={"w": window}))}))
+            serialization.serialize(Update({"d": Part({"w": torch.eye(3)}, 1.0, WireFormat(windows={"w": window}))}))
 
 
-BOX_OF_BITS = Packing(bits=4, block=2, scales={"w": torch.ones(2)}, windows={"w": ((0, 2), (0, 2))})
+BOX_OF_BITS = WireFormat(bits=4, block=2, scales={"w": torch.ones(2)}, windows={"w": ((0, 2), (0, 2))})
 EXAMPLES: tuple[serialization.Message, ...] = (
-    Request({"w": torch.ones(3, 2)}, ({"c": torch.ones(2)}, {}), Ctx(1, Key(2), 3, 4, client="Zoë")),
-    Request({"w": torch.ones(2)}, (), Ctx(1, Key(2), 3, 4), Shift({3: {"l.lora_BA": torch.ones(2, 3)}}, after=2)),
+    Request({"w": torch.ones(3, 2)}, ({"c": torch.ones(2)}, {}), RoundContext(1, Key(2), 3, 4, client="Zoë")),
+    Request(
+        {"w": torch.ones(2)},
+        (),
+        RoundContext(1, Key(2), 3, 4),
+        BaseDelta({3: {"l.lora_BA": torch.ones(2, 3)}}, after=2),
+    ),
     Update(
         {
             "delta": Part({"w": torch.eye(3), "b": torch.ones(2)}, 2.0, SPARSE),
             "low": Part(
-                {"w": torch.tensor([2.0, -4.0])}, 1.0, Packing(bits=4, block=2, scales={"w": torch.tensor([2.0])})
+                {"w": torch.tensor([2.0, -4.0])}, 1.0, WireFormat(bits=4, block=2, scales={"w": torch.tensor([2.0])})
             ),
             "counts": Part({"n": torch.tensor(3)}, 0.0),
-            "box": Part({"w": torch.eye(3)[:, :2]}, 1.0, Packing(windows={"w": ((0, 2), (0, 2))})),
+            "box": Part({"w": torch.eye(3)[:, :2]}, 1.0, WireFormat(windows={"w": ((0, 2), (0, 2))})),
             "low box": Part({"w": torch.eye(3)[:, :2]}, 1.0, BOX_OF_BITS),
-            "rows": Part({"w": torch.eye(3)[:2].mT}, 1.0, Packing(windows={"w": Picks(0, (0, 1))})),
-            "low rows": Part({"w": ROWS}, 1.0, Packing(bits=4, scales={"w": torch.ones(1)}, windows=TWO_ROWS)),
+            "rows": Part({"w": torch.eye(3)[:2].mT}, 1.0, WireFormat(windows={"w": IndexSelection(0, (0, 1))})),
+            "low rows": Part({"w": ROWS}, 1.0, WireFormat(bits=4, scales={"w": torch.ones(1)}, windows=TWO_ROWS)),
         }
     ),
     Failure("a", 1, "gone"),
@@ -341,14 +362,14 @@ EXAMPLES: tuple[serialization.Message, ...] = (
 def refused(data: bytes, asked: Asked | None = None) -> str:
     """The sentence of the refusal."""
     with pytest.raises(WireError) as caught:
-        serialization.unpack(data, asked)
+        serialization.deserialize(data, asked)
     assert type(caught.value) is WireError and "\n" not in str(caught.value) and len(str(caught.value)) < 400
     return str(caught.value)
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_every_truncation_is_refused(message: serialization.Message) -> None:
-    data = serialization.pack(message)
+    data = serialization.serialize(message)
     for end in range(len(data)):
         refused(data[:end])
     refused(data + b"\0")
@@ -357,11 +378,11 @@ def test_every_truncation_is_refused(message: serialization.Message) -> None:
 @settings(max_examples=300)
 @given(st.sampled_from(EXAMPLES), st.data())
 def test_a_flipped_byte_is_refused_or_is_another_message(message: serialization.Message, data: st.DataObject) -> None:
-    content = bytearray(serialization.pack(message))
+    content = bytearray(serialization.serialize(message))
     place = data.draw(st.integers(0, len(content) - 1))
     content[place] ^= data.draw(st.integers(1, 255))
     try:
-        found = serialization.unpack(bytes(content))
+        found = serialization.deserialize(bytes(content))
     except WireError as error:
         assert "\n" not in str(error)
     else:
@@ -397,7 +418,7 @@ def doctored(message: serialization.Message, change: Callable[[dict[str, Any], T
     """The bytes of a message whose header and values were changed by hand."""
     from safetensors.torch import load
 
-    data = serialization.pack(message)
+    data = serialization.serialize(message)
     header = json.loads(json.loads(data[8 : header_bytes(data)])["__metadata__"]["fedllm"])
     tensors = load(data)
     change(header, tensors)
@@ -551,7 +572,7 @@ LIES: Mapping[str, tuple[serialization.Message, Callable[[dict[str, Any], Tree],
 @pytest.mark.parametrize("lie", LIES)
 def test_a_header_that_lies_is_refused(lie: str) -> None:
     message, change = LIES[lie]
-    serialization.unpack(doctored(message, lambda header, tensors: None))
+    serialization.deserialize(doctored(message, lambda header, tensors: None))
     data = doctored(message, change)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(data)
@@ -561,23 +582,23 @@ def test_a_header_that_lies_is_refused(lie: str) -> None:
 @pytest.mark.parametrize("weight", [math.nan, math.inf])
 def test_a_weight_that_is_no_number_is_not_taken_for_none(weight: float) -> None:
     with pytest.raises(WireError, match="finite number"):
-        serialization.unpack(serialization.pack(Update({"delta": Part({"w": torch.ones(2)}, weight)})))
+        serialization.deserialize(serialization.serialize(Update({"delta": Part({"w": torch.ones(2)}, weight)})))
 
 
 def test_a_reason_may_name_bytes_that_are_no_text() -> None:
-    back = serialization.unpack(serialization.pack(Failure("a", 3, "no file na\udcefve.txt")))
+    back = serialization.deserialize(serialization.serialize(Failure("a", 3, "no file na\udcefve.txt")))
     assert back == Failure("a", 3, "no file na\\udcefve.txt")
 
 
 def test_a_long_block_is_only_a_claim() -> None:
     """Filling up one block of that length would take terabytes."""
-    found = serialization.unpack(doctored(UPDATE, at("parts", "low", "block", value=2**40)))
+    found = serialization.deserialize(doctored(UPDATE, at("parts", "low", "block", value=2**40)))
     assert isinstance(found, Update) and found.parts["low"].tree["w"].tolist() == [2.0, -4.0]
 
 
 def test_newer_fields_are_passed_over() -> None:
-    assert_same(UPDATE, serialization.unpack(doctored(UPDATE, at("parts", "delta", "colour", value="red"))))
-    assert_same(REQUEST, serialization.unpack(doctored(REQUEST, at("ctx", "colour", value="red"))))
+    assert_same(UPDATE, serialization.deserialize(doctored(UPDATE, at("parts", "delta", "colour", value="red"))))
+    assert_same(REQUEST, serialization.deserialize(doctored(REQUEST, at("ctx", "colour", value="red"))))
 
 
 def sparse_of(size: int) -> Update:
@@ -593,19 +614,19 @@ def asked(update: Update) -> Asked:
 
 
 def test_a_sparse_leaf_unfolds_as_far_as_the_message_is_long_or_was_asked_for() -> None:
-    length = len(serialization.pack(sparse_of(1 << 16)))  # a shape of five digits
+    length = len(serialization.serialize(sparse_of(1 << 16)))  # a shape of five digits
     small, large = (
         sparse_of(serialization.MOST_VALUES_PER_BYTE * length),
         sparse_of(serialization.MOST_VALUES_PER_BYTE * length + 1),
     )
-    assert len(serialization.pack(small)) == len(serialization.pack(large)) == length
-    assert_same(small, serialization.unpack(serialization.pack(small)))
-    assert "unfold" in refused(serialization.pack(large))
-    assert_same(large, serialization.unpack(serialization.pack(large), asked(large)))
+    assert len(serialization.serialize(small)) == len(serialization.serialize(large)) == length
+    assert_same(small, serialization.deserialize(serialization.serialize(small)))
+    assert "unfold" in refused(serialization.serialize(large))
+    assert_same(large, serialization.deserialize(serialization.serialize(large), asked(large)))
     padded = small.having("b", small.parts["a"]).having("p", Part({"w": torch.zeros(length, dtype=torch.uint8)}, 1.0))
-    assert_same(padded, serialization.unpack(serialization.pack(padded)))  # as long as two
-    assert "another shape" in refused(serialization.pack(large), asked(small))
-    assert "unfold" in refused(serialization.pack(large), {"b": asked(large)["a"]})
+    assert_same(padded, serialization.deserialize(serialization.serialize(padded)))  # as long as two
+    assert "another shape" in refused(serialization.serialize(large), asked(small))
+    assert "unfold" in refused(serialization.serialize(large), {"b": asked(large)["a"]})
 
 
 UNASKED: Mapping[str, tuple[Part, str]] = {
@@ -623,21 +644,23 @@ UNASKED: Mapping[str, tuple[Part, str]] = {
 def test_an_update_that_was_not_asked_for_is_refused_by_itself(case: str) -> None:
     honest = Update({"d": Part({"w": torch.ones(2, 3)}, 1.0)})
     part, fault = UNASKED[case]
-    data = serialization.pack(Update({"d": part}))
-    assert_same(honest, serialization.unpack(serialization.pack(honest), asked(honest)))
+    data = serialization.serialize(Update({"d": part}))
+    assert_same(honest, serialization.deserialize(serialization.serialize(honest), asked(honest)))
     assert_same(
-        Update({}), serialization.unpack(serialization.pack(Update({})), asked(honest))
+        Update({}), serialization.deserialize(serialization.serialize(Update({})), asked(honest))
     )  # a part that it does not have
-    serialization.unpack(data)
+    serialization.deserialize(data)
     assert re.search(fault, refused(data, asked(honest)))
     assert "part 'd', which nobody asked for" in refused(data, {})
 
 
 def test_what_is_asked_for_stays_with_the_server() -> None:
-    request = Request({"w": torch.ones(2)}, (), Ctx(0, Key(0), 1, 1))
+    request = Request({"w": torch.ones(2)}, (), RoundContext(0, Key(0), 1, 1))
     asking = replace(request, asks=lambda call: {})
     assert (
-        asking == request and serialization.pack(asking) == serialization.pack(request) and request.asks("work") is None
+        asking == request
+        and serialization.serialize(asking) == serialization.serialize(request)
+        and request.asks("work") is None
     )
 
 
@@ -665,7 +688,7 @@ def cost(data: bytes) -> tuple[int, int, serialization.Message | None]:
     with Reserved() as reserved:
         sys.setprofile(count)
         try:
-            found = serialization.unpack(data)
+            found = serialization.deserialize(data)
         except WireError:
             pass
         finally:
@@ -688,7 +711,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def hostile(draw: random.Random) -> bytes:
     """The bytes of an honest message of which one or two claims are others."""
-    data = serialization.pack(draw.choice(EXAMPLES))
+    data = serialization.serialize(draw.choice(EXAMPLES))
     end = header_bytes(data)
     header = json.loads(data[8:end])
     facts = json.loads(header["__metadata__"]["fedllm"])
@@ -707,14 +730,14 @@ def hostile(draw: random.Random) -> bytes:
 def test_no_claim_costs_more_than_its_bytes() -> None:
     """Calls and memory of 150 messages that lie; the memory is that of float64 at the most values for each byte."""
     taken = 0
-    cost(serialization.pack(EXAMPLES[2]))  # the first time imports more of torch
+    cost(serialization.serialize(EXAMPLES[2]))  # the first time imports more of torch
     for number in range(150):
         data = hostile(random.Random(number))
         calls, reserved, found = cost(data)
         assert calls < 2000 + 4 * len(data), number
         assert reserved <= (8 * serialization.MOST_VALUES_PER_BYTE + 64) * len(data), number
         if found is not None:
-            assert_same(found, serialization.unpack(serialization.pack(found)))
+            assert_same(found, serialization.deserialize(serialization.serialize(found)))
             taken += 1
     assert 5 < taken < 50  # some claims are harmless
 

@@ -134,7 +134,7 @@ def clients(lengths: Sequence[Sequence[int]] = LENGTHS) -> list[list[Example]]:
 def stacked(model: LoadedModel, count: int) -> Tree:
     """Other leaves for each client, as large as trained ones."""
     generator = torch.Generator().manual_seed(4)
-    fresh = model.fresh(Key(5))
+    fresh = model.initial_params(Key(5))
     drawn = [
         {name: torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * 0.2 for name, leaf in fresh.items()}
         for _ in range(count)
@@ -219,7 +219,7 @@ LORA, SOFT = Lora(rank=RANK, alpha=ALPHA), SoftPrompt(tokens=PROMPT)
 @pytest.mark.parametrize("name", PACKED)
 def test_a_packed_stack_has_the_losses_and_gradients_of_peft(name: str, folder_of: Callable[[str], Path]) -> None:
     model, examples = loaded(folder_of(name), LORA), clients()
-    assert model.unstackable is None and model.base.model.config._attn_implementation == NAME
+    assert model.why_not_stackable is None and model.base.model.config._attn_implementation == NAME
     stack = stacked(model, 3)
     found = differentiated(model, stack, collate(examples))
     assert max(distances(folder_of(name), with_lora, stack, examples, found)) < EXACT
@@ -269,7 +269,7 @@ def targeted(name: str) -> Lora:
 @pytest.mark.parametrize("name", APART)
 def test_a_model_that_cannot_be_packed_runs_apart(name: str, folder_of: Callable[[str], Path]) -> None:
     model, own = loaded(folder_of(name), targeted(name)), plain(folder_of(name)).config._attn_implementation
-    assert model.unstackable is not None and REASONS[name] in model.unstackable
+    assert model.why_not_stackable is not None and REASONS[name] in model.why_not_stackable
     assert model.base.model.config._attn_implementation == own
     for examples in clients():
         stack = stacked(model, 1)
@@ -291,8 +291,8 @@ def test_soft_prompts_of_models_that_run_apart(name: str, folder_of: Callable[[s
 def test_full_weights_of_a_model_that_runs_apart(folder_of: Callable[[str], Path]) -> None:
     """The head is tied and capped: its gradient is that of the embedding as well."""
     model, examples = loaded(folder_of("gemma2"), Full()), clients()[2]
-    assert model.unstackable == "adapter full trains one client at a time"
-    stack = {name: leaf[None].requires_grad_() for name, leaf in model.fresh(Key(0)).items()}
+    assert model.why_not_stackable == "adapter full trains one client at a time"
+    stack = {name: leaf[None].requires_grad_() for name, leaf in model.initial_params(Key(0)).items()}
     loss, grads = differentiated(model, stack, collate([examples]))
     reference = plain(folder_of("gemma2"))
     expected = torch.stack([mean_loss(reference, [example]) for example in examples]).mean()
@@ -380,7 +380,7 @@ def test_a_serial_round_is_plain_training(name: str, folder_of: Callable[[str], 
         rounds=1,
     )
     result = fedllm.run(experiment, out=tmp_path / "run")
-    start = load(experiment.task).fresh(experiment.key)
+    start = load(experiment.task).initial_params(experiment.key)
     ends, weights, losses = [], [], []
     for who in ("ann", "ben"):
         mine = [record for record in RECORDS if record["who"] == who]

@@ -21,7 +21,7 @@ from fedllm.models.adapters.sparse_lora import SparseLora
 from fedllm.models.adapters.weights import BitFit, Full, Norms
 from fedllm.models.base_models.tiny_llama import tiny_tokenizer
 from fedllm.models.batch import IGNORE, Batch, Example, collate
-from fedllm.models.fused_decoder import Whole
+from fedllm.models.fused_decoder import FusedDecoderLayer
 from fedllm.models.kernels import ops, prepack
 from fedllm.models.layers.activation_checkpointing import Recomputed
 from fedllm.models.loaded_model import LoadedModel, load
@@ -73,11 +73,11 @@ def loaded(folder: Path, dtype: str = "bfloat16", **lora: Any) -> LoadedModel:
     return load(Task(str(folder), Lora(rank=3, **lora), dtype=dtype, device="cpu"))
 
 
-def whole(model: LoadedModel) -> list[Whole]:
+def whole(model: LoadedModel) -> list[FusedDecoderLayer]:
     """Of the layers that have it."""
     forwards = [vars(module).get("forward") for module in model.base.model.modules()]
     inner = [each.forward for each in forwards if isinstance(each, Recomputed)]
-    return [each for each in inner if isinstance(each, Whole)]
+    return [each for each in inner if isinstance(each, FusedDecoderLayer)]
 
 
 def batch_of(lengths: tuple[tuple[int, ...], ...], labels: int = 999, **options: Any) -> Batch:
@@ -98,7 +98,7 @@ def computed(model: LoadedModel, batch: Batch) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     wide = torch.float64 if model.base.model.dtype == torch.float64 else torch.float32
     leaves = {}
-    for name, leaf in model.fresh(Key(0)).items():
+    for name, leaf in model.initial_params(Key(0)).items():
         noise = 0.05 * torch.randn(len(batch.counts), *leaf.shape, generator=generator)
         leaves[name] = (leaf + noise).to(wide).requires_grad_()
     losses = model.losses(leaves, batch)
@@ -108,14 +108,14 @@ def computed(model: LoadedModel, batch: Batch) -> list[Tensor]:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each pass through a layer that has it, whether it was taken."""
-    plan, seen = Whole._plan, list[bool]()
+    plan, seen = FusedDecoderLayer._plan, list[bool]()
 
-    def watched(self: Whole, *args: Any) -> Any:
+    def watched(self: FusedDecoderLayer, *args: Any) -> Any:
         found = plan(self, *args)
         seen.append(found is not None)
         return found
 
-    monkeypatch.setattr(Whole, "_plan", watched)
+    monkeypatch.setattr(FusedDecoderLayer, "_plan", watched)
     return seen
 
 
@@ -129,7 +129,7 @@ def test_gradients(name: str, targets: Any, labels: int, tmp_path: Path, monkeyp
     model = loaded(folder, targets=targets)
     assert len(whole(model)) == 2
     mine = computed(model, batch)
-    monkeypatch.setattr(Whole, "_plan", lambda *rest: None)
+    monkeypatch.setattr(FusedDecoderLayer, "_plan", lambda *rest: None)
     theirs = computed(model, batch)
     assert not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert distance(mine, exact) <= 1.1 * distance(theirs, exact) < 0.05
@@ -170,7 +170,7 @@ def test_common_beginnings(tmp_path: Path, passes: list[bool]) -> None:
 def test_the_last_layer_computes_what_has_a_label(share: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the bits that all tokens together have; nobody asks for the others."""
     model, batch = loaded(saved(TAKEN["biases"], tmp_path)), batch_of(((40, 35), (50,), (3,)), 7, share=share)
-    stack = {name: torch.stack([leaf + 0.1] * 3) for name, leaf in model.fresh(Key(0)).items()}
+    stack = {name: torch.stack([leaf + 0.1] * 3) for name, leaf in model.initial_params(Key(0)).items()}
     rows = list[int]()
     monkeypatch.setattr(ops, "gated", lambda gate, up, true=ops.gated: (rows.append(len(gate)), true(gate, up))[1])
     some = model.adapter.hidden(stack, batch)
@@ -187,7 +187,7 @@ def test_the_last_layer_computes_what_has_a_label(share: bool, tmp_path: Path, m
 
 def test_a_client_has_the_bits_that_it_has_alone(tmp_path: Path) -> None:
     model, batch = loaded(saved(TAKEN["llama"], tmp_path)), batch_of(((40, 33), (50,), (3,)))
-    leaves = {name: torch.stack([leaf] * 3) for name, leaf in model.fresh(Key(0)).items()}
+    leaves = {name: torch.stack([leaf] * 3) for name, leaf in model.initial_params(Key(0)).items()}
     together = model.losses(leaves, batch)
     alone = [model.losses({n: leaf[:1] for n, leaf in leaves.items()}, batch.only(k)) for k in range(3)]
     assert torch.equal(together, torch.cat(alone))
@@ -227,9 +227,9 @@ def test_other_adapters_have_the_layers_own_pass(
     passes.clear()
     mine = computed(model, batch_of(((40, 33),)))
     assert passes and all(passes) == isinstance(adapter, SoftPrompt) and any(passes) == all(passes)
-    monkeypatch.setattr(Whole, "_plan", lambda *rest: None)
+    monkeypatch.setattr(FusedDecoderLayer, "_plan", lambda *rest: None)
     theirs = computed(model, batch_of(((40, 33),)))
-    assert all(bool(slope.any()) for slope in mine[1:])
+    assert all(bool(gradient.any()) for gradient in mine[1:])
     assert distance(mine, [each.double() for each in theirs]) < 0.05
 
 
@@ -249,5 +249,5 @@ def test_other_numbers_are_left_to_torch(tmp_path: Path) -> None:
     folder = saved(TAKEN["llama"], tmp_path)
     assert not whole(loaded(folder, "float32"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "serve_product", lambda weight: False)
+        patch.setattr(ops, "supports_product", lambda weight: False)
         assert not whole(loaded(folder, rslora=True))

@@ -50,7 +50,7 @@ def trained(model: LoadedModel, seed: int = 0) -> Tree:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: leaf + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
-        for name, leaf in model.fresh(KEY).items()
+        for name, leaf in model.initial_params(KEY).items()
     }
 
 
@@ -199,22 +199,26 @@ def test_a_prompt_and_its_answer_are_the_example(template: Template) -> None:
 
 
 def test_only_what_the_scope_trains_is_a_leaf() -> None:
-    whole = model_of().fresh(KEY)
+    whole = model_of().initial_params(KEY)
     half = model_of(scope=Scope(train=("*.layers.1.*",), freeze=("*lora_A",)))
-    assert set(half.fresh(KEY)) == {n for n in whole if ".layers.1." in n and n.endswith("lora_B")}
-    assert all(torch.equal(leaf, whole[name]) for name, leaf in half.fresh(KEY).items())
+    assert set(half.initial_params(KEY)) == {n for n in whole if ".layers.1." in n and n.endswith("lora_B")}
+    assert all(torch.equal(leaf, whole[name]) for name, leaf in half.initial_params(KEY).items())
 
 
 def test_frozen_leaves_take_part_and_empty_parameters_are_the_base() -> None:
     """Constants of a large B: they change the loss of trained parameters, not that of the base."""
     item = example(8)
     model = model_of(scope=Scope(freeze=("*.layers.0.*",)))
-    params = model.fresh(KEY)
-    frozen = {name: torch.full_like(leaf, 0.2) for name, leaf in model_of().fresh(KEY).items() if ".layers.0." in name}
+    params = model.initial_params(KEY)
+    frozen = {
+        name: torch.full_like(leaf, 0.2)
+        for name, leaf in model_of().initial_params(KEY).items()
+        if ".layers.0." in name
+    }
     bound = replace(model, constants=frozen)
     (base,), (start,), (changed,) = (
         model.sequence_nll({}, [item]),
-        model.bound(KEY).sequence_nll(params, [item]),
+        model.with_constants(KEY).sequence_nll(params, [item]),
         bound.sequence_nll(params, [item]),
     )
     assert torch.equal(base, start)  # a fresh adapter is the identity
@@ -225,11 +229,11 @@ def test_frozen_leaves_take_part_and_empty_parameters_are_the_base() -> None:
 
 def test_a_bound_model_holds_the_frozen_leaves_of_its_key() -> None:
     model = model_of(scope=Scope(freeze=("*lora_A",)))
-    whole = model_of().fresh(KEY)
-    constants = model.bound(KEY).constants
+    whole = model_of().initial_params(KEY)
+    constants = model.with_constants(KEY).constants
     assert tree.equal(constants, {name: leaf for name, leaf in whole.items() if name.endswith("lora_A")})
-    assert not tree.equal(model.bound(Key(12)).constants, constants)
-    assert not model_of().bound(KEY).constants
+    assert not tree.equal(model.with_constants(Key(12)).constants, constants)
+    assert not model_of().with_constants(KEY).constants
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_a_bound_model_holds_the_frozen_leaves_of_its_key() -> None:
 )
 def test_scopes_that_fit_nothing_are_refused(scope: Scope, reason: str) -> None:
     with pytest.raises(CheckError, match=reason):
-        model_of(scope=scope).fresh(KEY)
+        model_of(scope=scope).initial_params(KEY)
 
 
 def test_a_pattern_may_name_what_is_left_out() -> None:
@@ -272,21 +276,21 @@ def test_a_model_with_other_logits_is_refused_when_it_is_loaded(tmp_path: Any) -
 
 
 def test_what_can_be_stacked_depends_on_the_adapter() -> None:
-    assert model_of().unstackable is None
-    assert load(Task("tiny-llama", adapter=BitFit())).unstackable == "adapter bitfit trains one client at a time"
+    assert model_of().why_not_stackable is None
+    assert load(Task("tiny-llama", adapter=BitFit())).why_not_stackable == "adapter bitfit trains one client at a time"
 
 
 @pytest.mark.model
 def test_the_real_model_answers_and_learns_in_a_stack(smollm2: str) -> None:
     model = load(Task(smollm2, adapter=Lora(rank=4, targets=("q_proj", "v_proj")), dtype="float32"))
     records = [{"prompt": "What is the capital of France?", "response": "The capital of France is Paris."}]
-    answer = model.generate(model.fresh(KEY), [model.prompt(records[0])], 10)
+    answer = model.generate(model.initial_params(KEY), [model.prompt(records[0])], 10)
     assert answer == ["The capital of France is Paris."]
     item = model.encode(records[0], 100)
     assert item is not None
     (right,) = model.sequence_nll({}, [item])
     assert float(right.mean()) < 0.5 < math.log(49152)
-    stack = {name: leaf.requires_grad_() for name, leaf in tree.stack([model.fresh(KEY)] * 2).items()}
+    stack = {name: leaf.requires_grad_() for name, leaf in tree.stack([model.initial_params(KEY)] * 2).items()}
     model.losses(stack, collate([[item], [item]])).sum().backward()
     grads = {name: leaf.grad for name, leaf in stack.items() if leaf.grad is not None}
     load.cache_clear()

@@ -75,7 +75,7 @@ def trained(model: LoadedModel) -> Tree:
     generator = torch.Generator().manual_seed(0)
     return {
         name: leaf + 0.2 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
-        for name, leaf in model.fresh(Key(1)).items()
+        for name, leaf in model.initial_params(Key(1)).items()
     }
 
 
@@ -92,7 +92,7 @@ def test_layers_of_gpt2_train_as_pefts_do(folders: Path, tmp_path: Path) -> None
     from peft import PeftModel
 
     model = model_of(folders / "gpt2", Lora(rank=2, alpha=4.0))
-    layers = {name.rpartition(".")[0] for name in model.fresh(Key(1))}
+    layers = {name.rpartition(".")[0] for name in model.initial_params(Key(1))}
     block = "transformer.h.0"
     assert layers == {f"{block}.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
     clients, params = [examples(), examples()[:1]], trained(model)
@@ -277,7 +277,7 @@ def made_by_peft(folder: Path, **settings: Any) -> Lora:
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
 def test_an_adapter_of_peft_on_unchanged_weights_is_the_base_at_its_start(start: Any, tmp_path: Path) -> None:
     model = load(Task("tiny-llama", adapter=made_by_peft(tmp_path, init_lora_weights=start), dtype="float32"))
-    params, tokens = model.fresh(Key(0)), torch.arange(30, 40)[None]
+    params, tokens = model.initial_params(Key(0)), torch.arange(30, 40)[None]
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {f"base_model.model.{name}.weight" for name in params} == saved.keys()
     base = tiny_model(torch.float32)(tokens).logits[:, -1]
@@ -288,7 +288,7 @@ def test_an_adapter_of_peft_on_unchanged_weights_is_the_base_at_its_start(start:
 def test_an_adapter_on_weights_that_peft_changes_is_refused(start: str, tmp_path: Path) -> None:
     lora = made_by_peft(tmp_path, init_lora_weights=start)
     with pytest.raises(ConfigError, match=f"has init_lora_weights: {start}, so that its factors belong"):
-        load(Task("tiny-llama", adapter=lora, dtype="float32")).fresh(Key(0))
+        load(Task("tiny-llama", adapter=lora, dtype="float32")).initial_params(Key(0))
 
 
 @pytest.mark.parametrize(
@@ -315,13 +315,13 @@ def test_what_changes_an_adapters_function_is_refused_by_name(
     changes: Mapping[str, Any], reason: str, tmp_path: Path
 ) -> None:
     model = load(Task("tiny-llama", adapter=Lora(rank=4, alpha=8.0, targets=("q_proj",)), dtype="float32"))
-    model.adapter.save(model.fresh(Key(0)), tmp_path, "tiny-llama")
+    model.adapter.save(model.initial_params(Key(0)), tmp_path, "tiny-llama")
     again = Lora(rank=4, alpha=8.0, targets=("q_proj",), init_from=str(tmp_path))
-    load(Task("tiny-llama", adapter=again, dtype="float32")).fresh(Key(0))
+    load(Task("tiny-llama", adapter=again, dtype="float32")).initial_params(Key(0))
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ConfigError, match=re.escape(reason)):
-        load(Task("tiny-llama", adapter=again, dtype="float32")).fresh(Key(0))
+        load(Task("tiny-llama", adapter=again, dtype="float32")).initial_params(Key(0))
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "corda", "eva", "loftq", "lora_ga"])

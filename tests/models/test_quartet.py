@@ -21,11 +21,11 @@ from fedllm.experiment.record import Experiment
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.bottleneck import Bottleneck, Narrowed
 from fedllm.models.adapters.prefix import Prefix
-from fedllm.models.adapters.random_tokens import drawn_words
+from fedllm.models.adapters.random_tokens import random_tokens
 from fedllm.models.base_models.load import materialise
 from fedllm.models.base_models.tiny_llama import tiny_model, tiny_tokenizer
 from fedllm.models.batch import Example, collate
-from fedllm.models.layers.forward_context import Forward, computing
+from fedllm.models.layers.forward_context import Forward, forward_context
 from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.models.task import Task
 from fedllm.rng import Key
@@ -55,7 +55,7 @@ def moved(model: LoadedModel, seed: int = 0) -> Tree:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: leaf + 0.2 * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
-        for name, leaf in model.fresh(KEY).items()
+        for name, leaf in model.initial_params(KEY).items()
     }
 
 
@@ -82,9 +82,9 @@ def losses(model: LoadedModel, trees: list[Tree], batch: list[list[Example]]) ->
 def test_it_begins_as_the_words_that_it_was_made_of() -> None:
     """The base model that reads the words first gives the same logits."""
     model = loaded(Prefix(tokens=SIZE))
-    words = drawn_words(model.base.tokenizer, SIZE, KEY.fold("adapter").fold("prefix").generator())
+    words = random_tokens(model.base.tokenizer, SIZE, KEY.fold("adapter").fold("prefix").generator())
     read = torch.cat([words[None], TOKENS], 1)
-    assert off(answered(model, model.fresh(KEY)), tiny_model(torch.float64)(read).logits[:, -1]) < 1e-12
+    assert off(answered(model, model.initial_params(KEY)), tiny_model(torch.float64)(read).logits[:, -1]) < 1e-12
 
 
 def as_peft(params: Tree) -> Tensor:
@@ -107,10 +107,10 @@ def test_losses_and_gradients_are_those_of_peft() -> None:
         mask = torch.ones(1, len(one.tokens), dtype=torch.long)
         logits = theirs(input_ids=one.tokens[None], attention_mask=mask).logits[0, :-1]
         total = total + nn.functional.cross_entropy(logits, one.tokens[1:]) / len(examples)
-    (slope,) = torch.autograd.grad(total, weight)
+    (gradient,) = torch.autograd.grad(total, weight)
     assert float(found) == pytest.approx(float(total), rel=1e-9)
     mine = as_peft({name: grad[0] for name, grad in zip(sorted(params), grads, strict=True)})
-    assert off(mine, slope) < 1e-9
+    assert off(mine, gradient) < 1e-9
 
 
 def test_peft_loads_what_is_saved(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_long_sequence_sees_its_prefix_too() -> None:
 
 @pytest.mark.parametrize("tokens", [1, SIZE])
 def test_a_prefix_has_a_key_and_a_value_for_each_token_and_layer(tokens: int) -> None:
-    params = loaded(Prefix(tokens=tokens)).fresh(KEY)
+    params = loaded(Prefix(tokens=tokens)).initial_params(KEY)
     assert tree.num_values(params) == 2 * LAYERS * tokens * HEADS * DIM
 
 
@@ -147,12 +147,12 @@ def test_values_and_gradients_are_the_textbooks(activation: str, sizes: list[int
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     layer = nn.Linear(7, 5).double().requires_grad_(False)
-    x, slope = drawn(sum(sizes), 7, seed=0).requires_grad_(), drawn(sum(sizes), 5, seed=1)
+    x, gradient = drawn(sum(sizes), 7, seed=0).requires_grad_(), drawn(sum(sizes), 5, seed=1)
     down, up = drawn(len(sizes), 2, 5, seed=2).requires_grad_(), drawn(len(sizes), 5, 2, seed=3).requires_grad_()
     stack = {"p.bottleneck_down": down, "p.bottleneck_up": up}
-    with computing(Forward(stack, tuple(size for size in sizes if size), tuple(sizes))):
+    with forward_context(Forward(stack, tuple(size for size in sizes if size), tuple(sizes))):
         found = Narrowed(layer, "p", activation)(x[None])[0]
-    grads = torch.autograd.grad(found, [x, down, up], slope)
+    grads = torch.autograd.grad(found, [x, down, up], gradient)
     act = {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU()}[activation]
     rows = []
     for k, x_k in enumerate(x.split(sizes)):
@@ -160,13 +160,13 @@ def test_values_and_gradients_are_the_textbooks(activation: str, sizes: list[int
         rows.append(h + act(h @ down[k].T) @ up[k].T)
     expected = torch.cat(rows)
     assert torch.allclose(found, expected, atol=1e-12)
-    for mine, theirs in zip(grads, torch.autograd.grad(expected, [x, down, up], slope), strict=True):
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, [x, down, up], gradient), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-12)
 
 
 def test_it_begins_as_the_base_model_and_has_two_small_layers_at_the_end_of_each_block() -> None:
     model = loaded(Bottleneck(size=3))
-    params = model.fresh(KEY)
+    params = model.initial_params(KEY)
     assert torch.equal(answered(model, params), answered(model, {}))
     assert tree.num_values(params) == LAYERS * 2 * 2 * 3 * 64
     assert {name.split(".")[-2] for name in params} == {"o_proj", "down_proj"}
@@ -206,7 +206,7 @@ def test_stacks_give_the_same(adapter: Adapter, data: Path, tmp_path: Path) -> N
     exp = made(data, adapter)
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
-    start = load(exp.task).fresh(exp.key)
+    start = load(exp.task).initial_params(exp.key)
     assert all(off(batched[name] - start[name], leaf - start[name]) < NARROW for name, leaf in serial.items())
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.errors import DataError, ModelError, Placed
+from fedllm.errors import DataError, LocatedRecord, ModelError
 from fedllm.models.base_models.tiny_llama import CHAT_TEMPLATE, END, START, tiny_tokenizer
 from fedllm.models.batch import IGNORE, Example
 from fedllm.models.chat_turns import answered, messages_of, response_text
@@ -373,7 +373,7 @@ def test_a_generation_prompt_that_answers_do_not_begin_with_is_named() -> None:
 
 def test_of_records_that_know_their_place_the_bad_one_is_named() -> None:
     bad = {"messages": [{"role": "assistant", "content": "Hello!"}, *TALK["messages"]]}
-    records = [Placed(record, f"own.jsonl:{line}") for line, record in enumerate([ASKED, TALK, bad, bad], 1)]
+    records = [LocatedRecord(record, f"own.jsonl:{line}") for line, record in enumerate([ASKED, TALK, bad, bad], 1)]
     with pytest.raises(DataError, match=r"^own\.jsonl:3: a chat begins with a turn of the role 'assistant'"):
         Sft().encode(records, TOKENIZER, "chat", LONG)
     with pytest.raises(ModelError, match=r"^the model's tokenizer has no chat template"):

@@ -62,7 +62,7 @@ class Numbers(Adapter):
 
 @dataclass(frozen=True)
 class AttachedNumbers:
-    def fresh(self, key):
+    def initial_params(self, key):
         return {"x": torch.zeros(2, 1, dtype=torch.float64), "y": torch.zeros(1, dtype=torch.float64)}
 
     def save(self, params, folder, base_name):

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedllm.aggregators.sum import Sum
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
-from fedllm.stages.round_trip import adjust, arrive, down, merge, up
+from fedllm.stages.round_trip import adjust_grads, broadcast_all, decode_all, encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
 
@@ -74,15 +74,15 @@ def answer(
     fresh: Tree,
 ) -> tuple[Update, Sequence[Tree]]:
     """One client's round: receive, gradient steps of rates `lrs`, encode."""
-    local = Local(request.ctx, fresh=fresh)
-    start, arrival = arrive(stages, request.params, request.extras, memories, local)
+    local = ClientContext(request.ctx, initial_params=fresh)
+    start, arrival = receive_all(stages, request.params, request.extras, memories, local)
     start = {**fresh, **start}
     params = dict(start)
     for lr in lrs:
-        params = tree.add(params, adjust(stages, arrival, client.grad(params), params), -lr)
+        params = tree.add(params, adjust_grads(stages, arrival, client.grad(params), params), -lr)
     facts = {"examples": float(client.examples), "steps": len(lrs), "lr_sum": sum(lrs), "tokens": 0}
     update = Update({"delta": Part(tree.sub(params, start)), "metrics": Part({"loss": torch.tensor(1.0)})})
-    return up(stages, update, arrival, memories, replace(local, facts=facts))
+    return encode_all(stages, update, arrival, memories, replace(local, facts=facts))
 
 
 def one_round(
@@ -97,11 +97,11 @@ def one_round(
 ) -> None:
     """One round of a cohort (all clients unless named), in place."""
     drawn = range(len(clients)) if cohort is None else cohort
-    ctx = Ctx(round=index, key=KEY, cohort=len(drawn), population=len(clients))
+    ctx = RoundContext(round=index, key=KEY, cohort=len(drawn), population=len(clients))
     requests = {}
     for slot, k in enumerate(drawn):
         told = replace(ctx, client=str(k), slot=slot)
-        requests[str(k)] = Request(*down(stages, course.params, course.states, told), told)
+        requests[str(k)] = Request(*broadcast_all(stages, course.params, course.states, told), told)
 
     def call(name: str, requests: Mapping[str, Request]):
         for client, request in requests.items():
@@ -115,7 +115,7 @@ def one_round(
     total = Sum().reduce(call, requests)
     if not total.parts:
         total = Update({"delta": Part(tree.zeros_like(course.params), 0.0)})
-    total, course.states = merge(stages, total, course.params, course.states, ctx)
+    total, course.states = decode_all(stages, total, course.params, course.states, ctx)
     course.params = tree.add(course.params, total.parts["delta"].tree)
 
 

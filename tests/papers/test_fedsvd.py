@@ -18,7 +18,7 @@ from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
 from fedllm.experiment.checks.check import check, check_ranks
 from fedllm.experiment.record import Experiment
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.models.adapters.weights import Full
 from fedllm.models.batch import collate
 from fedllm.models.loaded_model import load
@@ -112,13 +112,13 @@ def textbook(exp: Experiment, *, turned: bool = True) -> list[Tree]:
         total = tree.zeros_like(b)
         for slot, client in enumerate(CLIENTS):
             examples = [e for record in train[client] if (e := model.encode(record, 48)) is not None]
-            ctx, own = Ctx(round, exp.key, len(CLIENTS), len(CLIENTS), ROUNDS, client, slot), dict(b)
+            ctx, own = RoundContext(round, exp.key, len(CLIENTS), len(CLIENTS), ROUNDS, client, slot), dict(b)
             for (chosen,) in exp.work.plan(len(examples), ctx):
                 leaves = {name: leaf[None].clone().requires_grad_() for name, leaf in own.items()}
                 still = {name: leaf[None] for name, leaf in a.items()}
                 loss = model.losses({**still, **leaves}, collate([[examples[index] for index in chosen]])).sum()
-                slopes = torch.autograd.grad(loss, list(leaves.values()))
-                own = {n: leaf - 0.5 * slope[0] for (n, leaf), slope in zip(own.items(), slopes, strict=True)}
+                gradients = torch.autograd.grad(loss, list(leaves.values()))
+                own = {n: leaf - 0.5 * gradient[0] for (n, leaf), gradient in zip(own.items(), gradients, strict=True)}
             total = tree.add(total, own, SIZES[client] / sum(SIZES.values()))
         b = total
         after.append(whole({**a, **b}))
@@ -215,7 +215,7 @@ def test_at_equal_noise_the_product_is_nearer_than_that_of_lora(sigma: float, la
     start = tree.map_leaves(Tensor.double, drawn(8, 1))
     turned = dict(start)
     for name in LAYERS:
-        turned |= low_rank.named(name, *low_rank.orthonormal(*low_rank.pair(start, name), name))
+        turned |= low_rank.layer_leaves(name, *low_rank.orthonormal(*low_rank.pair(start, name), name))
     size_out, size_in = LAYERS[layer]
     b, a = low_rank.pair(start, layer)
     s = sigma**2 * sum(weight**2 for weight in WEIGHTS)

@@ -94,7 +94,7 @@ def fresh(exp: Experiment) -> Tree:
     from fedllm.models.loaded_model import load
 
     model = load(exp.task)
-    return {**model.bound(exp.key).constants, **model.fresh(exp.key)}
+    return {**model.with_constants(exp.key).constants, **model.initial_params(exp.key)}
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora", "rolora"])
@@ -134,9 +134,9 @@ def test_rolora_is_the_textbook_loop(data: Path, tmp_path: Path) -> None:
     model, train = load(exp.task), exp.federation.load(exp.key).train
     for client in CLIENTS:
         examples = [e for record in train[client] if (e := model.encode(record, 48)) is not None]
-        from fedllm.messages.context import Ctx
+        from fedllm.messages.context import RoundContext
 
-        ctx = Ctx(1, exp.key, len(CLIENTS), len(CLIENTS), ROUNDS, client, CLIENTS.index(client))
+        ctx = RoundContext(1, exp.key, len(CLIENTS), len(CLIENTS), ROUNDS, client, CLIENTS.index(client))
         b = {name: leaf for name, leaf in params[1].items() if name.endswith("lora_B")}
         a = {name: leaf.clone() for name, leaf in params[1].items() if name.endswith("lora_A")}
         for (chosen,) in exp.work.plan(len(examples), ctx):

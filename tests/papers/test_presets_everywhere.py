@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.remote.ray import Team
+from fedllm.engines.remote.ray import RayActors
 from fedllm.engines.serial import Serial
 from fedllm.experiment.config_file import build
 from fedllm.experiment.methods import METHODS
@@ -64,7 +64,7 @@ def serial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ray_agrees_to_the_bit(
-    method: str, data: Path, tmp_path: Path, team: Team, serial: Callable[[str], Tree]
+    method: str, data: Path, tmp_path: Path, team: RayActors, serial: Callable[[str], Tree]
 ) -> None:
     found = launch.run(made(method, data), engine=Kept(team), out=tmp_path / "ray")
     assert tree.equal(came_to(found), serial(method))

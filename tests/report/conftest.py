@@ -17,12 +17,12 @@ from fedllm.events import (
     Diagnosed,
     Evaluated,
     Event,
+    MessageSent,
     RoundFinished,
     RoundStarted,
     RunFinished,
     RunStarted,
     Warned,
-    Wire,
 )
 from fedllm.runs.event_log import Log
 
@@ -77,9 +77,9 @@ def _round(number: int, *, speed: float, bytes_up: int) -> Iterator[Event]:
     lost = number == 6
     present = [name for name in CLIENTS if not (lost and name == "clinic")]
     for place, name in enumerate(present):
-        yield Wire(number, "work", name, "down", 1_850_000, {"params": 1_843_200})
+        yield MessageSent(number, "work", name, "down", 1_850_000, {"params": 1_843_200})
         parts = {"delta": bytes_up - 9_000, "metrics": 400}
-        yield Wire(number, "work", name, "up", bytes_up, parts)
+        yield MessageSent(number, "work", name, "up", bytes_up, parts)
         yield ClientFinished(number, name, _loss(number, speed=speed, place=place), 2_560, 1.1 + 0.2 * place)
     if lost:
         yield ClientFailed(number, "clinic", "no reply within 30 s")

@@ -12,14 +12,14 @@ import pytest
 from fedllm.events import Diagnosed, Event, RoundFinished, RunStarted
 from fedllm.report import diagnostics
 from fedllm.report.plot import Figure
-from fedllm.report.run_history import Story
+from fedllm.report.run_history import RunHistory
 from fedllm.report.sections import sections
 
 MakeEvents = Callable[..., list[Event]]
 
 
-def story(events: list[Event], label: str = "run") -> Story:
-    return Story(label, tuple(events), {}, "")
+def story(events: list[Event], label: str = "run") -> RunHistory:
+    return RunHistory(label, tuple(events), {}, "")
 
 
 def by_title(drawn: list[Figure]) -> dict[str, Figure]:

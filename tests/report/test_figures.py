@@ -10,19 +10,28 @@ from dataclasses import replace
 import plotly.graph_objects as go
 import pytest
 
-from fedllm.events import ClientFinished, DataReported, Diagnosed, Evaluated, Event, RoundFinished, RunStarted, Wire
+from fedllm.events import (
+    ClientFinished,
+    DataReported,
+    Diagnosed,
+    Evaluated,
+    Event,
+    MessageSent,
+    RoundFinished,
+    RunStarted,
+)
 from fedllm.report import diagnostics, figures, groups
 from fedllm.report.plot import Figure, line, over_rounds, plain
-from fedllm.report.run_history import Story
+from fedllm.report.run_history import RunHistory
 
 MakeEvents = Callable[..., list[Event]]
 
 
-def story(events: list[Event], label: str = "run") -> Story:
-    return Story(label, tuple(events), {}, "")
+def story(events: list[Event], label: str = "run") -> RunHistory:
+    return RunHistory(label, tuple(events), {}, "")
 
 
-def everything(stories: list[Story]) -> list[Figure]:
+def everything(stories: list[RunHistory]) -> list[Figure]:
     drawn = [
         draw(stories)
         for draw in (
@@ -157,10 +166,10 @@ def test_bytes_are_added_up_in_mebibytes() -> None:
 
 def test_what_is_no_part_is_header() -> None:
     wires = [
-        Wire(0, "work", "a", "down", 100, {"params": 90}),
-        Wire(1, "evaluate", "a", "down", 100, {"params": 90}),
-        Wire(0, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
-        Wire(1, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
+        MessageSent(0, "work", "a", "down", 100, {"params": 90}),
+        MessageSent(1, "evaluate", "a", "down", 100, {"params": 90}),
+        MessageSent(0, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
+        MessageSent(1, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
     ]
     assert list(figures.bytes_by_part(story(list(wires))).items()) == [
         (("up", "delta"), 80),

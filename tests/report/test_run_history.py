@@ -15,12 +15,12 @@ from fedllm.events import (
     ClientFailed,
     Evaluated,
     Event,
+    MessageSent,
     Resumed,
     RoundFinished,
     RoundStarted,
     RunFinished,
     Warned,
-    Wire,
 )
 from fedllm.report.run_history import client_scores, effective, load, load_all
 
@@ -39,7 +39,7 @@ def test_resume_drops_lost_rounds_and_keeps_the_rest() -> None:
     before: list[Event] = [base, RoundStarted(0, ("a",)), finished(0), finished(1), CheckpointSaved(2), after_two]
     lost: list[Event] = [
         RoundStarted(2, ("a",)),
-        Wire(2, "work", "a", "up", 5, {}),
+        MessageSent(2, "work", "a", "up", 5, {}),
         ClientFailed(2, "a", "gone"),
         finished(2, 9.0),
         CheckpointSaved(3),
@@ -104,7 +104,7 @@ def test_a_loss_is_one_of_a_round_or_of_an_evaluation(folder: Write) -> None:
 
 
 def test_bytes_of_an_evaluation_last_as_long_as_it() -> None:
-    kept, lost = Wire(2, "evaluate", "a", "up", 5, {}), Wire(3, "evaluate", "a", "up", 5, {})
+    kept, lost = MessageSent(2, "evaluate", "a", "up", 5, {}), MessageSent(3, "evaluate", "a", "up", 5, {})
     failed, trained = ClientFailed(2, "a", "x", "evaluate"), ClientFailed(2, "a", "x")
     assert effective([kept, failed, lost, trained, Resumed(2)]) == [kept, failed, Resumed(2)]
 

@@ -16,10 +16,10 @@ from fedllm.events import Event, Progress
 from fedllm.experiment.config_file import build
 from fedllm.experiment.record import Experiment
 from fedllm.files import cache_dir
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.models.batch import collate
 from fedllm.models.loaded_model import LoadedModel, load
-from fedllm.runs.baselines import CHOICE, Comparison
+from fedllm.runs.baselines import CHOICE, Baselines
 
 ROUNDS, STEPS = 3, 2
 
@@ -45,9 +45,9 @@ def experiment(cache_folder: Path, tmp_path: Path) -> Experiment:
     )
 
 
-def comparison(experiment: Experiment, events: list[Event] | None = None) -> Comparison:
+def comparison(experiment: Experiment, events: list[Event] | None = None) -> Baselines:
     population = experiment.federation.load(experiment.key)
-    return Comparison(experiment, load(experiment.task), population, (events if events is not None else []).append)
+    return Baselines(experiment, load(experiment.task), population, (events if events is not None else []).append)
 
 
 def textbook(experiment: Experiment, clients: list[str], *, lr: float, times: int) -> float:
@@ -55,12 +55,12 @@ def textbook(experiment: Experiment, clients: list[str], *, lr: float, times: in
     model: LoadedModel = load(experiment.task)
     population, key = experiment.federation.load(experiment.key), experiment.key
     examples = [model.encode(record, 200) for client in clients for record in population.train[client]]
-    leaves = {name: leaf[None].clone().requires_grad_() for name, leaf in model.fresh(key).items()}
+    leaves = {name: leaf[None].clone().requires_grad_() for name, leaf in model.initial_params(key).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=0.0)
     work = replace(experiment.work, accumulation=times)
     for round in range(ROUNDS):
         name = clients[0] if len(clients) == 1 else "pooled"
-        ctx = Ctx(round, key, 1, 2, ROUNDS, client=name)
+        ctx = RoundContext(round, key, 1, 2, ROUNDS, client=name)
         for step in work.plan(len(examples), ctx):
             chosen = [examples[index] for micro in step for index in micro]
             optimizer.zero_grad()
@@ -89,7 +89,7 @@ def test_a_client_without_a_figure_is_left_out_of_its_mean(experiment: Experimen
     whole = experiment.federation.load(experiment.key)
     other = "b" if lacking == "a" else "a"
     part = replace(whole, heldout={**whole.heldout, lacking: ()})
-    made = Comparison(experiment, load(experiment.task), part, lambda event: None).local_only()
+    made = Baselines(experiment, load(experiment.task), part, lambda event: None).local_only()
     assert "own/nll" not in made.clients[lacking]
     assert made.metrics["own/nll"] == made.clients[other]["own/nll"]
     assert made.metrics["nll"] == pytest.approx((made.clients["a"]["nll"] + made.clients["b"]["nll"]) / 2)
@@ -100,12 +100,12 @@ def test_a_client_that_cannot_be_trained_is_left_out(experiment: Experiment, mon
     """With groups of records that some clients have none of."""
     scores = {"a": {"nll": 3.0, "own/nll": 2.0, "own/nll/x": 1.0}, "b": {"nll": 5.0, "own/nll": 4.0}}
 
-    def trained(self: Comparison, what: str, work: object, clients: list[str]) -> dict[str, float]:
+    def trained(self: Baselines, what: str, work: object, clients: list[str]) -> dict[str, float]:
         if clients == ["c"] or what.startswith("centralised"):
             raise RunError("its loss is nan")
         return {**scores[clients[0]], CHOICE: 0.0}
 
-    monkeypatch.setattr(Comparison, "_cached", trained)
+    monkeypatch.setattr(Baselines, "_cached", trained)
     monkeypatch.setattr(Population, "clients", ("a", "b", "c"))
     made = comparison(experiment).local_only()
     assert made.metrics == {"nll": 4.0, "own/nll": 3.0, "own/nll/x": 1.0}
@@ -132,13 +132,13 @@ def test_the_best_of_the_rates_is_chosen_and_named(experiment: Experiment) -> No
 
 def test_a_comparison_is_made_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     first = comparison(experiment).local_only()
-    monkeypatch.setattr(Comparison, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Baselines, "_train", lambda *_: pytest.fail("trained again"))
     other_method = replace(experiment, evaluation=replace(experiment.evaluation, every=1))
     assert comparison(other_method).local_only() == first  # how often a run evaluates does not matter to it
     changed = replace(experiment, work=replace(experiment.work, lr=3e-3))
     with pytest.raises(pytest.fail.Exception):
         comparison(changed).local_only()
-    monkeypatch.setattr(LoadedModel, "computed_by", {"kernels": "others"})
+    monkeypatch.setattr(LoadedModel, "backend", {"kernels": "others"})
     with pytest.raises(pytest.fail.Exception):
         comparison(experiment).local_only()
 
@@ -148,7 +148,7 @@ def test_another_content_under_the_same_name_is_made_anew(
 ) -> None:
     """Of the base model, and of what the adapter begins with."""
     comparison(experiment).centralised()
-    monkeypatch.setattr(Comparison, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Baselines, "_train", lambda *_: pytest.fail("trained again"))
     comparison(experiment).centralised()
     model, population = load(experiment.task), experiment.federation.load(experiment.key)
     other = copy.deepcopy(model.base.model)
@@ -156,8 +156,8 @@ def test_another_content_under_the_same_name_is_made_anew(
         other.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] += 2.0**-20
     changed = replace(model, base=replace(model.base, model=other))
     with pytest.raises(pytest.fail.Exception):
-        Comparison(experiment, changed, population, lambda event: None).centralised()
-    fresh = type(model.adapter).fresh
+        Baselines(experiment, changed, population, lambda event: None).centralised()
+    fresh = type(model.adapter).initial_params
     monkeypatch.setattr(
         type(model.adapter), "fresh", lambda self, key: {n: leaf + 1 for n, leaf in fresh(self, key).items()}
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.engines.loopback import Opened, Reply
+from fedllm.engines.loopback import ReceivedReply, Reply
 from fedllm.errors import FedllmError
 from fedllm.events import ClientFailed, ClientFinished, Event
 from fedllm.experiment import config_file
@@ -17,13 +17,13 @@ from fedllm.experiment.methods import METHODS
 from fedllm.experiment.record import Experiment
 from fedllm.messages import serialization
 from fedllm.messages.call import Replies
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Asked, Part, Request, Update
 from fedllm.runs import server_round
 from fedllm.runs.expected_update import _NoModel, asked
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Job, run_work
+from fedllm.training.base import ClientJob, run_work
 from tests.doubles.masks import Masked
 
 CLIENTS = ("ann", "ben", "cid")
@@ -51,8 +51,8 @@ def experiment(*stages: Any, **changes: Any) -> Experiment:
 
 
 def requests(exp: Experiment, params: Tree = PARAMS, scores: Tree | None = None) -> Mapping[str, Request]:
-    run = server_round.start(exp, params)
-    return server_round.requests_for(exp, run, CLIENTS, Ctx(0, exp.key, 3, 3, 3), scores)
+    run = server_round.initial_state(exp, params)
+    return server_round.requests_for(exp, run, CLIENTS, RoundContext(0, exp.key, 3, 3, 3), scores)
 
 
 def shapes(found: Asked | None) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -99,7 +99,7 @@ def test_the_work_decides_on_the_types() -> None:
     """It computes all leaves in the widest type."""
     mixed = {**PARAMS, "norm": PARAMS["norm"].to(BF16)}
     exp = experiment("uniform")
-    (outcome,) = run_work(exp.work, [Job(Ctx(0, exp.key, 1, 1, client="a"), mixed, ())], _NoModel())
+    (outcome,) = run_work(exp.work, [ClientJob(RoundContext(0, exp.key, 1, 1, client="a"), mixed, ())], _NoModel())
     assert not isinstance(outcome, str)
     told = {name: (leaf.dtype, tuple(leaf.shape)) for name, leaf in outcome[0].parts["delta"].tree.items()}
     assert told == ALL == shapes(next(iter(requests(exp, mixed).values())).asks("work"))["delta"]
@@ -107,9 +107,9 @@ def test_the_work_decides_on_the_types() -> None:
 
 def test_what_stands_still_in_a_round_is_not_asked_for() -> None:
     exp = experiment("uniform", scope={"alternate": ["*lora_A", "*[Bm]"]})
-    run = server_round.start(exp, PARAMS)
+    run = server_round.initial_state(exp, PARAMS)
     for round, moving in ((0, A), (1, B | NORM), (2, A)):
-        everyone = Ctx(round, exp.key, 3, 3, 3)
+        everyone = RoundContext(round, exp.key, 3, 3, 3)
         found = server_round.requests_for(exp, replace(run, round=round), CLIENTS, everyone)["ben"].asks("work")
         assert shapes(found) == {"delta": moving, **ALWAYS}
 
@@ -147,8 +147,8 @@ def test_where_it_is_not_known_nothing_is_asked_for() -> None:
 
 def test_it_is_worked_out_once_for_all_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     exp, rounds = experiment("uniform", {"top_k": 0.25}), []
-    monkeypatch.setattr("fedllm.runs.expected_update.arrive", lambda *given: rounds.append(1) or ({}, None))
-    monkeypatch.setattr("fedllm.runs.expected_update.up", lambda *given: (Update({}), ()))
+    monkeypatch.setattr("fedllm.runs.expected_update.receive_all", lambda *given: rounds.append(1) or ({}, None))
+    monkeypatch.setattr("fedllm.runs.expected_update.encode_all", lambda *given: (Update({}), ()))
     for _ in range(3):
         assert [request.asks("work") for request in requests(exp, {"w": torch.ones(7, 1)}).values()] == [{}] * 3
     assert rounds == [1]
@@ -180,10 +180,10 @@ def test_the_malformed_reply_is_refused_and_not_the_next_one(case: str, culprit:
 
     def call(name: str, requests: Mapping[str, Request]) -> Replies:
         for (client, request), reply in zip(requests.items(), replies, strict=True):
-            yield client, Opened.of(Reply(serialization.pack(reply), {}, 0), name, request).answer
+            yield client, ReceivedReply.of(Reply(serialization.serialize(reply), {}, 0), name, request).answer
 
     exp = experiment("uniform")
-    after, result = server_round.one_round(server_round.start(exp, PARAMS), exp, CLIENTS, call, events.append)
+    after, result = server_round.run_round(server_round.initial_state(exp, PARAMS), exp, CLIENTS, call, events.append)
     (lost,) = (event for event in events if isinstance(event, ClientFailed))
     assert lost.client == CLIENTS[culprit] and "its reply is refused" in lost.reason
     assert [event.client for event in events if isinstance(event, ClientFinished)] == [
@@ -196,7 +196,7 @@ def test_the_malformed_reply_is_refused_and_not_the_next_one(case: str, culprit:
 
 def test_bytes_that_cannot_be_read_are_a_failure_of_their_client() -> None:
     request = requests(experiment("uniform"))["ben"]
-    for data in (b"", b"\x80\x04.", serialization.pack(request), serialization.pack(update(1.0))[:-1]):
-        answer = Opened.of(Reply(data, {}, 7), "work", request)
+    for data in (b"", b"\x80\x04.", serialization.serialize(request), serialization.serialize(update(1.0))[:-1]):
+        answer = ReceivedReply.of(Reply(data, {}, 7), "work", request)
         assert answer.answer == replace(answer.answer, client="ben", round=0) and answer.sent == 7
         assert "its reply is refused" in getattr(answer.answer, "reason", "")

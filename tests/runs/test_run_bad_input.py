@@ -21,7 +21,7 @@ from fedllm.engines.base import Engine
 from fedllm.errors import FedllmError, RunError
 from fedllm.events import ClientFailed, DataReported, RoundFinished, Warned
 from fedllm.experiment.catalog import NOUNS
-from fedllm.messages.context import Local
+from fedllm.messages.context import ClientContext
 from fedllm.runs import state
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.stages.base import Stage
@@ -318,7 +318,7 @@ class Poison(Stage):
     client: str
     round: int
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         meant = (local.ctx.client, local.ctx.round) == (self.client, self.round)
         return params, {"factor": torch.tensor(float("nan") if meant else 1.0)}
 

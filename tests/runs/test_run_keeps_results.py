@@ -17,12 +17,12 @@ import torch
 import fedllm
 from fedllm.cli import run
 from fedllm.errors import RunError
-from fedllm.evaluation.diagnostics.cohort import Cohort
+from fedllm.evaluation.diagnostics.cohort import CohortStatistics
 from fedllm.events import Evaluated, Event, RoundStarted, Warned
 from fedllm.models.base_models.load import load_base
 from fedllm.models.loaded_model import load
 from fedllm.runs import launch, server_round
-from fedllm.runs.baselines import Comparison
+from fedllm.runs.baselines import Baselines
 from fedllm.runs.folder import Folder
 from fedllm.runs.loaded_run import open_run
 from tests.runs.small import Stop, StopAt, adapter_hash, command, events, figures, small, stateful, story
@@ -50,9 +50,9 @@ def test_nothing_beside_the_rounds_costs_a_run_its_outputs(
         assert adapter_hash(tmp_path / "run") == adapter_hash(finished.folder)  # it is there before
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Comparison, "local_only", late)
-    monkeypatch.setattr(Comparison, "centralised", broken)
-    monkeypatch.setattr(Cohort, "diagnosed", broken)
+    monkeypatch.setattr(Baselines, "local_only", late)
+    monkeypatch.setattr(Baselines, "centralised", broken)
+    monkeypatch.setattr(CohortStatistics, "diagnosed", broken)
     monkeypatch.setattr(server_round, "evaluate", broken)
     made = fedllm.run(small(data, evaluation__compare=["local_only", "centralised"]), out=tmp_path / "run")
     assert adapter_hash(tmp_path / "run") == adapter_hash(finished.folder)

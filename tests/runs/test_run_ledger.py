@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import fedllm
-from fedllm.events import CheckpointSaved, Evaluated, Resumed, RoundFinished, RoundStarted, RunFinished, Wire
+from fedllm.events import CheckpointSaved, Evaluated, MessageSent, Resumed, RoundFinished, RoundStarted, RunFinished
 from fedllm.experiment.record import Experiment
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Request
 from fedllm.models.loaded_model import load
 from fedllm.rng import Key
-from fedllm.runs.resource_usage import Ledger, elapsed
+from fedllm.runs.resource_usage import TrafficMeter, elapsed
 from tests.runs.small import Stop, StopAt, events, small
 
 # tiny-llama: 2 layers, hidden 64, 4 heads and 2 key-value heads of 16, MLP 192, 259 tokens, tied
@@ -30,8 +30,8 @@ def header(payload: bytes) -> int:
     return 8 + int.from_bytes(payload[:8], "little")
 
 
-def sent(folder: Path, direction: str, call: str = "work") -> list[Wire]:
-    return [e for e in events(folder) if isinstance(e, Wire) and (e.direction, e.call) == (direction, call)]
+def sent(folder: Path, direction: str, call: str = "work") -> list[MessageSent]:
+    return [e for e in events(folder) if isinstance(e, MessageSent) and (e.direction, e.call) == (direction, call)]
 
 
 def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,10 +41,10 @@ def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, m
         payloads.append(pack(message))
         return payloads[-1]
 
-    pack = serialization.pack
-    monkeypatch.setattr(serialization, "pack", packed)
+    pack = serialization.serialize
+    monkeypatch.setattr(serialization, "serialize", packed)
     fedllm.run(small(data, rounds=2), out=tmp_path / "run", engine="serial")  # one message after another
-    messages = [event for event in events(tmp_path / "run") if isinstance(event, Wire)]
+    messages = [event for event in events(tmp_path / "run") if isinstance(event, MessageSent)]
     assert len(messages) == len(payloads) == 2 * 2 * (3 + 3)  # rounds x directions x (work and evaluate of 3 clients)
     for message, payload in zip(messages, payloads, strict=True):
         assert message.bytes == len(payload)
@@ -57,7 +57,7 @@ def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, m
 
 
 def test_sums_are_those_of_the_messages(finished: fedllm.Result) -> None:
-    messages = [event for event in events(finished.folder) if isinstance(event, Wire)]
+    messages = [event for event in events(finished.folder) if isinstance(event, MessageSent)]
     for name, direction in (("bytes_up", "up"), ("bytes_down", "down")):
         assert finished.summary[name] == sum(event.bytes for event in sent(finished.folder, direction))
     evaluated = sum(event.bytes for event in messages if event.call == "evaluate")
@@ -106,8 +106,8 @@ def test_smollm2_as_the_closed_form_says(smollm2: str, data: Path, tmp_path: Pat
 @pytest.mark.model
 def test_smollm2_full_is_what_its_weights_take(smollm2: str, data: Path) -> None:
     task = {"model": smollm2, "adapter": "full", "device": "cpu", "dtype": "float32"}
-    params = load(small(data, task=task).task).fresh(Key(0))
-    request = Request(params, (), Ctx(0, Key(0), 1, 1))
+    params = load(small(data, task=task).task).initial_params(Key(0))
+    request = Request(params, (), RoundContext(0, Key(0), 1, 1))
     assert serialization.part_bytes(request) == {"params": 538_060_032}
 
 
@@ -151,13 +151,13 @@ def test_a_limit_that_the_last_round_meets_has_ended_nothing(data: Path, tmp_pat
 
 
 def test_ledger_adds_by_direction_and_empties() -> None:
-    ledger = Ledger()
+    ledger = TrafficMeter()
     for size, call, direction in ((1, "work", "up"), (20, "work", "down"), (300, "evaluate", "up"), (7, "keys", "up")):
-        ledger(Wire(0, call, "a", direction, size, {}))
+        ledger(MessageSent(0, call, "a", direction, size, {}))
     ledger(Resumed(3))
-    taken = ledger.take()
+    taken = ledger.reset()
     assert (taken.bytes_up, taken.bytes_down, taken.evaluation_bytes) == (8, 20, 300)
-    assert ledger.take() == type(taken)()
+    assert ledger.reset() == type(taken)()
 
 
 def test_time_between_processes_is_not_counted() -> None:

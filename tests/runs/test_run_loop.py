@@ -16,12 +16,12 @@ from fedllm.data.federation import Federation, Population
 from fedllm.events import ClientFailed, ClientFinished, Event, RoundStarted
 from fedllm.experiment.record import Demands, Experiment, Limits
 from fedllm.messages.call import Call, Replies
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.models.task import Scope, Task
 from fedllm.rng import Key
 from fedllm.runs import server_round
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.stages.base import Stage
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.server_optimizers.adam import Adam
@@ -53,7 +53,7 @@ class Look(Stage):
 
     seen: list[Update] = field(default_factory=list, compare=False)
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         self.seen.append(total)
         return total, state
 
@@ -89,26 +89,26 @@ def answers(weighted: Mapping[str, tuple[float, float]], calls: list[str] | None
     return call
 
 
-def begun(made: Experiment, **leaves: float) -> Run:
+def begun(made: Experiment, **leaves: float) -> ServerState:
     named = leaves or {"w": 1.0}
-    return server_round.start(
+    return server_round.initial_state(
         made, {name: torch.full((2, 3), value, dtype=torch.float64) for name, value in named.items()}
     )
 
 
 def played(
-    made: Experiment, call: Call, run: Run | None = None, rounds: int = 1
-) -> tuple[Run, list[server_round.RoundResult], list[Event]]:
+    made: Experiment, call: Call, run: ServerState | None = None, rounds: int = 1
+) -> tuple[ServerState, list[server_round.RoundResult], list[Event]]:
     told: list[Event] = []
     results = []
     run = run or begun(made)
     for _ in range(rounds):
-        run, result = server_round.one_round(run, made, CLIENTS, call, told.append)
+        run, result = server_round.run_round(run, made, CLIENTS, call, told.append)
         results.append(result)
     return run, results, told
 
 
-def value(run: Run, leaf: str = "w") -> float:
+def value(run: ServerState, leaf: str = "w") -> float:
     (only,) = run.params[leaf].unique().tolist()
     return float(only)
 

@@ -19,7 +19,7 @@ from fedllm.cli.evaluate import evaluate_run
 from fedllm.cli.report import report_runs
 from fedllm.errors import ConfigError, RunError
 from fedllm.runs.export import export
-from fedllm.runs.loaded_run import Opened, open_run
+from fedllm.runs.loaded_run import LoadedRun, open_run
 from tests.runs.small import SIZES, small, write_records
 
 TOKENS = torch.tensor([[256, 104, 105, 10, 63, 32, 97, 98, 99, 257]])
@@ -33,11 +33,11 @@ def run(finished: fedllm.Result, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(finished: fedllm.Result) -> Opened:
+def opened(finished: fedllm.Result) -> LoadedRun:
     return open_run(finished.folder)
 
 
-def own_logits(opened: Opened) -> torch.Tensor:
+def own_logits(opened: LoadedRun) -> torch.Tensor:
     """(V,) of the token after TOKENS, by fedllm."""
     with torch.no_grad():
         return opened.model.adapter.logits(opened.params, TOKENS, torch.ones_like(TOKENS), None)[0][0]
@@ -49,7 +49,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return found
 
 
-def test_the_adapter_loads_in_peft(opened: Opened, run: Path, tmp_path: Path) -> None:
+def test_the_adapter_loads_in_peft(opened: LoadedRun, run: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def test_the_adapter_loads_in_peft(opened: Opened, run: Path, tmp_path: Path) ->
         assert not torch.allclose(tuned, plain, atol=1e-2), "the adapter does something"
 
 
-def test_the_merged_model_needs_nothing_of_fedllm(opened: Opened, run: Path) -> None:
+def test_the_merged_model_needs_nothing_of_fedllm(opened: LoadedRun, run: Path) -> None:
     folder = export(run, "merged")
     assert folder == run / "export-merged"
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -115,7 +115,7 @@ def talk(run: Path, capsys: pytest.CaptureFixture[str], prompt: str | None, comp
     return capsys.readouterr().out.removesuffix("\n").split("\n")
 
 
-def expected(opened: Opened, *turns: tuple[str, str], tuned: bool = True) -> str:
+def expected(opened: LoadedRun, *turns: tuple[str, str], tuned: bool = True) -> str:
     """The answer of the model to turns of a talk."""
     messages = [{"role": role, "content": content} for role, content in turns]
     prompt = opened.model.prompt({"messages": [*messages, {"role": "assistant", "content": "x"}]})
@@ -127,7 +127,7 @@ def shown(text: str) -> list[str]:
     return ["".join(char if char.isprintable() else " " for char in line) for line in text.split("\n")]
 
 
-def test_chat_answers_one_prompt(run: Path, opened: Opened, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_answers_one_prompt(run: Path, opened: LoadedRun, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [("system", "Answer."), ("user", "ann 3?")]
     tuned, base = expected(opened, *asked), expected(opened, *asked, tuned=False)
     assert tuned != base
@@ -136,7 +136,7 @@ def test_chat_answers_one_prompt(run: Path, opened: Opened, capsys: pytest.Captu
 
 
 def test_chat_answers_a_pipe_line_by_line(
-    run: Path, opened: Opened, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, opened: LoadedRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("ann 3?\n\nben 1?\n"))
     first = [("system", "Answer."), ("user", "ann 3?")]

@@ -30,14 +30,14 @@ def payloads() -> list[bytes]:
 @pytest.fixture(scope="module")
 def personal(data: Path, payloads: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> fedllm.Result:
     """A run that shares lora_A alone, with every message that crossed."""
-    pack = serialization.pack
+    pack = serialization.serialize
 
     def packed(message: serialization.Message) -> bytes:
         payloads.append(pack(message))
         return payloads[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serialization, "pack", packed)
+        patch.setattr(serialization, "serialize", packed)
         patch.setenv("FEDLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         experiment = small(data, task__scope={"share": [f"*{SHARED}"]}, evaluation__limit=None)
         return fedllm.run(experiment, out=tmp_path_factory.mktemp("personal") / "run")
@@ -103,7 +103,7 @@ def test_frozen_leaves_keep_their_first_values_in_the_adapter(data: Path, tmp_pa
     result = fedllm.run(small(data, rounds=1, task__scope=scope), out=tmp_path / "run")
     assert all(KEPT in name for name in result.params)
     opened = open_run(tmp_path / "run")
-    fresh = opened.model.adapter.fresh(opened.experiment.key.fold("adapter"))
+    fresh = opened.model.adapter.initial_params(opened.experiment.key.fold("adapter"))
     for name, leaf in leaves(tmp_path / "run").items():
         plain = name.removeprefix("base_model.model.").removesuffix(".weight")
         assert torch.equal(leaf, fresh[plain]) == (SHARED in name)

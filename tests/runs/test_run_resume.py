@@ -18,12 +18,12 @@ from fedllm.events import (
     ClientFinished,
     Evaluated,
     Event,
+    MessageSent,
     Resumed,
     RoundFinished,
     RoundStarted,
     RunFinished,
     RunStarted,
-    Wire,
 )
 from fedllm.runs import state
 from fedllm.runs.launch import Interrupted
@@ -77,7 +77,7 @@ def test_stopped_after_any_round(data: Path, whole: fedllm.Result, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [(RunStarted, 0), (Wire, 3), (ClientFinished, 4), (RoundFinished, 1), (Evaluated, 0), (Evaluated, 2)],
+    [(RunStarted, 0), (MessageSent, 3), (ClientFinished, 4), (RoundFinished, 1), (Evaluated, 0), (Evaluated, 2)],
 )
 def test_ctrl_c_anywhere(data: Path, whole: fedllm.Result, tmp_path: Path, kind: type[Event], count: int) -> None:
     stop = StopAt(lambda event: isinstance(event, kind), count, KeyboardInterrupt)

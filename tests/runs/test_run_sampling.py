@@ -10,7 +10,7 @@ import torch
 
 import fedllm
 from fedllm.data.sampling import All, PoissonSampling, UniformSampling
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.errors import ConfigError, RunError
 from fedllm.events import ClientFailed, RoundFinished, RoundStarted
 from fedllm.rng import Key
@@ -86,7 +86,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
 
 
 def test_listed_losses_happen_once() -> None:
-    shards = Shards("x", failures=(Loss("a", 2), Loss("b", 1, "evaluate")))
+    shards = Shards("x", failures=(ClientOutage("a", 2), ClientOutage("b", 1, "evaluate")))
     for client in "ab":
         for round in range(4):
             for call in ("work", "evaluate"):

@@ -24,9 +24,9 @@ from fedllm.errors import RunError
 from fedllm.rng import Key
 from fedllm.runs import state
 from fedllm.runs.checkpoints import Checkpoints
-from fedllm.runs.state import Run, Totals
+from fedllm.runs.state import ServerState, Totals
 from fedllm.tensors import tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 PARAMS: Tree = {
@@ -35,7 +35,7 @@ PARAMS: Tree = {
     "n": torch.tensor(2**53 + 1),
     "empty": torch.zeros(0, 4, dtype=torch.float64),
 }
-RUN = Run(
+RUN = ServerState(
     params=PARAMS,
     states=({}, {"params/m": torch.tensor([1e-40]), "same": PARAMS["state0/w"]}, {}),
     round=3,
@@ -43,23 +43,25 @@ RUN = Run(
     totals=Totals(1, 2, 3, 2**60, 0.1),
     best=(2, 0.1 + 0.2),
     pending=({"event": "warned", "text": "Zoë"},),
-    shift=Shift({1: {"layer.lora_BA": torch.ones(2, 3)}, 3: {"layer.lora_A": torch.arange(3.0)[None]}}),
+    base_delta=BaseDelta({1: {"layer.lora_BA": torch.ones(2, 3)}, 3: {"layer.lora_A": torch.arange(3.0)[None]}}),
     seen={"a": 1, "b/c": 3},
 )
 
 
-def assert_same(one: Run, two: Run | None) -> None:
+def assert_same(one: ServerState, two: ServerState | None) -> None:
     assert two is not None and tree.digest(one.params) == tree.digest(two.params)
     assert list(map(tree.digest, one.states)) == list(map(tree.digest, two.states))
-    assert tree.digest(one.shift.joined_trees()) == tree.digest(two.shift.joined_trees())
-    assert one.shift.version == two.shift.version
-    bare, other = (replace(run, params={}, states=(), pending=(), shift=None) for run in (one, two))
+    assert tree.digest(one.base_delta.joined_trees()) == tree.digest(two.base_delta.joined_trees())
+    assert one.base_delta.version == two.base_delta.version
+    bare, other = (replace(run, params={}, states=(), pending=(), base_delta=None) for run in (one, two))
     assert bare == other and list(one.pending) == list(two.pending)
 
 
-def at(number: int, *, best: int | None = None) -> Run:
+def at(number: int, *, best: int | None = None) -> ServerState:
     """A run whose parameters show its round."""
-    return Run({"w": torch.tensor(float(number))}, (), number, Key(0), best=None if best is None else (best, 1.0))
+    return ServerState(
+        {"w": torch.tensor(float(number))}, (), number, Key(0), best=None if best is None else (best, 1.0)
+    )
 
 
 def test_totals_add_up_field_by_field() -> None:
@@ -75,7 +77,7 @@ def test_a_run_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert_same(RUN, checkpoints.load())
     assert_same(RUN, Checkpoints(tmp_path / "checkpoints", keep_last=2).load(3))
     assert checkpoints.load(2) is None
-    bare = Run({}, (), 4, Key(0))
+    bare = ServerState({}, (), 4, Key(0))
     checkpoints.save(bare)
     assert_same(bare, checkpoints.load())
 

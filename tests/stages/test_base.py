@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Bracket, Norm, Stage
-from fedllm.stages.round_trip import Arrival, adjust, arrive, down, merge, up
+from fedllm.stages.round_trip import Received, adjust_grads, broadcast_all, decode_all, encode_all, receive_all
 from fedllm.tensors.tree import Tree
 
-CTX = Ctx(round=2, key=Key(0), cohort=1, population=1)
-LOCAL = Local(CTX, {"examples": 3.0})
+CTX = RoundContext(round=2, key=Key(0), cohort=1, population=1)
+LOCAL = ClientContext(CTX, {"examples": 3.0})
 Line = tuple[str, str, list[str]]
 
 
@@ -40,11 +40,11 @@ class Recorder(Stage):
     def then(self, leaves: Tree) -> Tree:
         return {name: 10 * leaf + self.digit for name, leaf in leaves.items()}
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         self.note("broadcast", params, state)
         return self.then(params), {"extra": torch.tensor(self.digit)}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         self.note("receive", params, extra, memory)
         return self.then(params), {"scratch": torch.tensor(self.digit)}
 
@@ -52,12 +52,12 @@ class Recorder(Stage):
         self.note("grads", grads, params, scratch)
         return self.then(grads)
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         self.note("encode", update.parts["delta"].tree, scratch, memory)
         kept = {"memory": memory["memory"] + 100}
         return update.having("delta", Part(self.then(update.parts["delta"].tree))), kept
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         self.note("decode", total.parts["delta"].tree, params, state)
         return total.having("delta", Part(self.then(total.parts["delta"].tree))), {"state": state["state"] + 100}
 
@@ -73,7 +73,7 @@ def held(name: str) -> tuple[Tree, ...]:
 
 def test_broadcast_runs_in_order() -> None:
     stages, log = recorders()
-    params, extras = down(stages, value(7), held("state"), CTX)
+    params, extras = broadcast_all(stages, value(7), held("state"), CTX)
     assert number(params) == 7123
     assert [float(extra["extra"]) for extra in extras] == [1, 2, 3]
     assert log == [
@@ -85,7 +85,7 @@ def test_broadcast_runs_in_order() -> None:
 
 def test_receive_runs_in_reverse_order_and_scratch_stands_where_its_stage_stands() -> None:
     stages, log = recorders()
-    params, arrival = arrive(stages, value(7), held("extra"), held("memory"), LOCAL)
+    params, arrival = receive_all(stages, value(7), held("extra"), held("memory"), LOCAL)
     assert number(params) == 7321
     assert [float(scratch["scratch"]) for scratch in arrival.scratch] == [1, 2, 3]
     assert log == [
@@ -97,8 +97,8 @@ def test_receive_runs_in_reverse_order_and_scratch_stands_where_its_stage_stands
 
 def test_grads_run_in_order_with_their_own_scratch() -> None:
     stages, log = recorders()
-    arrival = Arrival(held("scratch"), (frozenset({"w"}),) * 3)
-    assert number(adjust(stages, arrival, value(7), value(5))) == 7123
+    arrival = Received(held("scratch"), (frozenset({"w"}),) * 3)
+    assert number(adjust_grads(stages, arrival, value(7), value(5))) == 7123
     assert log == [
         ("grads", "1", ["w=7", "w=5", "scratch=1"]),
         ("grads", "2", ["w=71", "w=5", "scratch=2"]),
@@ -108,8 +108,8 @@ def test_grads_run_in_order_with_their_own_scratch() -> None:
 
 def test_encode_runs_in_order_and_memories_stand_where_their_stage_stands() -> None:
     stages, log = recorders()
-    arrival = Arrival(held("scratch"), (frozenset(),) * 3)
-    update, memories = up(stages, Update({"delta": Part(value(7))}), arrival, held("memory"), LOCAL)
+    arrival = Received(held("scratch"), (frozenset(),) * 3)
+    update, memories = encode_all(stages, Update({"delta": Part(value(7))}), arrival, held("memory"), LOCAL)
     assert number(update.parts["delta"].tree) == 7123
     assert [float(memory["memory"]) for memory in memories] == [101, 102, 103]
     assert log == [
@@ -121,7 +121,7 @@ def test_encode_runs_in_order_and_memories_stand_where_their_stage_stands() -> N
 
 def test_decode_runs_in_reverse_order_and_states_stand_where_their_stage_stands() -> None:
     stages, log = recorders()
-    total, states = merge(stages, Update({"delta": Part(value(7))}), value(5), held("state"), CTX)
+    total, states = decode_all(stages, Update({"delta": Part(value(7))}), value(5), held("state"), CTX)
     assert number(total.parts["delta"].tree) == 7321
     assert [float(state["state"]) for state in states] == [101, 102, 103]
     assert log == [
@@ -137,7 +137,7 @@ class Adds(Stage):
 
     name: str
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         return {**params, self.name: torch.tensor(0.0)}, {}
 
 
@@ -156,11 +156,11 @@ def test_grads_see_only_what_passed_their_receive() -> None:
     """A stage that stands first receives last: what it puts in is its own, and no stage behind it sees that."""
     before, after = Doubles(), Doubles()
     stages = (before, Adds("own"), after)
-    params, arrival = arrive(stages, value(1), ({},) * 3, ({},) * 3, LOCAL)
+    params, arrival = receive_all(stages, value(1), ({},) * 3, ({},) * 3, LOCAL)
     assert set(params) == {"w", "own"}
     assert arrival.names == (frozenset({"w", "own"}), frozenset({"w", "own"}), frozenset({"w"}))
     ones = {name: torch.tensor(1.0) for name in ("w", "own", "never sent")}
-    found = adjust(stages, arrival, ones, ones)
+    found = adjust_grads(stages, arrival, ones, ones)
     assert {name: float(grad) for name, grad in found.items()} == {"w": 4, "own": 2, "never sent": 1}
     assert before.seen == [{"w", "own"}] * 2 and after.seen == [{"w"}] * 2
     assert all(float(grad) == 1 for grad in ones.values())
@@ -168,31 +168,34 @@ def test_grads_see_only_what_passed_their_receive() -> None:
 
 def test_grads_that_do_nothing_cost_nothing() -> None:
     grads = value(1)
-    arrival = Arrival(({},), (frozenset({"w"}),))
-    assert adjust((Stage(),), arrival, grads, value(1)) is grads
+    arrival = Received(({},), (frozenset({"w"}),))
+    assert adjust_grads((Stage(),), arrival, grads, value(1)) is grads
 
 
 def test_each_hook_is_the_identity() -> None:
     params, memory, state, update = value(1), value(2), value(3), Update({"delta": Part(value(4))})
-    sent, extras = down((Stage(),), params, (state,), CTX)
+    sent, extras = broadcast_all((Stage(),), params, (state,), CTX)
     assert sent is params and extras == ({},)
-    start, arrival = arrive((Stage(),), sent, extras, (memory,), LOCAL)
-    assert start is params and arrival == Arrival(({},), (frozenset({"w"}),))
-    made, memories = up((Stage(),), update, arrival, (memory,), LOCAL)
+    start, arrival = receive_all((Stage(),), sent, extras, (memory,), LOCAL)
+    assert start is params and arrival == Received(({},), (frozenset({"w"}),))
+    made, memories = encode_all((Stage(),), update, arrival, (memory,), LOCAL)
     assert made is update and memories[0] is memory
-    total, states = merge((Stage(),), update, params, (state,), CTX)
+    total, states = decode_all((Stage(),), update, params, (state,), CTX)
     assert total is update and states[0] is state
-    assert down((), params, (), CTX) == (params, ()) and merge((), update, params, (), CTX) == (update, ())
+    assert broadcast_all((), params, (), CTX) == (params, ()) and decode_all((), update, params, (), CTX) == (
+        update,
+        (),
+    )
 
 
 def test_a_missing_state_or_extra_is_not_passed_over() -> None:
     stages, _ = recorders()
     with pytest.raises(ValueError):
-        down(stages, value(1), held("state")[:2], CTX)
+        broadcast_all(stages, value(1), held("state")[:2], CTX)
     with pytest.raises(ValueError):
-        arrive(stages, value(1), held("extra")[:2], held("memory"), LOCAL)
+        receive_all(stages, value(1), held("extra")[:2], held("memory"), LOCAL)
     with pytest.raises(ValueError):
-        merge(stages, Update({}), value(1), (*held("state"), {}), CTX)
+        decode_all(stages, Update({}), value(1), (*held("state"), {}), CTX)
 
 
 def test_defaults_promise_nothing() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fedllm.stages
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
@@ -30,7 +30,7 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
-from fedllm.stages.round_trip import arrive, down, merge, up
+from fedllm.stages.round_trip import broadcast_all, decode_all, encode_all, receive_all
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -47,8 +47,8 @@ STAGES = [
     LoraSvd(), SparseFirst(rounds=1), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
 ]  # fmt: skip
-CTX = Ctx(round=0, key=Key(1), cohort=2, population=2, client="0")
-LOCAL = Local(CTX, {"examples": 3.0, "steps": 2, "lr_sum": 0.2, "tokens": 8}, leaves(0.5))
+CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2, client="0")
+LOCAL = ClientContext(CTX, {"examples": 3.0, "steps": 2, "lr_sum": 0.2, "tokens": 8}, leaves(0.5))
 
 every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(stage).__name__)
 
@@ -71,11 +71,11 @@ def test_it_is_a_value(stage):
 @every_stage
 def test_evaluation_passes_and_changes_neither_memory_nor_state(stage):
     stages, course = trained(stage)
-    params, extras = down(stages, course.params, course.states, CTX)
-    _, arrival = arrive(stages, params, extras, course.memories[0], LOCAL)
+    params, extras = broadcast_all(stages, course.params, course.states, CTX)
+    _, arrival = receive_all(stages, params, extras, course.memories[0], LOCAL)
     update = Update({"metrics": Part({"loss": torch.tensor(2.0)})})
-    sent, memories = up(stages, update, arrival, course.memories[0], LOCAL)
-    total, states = merge(stages, sent, course.params, course.states, CTX)
+    sent, memories = encode_all(stages, update, arrival, course.memories[0], LOCAL)
+    total, states = decode_all(stages, sent, course.params, course.states, CTX)
     assert total.parts.keys() == {"metrics"}
     assert float(total.parts["metrics"].tree["loss"]) == 2
     for before, after in zip([*course.memories[0], *course.states], [*memories, *states], strict=True):
@@ -87,10 +87,10 @@ def test_an_empty_cohort_leaves_everything_finite(stage):
     stages, course = trained(stage)
     for states in ([{}] * len(stages), course.states):
         zero = Update({"delta": Part(tree.zeros_like(course.params), 0.0)})
-        total, after = merge(stages, zero, course.params, states, CTX)
+        total, after = decode_all(stages, zero, course.params, states, CTX)
         assert total.parts.keys() == {"delta"}
         assert all(tree.finite(leaf) for leaf in [total.parts["delta"].tree, *after])
-    without_state, _ = merge(stages, zero, course.params, [{}] * len(stages), CTX)
+    without_state, _ = decode_all(stages, zero, course.params, [{}] * len(stages), CTX)
     assert tree.equal(without_state.parts["delta"].tree, tree.zeros_like(course.params))
 
 
@@ -103,11 +103,11 @@ def test_a_total_without_parts_passes(stage):
 def test_what_is_sent_may_be_summed_in_place(stage):
     """The first update is the accumulator of the sum: it may share no storage with memory or parameters."""
     stages, course = trained(stage)
-    params, extras = down(stages, course.params, course.states, CTX)
-    start, arrival = arrive(stages, params, extras, course.memories[0], LOCAL)
+    params, extras = broadcast_all(stages, course.params, course.states, CTX)
+    start, arrival = receive_all(stages, params, extras, course.memories[0], LOCAL)
     delta = {name: torch.full_like(leaf, 0.25) for name, leaf in leaves(0.0).items()}
-    sent, memories = up(stages, Update({"delta": Part(delta)}), arrival, course.memories[0], LOCAL)
-    kept = [*memories, *course.memories[0], *course.states, *extras, course.params, start, LOCAL.fresh]
+    sent, memories = encode_all(stages, Update({"delta": Part(delta)}), arrival, course.memories[0], LOCAL)
+    kept = [*memories, *course.memories[0], *course.states, *extras, course.params, start, LOCAL.initial_params]
     before = [tree.digest(leaf) for leaf in kept]
     for part in sent.parts.values():
         tree.add_(part.tree, {name: torch.ones_like(leaf) for name, leaf in part.tree.items()})
@@ -129,7 +129,7 @@ def test_what_it_makes_it_takes_out_again(stage):
     assert made == stage.makes
     sent = course.sent[-1].parts
     zeros = Update({name: Part(tree.zeros_like(sent[name].tree), 0.0) for name in ("delta", *stage.makes)})
-    total, _ = merge(stages, zeros, course.params, course.states, CTX)
+    total, _ = decode_all(stages, zeros, course.params, course.states, CTX)
     assert total.parts.keys() - ({"shift"} if stage.shifts else set()) == {"delta"}
 
 

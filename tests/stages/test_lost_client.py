@@ -26,7 +26,7 @@ from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 from tests.experiment.test_check import of
 from tests.stages.lora.one_round import Round, off
@@ -44,7 +44,7 @@ def drawn(rank: int, seed: int) -> Tree:
     found: Tree = {"head.bias": torch.randn(3, generator=generator).double()}
     for layer, (size_out, size_in) in LAYERS.items():
         b, a = (torch.randn(*shape, generator=generator).double() for shape in ((size_out, rank), (rank, size_in)))
-        found |= low_rank.named(layer, b, a)
+        found |= low_rank.layer_leaves(layer, b, a)
     return found
 
 
@@ -67,7 +67,7 @@ def model(round: Round) -> Tree:
     """What each layer adds to its weight of before the round: the product, and what joined the frozen weight."""
     total = round.total()
     after = tree.add(round.server, total.parts["delta"].tree)
-    added = Shift({1: total.parts["shift"].tree}) if "shift" in total.parts else Shift()
+    added = BaseDelta({1: total.parts["shift"].tree}) if "shift" in total.parts else BaseDelta()
     return {layer: product(after, layer) + (added.dense(layer) if layer in added.layers() else 0) for layer in LAYERS}
 
 
@@ -153,8 +153,8 @@ def test_padding_counts_zeros_for_who_answers_without_a_component_and_the_old_on
     found = round.result()
     for name in (name for name in found if low_rank.is_factor(name)):
         for j in range(RANK):
-            at = [leaves[name].select(low_rank.axis(name), j) for leaves in counted(round)[j >= 2 :]]
-            assert off(found[name].select(low_rank.axis(name), j), sum(at) / 3) < 1e-12  # type: ignore[arg-type]
+            at = [leaves[name].select(low_rank.component_axis(name), j) for leaves in counted(round)[j >= 2 :]]
+            assert off(found[name].select(low_rank.component_axis(name), j), sum(at) / 3) < 1e-12  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

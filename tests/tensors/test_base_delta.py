@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Request
 from fedllm.rng import Key
 from fedllm.tensors import low_rank, tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 
 LAYERS = {"a": (4, 6), "b": (10, 3)}  # out, in
 
@@ -27,13 +27,13 @@ def step(version: int, rank: int) -> tree.Tree:
     for layer, (size_out, size_in) in LAYERS.items():
         generator = Key(version).fold(layer).generator()
         b, a = (torch.randn(n, m, generator=generator).double() for n, m in ((size_out, rank), (rank, size_in)))
-        found |= low_rank.named(layer, b, a)
+        found |= low_rank.layer_leaves(layer, b, a)
     return found
 
 
-def moved(rounds: Sequence[int]) -> tuple[list[Shift], list[dict[str, Tensor]]]:
+def moved(rounds: Sequence[int]) -> tuple[list[BaseDelta], list[dict[str, Tensor]]]:
     """The server after each round, and the dense sums."""
-    shifts, sums = [Shift()], [{layer: torch.zeros(size).double() for layer, size in LAYERS.items()}]
+    shifts, sums = [BaseDelta()], [{layer: torch.zeros(size).double() for layer, size in LAYERS.items()}]
     for version, rank in enumerate(rounds, 1):
         added = step(version, rank)
         shifts.append(shifts[-1].stepped(version, added) if rank else shifts[-1])
@@ -42,7 +42,7 @@ def moved(rounds: Sequence[int]) -> tuple[list[Shift], list[dict[str, Tensor]]]:
     return shifts, sums
 
 
-def same(shift: Shift, sums: dict[str, Tensor]) -> bool:
+def same(shift: BaseDelta, sums: dict[str, Tensor]) -> bool:
     if not shift.layers():
         return all(float(whole.abs().max()) == 0 for whole in sums.values())
     return all(torch.allclose(shift.dense(layer), whole, atol=1e-12) for layer, whole in sums.items())
@@ -57,7 +57,7 @@ def test_the_sum_is_that_of_the_products(rounds: list[int]) -> None:
 def test_a_client_that_comes_now_and_then_has_the_same_sum(rounds: list[int], data: st.DataObject) -> None:
     """It is sent what it lacks over the wire; its site may have more of it from another client."""
     shifts, sums = moved(rounds)
-    seen, held = 0, Shift()
+    seen, held = 0, BaseDelta()
     for shift, total in zip(shifts, sums, strict=True):
         if data.draw(st.booleans()):
             held = held.joined(over_the_wire(shift.since(held.version)))  # another client of the site
@@ -68,10 +68,10 @@ def test_a_client_that_comes_now_and_then_has_the_same_sum(rounds: list[int], da
             assert held.version == shift.version and same(held, total)
 
 
-def over_the_wire(shift: Shift) -> Shift:
-    back = serialization.unpack(serialization.pack(Request({}, (), Ctx(0, Key(0), 1, 1), shift)))
+def over_the_wire(shift: BaseDelta) -> BaseDelta:
+    back = serialization.deserialize(serialization.serialize(Request({}, (), RoundContext(0, Key(0), 1, 1), shift)))
     assert isinstance(back, Request)
-    return back.shift
+    return back.base_delta
 
 
 @given(ranks, st.data())
@@ -112,6 +112,6 @@ def test_a_layer_becomes_dense_when_its_factors_are_as_large() -> None:
 
 
 def test_versions_of_a_request_rise() -> None:
-    request = Request({}, (), Ctx(0, Key(0), 1, 1), Shift({1: step(1, 1), 3: step(3, 1)}, after=1))
+    request = Request({}, (), RoundContext(0, Key(0), 1, 1), BaseDelta({1: step(1, 1), 3: step(3, 1)}, after=1))
     with pytest.raises(serialization.WireError, match="versions of its shift do not rise"):
-        serialization.unpack(serialization.pack(request))
+        serialization.deserialize(serialization.serialize(request))

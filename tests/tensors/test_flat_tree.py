@@ -19,15 +19,15 @@ from fedllm.engines.client import Site
 from fedllm.engines.client_store import ClientStore
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Replies
-from fedllm.messages.serialization import pack, unpack
+from fedllm.messages.serialization import deserialize, serialize
 from fedllm.messages.update import Part, Request, Update
 from fedllm.models.loaded_model import load
 from fedllm.rng import Key
 from fedllm.runs import server_round
 from fedllm.runs.checkpoints import Checkpoints
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.tensors import layout, tree
-from fedllm.tensors.flat_tree import ALIGNMENT, Bundle, bundled
+from fedllm.tensors.flat_tree import ALIGNMENT, FlatTree, flatten
 from fedllm.tensors.tree import Tree
 from tests.runs.small import small as experiment_of
 from tests.runs.small import write_records
@@ -51,7 +51,7 @@ def pairs(draw: st.DrawFn) -> tuple[Tree, Tree]:
         {f"leaf{place}": filled(*form, seed=100 * draw(st.integers(0, 99)) + place) for place, form in enumerate(forms)}
         for _ in range(2)
     )
-    assume(isinstance(bundled(left), Bundle))
+    assume(isinstance(flatten(left), FlatTree))
     return left, right
 
 
@@ -63,17 +63,17 @@ FUNCTIONS: Mapping[str, Callable[[Tree, Tree, float], Tree]] = {
     "scale by one": lambda a, b, x: tree.scale(a, 1.0),
     "divide": lambda a, b, x: tree.divide(a, x),
     "to": lambda a, b, x: tree.to(a, "cpu"),
-    "separate": lambda a, b, x: tree.separate(a),
+    "separate": lambda a, b, x: tree.detached_copies(a),
     "stack of one": lambda a, b, x: tree.stack([a]),
     "stack of two": lambda a, b, x: tree.stack([a, b]),
     "unstack one": lambda a, b, x: tree.unstack(tree.stack([a]), 0),
     "unstack the last": lambda a, b, x: tree.unstack(tree.stack([a]), -1),
     "unstack two": lambda a, b, x: tree.unstack(tree.stack([a, b]), 1),
     "map": lambda a, b, x: tree.map_leaves(torch.neg, a),
-    "join": lambda a, b, x: tree.join(a=a, b=b),
-    "branch": lambda a, b, x: tree.branch(tree.join(a=a, b=b), "b"),
-    "over": lambda a, b, x: tree.over(a, b),
-    "over another order": lambda a, b, x: tree.over(dict(reversed(a.items())), b),
+    "join": lambda a, b, x: tree.add_prefix(a=a, b=b),
+    "branch": lambda a, b, x: tree.select_prefix(tree.add_prefix(a=a, b=b), "b"),
+    "over": lambda a, b, x: tree.overlay(a, b),
+    "over another order": lambda a, b, x: tree.overlay(dict(reversed(a.items())), b),
     "chain": lambda a, b, x: tree.add(a, tree.divide(tree.scale(tree.sub(b, a), x), x)),
 }
 
@@ -85,15 +85,15 @@ def test_every_function_gives_the_bits_of_leaf_by_leaf(name: str, trees: tuple[T
     left, right = trees
     function = FUNCTIONS[name]
     before = tree.digest(left), tree.digest(right)
-    for one in (left, bundled(left)):
-        for other in (right, bundled(right), bundled(dict(reversed(right.items())))):
+    for one in (left, flatten(left)):
+        for other in (right, flatten(right), flatten(dict(reversed(right.items())))):
             found, expected = function(one, other, factor), function(left, dict(other), factor)
             assert list(found) == list(expected)
             assert {n: leaf.dtype for n, leaf in found.items()} == {n: leaf.dtype for n, leaf in expected.items()}
             assert {n: leaf.shape for n, leaf in found.items()} == {n: leaf.shape for n, leaf in expected.items()}
             assert tree.digest(found) == tree.digest(expected)
             assert (tree.digest(one), tree.digest(other)) == before
-            if isinstance(found, Bundle):  # zeros lie between its leaves
+            if isinstance(found, FlatTree):  # zeros lie between its leaves
                 sums = (sum(int(part.count_nonzero()) for part in parts) for parts in (found.blocks, found.values()))
                 assert len(set(sums)) == 1
 
@@ -101,8 +101,8 @@ def test_every_function_gives_the_bits_of_leaf_by_leaf(name: str, trees: tuple[T
 @given(pairs(), st.sampled_from([0.3, -2.5]))
 def test_scaled_sums_numbers_and_sums_in_place(trees: tuple[Tree, Tree], factor: float) -> None:
     left, right = trees
-    for one in (left, bundled(left)):
-        for other in (right, bundled(right)):
+    for one in (left, flatten(left)):
+        for other in (right, flatten(right)):
             for function in (tree.finite, tree.num_bytes, tree.num_values, tree.digest):
                 floats = {name: leaf for name, leaf in one.items() if leaf.is_floating_point()}
                 expected = function({name: left[name] for name in floats})
@@ -113,7 +113,7 @@ def test_scaled_sums_numbers_and_sums_in_place(trees: tuple[Tree, Tree], factor:
             if all(leaf.is_floating_point() for leaf in left.values()):
                 assert tree.norm(one) == pytest.approx(tree.norm(left), rel=1e-14, abs=0)
                 assert tree.digest(tree.add(one, other, factor)) == tree.digest(tree.add(left, right, factor))
-            total = bundled(tree.map_leaves(torch.clone, one)) if isinstance(one, Bundle) else copied(one)
+            total = flatten(tree.map_leaves(torch.clone, one)) if isinstance(one, FlatTree) else copied(one)
             tree.add_(total, other)
             assert tree.digest(total) == tree.digest(tree.add(left, right))
 
@@ -124,8 +124,8 @@ def copied(leaves: Tree) -> Tree:
 
 def small(*values: float, dtype: torch.dtype = torch.float32) -> Tree:
     """A bundle of one value a leaf."""
-    made = bundled({f"n{place}": torch.tensor([value], dtype=dtype) for place, value in enumerate(values)})
-    assert isinstance(made, Bundle)
+    made = flatten({f"n{place}": torch.tensor([value], dtype=dtype) for place, value in enumerate(values)})
+    assert isinstance(made, FlatTree)
     return made
 
 
@@ -139,8 +139,8 @@ def test_leaves_lie_in_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "e": torch.ones(2, dtype=torch.float64),  # another dtype, another block
         "f": torch.ones(0, dtype=torch.float64),
     }
-    made = bundled(leaves)
-    assert isinstance(made, Bundle)
+    made = flatten(leaves)
+    assert isinstance(made, FlatTree)
     assert [(block.dtype, len(block)) for block in made.blocks] == [
         (torch.float32, 48),
         (torch.float32, 48),
@@ -155,17 +155,17 @@ def test_leaves_lie_in_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_trees_that_gain_nothing_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "BLOCK_BYTES", 256)
     for leaves in ({}, {"a": torch.ones(2)}, {"a": torch.ones(99), "b": torch.ones(99), "c": torch.ones(2)}):
-        made = bundled(leaves)
-        assert not isinstance(made, Bundle) and made is not leaves
+        made = flatten(leaves)
+        assert not isinstance(made, FlatTree) and made is not leaves
         assert list(made) == list(leaves) and all(made[name] is leaf for name, leaf in leaves.items())
     once = small(1, 2)
-    assert bundled(once) is once
+    assert flatten(once) is once
 
 
 def test_a_bundle_is_a_copy_and_its_leaves_are_its_blocks() -> None:
     leaves = {"a": torch.ones(2).requires_grad_(), "b": torch.ones(2, 2).T}
-    made = bundled(leaves)
-    assert isinstance(made, Bundle) and not made["a"].requires_grad
+    made = flatten(leaves)
+    assert isinstance(made, FlatTree) and not made["a"].requires_grad
     made["a"].fill_(7)
     assert leaves["a"].tolist() == [1, 1] and made.blocks[0][:2].tolist() == [7, 7]
     made.blocks[0].zero_()
@@ -195,14 +195,14 @@ def test_a_bundle_takes_no_other_leaves() -> None:
 
 def test_only_the_same_leaves_of_the_same_kind_are_alike() -> None:
     one = small(1, 2)
-    assert isinstance(one, Bundle)
+    assert isinstance(one, FlatTree)
     assert one.alike(small(3, 4)) and one.alike(one.ordered(["n1", "n0"]))
     others = [
         small(1, 2, 3),
         small(1, 2, dtype=torch.float64),
         dict(one),
         {},
-        bundled({"n0": one["n0"], "m": one["n1"]}),
+        flatten({"n0": one["n0"], "m": one["n1"]}),
     ]
     assert not any(one.alike(other) for other in others)
     assert not one.alike(one.stacked())
@@ -220,12 +220,12 @@ def test_results_are_bundles_and_share_no_memory_but_where_they_must() -> None:
         tree.stack([one]),
     ]
     for found in made:
-        assert isinstance(found, Bundle)
+        assert isinstance(found, FlatTree)
         for leaf in found.values():
             leaf.fill_(99)
     assert (tree.digest(one), tree.digest(other)) == before
-    for same in (tree.scale(one, 1.0), tree.to(one, "cpu"), tree.over(one, one), tree.unstack(tree.stack([one]), 0)):
-        assert isinstance(same, Bundle)
+    for same in (tree.scale(one, 1.0), tree.to(one, "cpu"), tree.overlay(one, one), tree.unstack(tree.stack([one]), 0)):
+        assert isinstance(same, FlatTree)
     stacked = tree.stack([one])
     tree.unstack(stacked, 0)["n1"].fill_(5)
     assert stacked["n1"].tolist() == [[5]] and one["n1"].tolist() == [2]
@@ -241,19 +241,19 @@ def test_finite_sees_every_leaf_of_a_bundle(bad: float) -> None:
 def test_leaves_whose_sum_overflows_are_not_finite_in_a_bundle_either() -> None:
     high, low = torch.full((4,), 6e4, dtype=torch.float16), torch.full((4,), -6e4, dtype=torch.float16)
     assert not torch.isfinite(high.sum()) and torch.isfinite(torch.cat([high, low]).sum())  # together they cancel
-    for bundle_it in (dict, bundled):
+    for bundle_it in (dict, flatten):
         assert not tree.finite(bundle_it({"a": high, "b": low}))
         assert tree.finite(bundle_it({"a": high[:1], "b": high[1:2]}))  # though their squares overflow
 
 
 def test_separate_copies_what_overlaps_and_nothing_else() -> None:
     one = small(1, 2, 3)
-    apart = tree.separate(one)
+    apart = tree.detached_copies(one)
     assert all(apart[name].data_ptr() == leaf.data_ptr() for name, leaf in one.items())
-    both = tree.separate(tree.join(a=one, b=one))  # twice the same memory
+    both = tree.detached_copies(tree.add_prefix(a=one, b=one))  # twice the same memory
     assert len({leaf.data_ptr() for leaf in both.values()}) == len(both) == 6
     whole = torch.arange(10.0)
-    parts = tree.separate({"whole": whole, "middle": whole[2:4], "end": whole[8:], "empty": whole[3:3]})
+    parts = tree.detached_copies({"whole": whole, "middle": whole[2:4], "end": whole[8:], "empty": whole[3:3]})
     assert parts["whole"].data_ptr() == whole.data_ptr()
     parts["whole"].fill_(-1)
     assert parts["middle"].tolist() == [2, 3] and parts["end"].tolist() == [8, 9]
@@ -263,24 +263,26 @@ def test_messages_and_checkpoints_of_bundles_are_those_of_plain_trees(tmp_path: 
     one = small(1, 2, 3)
     update = Update({"delta": Part(one, 2.0), "more": Part(one, 0.0)})
     plainly = Update({name: replace(part, tree=copied(part.tree)) for name, part in update.parts.items()})
-    assert pack(update) == pack(plainly)
-    back = unpack(pack(update))
+    assert serialize(update) == serialize(plainly)
+    back = deserialize(serialize(update))
     assert isinstance(back, Update) and tree.equal(back.parts["more"].tree, one)
     for name, params in (("a", one), ("b", copied(one))):
-        Checkpoints(tmp_path / name, 1).save(Run(params=params, states=({"m": one["n0"]},), round=1, key=Key(0)))
+        Checkpoints(tmp_path / name, 1).save(
+            ServerState(params=params, states=({"m": one["n0"]},), round=1, key=Key(0))
+        )
     files = [tmp_path / name / "round-000001" / "server.safetensors" for name in ("a", "b")]
     assert files[0].read_bytes() == files[1].read_bytes()
     loaded = Checkpoints(tmp_path / "a", 1).load()
-    assert loaded is not None and isinstance(loaded.params, Bundle) and tree.equal(loaded.params, one)
+    assert loaded is not None and isinstance(loaded.params, FlatTree) and tree.equal(loaded.params, one)
 
 
 def test_the_sum_of_bundles_and_plain_trees() -> None:
     def call(name: str, asked: Mapping[str, Request]) -> Replies:
-        for place, kind in enumerate((bundled, bundled, dict, bundled)):
+        for place, kind in enumerate((flatten, flatten, dict, flatten)):
             yield str(place), Update({"delta": Part(kind(dict(small(place, 10 * place))), 1.0)})
 
     total = Sum().reduce(call, {}).parts["delta"].tree
-    assert isinstance(total, Bundle) and [leaf.item() for leaf in total.values()] == [6, 60]
+    assert isinstance(total, FlatTree) and [leaf.item() for leaf in total.values()] == [6, 60]
     assert total.blocks[0].sum() == 66
 
 
@@ -289,8 +291,8 @@ def test_places_of_trees_with_very_long_names_are_not_kept(letters: int) -> None
     layout._placed.cache_clear()
     tree = {f"{place}{'x' * letters}": torch.full((2,), float(place)) for place in range(6)}
     before = layout._placed.cache_info().currsize
-    made = bundled(tree)
-    assert isinstance(made, Bundle) and [float(leaf[0]) for leaf in made.values()] == [0, 1, 2, 3, 4, 5]
+    made = flatten(tree)
+    assert isinstance(made, FlatTree) and [float(leaf[0]) for leaf in made.values()] == [0, 1, 2, 3, 4, 5]
     assert (layout._placed.cache_info().currsize > before) == (letters < 100)
 
 
@@ -312,15 +314,15 @@ def two_rounds(setting: Experiment, clients: int) -> tuple[Tree, int]:
     """The parameters after two rounds of some clients, and the operations of the second one."""
     model, population = load(setting.task), setting.federation.load(setting.key)
     site, asked = Site(setting, model, population, ClientStore(None)), population.clients[:clients]
-    state = server_round.start(setting, model.fresh(setting.key))
+    state = server_round.initial_state(setting, model.initial_params(setting.key))
 
     def call(name: str, requests: Mapping[str, Request]) -> Iterator[tuple[str, Any]]:
         for client, request in requests.items():
             yield client, site.answer(name, request)
 
-    state, _ = server_round.one_round(state, setting, asked, call, lambda event: None)
+    state, _ = server_round.run_round(state, setting, asked, call, lambda event: None)
     with Counted() as counted:
-        state, _ = server_round.one_round(state, setting, asked, call, lambda event: None)
+        state, _ = server_round.run_round(state, setting, asked, call, lambda event: None)
     return state.params, counted.calls
 
 
@@ -333,7 +335,7 @@ def test_an_empty_round_makes_less_than_one_call_a_leaf(
         data, stages=[weigher], work__sgd__steps=0, task__adapter__lora__targets=["all_linear"], rounds=2
     )
     params, calls = two_rounds(setting, 1)
-    assert isinstance(params, Bundle) and len(params) >= 28
+    assert isinstance(params, FlatTree) and len(params) >= 28
     assert calls < len(params)  # leaf by leaf there are six for each
     monkeypatch.setattr(layout, "BLOCK_BYTES", 0)
     assert two_rounds(setting, 1)[1] > 5 * len(params)  # so they are counted
@@ -346,14 +348,14 @@ def test_rounds_in_bundles_have_the_bits_of_rounds_leaf_by_leaf(
     for size in (layout.BLOCK_BYTES, 4096, 0):
         monkeypatch.setattr(layout, "BLOCK_BYTES", size)
         results.append(two_rounds(setting, 3)[0])
-    assert [type(params) for params in results] == [Bundle, Bundle, dict]
+    assert [type(params) for params in results] == [FlatTree, FlatTree, dict]
     assert len({tree.digest(params) for params in results}) == 1
 
 
 def test_a_deep_copy_has_blocks_of_its_own() -> None:
     one = small(1, 2)
     other = copy.deepcopy(one)
-    assert isinstance(other, Bundle) and tree.equal(one, other)
+    assert isinstance(other, FlatTree) and tree.equal(one, other)
     other.blocks[0].zero_()
     assert not other["n1"].any() and one["n1"].item() == 2
 

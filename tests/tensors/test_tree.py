@@ -114,25 +114,25 @@ def test_unstacked_leaves_are_views() -> None:
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "state1", "state10"]), trees(), max_size=4))
 def test_branch_inverts_join(branches: dict[str, Tree]) -> None:
-    joined = tree.join(**branches)
+    joined = tree.add_prefix(**branches)
     assert len(joined) == sum(map(len, branches.values()))
     for name in ("a", "b", "state1", "state10"):
-        assert tree.branch(joined, name) == branches.get(name, {})
+        assert tree.select_prefix(joined, name) == branches.get(name, {})
 
 
 def test_leaf_names_that_look_like_branches_do_not_collide() -> None:
     one, two = torch.tensor(1), torch.tensor(2)
-    joined = tree.join(a={"b/x": one, "": two}, b={"x": two, "a/b/x": one})
-    assert tree.branch(joined, "a") == {"b/x": one, "": two}
-    assert tree.branch(joined, "b") == {"x": two, "a/b/x": one}
+    joined = tree.add_prefix(a={"b/x": one, "": two}, b={"x": two, "a/b/x": one})
+    assert tree.select_prefix(joined, "a") == {"b/x": one, "": two}
+    assert tree.select_prefix(joined, "b") == {"x": two, "a/b/x": one}
     with pytest.raises(AssertionError):
-        tree.join(**{"a/b": {"x": one}})
+        tree.add_prefix(**{"a/b": {"x": one}})
 
 
 def test_separate_leaves_own_their_memory() -> None:
     whole = torch.arange(12.0).reshape(3, 4).requires_grad_()
     leaves = {"t": whole.T, "same": whole, "row": whole[1], "column": whole[:, 2], "wide": torch.ones(1).expand(3)}
-    apart = tree.separate(leaves)
+    apart = tree.detached_copies(leaves)
     assert tree.equal(apart, {name: leaf.detach() for name, leaf in leaves.items()})
     assert all(leaf.is_contiguous() and not leaf.requires_grad for leaf in apart.values())
     assert len({leaf.untyped_storage().data_ptr() for leaf in apart.values()}) == len(apart)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.tensors import wire_format
-from fedllm.tensors.wire_format import DENSE, SPARSE, Packing
+from fedllm.tensors.wire_format import DENSE, SPARSE, WireFormat
 
 BITS = (8, 4, 1)
 
 
 def test_defaults() -> None:
-    assert Packing() == DENSE and not DENSE.sparse and DENSE.bits is None
+    assert WireFormat() == DENSE and not DENSE.sparse and DENSE.bits is None
     assert SPARSE.sparse and SPARSE.bits is None
 
 
@@ -26,18 +26,18 @@ def test_levels(bits: int, top: int) -> None:
 
 def test_blocks_fill_up_the_tail() -> None:
     leaf = torch.arange(1, 6).reshape(5, 1)
-    assert wire_format.blocks(leaf, 2).tolist() == [[1, 2], [3, 4], [5, 0]]
-    assert wire_format.blocks(leaf, 5).tolist() == [[1, 2, 3, 4, 5]]
-    assert wire_format.blocks(torch.tensor(7.0), 3).tolist() == [[7, 0, 0]]
-    assert wire_format.blocks(torch.zeros(0, 4), 3).shape == (0, 3)
+    assert wire_format.quantization_blocks(leaf, 2).tolist() == [[1, 2], [3, 4], [5, 0]]
+    assert wire_format.quantization_blocks(leaf, 5).tolist() == [[1, 2, 3, 4, 5]]
+    assert wire_format.quantization_blocks(torch.tensor(7.0), 3).tolist() == [[7, 0, 0]]
+    assert wire_format.quantization_blocks(torch.zeros(0, 4), 3).shape == (0, 3)
 
 
 def test_squeezed_bytes_by_hand() -> None:
-    assert wire_format.squeeze(torch.tensor([-127, 0, 5], dtype=torch.int8), 8).tolist() == [-127, 0, 5]
+    assert wire_format.pack_bits(torch.tensor([-127, 0, 5], dtype=torch.int8), 8).tolist() == [-127, 0, 5]
     # two's complement in four bits, the first code in the low half: -7 = 9, -1 = 15
-    assert wire_format.squeeze(torch.tensor([-7, 7, -1], dtype=torch.int8), 4).tolist() == [0x79, 0x0F]
+    assert wire_format.pack_bits(torch.tensor([-7, 7, -1], dtype=torch.int8), 4).tolist() == [0x79, 0x0F]
     # a bit for each code, the first one lowest
-    assert wire_format.squeeze(torch.tensor([1, -1, 1, 1, -1, -1, -1, 1, 1], dtype=torch.int8), 1).tolist() == [
+    assert wire_format.pack_bits(torch.tensor([1, -1, 1, 1, -1, -1, -1, 1, 1], dtype=torch.int8), 1).tolist() == [
         0x8D,
         0x01,
     ]
@@ -49,9 +49,9 @@ def test_unsqueeze_inverts_squeeze(bits: int, data: st.DataObject) -> None:
     top = wire_format.levels(bits)
     allowed = st.sampled_from([-1, 1]) if bits == 1 else st.integers(-top, top)
     codes = torch.tensor(data.draw(st.lists(allowed, max_size=40)), dtype=torch.int8)
-    squeezed = wire_format.squeeze(codes, bits)
+    squeezed = wire_format.pack_bits(codes, bits)
     assert squeezed.numel() * squeezed.element_size() == -(-codes.numel() * bits // 8)
-    found = wire_format.unsqueeze(squeezed, bits, codes.numel())
+    found = wire_format.unpack_bits(squeezed, bits, codes.numel())
     assert found.dtype == torch.int8 and torch.equal(found, codes)
 
 

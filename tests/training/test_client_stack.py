@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from fedllm.engines.batched.engine import Batched
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.runs import server_round
 from fedllm.training import client_stack
-from fedllm.training.client_stack import Layout, give_back, keep_buffers
+from fedllm.training.client_stack import BufferLayout, give_back, keep_buffers
 from tests.engines.cohort import CLIENTS, begun, experiment, write_records
 
 LARGE = 5 << 20  # values of a client: two are 40 MiB in float32
 
 
-def layout(size: int, dtype: torch.dtype = torch.float32) -> Layout:
-    return Layout.of([{"a": torch.ones(size, dtype=dtype)}])
+def layout(size: int, dtype: torch.dtype = torch.float32) -> BufferLayout:
+    return BufferLayout.of([{"a": torch.ones(size, dtype=dtype)}])
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def thread() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def again(place: Layout, clients: int = 2) -> bool:
+def again(place: BufferLayout, clients: int = 2) -> bool:
     """Whether a second stack has the memory of the first, which was full of ones; it is full of zeros."""
     first = place.zeros(clients)
     memory = first.fill_(1).data_ptr()
@@ -79,7 +79,9 @@ def test_workers_keep_them_where_memory_is_not_scarce(
         "fedllm.training.sgd.give_back", lambda *buffers: seen.append(client_stack._kept.keeps) or plain(*buffers)
     )
     made = experiment(write_records(tmp_path / "people.jsonl"))
-    asked = server_round.requests_for(made, server_round.start(made, begun(made)), CLIENTS, Ctx(0, made.key, 5, 5, 2))
+    asked = server_round.requests_for(
+        made, server_round.initial_state(made, begun(made)), CLIENTS, RoundContext(0, made.key, 5, 5, 2)
+    )
     with Batched(stack=2, workers=1, memory_budget=budget).open(made, None, lambda event: None) as call:
         assert len(list(call("work", asked))) == len(CLIENTS)
     assert set(seen) == {keeps}

@@ -55,7 +55,7 @@ class Layers:
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_they_are_those_of_plain_autograd(dtype: str, passes: int, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel has written where it belongs is not copied: all but the idle leaf, and sums of several slopes."""
+    """What a kernel has written where it belongs is not copied: all but the idle leaf, and sums of several gradients."""
     if dtype == "bfloat16" and not library().tiles:
         pytest.skip(needs_tiles.kwargs["reason"])
     generator = torch.Generator().manual_seed(0)
@@ -67,16 +67,16 @@ def test_they_are_those_of_plain_autograd(dtype: str, passes: int, micro: int, m
         return Example(tokens, torch.where(tokens > 0, tokens, IGNORE))
 
     batches = [collate([[example(7 + step)], [example(4), example(9)]]) for step in range(micro)]
-    slope = torch.full_like(values, torch.nan)
+    gradient = torch.full_like(values, torch.nan)
     copied, copy = list[int](), torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda into, found: (copied.append(len(into)), copy(into, found))[1])
-    losses = gradients(Stack(values, slope, leaves, {}), batches, model)
+    losses = gradients(Stack(values, gradient, leaves, {}), batches, model)
     own = {name: leaf.clone().requires_grad_() for name, leaf in leaves(values).items()}
     totals = torch.tensor([batch.counts for batch in batches]).sum(0)
     exact = sum(model.losses(own, batch) * torch.tensor(batch.counts) / totals for batch in batches)
     expected = torch.autograd.grad(exact.sum(), list(own.values()), materialize_grads=True)
     assert torch.allclose(losses, exact.detach().double())
-    for (name, found), true in zip(leaves(slope).items(), expected, strict=True):
+    for (name, found), true in zip(leaves(gradient).items(), expected, strict=True):
         assert torch.allclose(found, true, rtol=1e-5, atol=1e-6), name
         assert bool(found.any()) == (name != "idle")
     if passes == 1:

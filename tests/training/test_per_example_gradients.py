@@ -37,7 +37,9 @@ def examples() -> list[Example]:
 
 def trained(model: LoadedModel) -> Tree:
     generator = torch.Generator().manual_seed(7)
-    return {n: leaf + 0.05 * torch.randn(leaf.shape, generator=generator) for n, leaf in model.fresh(KEY).items()}
+    return {
+        n: leaf + 0.05 * torch.randn(leaf.shape, generator=generator) for n, leaf in model.initial_params(KEY).items()
+    }
 
 
 @pytest.mark.parametrize("adapter", [Lora(rank=4), SoftPrompt(tokens=3)], ids=["lora", "prompt"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from fedllm.errors import ConfigError
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
@@ -27,7 +27,7 @@ from fedllm.models.task import Task
 from fedllm.rng import Key
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import Facts, Job, Outcome, Work, run_work
+from fedllm.training.base import ClientFacts, ClientJob, Outcome, Work, run_work
 from fedllm.training.lr_schedule import LrSchedule
 from fedllm.training.sgd import Sgd
 
@@ -47,25 +47,27 @@ WORKS = {
 
 def test_suited_to_a_device() -> None:
     work = Sgd("adamw", lr=0.1, epochs=3, batch_size=4, accumulation=2, clip_norm=1.0)
-    assert work.suited(Profile()) == work == work.suited(Profile(rank=2, device="phone"))
-    assert work.suited(Profile(steps=5)) == replace(work, steps=5, epochs=None)
-    assert work.suited(Profile(batch_size=1, lr=0.0)) == replace(work, batch_size=1, lr=0.0)
-    whole = replace(work, epochs=None, steps=7).suited(Profile(steps=0, batch_size=2, lr=0.5))
+    assert work.for_profile(Profile()) == work == work.for_profile(Profile(rank=2, device="phone"))
+    assert work.for_profile(Profile(steps=5)) == replace(work, steps=5, epochs=None)
+    assert work.for_profile(Profile(batch_size=1, lr=0.0)) == replace(work, batch_size=1, lr=0.0)
+    whole = replace(work, epochs=None, steps=7).for_profile(Profile(steps=0, batch_size=2, lr=0.5))
     assert whole == Sgd("adamw", lr=0.5, steps=0, batch_size=2, accumulation=2, clip_norm=1.0)
-    assert whole.num_steps(100) == 0 and work.suited(Profile(steps=5)).num_steps(100) == 5
+    assert whole.num_steps(100) == 0 and work.for_profile(Profile(steps=5)).num_steps(100) == 5
 
 
 def test_another_work_is_the_same_on_every_device() -> None:
     work = Work()
-    assert work.suited(Profile(steps=5, batch_size=1, lr=0.5)) is work
+    assert work.for_profile(Profile(steps=5, batch_size=1, lr=0.5)) is work
 
 
 def model_of(adapter: Adapter = LORA, dtype: str = "float64") -> LoadedModel:
     return load(Task("tiny-llama", adapter=adapter, dtype=dtype))  # type: ignore[arg-type]
 
 
-def ctx(client: str, **facts: Any) -> Ctx:
-    return Ctx(**{"round": 2, "rounds": 4, "key": KEY, "cohort": 2, "population": 2, "client": client, **facts})
+def ctx(client: str, **facts: Any) -> RoundContext:
+    return RoundContext(
+        **{"round": 2, "rounds": 4, "key": KEY, "cohort": 2, "population": 2, "client": client, **facts}
+    )
 
 
 def example(length: int, seed: int, labels: int = 3) -> Example:
@@ -87,15 +89,17 @@ DATA: dict[str, list[Example]] = {  # unequal numbers and lengths
 def start(model: LoadedModel, seed: int = 0) -> Tree:
     """Weights in the middle of a run: no factor is zero."""
     generator = torch.Generator().manual_seed(seed)
-    return {n: leaf + 0.05 * torch.randn(leaf.shape, generator=generator) for n, leaf in model.fresh(KEY).items()}
+    return {
+        n: leaf + 0.05 * torch.randn(leaf.shape, generator=generator) for n, leaf in model.initial_params(KEY).items()
+    }
 
 
-def job(model: LoadedModel, client: str, *, examples: Sequence[Example] | None = None, **facts: Any) -> Job:
+def job(model: LoadedModel, client: str, *, examples: Sequence[Example] | None = None, **facts: Any) -> ClientJob:
     data = DATA[client] if examples is None else examples
-    return Job(ctx(client, **facts), start(model), data, lambda grads, params: grads)
+    return ClientJob(ctx(client, **facts), start(model), data, lambda grads, params: grads)
 
 
-def result(outcome: Outcome) -> tuple[Update, Facts]:
+def result(outcome: Outcome) -> tuple[Update, ClientFacts]:
     assert not isinstance(outcome, str), outcome
     return outcome
 
@@ -223,9 +227,9 @@ def test_a_stack_is_its_clients_one_by_one(name: str, adapter: Adapter) -> None:
 def test_the_start_is_left_as_it_was() -> None:
     model = model_of()
     one = job(model, "anna")
-    before = {name: leaf.clone() for name, leaf in one.start.items()}
+    before = {name: leaf.clone() for name, leaf in one.initial.items()}
     run_work(WORKS["adamw"], [one], model)
-    assert tree.equal(one.start, before) and not any(leaf.requires_grad for leaf in one.start.values())
+    assert tree.equal(one.initial, before) and not any(leaf.requires_grad for leaf in one.initial.values())
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "clipping"])
@@ -244,8 +248,8 @@ def test_a_clients_data_changes_no_bit_of_another(name: str) -> None:
 def test_a_client_whose_weights_are_nan_fails_alone(name: str) -> None:
     model = model_of(dtype="float32")
     clients = [job(model, client) for client in DATA]
-    broken = {n: torch.full_like(leaf, math.nan) for n, leaf in clients[1].start.items()}
-    spoilt = [clients[0], Job(clients[1].ctx, broken, clients[1].examples, clients[1].adjust), clients[2]]
+    broken = {n: torch.full_like(leaf, math.nan) for n, leaf in clients[1].initial.items()}
+    spoilt = [clients[0], ClientJob(clients[1].ctx, broken, clients[1].examples, clients[1].adjust), clients[2]]
     before, after = run_work(WORKS[name], clients, model), run_work(WORKS[name], spoilt, model)
     assert after[1] == "at step 0 its loss is nan; lower work.sgd.lr or set work.sgd.clip_norm"
     for k in (0, 2):
@@ -256,7 +260,7 @@ def test_a_client_that_diverges_fails_alone_and_says_at_which_step() -> None:
     """Its hook multiplies the gradient; the other client's bits are those of a run beside a client that is well."""
     model, work = model_of(dtype="float32"), Sgd(lr=0.1, steps=4, batch_size=2)
     anna, ben = job(model, "anna"), job(model, "ben")
-    wild = Job(ben.ctx, ben.start, ben.examples, lambda grads, params: tree.scale(grads, 1e30))
+    wild = ClientJob(ben.ctx, ben.initial, ben.examples, lambda grads, params: tree.scale(grads, 1e30))
     before, after = run_work(work, [anna, ben], model), run_work(work, [anna, wild], model)
     assert after[1] == "at step 1 its loss is nan; lower work.sgd.lr or set work.sgd.clip_norm"
     assert tree.equal(delta(before[0]), delta(after[0]))
@@ -283,10 +287,10 @@ def test_hooks_see_a_clients_own_gradient_and_weights_before_clipping() -> None:
         return tree.scale(grads, 0.0)
 
     clients = [job(model, "anna"), job(model, "ben")]
-    clients[1] = Job(clients[1].ctx, clients[1].start, clients[1].examples, hook)
+    clients[1] = ClientJob(clients[1].ctx, clients[1].initial, clients[1].examples, hook)
     _, held = run_work(WORKS["clipping"], clients, model)
     assert len(seen) == 3 and all(norm > 0.05 for norm, _ in seen)
-    assert all(tree.equal(params, clients[1].start) for _, params in seen)
+    assert all(tree.equal(params, clients[1].initial) for _, params in seen)
     assert not any(leaf.any() for leaf in delta(held).values())
 
 
@@ -302,7 +306,7 @@ def test_an_example_counts_the_same_whatever_its_length() -> None:
 def test_full_weights_are_trained_one_client_at_a_time() -> None:
     """One step of plain SGD is minus lr times the gradient of the tied model."""
     model, base = model_of(Full()), load_base("tiny-llama", dtype="float64").model.requires_grad_(True)
-    one = Job(ctx("anna"), model.fresh(KEY), DATA["anna"][:1], lambda grads, params: grads)
+    one = ClientJob(ctx("anna"), model.initial_params(KEY), DATA["anna"][:1], lambda grads, params: grads)
     (outcome,) = run_work(Sgd(lr=0.5, steps=1, batch_size=1), [one], model)
     item = DATA["anna"][0]
     cross_entropy(base(item.tokens[None]).logits[0], item.targets, ignore_index=IGNORE).backward()

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from fedllm.data.flwr_partitioners import Job, Run, Value
+from fedllm.data.flwr_partitioners import PartitionFunction, PartitionJob, Value
 from fedllm.errors import ConfigError, DataError
 from fedllm.rng import Key
 
 
 @dataclass(frozen=True)
-class Rows:
+class SplitInput:
     """What a split may know: how many records, the values of its field, the number of clients asked for, the key."""
 
     count: int
@@ -65,15 +65,17 @@ class Split:
         """The field of the records that the split looks at."""
         return None
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """Each client's rows. `run` runs a partitioner of flwr-datasets."""
         raise NotImplementedError
 
-    def _through(self, rows: Rows, run: Run, partitioner: str, **arguments: Any) -> dict[str, list[int]]:
+    def _through(
+        self, rows: SplitInput, run: PartitionFunction, partitioner: str, **arguments: Any
+    ) -> dict[str, list[int]]:
         """Run a partitioner on the shuffled rows."""
         clients, order = rows.number(), rows.order()
         values = tuple(rows.values[row] for row in order) if rows.values else None
-        job = Job(partitioner, {"num_partitions": clients, **arguments}, rows.count, values)
+        job = PartitionJob(partitioner, {"num_partitions": clients, **arguments}, rows.count, values)
         try:
             groups = run(job)
         except DataError as error:

@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedllm.data.flwr_partitioners import Run, Value
-from fedllm.data.splits.base import Rows, Split, at_least
+from fedllm.data.flwr_partitioners import PartitionFunction, Value
+from fedllm.data.splits.base import Split, SplitInput, at_least
 from fedllm.errors import DataError
 
 NAME_LENGTH = 64
@@ -29,7 +29,7 @@ class By(Split):
         """The client key."""
         return self.by
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """In the order of the values."""
         found: dict[Value, list[int]] = {}
         for row, value in enumerate(rows.values):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.data.flwr_partitioners import Run
-from fedllm.data.splits.base import Rows, Split, at_least
+from fedllm.data.flwr_partitioners import PartitionFunction
+from fedllm.data.splits.base import Split, SplitInput, at_least
 from fedllm.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ class Dirichlet(Split):
         """The label."""
         return self.by
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`DirichletPartitioner`."""
         settings = {"alpha": float(self.alpha), "min_partition_size": self.min_size, "seed": rows.seed()}
         return self._through(rows, run, "DirichletPartitioner", partition_by="value", **settings)

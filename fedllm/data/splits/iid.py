@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fedllm.data.flwr_partitioners import Run
-from fedllm.data.splits.base import Rows, Split, numbered
+from fedllm.data.flwr_partitioners import PartitionFunction
+from fedllm.data.splits.base import Split, SplitInput, numbered
 
 
 @dataclass(frozen=True)
 class Iid(Split):
     """Shuffled, then cut into runs whose lengths differ by one at most."""
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """The first `count % clients` clients hold one record more."""
         clients, order = rows.number(), rows.order()
         size, rest = divmod(rows.count, clients)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedllm.data.flwr_partitioners import Run
-from fedllm.data.splits.base import Rows, Split, at_least
+from fedllm.data.flwr_partitioners import PartitionFunction
+from fedllm.data.splits.base import Split, SplitInput, at_least
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pathological(Split):
         """The label."""
         return self.by
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`PathologicalPartitioner`."""
         settings = {"class_assignment_mode": self.assignment, "seed": rows.seed()}
         arguments = {"partition_by": "value", "num_classes_per_partition": self.classes, **settings}

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.data.flwr_partitioners import Run
-from fedllm.data.splits.base import Rows, Split, at_least
+from fedllm.data.flwr_partitioners import PartitionFunction
+from fedllm.data.splits.base import Split, SplitInput, at_least
 from fedllm.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ class Shard(Split):
         """The label."""
         return self.by
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`ShardPartitioner`."""
         settings = {"num_shards_per_partition": self.shards, "shard_size": self.size, "seed": rows.seed()}
         return self._through(rows, run, "ShardPartitioner", partition_by="value", **settings)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedllm.data.flwr_partitioners import Run
-from fedllm.data.splits.base import Rows, Split
+from fedllm.data.flwr_partitioners import PartitionFunction
+from fedllm.data.splits.base import Split, SplitInput
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,6 @@ class SizeSkew(Split):
 
     kind: Literal["linear", "square", "exponential"] = "linear"
 
-    def groups(self, rows: Rows, run: Run) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`LinearPartitioner`, `SquarePartitioner` or `ExponentialPartitioner`."""
         return self._through(rows, run, f"{self.kind.capitalize()}Partitioner")

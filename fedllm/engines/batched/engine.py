@@ -18,23 +18,23 @@ from pathlib import Path
 
 import torch
 
-from fedllm.engines.allocator import kept_memory, one_heap, settled_objects
+from fedllm.engines.allocator import freeze_gc, retain_freed_memory, single_arena
 from fedllm.engines.base import Engine
-from fedllm.engines.batched.load_balancing import HAND, deal, full_stack
+from fedllm.engines.batched.load_balancing import BATCH_OF_STACKS, balance, stack_size
 from fedllm.engines.batched.matmul_peak import matmul_peak
 from fedllm.engines.batched.memory import (
     PRODUCTS,
     USABLE,
-    Costs,
-    Gate,
+    MemoryBudget,
+    MemoryEstimate,
     free_bytes,
     layout_bytes,
     parse_bytes,
     taken_bytes,
 )
-from fedllm.engines.batched.workers import Crew
+from fedllm.engines.batched.workers import WorkerPool
 from fedllm.engines.client import Site
-from fedllm.engines.loopback import Opened, answers, one_by_one, received, tidied
+from fedllm.engines.loopback import ReceivedReply, one_by_one, receive, round_trip, with_heap_trim
 from fedllm.engines.process_memory import address_space
 from fedllm.engines.torch_threads import one_thread
 from fedllm.errors import ConfigError
@@ -90,22 +90,22 @@ class Batched(Engine):
             RunError: the memory budget is below one of the first clients.
         """
         if self._scarce:
-            one_heap()
-        with one_thread(), kept_memory(emptied=not self._scarce):
+            single_arena()
+        with one_thread(), retain_freed_memory(emptied=not self._scarce):
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
             workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
-            costs, budget = Costs.measured(site.model, site.fresh), self._budget(site)
+            costs, budget = MemoryEstimate.measured(site.model, site.fresh), self._budget(site)
             layouts = 0 if self._scarce else layout_bytes(site.model, budget)
-            gate, (now, most) = Gate(budget - layouts), taken_bytes(site.model.device)
-            crew = Crew(experiment.work, site.model, costs, gate)
+            gate, (now, most) = MemoryBudget(budget - layouts), taken_bytes(site.model.device)
+            crew = WorkerPool(experiment.work, site.model, costs, gate)
             crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
             site.train = crew.train
             laid_out = kept_layouts() if layouts else nullcontext()
-            with settled_objects(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
-                shop = Shop(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
+            with freeze_gc(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
+                shop = BatchedCalls(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
                 try:
-                    yield tidied(shop.call)
+                    yield with_heap_trim(shop.call)
                 finally:
                     crew.closing.set()
                     pool.shutdown(cancel_futures=True)
@@ -124,7 +124,7 @@ class Batched(Engine):
         """Clients a stack and fewest stacks. Bits depend on both, so they know nothing of workers and memory."""
         if self.stack is not None:
             return self.stack, 1
-        size = STACK.get(kind) or full_stack(site.batch_tokens(site.population.clients[:LOOKED_AT]))
+        size = STACK.get(kind) or stack_size(site.batch_tokens(site.population.clients[:LOOKED_AT]))
         return size, FEWEST.get(kind, 1)
 
     def _budget(self, site: Site) -> int:
@@ -134,21 +134,21 @@ class Batched(Engine):
 
 
 @dataclass(frozen=True, eq=False)
-class Errand:
+class PendingReply:
     """A client that is asked: its reply is at `place` among those of its stack."""
 
     request: Request
-    stack: Future[list[Opened]]
+    stack: Future[list[ReceivedReply]]
     place: int
 
 
 @dataclass(eq=False)
-class Shop:
+class BatchedCalls:
     """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, with the laid-out
     weights to come, and at most so far."""
 
     site: Site
-    crew: Crew
+    crew: WorkerPool
     pool: ThreadPoolExecutor
     workers: int
     stack: int
@@ -165,7 +165,7 @@ class Shop:
             yield from one_by_one(self.site, self.emit)(name, requests)
             return
         size, round = self.stack if SIDE_BY_SIDE[name] else 1, 0
-        hands, under_way = _cut(requests, HAND * size), deque[Errand]()
+        hands, under_way = _cut(requests, BATCH_OF_STACKS * size), deque[PendingReply]()
         while True:
             while len(under_way) <= self.workers * size and (hand := next(hands, None)):
                 under_way.extend(self._submitted(name, hand, size))
@@ -175,18 +175,18 @@ class Shop:
             round, replies = errand.request.ctx.round, errand.stack.result()
             while self.crew.notes:
                 self.emit(EngineAdjusted(round, self.crew.notes.pop(0)))
-            yield str(errand.request.ctx.client), received(name, errand.request, replies[errand.place], self.emit)
+            yield str(errand.request.ctx.client), receive(name, errand.request, replies[errand.place], self.emit)
         if name == "work" and requests:
             predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.crew.gate.peak)
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
-    def _submitted(self, name: str, hand: Sequence[Request], size: int) -> list[Errand]:
+    def _submitted(self, name: str, hand: Sequence[Request], size: int) -> list[PendingReply]:
         """In the hand's order. Of errands of one stack, each takes its own reply."""
         loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in hand]
-        errands: dict[int, Errand] = {}
-        for stack in deal(loads, size, self.fewest):
-            future = self.pool.submit(answers, self.site, name, [hand[at] for at in stack])
-            errands |= {at: Errand(hand[at], future, place) for place, at in enumerate(stack)}
+        errands: dict[int, PendingReply] = {}
+        for stack in balance(loads, size, self.fewest):
+            future = self.pool.submit(round_trip, self.site, name, [hand[at] for at in stack])
+            errands |= {at: PendingReply(hand[at], future, place) for place, at in enumerate(stack)}
         return [errands[at] for at in range(len(hand))]
 
     def _start(self) -> None:

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-HAND = 4  # full stacks' worth of clients that are dealt together
+BATCH_OF_STACKS = 4  # full stacks' worth of clients that are dealt together
 FULL = 512  # tokens in a batch of a full stack
 SIZES = (4, 16)  # clients of a full stack, at least and at most
 
 
-def full_stack(tokens: float) -> int:
+def stack_size(tokens: float) -> int:
     """Clients of a full stack on a CPU, whose batches have so many tokens each; 0 where that is not known."""
     fewest, most = SIZES
     return min(max(fewest, int(FULL / tokens)), most) if tokens else fewest
 
 
-def deal(loads: Sequence[int], size: int, fewest: int = 1) -> list[list[int]]:
+def balance(loads: Sequence[int], size: int, fewest: int = 1) -> list[list[int]]:
     """Places in `loads`, as stacks of at most `size`, the fullest first.
 
     There are 1, 2, 4, ... stacks, as few as hold all and at least `fewest`: workers are as many. Longest processing

@@ -23,12 +23,12 @@ from fedllm.engines.process_memory import address_space, free_memory, held_memor
 from fedllm.errors import ConfigError
 from fedllm.models.batch import Example, collate, spared
 from fedllm.models.kernels import prepack
-from fedllm.models.kernels.ops import serve_product
+from fedllm.models.kernels.ops import supports_product
 from fedllm.models.layers.attention import SHORT
 from fedllm.models.layers.cross_entropy import pieces
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.tensors.tree import Tree, num_bytes, stack
-from fedllm.training.base import Job, Work, batches
+from fedllm.training.base import ClientJob, Work, batches
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 COPIES = 9.0  # of a client's parameters: message, request, start, values, gradients (2), moments (2), reply
@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedActivations:
     """Bytes that a pass keeps for its gradient: base + token T + square sum L^2 + sequence S."""
 
     base: float
@@ -66,36 +66,36 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Costs:
+class MemoryEstimate:
     """What a stack takes. `whole` and `recomputed`: without and with recomputation; `layer`: the share of one layer,
     which recomputation holds at a time; `head`: bytes of one row's logits in the head's type and in float32; `rows`:
     how many of each exist at once; `shares`: as the model says."""
 
-    whole: Saved
-    recomputed: Saved
+    whole: SavedActivations
+    recomputed: SavedActivations
     layers: int
     head: tuple[int, int]
     rows: tuple[int, int]
     shares: bool
 
     @staticmethod
-    def measured(model: LoadedModel, params: Tree) -> Costs:
+    def measured(model: LoadedModel, params: Tree) -> MemoryEstimate:
         """Measure what a pass keeps."""
         head = model.adapter.head(stack([params])).to(model.device)  # a trained head comes with the parameters
         layers = len({name for name, _ in model.base.model.named_modules() if re.fullmatch(r".*layers\.\d+", name)})
         wide = torch.promote_types(head.dtype, torch.float32).itemsize
-        return Costs(
+        return MemoryEstimate(
             whole=_fitted(model, params, recompute=False),
             recomputed=_fitted(model, params, recompute=True),
             layers=max(1, layers),
             head=(len(head) * head.element_size(), len(head) * wide),
             rows=pieces(head),
-            shares=model.shares,
+            shares=model.shares_prefixes,
         )
 
-    def of(self, work: Work, jobs: Sequence[Job], *, recompute: bool) -> int:
+    def of(self, work: Work, jobs: Sequence[ClientJob], *, recompute: bool) -> int:
         """Bytes of a stack at its largest batch."""
-        parameters = COPIES * sum(num_bytes(job.start) for job in jobs)
+        parameters = COPIES * sum(num_bytes(job.initial) for job in jobs)
         micro = (batch for step in batches(work, jobs) for batch in step)
         return int(parameters + max((self._batch(clients, recompute) for clients in micro), default=0))
 
@@ -112,11 +112,11 @@ class Costs:
 PROBES = ((32, 32), (64,), (64, 64), (16, 16, 16, 16))  # lengths of sequences
 
 
-def _fitted(model: LoadedModel, params: Tree, *, recompute: bool) -> Saved:
+def _fitted(model: LoadedModel, params: Tree, *, recompute: bool) -> SavedActivations:
     rows = [[1, sum(p), sum(n * n for n in p), len(p)] for p in PROBES]
     found = [_kept(model, params, lengths, recompute) for lengths in PROBES]
     solved = torch.linalg.solve(torch.tensor(rows).double(), torch.tensor(found).double())
-    return Saved(*solved.clamp(min=0).tolist())
+    return SavedActivations(*solved.clamp(min=0).tolist())
 
 
 def _kept(model: LoadedModel, params: Tree, lengths: Sequence[int], recompute: bool) -> int:
@@ -150,7 +150,7 @@ def layout_bytes(model: LoadedModel, budget: int) -> int:
     """What the frozen weights take that are laid out beforehand; 0 if they are not: there is no kernel that reads them
     so, or they would take more than their share of the budget."""
     linears = [module for module in model.base.model.modules() if type(module) is nn.Linear]
-    weights = {id(linear.weight): linear.weight for linear in linears if serve_product(linear.weight)}
+    weights = {id(linear.weight): linear.weight for linear in linears if supports_product(linear.weight)}
     count = prepack.num_bytes(weights.values())
     return count if count <= LAID_OUT * budget else 0
 
@@ -177,7 +177,7 @@ def taken_bytes(device: str) -> tuple[int, int]:
 
 
 @dataclass(eq=False)
-class Gate:
+class MemoryBudget:
     """Lets stacks run at once as long as their bytes fit the budget; a stack alone always may. First come, first
     served. `peak`: the most bytes that ran at once."""
 

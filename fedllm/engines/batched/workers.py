@@ -12,26 +12,26 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedllm.engines.batched.memory import Costs, Gate
+from fedllm.engines.batched.memory import MemoryBudget, MemoryEstimate
 from fedllm.errors import RunError
 from fedllm.models.loaded_model import LoadedModel
-from fedllm.training.base import Job, Outcome, Pass, Work, run_work
+from fedllm.training.base import ClientJob, Outcome, TrainOptions, Work, run_work
 
 MEGA = 10**6
 
 
 @dataclass(eq=False)
-class Crew:
+class WorkerPool:
     """Trains stacks for the worker threads. `notes`: what it had to do about memory, to be told."""
 
     work: Work
     model: LoadedModel
-    costs: Costs
-    gate: Gate
+    costs: MemoryEstimate
+    gate: MemoryBudget
     notes: list[str] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
 
-    def admit(self, jobs: Iterable[Job]) -> None:
+    def admit(self, jobs: Iterable[ClientJob]) -> None:
         """Look whether each of some clients fits, before anything is trained.
 
         Raises:
@@ -42,7 +42,7 @@ class Crew:
         if needs[client] > self.gate.budget:
             raise self._too_small(client, needs[client])
 
-    def train(self, jobs: Sequence[Job], model: LoadedModel) -> Sequence[Outcome]:
+    def train(self, jobs: Sequence[ClientJob], model: LoadedModel) -> Sequence[Outcome]:
         """A stack of clients, in order, on the model of their round.
 
         Raises:
@@ -66,18 +66,20 @@ class Crew:
             self._note(f"memory ran out in the stack of {names}: it is repeated from its start")
         return self._halves(jobs, model, names, less)
 
-    def _halves(self, jobs: Sequence[Job], model: LoadedModel, names: str, need: int) -> Sequence[Outcome]:
+    def _halves(self, jobs: Sequence[ClientJob], model: LoadedModel, names: str, need: int) -> Sequence[Outcome]:
         if len(jobs) == 1:
             raise self._too_small(names, need)
         self._note(f"the stack of {names} does not fit {_size(self.gate.budget)}: it is cut in halves")
         half = len(jobs) // 2
         return [*self.train(jobs[:half], model), *self.train(jobs[half:], model)]
 
-    def _tried(self, jobs: Sequence[Job], model: LoadedModel, recompute: bool, need: int) -> Sequence[Outcome] | None:
+    def _tried(
+        self, jobs: Sequence[ClientJob], model: LoadedModel, recompute: bool, need: int
+    ) -> Sequence[Outcome] | None:
         """None where memory ran out."""
         with self.gate.room(need):
             try:
-                how = Pass(recompute=recompute, going=lambda: not self.closing.is_set())
+                how = TrainOptions(recompute=recompute, should_continue=lambda: not self.closing.is_set())
                 return run_work(self.work, jobs, model, how)
             except (torch.OutOfMemoryError, MemoryError):
                 pass

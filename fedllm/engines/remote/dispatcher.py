@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, Protocol
 
-from fedllm.engines.loopback import Opened, Reply, received
+from fedllm.engines.loopback import ReceivedReply, Reply, receive
 from fedllm.errors import RunError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted
 from fedllm.messages import serialization
@@ -27,7 +27,7 @@ LOSSES = 3  # processes lost with the same stack in hand, before its clients are
 Answer = list[tuple[bytes, Mapping[str, int] | None]] | str  # replies, or what is wrong with the process
 
 
-class Team(Protocol):
+class WorkerGroup(Protocol):
     """Processes by place. `lost`: the exceptions that say that one is. `parameters`: of their base model."""
 
     hosts: list[Any]
@@ -48,7 +48,7 @@ class Team(Protocol):
 
 
 @dataclass(eq=False)
-class Errand:
+class PendingStack:
     """A stack under way. `bound`: its clients were asked before in this round. `reason`: why they are given up."""
 
     name: str
@@ -63,10 +63,10 @@ class Errand:
 
 
 @dataclass(eq=False)
-class Relay:
+class Dispatcher:
     """Answers calls with the processes of a team. `talks`: sessions matter, as clients are asked more than once."""
 
-    team: Team
+    team: WorkerGroup
     stack: int
     talks: bool
     emit: Emit
@@ -89,22 +89,22 @@ class Relay:
             replies = self._replies(under_way)
             errand = under_way.popleft()
             for request, reply in zip(errand.requests, replies, strict=True):
-                yield str(request.ctx.client), received(name, request, Opened.of(reply, name, request), self.emit)
+                yield str(request.ctx.client), receive(name, request, ReceivedReply.of(reply, name, request), self.emit)
             under_way.extend(islice(todo, 1))
 
-    def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[Errand]:
+    def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[PendingStack]:
         for number, group in groupby(requests.values(), key=lambda request: request.ctx.slot // self.stack):
             part = list(group)
             moment = (part[0].ctx.round, part[0].ctx.key)
             if moment != self.moment:
                 self.moment, self.homes = moment, {}
-            sent = [serialization.pack(request) for request in part]
+            sent = [serialization.serialize(request) for request in part]
             bound = self.talks and number in self.homes
-            errand = Errand(name, number, number % len(self.team.hosts), part, sent, bound)
+            errand = PendingStack(name, number, number % len(self.team.hosts), part, sent, bound)
             self._send(errand)
             yield errand
 
-    def _send(self, errand: Errand) -> None:
+    def _send(self, errand: PendingStack) -> None:
         host = self.team.hosts[errand.place]
         if errand.bound and self.homes[errand.number] is not host:
             errand.reason = "its process was lost, and with it what it had agreed on in this round"
@@ -112,7 +112,7 @@ class Relay:
             self.homes[errand.number] = host
             errand.reference = self.team.ask(errand.place, errand.name, errand.sent)
 
-    def _replies(self, under_way: Sequence[Errand]) -> list[Reply]:
+    def _replies(self, under_way: Sequence[PendingStack]) -> list[Reply]:
         """Those of the first stack under way. Whatever a lost process had been asked for is asked of the next one."""
         errand = under_way[0]
         while not errand.reason:
@@ -129,11 +129,11 @@ class Relay:
             return [Reply(*told, len(sent)) for told, sent in zip(found, errand.sent, strict=True)]
         failures = (Failure(str(r.ctx.client), r.ctx.round, errand.reason) for r in errand.requests)
         return [
-            Reply(serialization.pack(failure), None, len(sent))
+            Reply(serialization.serialize(failure), None, len(sent))
             for failure, sent in zip(failures, errand.sent, strict=True)
         ]
 
-    def _replaced(self, errand: Errand, why: str) -> None:
+    def _replaced(self, errand: PendingStack, why: str) -> None:
         # an actor works in the order in which it was asked: the first stack is the one that it had in hand
         errand.losses += 1
         names = ", ".join(str(request.ctx.client) for request in errand.requests)

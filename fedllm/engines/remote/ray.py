@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedllm.engines.base import Engine
-from fedllm.engines.remote.dispatcher import Answer, Relay
+from fedllm.engines.remote.dispatcher import Answer, Dispatcher
 from fedllm.engines.torch_threads import one_thread
 from fedllm.errors import ConfigError, MissingExtra, RunError
 from fedllm.events import Emit
@@ -80,11 +80,11 @@ class Ray(Engine):
             yield call
 
     @contextmanager
-    def started(self, device: str = "auto") -> Iterator[Team]:
+    def started(self, device: str = "auto") -> Iterator[RayActors]:
         """The actors, until closed, for tasks on a device. They may serve several experiments, one after another."""
         ray = _imported()
         with self._connected(ray):
-            team = Team(ray, *self._share(ray.cluster_resources(), device))
+            team = RayActors(ray, *self._share(ray.cluster_resources(), device))
             try:
                 yield team
             finally:
@@ -135,7 +135,7 @@ class Ray(Engine):
         return self.actors or room, each
 
 
-class Team:
+class RayActors:
     """The actors, by place."""
 
     def __init__(self, ray: Any, actors: int, gpus: float) -> None:
@@ -169,7 +169,7 @@ class Team:
                 if isinstance(found, str):
                     raise RunError(found)
             self.parameters = begun[0]
-            yield Relay(self, stack, bool(experiment.aggregator.handlers()), emit)
+            yield Dispatcher(self, stack, bool(experiment.aggregator.handlers()), emit)
 
     def ask(self, place: int, name: str, sent: Sequence[bytes]) -> Any:
         """Ray's reference to an answer to come. An actor answers in the order in which it is asked."""
@@ -196,9 +196,9 @@ class Team:
 
     @cached_property
     def _kind(self) -> Any:
-        from fedllm.engines.remote.worker import Host  # reads the catalog, which names this engine
+        from fedllm.engines.remote.worker import RemoteWorker  # reads the catalog, which names this engine
 
-        return self._ray.remote(Host)
+        return self._ray.remote(RemoteWorker)
 
 
 def _text(experiment: Experiment) -> str:

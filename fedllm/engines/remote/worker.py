@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fedllm.engines.allocator import kept_memory
+from fedllm.engines.allocator import retain_freed_memory
 from fedllm.engines.client import Site
-from fedllm.engines.loopback import replies
+from fedllm.engines.loopback import serve
 from fedllm.engines.remote.dispatcher import Answer
 from fedllm.engines.torch_threads import one_thread
 from fedllm.errors import ConfigError, FedllmError
@@ -21,14 +21,14 @@ from fedllm.experiment.record import Experiment
 from fedllm.models.layers.quantized_linear import num_parameters
 
 
-class Host:
+class RemoteWorker:
     """A process that holds the base model and answers for its clients."""
 
     def __init__(self) -> None:
         self.site: Site | None = None
         self.trouble = ""
 
-    def begin(self, text: str, place: str, folder: str) -> int | str:
+    def initialize(self, text: str, place: str, folder: str) -> int | str:
         """Build the experiment in the working directory `place`, and load its task unless it is the one at hand.
 
         Returns the number of the base model's parameters, or what went wrong.
@@ -57,8 +57,8 @@ class Host:
         if self.site is None:
             return self.trouble
         try:
-            with one_thread(), kept_memory():
-                return [(reply.data, reply.parts) for reply in replies(self.site, name, sent)]
+            with one_thread(), retain_freed_memory():
+                return [(reply.data, reply.parts) for reply in serve(self.site, name, sent)]
         except (torch.OutOfMemoryError, MemoryError) as error:
             reason = " ".join(str(error).split())[:200]
             return f"another process ran out of memory ({reason}); lower the engine's stack or the work's batch_size"

@@ -32,7 +32,7 @@ MOST_SHOWN = 16  # clients whose cosines are written one by one
 
 
 @dataclass(eq=False)
-class Cohort:
+class CohortStatistics:
     """The updates of a round's first clients, and the drift of all.
 
     Args:
@@ -58,7 +58,7 @@ class Cohort:
             return
         weight, client = part.weight or 1.0, str(request.ctx.client)
         delta = _cut(tree.divide(part.tree, weight), request.params)
-        if alone := stacked_factors.alone(reply, request.params, request.ctx):
+        if alone := stacked_factors.factors_of_client(reply, request.params, request.ctx):
             delta = delta | alone
         self.drift[client] = tree.norm(delta)
         if request.ctx.slot < min(self.settings.clients, MOST_VALUES // max(1, tree.num_values(delta))):

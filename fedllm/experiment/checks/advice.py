@@ -16,7 +16,7 @@ def advice(experiment: Experiment, population: Population) -> list[str]:
 def _idle(experiment: Experiment, population: Population) -> str:
     """No client trains."""
     profiles = map(experiment.federation.profile, population.clients)
-    reasons = {experiment.work.suited(profile).idle for profile in profiles}
+    reasons = {experiment.work.for_profile(profile).idle for profile in profiles}
     if not reasons or "" in reasons:
         return ""
     return f"{sorted(reasons)[0]}: nothing is trained, and the model stays as it is"

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from fedllm.errors import CheckError
-from fedllm.errors import written as _name
+from fedllm.errors import config_name as _name
 from fedllm.experiment.checks.controls import check_controls
 from fedllm.experiment.checks.shapes import check_shapes
 from fedllm.experiment.record import Experiment
@@ -37,7 +37,7 @@ def check(experiment: Experiment) -> None:
     Raises:
         CheckError: the first rule that is broken.
     """
-    stages = experiment.trip
+    stages = experiment.pipeline
     _brackets(stages)
     _first(stages)
     _weights(stages, _weigher(stages))
@@ -73,12 +73,12 @@ def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> N
     if bandwidth is None:
         return
     capped = f"federation: client {client} has a bandwidth of {bandwidth} bytes a round, but"
-    if not any(stage.caps for stage in experiment.trip):
+    if not any(stage.caps for stage in experiment.pipeline):
         raise CheckError(
             f"{capped} no stage fits its updates to it; use method haflq, add the stage lora_cap, or leave bandwidth "
             "out"
         )
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if stage.needs_equal:
             raise CheckError(
                 f"{capped} {_name(stage)} is right only if every client counts the same in each component; leave out "
@@ -108,7 +108,7 @@ def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None
             f"federation: client {above[0]} has rank {others[above[0]]}, above the rank {rank} of task.adapter; raise "
             "task.adapter.lora.rank, or lower the client's"
         )
-    if rank is None or not any(stage.unequal for stage in experiment.trip):
+    if rank is None or not any(stage.unequal for stage in experiment.pipeline):
         raise CheckError(
             f"{mixed}, and the part 'delta' has the shape of the parameters, so that their updates cannot be added; "
             "give all clients the adapter's rank, or add a stage that brings updates to one shape, as lora_pad does"
@@ -121,7 +121,7 @@ def check_ranks(experiment: Experiment, profiles: Mapping[str, Profile]) -> None
         )
     if experiment.task.scope.freeze:
         raise CheckError(f"{mixed}, and task.scope.freeze holds leaves at the adapter's rank; leave it out")
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if stage.first:
             raise CheckError(f"{mixed}, and {_name(stage)} keeps leaves of the adapter's rank; leave it out")
         if stage.needs_equal:
@@ -209,7 +209,7 @@ def _over_the_drawn(stages: Sequence[Stage], weigher: Stage) -> None:
 def _parts(experiment: Experiment) -> None:
     makers = dict.fromkeys(experiment.work.makes, _name(experiment.work))
     taken = set(OWN_PARTS)
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         for part in sorted(stage.takes - makers.keys()):
             raise CheckError(
                 f"stages: {_name(stage)} takes the part '{part}', which nothing before it makes (made so far: "
@@ -240,7 +240,7 @@ def _norms(stages: Sequence[Stage]) -> None:
 def _bounded_parts(experiment: Experiment) -> None:
     bound: Stage | None = None
     made = dict.fromkeys(experiment.work.makes, _name(experiment.work))
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if bound is not None and stage.makes:
             part = sorted(stage.makes)[0]
             raise CheckError(
@@ -259,7 +259,7 @@ def _bounded_parts(experiment: Experiment) -> None:
 
 def _integers(experiment: Experiment) -> None:
     whole: Stage | None = None
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if whole is not None and not stage.integers:
             raise CheckError(
                 f"stages: {_name(stage)} comes after {_name(whole)}, which yields integers, and would make fractions "
@@ -269,7 +269,7 @@ def _integers(experiment: Experiment) -> None:
     if experiment.aggregator.needs_integers and whole is None:
         raise CheckError(
             f"aggregator: {_name(experiment.aggregator)} adds integers, but the innermost stage "
-            f"({_name(experiment.trip[-1])}) yields fractions; put a stage that rounds last"
+            f"({_name(experiment.pipeline[-1])}) yields fractions; put a stage that rounds last"
         )
 
 
@@ -283,7 +283,7 @@ def _secrecy(experiment: Experiment) -> None:
         raise CheckError(
             f"demands.secrecy: aggregator {name} adds up updates that the server can read one by one; {NO_SECRECY}"
         )
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if stage.shows_each:
             raise CheckError(
                 f"demands.secrecy: aggregator {name} shows sums alone, but a sum of what {_name(stage)} makes shows "
@@ -303,7 +303,7 @@ def _capped(stages: Sequence[Stage]) -> None:
 
 
 def _optimizers(experiment: Experiment) -> None:
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if stage.optimizers is not None and experiment.work.rule not in stage.optimizers:
             rule = experiment.work.rule
             raise CheckError(
@@ -321,7 +321,7 @@ def _quantised(experiment: Experiment) -> None:
     if task.adapter.needs_weights:
         own = " with init: singular" if isinstance(task.adapter, Lora) else ""
         raise CheckError(f"{held} adapter {_name(task.adapter)}{own} changes them; leave out one of the two")
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if stage.shifts:
             raise CheckError(f"{held} {_name(stage)} adds to them; leave out one of the two")
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.errors import CheckError
-from fedllm.errors import written as _name
+from fedllm.errors import config_name as _name
 from fedllm.stages.base import Bracket, Stage
-from fedllm.stages.round_trip import hooked
+from fedllm.stages.round_trip import changes_gradients
 
 
 def compares(stage: Stage) -> bool:
     """True if a stage changes the local steps, and computes from the update what it does so with."""
-    return hooked([stage]) and "delta" in stage.takes
+    return changes_gradients([stage]) and "delta" in stage.takes
 
 
 def check_controls(stages: Sequence[Stage]) -> None:

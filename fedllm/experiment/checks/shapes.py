@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.errors import CheckError
-from fedllm.errors import written as _name
+from fedllm.errors import config_name as _name
 from fedllm.experiment.checks.controls import compares
 from fedllm.experiment.record import Experiment
 from fedllm.models.adapters.lora import Lora
 from fedllm.stages.base import Norm, Stage
-from fedllm.stages.round_trip import hooked
+from fedllm.stages.round_trip import changes_gradients
 
 
 def check_shapes(experiment: Experiment) -> None:
@@ -24,7 +24,7 @@ def check_shapes(experiment: Experiment) -> None:
     Raises:
         CheckError: the first rule that is broken.
     """
-    stages = experiment.trip
+    stages = experiment.pipeline
     _shapes(experiment)
     _shrinking(stages)
     _factors(experiment)
@@ -33,9 +33,9 @@ def check_shapes(experiment: Experiment) -> None:
 
 
 def _shapes(experiment: Experiment) -> None:
-    asked = " (task.scope.share asks for it)" if experiment.trip != experiment.stages else ""
-    for keeper in (stage for stage in experiment.trip if stage.first):
-        for stage in experiment.trip:
+    asked = " (task.scope.share asks for it)" if experiment.pipeline != experiment.stages else ""
+    for keeper in (stage for stage in experiment.pipeline if stage.first):
+        for stage in experiment.pipeline:
             if stage.reshapes:
                 raise CheckError(
                     f"stages: {_name(keeper)} keeps leaves on the client{asked}, but {_name(stage)} turns the update "
@@ -47,7 +47,7 @@ def _shapes(experiment: Experiment) -> None:
                     "factors of every layer; leave out one of the two"
                 )
     reshaping: Stage | None = None
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if reshaping is not None and stage.both_factors:
             raise CheckError(
                 f"stages: {_name(stage)} works on the factors in the part 'delta', but {_name(reshaping)} takes them "
@@ -77,19 +77,19 @@ def _receives(stage: Stage) -> bool:
 
 def _factors(experiment: Experiment) -> None:
     task = experiment.task
-    for stage in experiment.trip:
+    for stage in experiment.pipeline:
         if stage.of_adapter not in (None, _name(task.adapter)):
             raise CheckError(
                 f"stages: {_name(stage)} works on the adapter {stage.of_adapter}, but task.adapter is "
                 f"{_name(task.adapter)}; use {stage.of_adapter}"
             )
-    for stage in (stage for stage in experiment.trip if stage.both_factors):
+    for stage in (stage for stage in experiment.pipeline if stage.both_factors):
         if not isinstance(task.adapter, Lora):
             raise CheckError(
                 f"stages: {_name(stage)} works on the factors of lora, but task.adapter is "
                 f"{_name(task.adapter)}; use lora"
             )
-        keeper = next((other for other in experiment.trip if other.first), None)
+        keeper = next((other for other in experiment.pipeline if other.first), None)
         if keeper is not None:
             raise CheckError(
                 f"stages: {_name(stage)} works on both factors of lora, but {_name(keeper)} keeps leaves on the client"
@@ -157,7 +157,7 @@ def _shifts(stages: Sequence[Stage]) -> None:
 
 
 def _or_on_products(stage: Stage, other: Stage) -> str:
-    if hooked([other]):  # its local steps are on factors
+    if changes_gradients([other]):  # its local steps are on factors
         return ""
     if stage.reshapes and not stage.makes:
         return f", or put {_name(other)} behind {_name(stage)}"

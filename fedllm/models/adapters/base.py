@@ -14,19 +14,19 @@ from torch.func import functional_call
 from fedllm.models.base_models.load import Base
 from fedllm.models.batch import Batch
 from fedllm.models.layers.cross_entropy import Head
-from fedllm.models.layers.forward_context import Forward, computing
-from fedllm.models.layers.model_probe import kept
+from fedllm.models.layers.forward_context import Forward, forward_context
+from fedllm.models.layers.model_probe import past_key_values
 from fedllm.models.layers.quantized_linear import QuantizedLinear
-from fedllm.models.layers.shared_prefix import once
+from fedllm.models.layers.shared_prefix import shared_prefix
 from fedllm.rng import Key
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 
 class Attached(Protocol):
     """An adapter on a loaded base model. Leaves of a stack are (K, ...); an empty stack is the base model itself."""
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """Initial values of one client's leaves."""
         ...
 
@@ -67,7 +67,7 @@ class Attached(Protocol):
 class Movable(Protocol):
     """An adapter on a base model whose frozen weights a server may move."""
 
-    def fits(self, shift: Shift) -> None:
+    def fits(self, shift: BaseDelta) -> None:
         """
         Raises:
             ClientError: the shift is not one of these layers.
@@ -79,7 +79,7 @@ class Movable(Protocol):
         """Values of the frozen weights that a shift may move."""
         ...
 
-    def moved(self, shift: Shift) -> Tree:
+    def moved(self, shift: BaseDelta) -> Tree:
         """Constants that stand in for the frozen weights."""
         ...
 
@@ -123,13 +123,13 @@ class Decoder:
         """(T, d): the last hidden states of a row of sequences, whose positions begin at `offset`."""
         shared, tokens, positions, wanted = batch.shared, batch.tokens, batch.positions + offset, batch.rows
         if shared:
-            wanted = once(batch.lengths, shared).places[wanted]
+            wanted = shared_prefix(batch.lengths, shared).places[wanted]
         forward = Forward(stack, batch.lengths, batch.client_computed, shared, wanted, batch.dropout, batch.recompute)
         if not shared:
             return self._decoded(forward, "input_ids", tokens, positions)
-        kept = once(batch.lengths, shared).kept
+        kept = shared_prefix(batch.lengths, shared).kept
         hidden = self._decoded(forward, "input_ids", tokens[kept], positions[kept])
-        return hidden.index_select(0, once(batch.lengths, shared, str(hidden.device)).places)
+        return hidden.index_select(0, shared_prefix(batch.lengths, shared, str(hidden.device)).places)
 
     def embedded(self, embeddings: Tensor, lengths: Sequence[int], recompute: bool = False) -> Tensor:
         """(T, d): the same from the (T, d) input embeddings of a row of sequences, without adapters in the layers."""
@@ -161,7 +161,7 @@ class Decoder:
         # an index, for a slice is not contiguous, and its product with the head would copy the head for every row
         last = torch.tensor([width - 1], device=mask.device)
         passed = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "logits_to_keep": last}
-        with computing(Forward(stack)):
+        with forward_context(Forward(stack)):
             output = self._call(self.base.model, "", {**inputs, **passed, "use_cache": True})
         return output.logits[:, -1], output.past_key_values
 
@@ -170,12 +170,14 @@ class Decoder:
     ) -> tuple[Tensor, Sequence[Mapping[str, Any]] | None]:
         """The same row by row, without padding, each with a cache of its own, or None."""
         caching = self.base.caching
-        with computing(Forward(stack)):
+        with forward_context(Forward(stack)):
             outputs = [
                 self._call(self.base.model, "", {**row, **cache, "use_cache": caching})
                 for row, cache in zip(rows, caches, strict=True)
             ]
-        return torch.stack([output.logits[0, -1] for output in outputs]), [*map(kept, outputs)] if caching else None
+        return torch.stack([output.logits[0, -1] for output in outputs]), [
+            *map(past_key_values, outputs)
+        ] if caching else None
 
     def _decoded(self, forward: Forward, name: str, row: Tensor, positions: Tensor) -> Tensor:
         if self.base.unpackable is None:
@@ -187,7 +189,7 @@ class Decoder:
     def _hidden(self, forward: Forward, inputs: Mapping[str, Tensor]) -> Tensor:
         model = self.base.model
         passed = {name: value[None].to(model.device) for name, value in inputs.items()}
-        with computing(forward):
+        with forward_context(forward):
             output = self._call(model.base_model, f"{model.base_model_prefix}.", {**passed, "use_cache": False})
         hidden: Tensor = output.last_hidden_state[0].to(model.dtype)  # Mamba leaves it in float32, whatever its dtype
         return hidden

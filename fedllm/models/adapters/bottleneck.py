@@ -100,7 +100,7 @@ class AttachedBottleneck(InLayers):
     settings: Bottleneck
     layers: Mapping[str, nn.Linear]
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """D uniform, U zero."""
         params: Tree = {}
         dtype, size = trained_dtype(self.decoder.base), self.settings.size

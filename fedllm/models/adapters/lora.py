@@ -35,7 +35,7 @@ from fedllm.models.layers.linear import Turned, as_stored, base_weight, replace_
 from fedllm.models.layers.low_rank_linear import low_rank_linear
 from fedllm.rng import Key
 from fedllm.tensors import low_rank
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 
@@ -105,7 +105,7 @@ class Lora(Adapter):
         found = singular_factors({name: layer.weight.detach() for name, layer in layers.items()}, self.rank)
         dtype, start = trained_dtype(base), dict[str, Tensor]()
         for name in layers:
-            start |= low_rank.named(name, *low_rank.balanced(*low_rank.pair(found, name), self.scale))
+            start |= low_rank.layer_leaves(name, *low_rank.balanced_svd(*low_rank.pair(found, name), self.scale))
         return {name: leaf.to(dtype) for name, leaf in start.items()}
 
 
@@ -146,7 +146,7 @@ class AttachedLora(InLayers):
     layers: Mapping[str, nn.Linear]
     given_up: Tree = field(default_factory=dict)
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """A uniform, B zero; or what the frozen weights lack, or what `init_from` holds."""
         if self.given_up:
             return {name: leaf.clone() for name, leaf in self.given_up.items()}
@@ -163,7 +163,7 @@ class AttachedLora(InLayers):
             params[f"{name}.lora_B"] = torch.zeros(out_size, rank, dtype=dtype)
         return params
 
-    def fits(self, shift: Shift) -> None:
+    def fits(self, shift: BaseDelta) -> None:
         """As many rows and columns as the layers have."""
         require_fit(shift, self.layers)
 
@@ -172,15 +172,15 @@ class AttachedLora(InLayers):
         """Of all layers that are extended."""
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
-    def moved(self, shift: Shift) -> Tree:
+    def moved(self, shift: BaseDelta) -> Tree:
         """The frozen weights with the shift in them."""
         return moved(self.layers, [self._lack, shift], self.settings.scale)
 
     @property
-    def _lack(self) -> Shift:
+    def _lack(self) -> BaseDelta:
         """What the frozen weights have given up, as what is added to them."""
         lost = {name: -leaf if name.endswith(low_rank.B) else leaf for name, leaf in self.given_up.items()}
-        return Shift({1: lost} if lost else {})
+        return BaseDelta({1: lost} if lost else {})
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's layout."""

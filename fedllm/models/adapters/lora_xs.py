@@ -112,7 +112,7 @@ class AttachedLoraXs(InLayers):
     layers: Mapping[str, nn.Linear]
     fixed: Tree
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """Zeros: the base model itself. Their gradient is not zero, for B and A are not."""
         rank, dtype = self.settings.rank, trained_dtype(self.decoder.base)
         return {f"{name}.{LEAF}": torch.zeros(rank, rank, dtype=dtype) for name in self.layers}
@@ -147,5 +147,5 @@ class AttachedLoraXs(InLayers):
         found: Tree = {}
         for name in self.layers:
             b, a = low_rank.pair(self.fixed, name)
-            found |= low_rank.named(name, b @ params[f"{name}.{LEAF}"].to(b), a)
+            found |= low_rank.layer_leaves(name, b @ params[f"{name}.{LEAF}"].to(b), a)
         return found

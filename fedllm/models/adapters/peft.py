@@ -25,7 +25,7 @@ from fedllm.models.adapters.base import Adapter, Attached, Decoder, trained_dtyp
 from fedllm.models.base_models.load import Base
 from fedllm.models.batch import Batch
 from fedllm.models.layers.cross_entropy import Head, capped, logits_of, softcap
-from fedllm.models.layers.forward_context import Forward, computing
+from fedllm.models.layers.forward_context import Forward, forward_context
 from fedllm.rng import Key
 from fedllm.tensors.tree import Tree
 
@@ -174,7 +174,7 @@ class AttachedPeft:
     config: Any
     wrapped: Wrapped
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """peft's own initial values, drawn from `key`."""
         base = self.decoder.base
         made = Wrapped.of(base, self.config, seed=key.fold("peft").seed32(), settings=self.settings)
@@ -236,7 +236,7 @@ class AttachedPeft:
         mask = torch.stack([torch.arange(longest) < len(row) for row in rows]).long().to(device)
         leaves = {self.wrapped.trained[name]: params[name].to(value) for name, value in self.wrapped.values().items()}
         inputs = {"input_ids": tokens, "attention_mask": mask, "output_hidden_states": True, "logits_to_keep": 1}
-        with computing(Forward({})):
+        with forward_context(Forward({})):
             output = functional_call(self.wrapped.model, leaves, (), inputs)
         hidden: Tensor = output.hidden_states[-1][:, -longest:]  # without a prompt that peft may have put before
         return hidden

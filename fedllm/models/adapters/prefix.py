@@ -20,11 +20,11 @@ from torch import Tensor
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.adapters.base import Adapter, Attached, Decoder, trained_dtype
 from fedllm.models.adapters.peft_format import num_key_heads, write_peft_prefix
-from fedllm.models.adapters.random_tokens import drawn_words
+from fedllm.models.adapters.random_tokens import random_tokens
 from fedllm.models.base_models.load import Base
 from fedllm.models.batch import Batch
 from fedllm.models.layers.cross_entropy import Head
-from fedllm.models.layers.forward_context import Forward, computing
+from fedllm.models.layers.forward_context import Forward, forward_context
 from fedllm.models.layers.prefix_attention import leaf_name
 from fedllm.rng import Key
 from fedllm.tensors.tree import Tree
@@ -75,11 +75,11 @@ class AttachedPrefix:
     layers: int
 
     @torch.no_grad()
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """The keys and values that the base model makes of words drawn from `key`."""
-        words = drawn_words(self.decoder.base.tokenizer, self.settings.tokens, key.fold("prefix").generator())
+        words = random_tokens(self.decoder.base.tokenizer, self.settings.tokens, key.fold("prefix").generator())
         model, dtype, params = self.decoder.base.model, trained_dtype(self.decoder.base), dict[str, Tensor]()
-        with computing(Forward({})):
+        with forward_context(Forward({})):
             cache = model(input_ids=words[None].to(model.device), use_cache=True).past_key_values
         for layer in range(self.layers):
             for part, states in (("key", cache.layers[layer].keys), ("value", cache.layers[layer].values)):

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def drawn_words(tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
+def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int, generator: torch.Generator) -> Tensor:
     """(count,) tokens at random, without special ones."""
     known = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     return known[torch.randint(len(known), (count,), generator=generator)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedllm.errors import ConfigError
 from fedllm.models.adapters.base import Adapter, Attached, Decoder, trained_dtype
 from fedllm.models.adapters.peft_format import write_peft_prompt
-from fedllm.models.adapters.random_tokens import drawn_words
+from fedllm.models.adapters.random_tokens import random_tokens
 from fedllm.models.base_models.load import Base
 from fedllm.models.batch import Batch
 from fedllm.models.layers.cross_entropy import Head
@@ -64,11 +64,11 @@ class AttachedPrompt:
     settings: SoftPrompt
     decoder: Decoder
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """Drawn from `key`."""
         generator, size = key.fold(LEAF).generator(), self.settings.tokens
         count = size if self.settings.init == "words" else SAMPLE
-        words = self._embed(drawn_words(self.decoder.base.tokenizer, count, generator))
+        words = self._embed(random_tokens(self.decoder.base.tokenizer, count, generator))
         prompt = words
         if self.settings.init == "normal":
             drawn = torch.randn(size, words.shape[1], generator=generator, dtype=torch.float64).to(words.device)

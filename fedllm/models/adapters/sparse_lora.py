@@ -26,7 +26,7 @@ from fedllm.models.layers.forward_context import current
 from fedllm.models.layers.linear import replace_forward
 from fedllm.rng import Key
 from fedllm.tensors import low_rank, sparse_mask
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 
@@ -85,7 +85,7 @@ class _Sparse(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.layer, ctx.shape, ctx.sizes = layer, shape, sizes
-        whole = (sparse_mask.spread(layer, own.to(x.dtype), shape) for own in values)
+        whole = (sparse_mask.scatter(layer, own.to(x.dtype), shape) for own in values)
         return torch.cat([x_k @ s_k.T for x_k, s_k in zip(x.split(list(sizes)), whole, strict=True)])
 
     @staticmethod
@@ -95,9 +95,11 @@ class _Sparse(torch.autograd.Function):
         rows = list(zip(dy.split(list(ctx.sizes)), x.split(list(ctx.sizes)), values, strict=True))
         dx = dvalues = None
         if ctx.needs_input_grad[0]:
-            dx = torch.cat([dy_k @ sparse_mask.spread(ctx.layer, own.to(dy.dtype), ctx.shape) for dy_k, _, own in rows])
+            dx = torch.cat(
+                [dy_k @ sparse_mask.scatter(ctx.layer, own.to(dy.dtype), ctx.shape) for dy_k, _, own in rows]
+            )
         if ctx.needs_input_grad[1]:
-            found = [sparse_mask.picked(ctx.layer, dy_k.T @ x_k, values.shape[1]) for dy_k, x_k, _ in rows]
+            found = [sparse_mask.gather(ctx.layer, dy_k.T @ x_k, values.shape[1]) for dy_k, x_k, _ in rows]
             dvalues = torch.stack(found).to(values.dtype)
         return dx, dvalues, None, None, None
 
@@ -106,10 +108,10 @@ class _Sparse(torch.autograd.Function):
 class AttachedSparse(AttachedLora):
     """LoRA and sparse values on a loaded base model."""
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """LoRA's start, and zeros."""
         assert isinstance(self.settings, SparseLora)
-        dtype, params = trained_dtype(self.decoder.base), super().fresh(key)
+        dtype, params = trained_dtype(self.decoder.base), super().initial_params(key)
         for name, layer in self.layers.items():
             count = sparse_mask.num_values((layer.out_features, layer.in_features), self.settings.density)
             params[f"{name}.{low_rank.SPARSE}"] = torch.zeros(count, dtype=dtype)
@@ -131,5 +133,5 @@ def _folded(params: Tree) -> Tree:
         return params
     layers = [name.rpartition(".")[0] for name in values]
     empty = {layer: (b[:, :0], a[:0]) for layer in layers for b, a in [low_rank.pair(params, layer)]}
-    step = {name: leaf for layer, pair in empty.items() for name, leaf in low_rank.named(layer, *pair).items()}
-    return Shift({1: {**step, **values}}).folded(params)
+    step = {name: leaf for layer, pair in empty.items() for name, leaf in low_rank.layer_leaves(layer, *pair).items()}
+    return BaseDelta({1: {**step, **values}}).folded(params)

@@ -40,5 +40,5 @@ def singular_factors(weights: Mapping[str, Tensor], rank: int) -> Tree:
 def _largest(layer: str, weight: Tensor, rank: int) -> list[tuple[str, Tensor]]:
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"the weights of layer {layer} are not finite, so that they have no singular vectors")
-    b, a = low_rank.principal(weight, rank)
-    return [(name, leaf.contiguous()) for name, leaf in low_rank.named(layer, b, a).items()]
+    b, a = low_rank.top_singular(weight, rank)
+    return [(name, leaf.contiguous()) for name, leaf in low_rank.layer_leaves(layer, b, a).items()]

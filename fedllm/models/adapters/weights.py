@@ -85,7 +85,7 @@ class AttachedWeights:
     own: Mapping[str, Tensor]
     head_name: str
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """The base model's values."""
         dtype = trained_dtype(self.decoder.base)
         return {name: leaf.detach().to("cpu", dtype, copy=True) for name, leaf in self.own.items()}

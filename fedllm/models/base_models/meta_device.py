@@ -15,7 +15,7 @@ from fedllm.models.base_models.tiny_llama import tiny_model
 from fedllm.models.base_models.wheel import SMOLLM2
 
 
-def outline(name: str) -> nn.Module | None:
+def meta_model(name: str) -> nn.Module | None:
     """The model on torch's meta device; None where its configuration is not on this machine yet, or cannot be read.
 
     Nothing is downloaded or converted.

@@ -21,7 +21,7 @@ from fedllm.errors import ModelError
 from fedllm.models.base_models.cache import build_once, progress
 from fedllm.models.base_models.huggingface import from_folder
 from fedllm.models.layers.quantized_linear import BITS, Quantized, QuantizedEmbedding, QuantizedLinear
-from fedllm.tensors.tree import Tree, separate
+from fedllm.tensors.tree import Tree, detached_copies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def from_cache(source: Path, kind: str, dtype: torch.dtype) -> Loaded:
         with progress(f"quantising {source.name} to {kind}, once"):
             model, tokenizer, _ = from_folder(source, torch.float32)
             quantise(model, kind)
-            save_file(separate(_state(model)), out / FILE)
+            save_file(detached_copies(_state(model)), out / FILE)
             model.config.save_pretrained(out)
             tokenizer.save_pretrained(out)
             (out / SUM).write_text(_sha256(out / FILE), encoding="ascii")

@@ -133,7 +133,7 @@ static void softmax(float *restrict x, bf16 *restrict p, int64_t i, int64_t n, i
 }
 
 /* dS of a query from its dP and P, over n keys, a multiple of 16. */
-static void slope(const float *restrict dp, const bf16 *restrict p, bf16 *restrict ds, int64_t n, float scale) {
+static void gradient(const float *restrict dp, const bf16 *restrict p, bf16 *restrict ds, int64_t n, float scale) {
     __m512 total = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k += WIDTH)
         total = _mm512_fmadd_ps(widened(p + k, 0xffff), _mm512_loadu_ps(dp + k), total);
@@ -171,7 +171,7 @@ static void forward(const shape *d, const sequence *s, states q, const bf16 *key
 /* Elements of a sequence's probabilities of one head. */
 static int64_t kept(const sequence *s) { return (s->length - s->common) * padded(s->length); }
 
-/* Room for the slopes of one head and of one sequence's keys and values. */
+/* Room for the gradients of one head and of one sequence's keys and values. */
 typedef struct {
     bf16 *values, *keys, *ds, *ds_pairs, *p_pairs, *q_pairs, *do_pairs;
     float *found, *dk, *dv;
@@ -187,7 +187,7 @@ static void backward(const shape *d, const sequence *s, states q, states dout, c
         const bf16 *own[ROWS];
         queries(dout, s, i, own);
         product(own, 2, r->values, 2 * N, d->size_v / 2, r->found, N, n, 0);
-        for (int64_t k = 0; k < count; k++) slope(r->found + k * N, p + k * N, r->ds + k * N, n, d->scale);
+        for (int64_t k = 0; k < count; k++) gradient(r->found + k * N, p + k * N, r->ds + k * N, n, d->scale);
         for (int64_t k = 0; k < ROWS; k++) own[k] = r->ds + min(k, count - 1) * N;
         product(own, 2, r->keys, 2 * d->size, n / 2, r->found, d->size, d->size, 0);
         for (int64_t k = 0; k < count; k++) row_narrowed(r->found + k * d->size, dq + place(s, i + k) * next, d->size);
@@ -240,7 +240,7 @@ int fedllm_attention(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *
 }
 
 /* dout (T, heads, size_v), dq (T, heads, size), dk (T, groups, size) and dv (T, groups, size_v) lie in one piece. */
-int fedllm_attention_slope(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
+int fedllm_attention_backward(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
                            const bf16 *v, int64_t v_head, int64_t v_next, const bf16 *p, const bf16 *dout, bf16 *dq,
                            bf16 *dk, bf16 *dv, const sequence *all, int64_t count, int64_t tokens, int64_t heads,
                            int64_t groups, int64_t size, int64_t size_v, int64_t window, float scale) {

@@ -1,4 +1,4 @@
-/* Cross entropy over the vocabulary, and its slope in the place of the logits. */
+/* Cross entropy over the vocabulary, and its gradient in the place of the logits. */
 
 #include <math.h>
 #include <stdlib.h>

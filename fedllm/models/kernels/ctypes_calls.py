@@ -15,16 +15,16 @@ ERRORS = {1: (MemoryError, "no memory"), 2: (IndexError, "a target is no word of
 KINDS: Mapping[str, Any] = {"p": c_void_p, "n": c_int64, "x": c_float}
 SIGNATURES = {
     "norm": "ppppnnx",
-    "norm_slope": "ppppppnn",
+    "norm_backward": "ppppppnn",
     "gated": "pppn",
-    "gated_slope": "pppppn",
+    "gated_backward": "pppppn",
     "rotary": "pnnpppnnn",
-    "rotary_slope": "pnnpppnnn",
+    "rotary_backward": "pnnpppnnn",
     "attention": "pnn" * 3 + "ppp" + "n" * 6 + "x",
-    "attention_slope": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
+    "attention_backward": "pnn" * 3 + "pppppp" + "n" * 7 + "x",
     "cross_entropy": "ppppnn",
     "low_rank": "ppppppnnnnnnxppppn",
-    "low_rank_slope": "ppppppppp" + "n" * 8 + "xppn",
+    "low_rank_backward": "ppppppppp" + "n" * 8 + "xppn",
     "product": "pppppnnnnn",
     "laid_out": "ppnnn",
 }

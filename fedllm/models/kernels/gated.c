@@ -30,14 +30,14 @@ int fedllm_gated(const bf16 *restrict g, const bf16 *restrict u, bf16 *restrict 
     return 0;
 }
 
-int fedllm_gated_slope(const bf16 *restrict dy, const bf16 *restrict g, const bf16 *restrict u, bf16 *restrict dg,
+int fedllm_gated_backward(const bf16 *restrict dy, const bf16 *restrict g, const bf16 *restrict u, bf16 *restrict dg,
                        bf16 *restrict du, int64_t n) {
     for (int64_t i = 0; i < n; i += WIDTH) {
         __mmask16 mask = half_of(n - i);
-        __m512 x = widened(g + i, mask), s = sigmoid(x), slope = widened(dy + i, mask);
-        put(du + i, mask, _mm512_mul_ps(slope, as_16(_mm512_mul_ps(x, s))));
+        __m512 x = widened(g + i, mask), s = sigmoid(x), gradient = widened(dy + i, mask);
+        put(du + i, mask, _mm512_mul_ps(gradient, as_16(_mm512_mul_ps(x, s))));
         __m512 of_silu = _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(all(1), s), all(1)));
-        put(dg + i, mask, _mm512_mul_ps(_mm512_mul_ps(slope, widened(u + i, mask)), of_silu));
+        put(dg + i, mask, _mm512_mul_ps(_mm512_mul_ps(gradient, widened(u + i, mask)), of_silu));
     }
     return 0;
 }
@@ -51,12 +51,12 @@ int fedllm_gated(const bf16 *restrict g, const bf16 *restrict u, bf16 *restrict 
     return 0;
 }
 
-int fedllm_gated_slope(const bf16 *restrict dy, const bf16 *restrict g, const bf16 *restrict u, bf16 *restrict dg,
+int fedllm_gated_backward(const bf16 *restrict dy, const bf16 *restrict g, const bf16 *restrict u, bf16 *restrict dg,
                        bf16 *restrict du, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
-        float x = wide(g[i]), s = sigmoid(x), slope = wide(dy[i]);
-        du[i] = narrow(slope * rounded(x * s));
-        dg[i] = narrow(slope * wide(u[i]) * (s * (1 + x * (1 - s))));
+        float x = wide(g[i]), s = sigmoid(x), gradient = wide(dy[i]);
+        du[i] = narrow(gradient * rounded(x * s));
+        dg[i] = narrow(gradient * wide(u[i]) * (s * (1 + x * (1 - s))));
     }
     return 0;
 }

@@ -1,8 +1,8 @@
-/* What low-rank adapters of several clients add to a frozen product, and its slopes. Rows lie client by client.
+/* What low-rank adapters of several clients add to a frozen product, and its gradients. Rows lie client by client.
 
        y += s z B_k^T   z = u A_k^T        dz = s dy B_k   dx += dz A_k   dA_k = dz^T u   dB_k = s dy^T z
 
-   u (T, in), y (T, out), z (T, R) in 16 bits; A_k (rank, in), B_k (out, rank) and their slopes in float. R is the rank,
+   u (T, in), y (T, out), z (T, R) in 16 bits; A_k (rank, in), B_k (out, rank) and their gradients in float. R is the rank,
    up to the next multiple of 8. Where the frozen matrix is given, its product is computed with it: y = plus + x W^T +
    bias + s z B_k^T, dx = plus + dy W + dz A_k. Each client's rows are taken in blocks that stay in the cache, from one product to the
    next. A product of two numbers of 16 bits is exact in float, in which all sums are made. */
@@ -204,36 +204,36 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
 }
 
 /* da and db may be null, and dx, which is written where w is there and else added to. `form`: of W. */
-int fedllm_low_rank_slope(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx, const float *a, const float *b,
+int fedllm_low_rank_backward(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 *dx, const float *a, const float *b,
                           float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
                           int64_t out, int64_t next_a, int64_t next_b, int64_t next_da, int64_t next_db, float s,
                           const bf16 *w, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP, T = total(sizes, clients);
     bf16 *rows = malloc(R * (in + clients * in + out + T) * sizeof *rows);
     bf16 *left = rows + R * in, *right = left + clients * R * in, *dz = right + R * out;
-    float *slope_a = malloc(R * (in + out) * sizeof *slope_a), *slope_b = slope_a + R * in;
-    int status = rows && slope_a ? 0 : OUT_OF_MEMORY;
+    float *grad_a = malloc(R * (in + out) * sizeof *grad_a), *grad_b = grad_a + R * in;
+    int status = rows && grad_a ? 0 : OUT_OF_MEMORY;
     const bf16 *own_dy = dy, *pairs_of = left;
     bf16 *own_dz = dz, *own_dx = dx;
     for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * in) {
         laid_out(a, rows, left + k * R * in, rank, in, R, pairs);
         turned_fours(b, right, rank, out, R);
-        memset(slope_a, 0, R * (in + out) * sizeof *slope_a);
+        memset(grad_a, 0, R * (in + out) * sizeof *grad_a);
         for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
             int64_t n = min(BLOCK, sizes[k] - t);
             fetch(u, n * in);
             dot(own_dy, right, own_dz, n, out, R, s);
-            if (db) gather(own_dy, z, slope_b, n, out, R);
-            if (da) gather(u, own_dz, slope_a, n, in, R);
+            if (db) gather(own_dy, z, grad_b, n, out, R);
+            if (da) gather(u, own_dz, grad_a, n, in, R);
             if (dx && !w) add(own_dx, own_dz, pairs_of, n, in, R, 1), own_dx += n * in;
             own_dy += n * out, u += n * in, z += n * R, own_dz += n * R;
         }
-        if (da) memcpy(da, slope_a, rank * in * sizeof *da), da += next_da;
-        if (db) turned_back(slope_b, db, rank, out, s), db += next_db;
+        if (da) memcpy(da, grad_a, rank * in * sizeof *da), da += next_da;
+        if (db) turned_back(grad_b, db, rank, out, s), db += next_db;
     }
     own_part own = {dz, left, sizes, R, 1};
     if (w && dx && !status) status = product(dy, (matrix){w, out, in, form, 0}, NULL, plus, dx, T, &own);
-    free(slope_a);
+    free(grad_a);
     free(rows);
     return status;
 }

@@ -19,7 +19,7 @@ ORDER = 8  # ranks are padded to multiples of it
 LINES, COLUMNS = 32, 64  # a layout is filled up to multiples of them
 
 
-class Form(IntEnum):
+class MatrixLayout(IntEnum):
     """Of a matrix W in y = x W, as in product.h: as it is, its transpose, or laid out."""
 
     PLAIN = 0
@@ -32,19 +32,19 @@ class Matrix:
     """A frozen matrix for the product kernel. `form`: of `weight`, unless `layout` holds its values."""
 
     weight: Tensor
-    form: Form
+    form: MatrixLayout
     layout: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Those of a row that is multiplied, and of what comes of it."""
         rows, columns = self.weight.shape
-        return (rows, columns) if self.form is Form.PLAIN else (columns, rows)
+        return (rows, columns) if self.form is MatrixLayout.PLAIN else (columns, rows)
 
     @property
-    def given(self) -> tuple[Tensor, Form]:
+    def given(self) -> tuple[Tensor, MatrixLayout]:
         """What the kernel reads."""
-        return (self.weight, self.form) if self.layout is None else (self.layout, Form.LAID_OUT)
+        return (self.weight, self.form) if self.layout is None else (self.layout, MatrixLayout.LAID_OUT)
 
 
 def low_rank_(
@@ -74,7 +74,7 @@ def low_rank_(
     return z
 
 
-def low_rank_slope(
+def low_rank_backward(
     dy: Tensor,
     saved: tuple[Tensor, Tensor, Tensor, Tensor],
     sizes: Sequence[int],
@@ -84,9 +84,9 @@ def low_rank_slope(
     frozen: Matrix | None = None,
     plus: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Slopes of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B.
+    """Gradients of A and B in float32, where they are needed; adds that of u to dx. `saved`: u, z, A and B.
 
-    Where A or B is a leaf of the graph that has a `grad`, the slope is written there, and the leaf has none any more.
+    Where A or B is a leaf of the graph that has a `grad`, the gradient is written there, and the leaf has none.
     With W (out, in) in `frozen`, dx becomes the sum with dy W and `plus` (T, in).
     """
     u, z, *pair = saved
@@ -96,8 +96,25 @@ def low_rank_slope(
     assert frozen is None or frozen.sizes == (b.shape[1], a.shape[2])
     weight, form = (None, 0) if frozen is None else frozen.given
     more = None if dx is None else addend(plus, dx)
-    next_slopes = (0 if slope is None else slope.stride(0) for slope in (da, db))
-    call("low_rank_slope", dy, u, z, dx, a, b, da, db, counts, *_sizes(a, b), *next_slopes, scale, weight, more, form)
+    next_gradients = (0 if gradient is None else gradient.stride(0) for gradient in (da, db))
+    call(
+        "low_rank_backward",
+        dy,
+        u,
+        z,
+        dx,
+        a,
+        b,
+        da,
+        db,
+        counts,
+        *_sizes(a, b),
+        *next_gradients,
+        scale,
+        weight,
+        more,
+        form,
+    )
     return da, db
 
 
@@ -135,11 +152,11 @@ def _in_pieces(stack: Tensor) -> bool:
 
 
 def _ready(leaf: Tensor) -> Tensor:
-    """Memory for a leaf's slope."""
+    """Memory for a leaf's gradient."""
     place = leaf.grad if leaf.is_leaf else None
     if place is None or place.dtype != torch.float32 or not _in_pieces(place):
         return torch.empty(leaf.shape, dtype=torch.float32)
-    leaf.grad = None  # whoever else has a slope of it adds to this one
+    leaf.grad = None  # whoever else has a gradient of it adds to this one
     return place
 
 

@@ -1,4 +1,4 @@
-/* Root-mean-square norms of rows: y = w h, h = x r rounded, r = (mean(x^2) + eps)^(-1/2), and their slope. */
+/* Root-mean-square norms of rows: y = w h, h = x r rounded, r = (mean(x^2) + eps)^(-1/2), and their gradient. */
 
 #include <math.h>
 
@@ -18,7 +18,7 @@ int fedllm_norm(const bf16 *restrict x, const bf16 *restrict w, bf16 *restrict y
 }
 
 /* dx = plus + r w dy - x r^3 mean(x w dy); plus may be null. */
-int fedllm_norm_slope(const bf16 *restrict dy, const bf16 *restrict x, const bf16 *restrict w, const float *r,
+int fedllm_norm_backward(const bf16 *restrict dy, const bf16 *restrict x, const bf16 *restrict w, const float *r,
                       const bf16 *restrict plus, bf16 *restrict dx, int64_t rows, int64_t n) {
     for (int64_t row = 0; row < rows; row++, x += n, dy += n, dx += n) {
         float inner = 0, scale = r[row];

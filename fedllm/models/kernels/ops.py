@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 WIDTH = 16  # numbers of a vector
 
 
-def made_for(*values: Tensor | PreTrainedModel) -> bool:
+def is_bf16_cpu(*values: Tensor | PreTrainedModel) -> bool:
     """Whether all are what kernels may be for: bfloat16 on a CPU."""
     return all(value.dtype == torch.bfloat16 and value.device.type == "cpu" for value in values)
 
 
-def serve(*values: Tensor | PreTrainedModel) -> bool:
+def supports(*values: Tensor | PreTrainedModel) -> bool:
     """Whether there are kernels for such tensors, or for a model's."""
-    return made_for(*values) and library().handle is not None
+    return is_bf16_cpu(*values) and library().handle is not None
 
 
-def serve_low_rank(x: Tensor, size_out: int) -> bool:
+def supports_low_rank(x: Tensor, size_out: int) -> bool:
     """Whether there are kernels for low-rank products of rows x (T, in) to (T, out)."""
-    return x.shape[1] % 4 == size_out % 4 == 0 and serve(x) and library().tiles
+    return x.shape[1] % 4 == size_out % 4 == 0 and supports(x) and library().tiles
 
 
-def serve_product(weight: Tensor) -> bool:
+def supports_product(weight: Tensor) -> bool:
     """Whether products with a frozen matrix are better computed by the kernel, and low-rank ones together with them."""
     fits = weight.is_contiguous() and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
-    return fits and serve(weight) and library().products
+    return fits and supports(weight) and library().products
 
 
-def serve_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def supports_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there are kernels for attention over such states (heads, T, d)."""
     sizes = query.shape[2] % WIDTH == value.shape[2] % WIDTH == 0
-    return sizes and serve(query, key, value) and library().tiles
+    return sizes and supports(query, key, value) and library().tiles
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -56,11 +56,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, r
 
 
-def norm_slope(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Slope of x, from what `norm` was given and gave; added to another one in `plus`."""
+def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Gradient of x, from what `norm` was given and gave; added to another one in `plus`."""
     assert dy.shape == x.shape
     dx, passed = x.new_empty(x.shape), (dy.contiguous(), x.contiguous(), weight.contiguous(), r, addend(plus, x))
-    call("norm_slope", *passed, dx, r.numel(), len(weight))
+    call("norm_backward", *passed, dx, r.numel(), len(weight))
     return dx
 
 
@@ -72,11 +72,11 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-def gated_slope(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes of gate and up."""
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up."""
     assert dy.shape == gate.shape == up.shape
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    call("gated_slope", dy.contiguous(), gate.contiguous(), up.contiguous(), d_gate, d_up, dy.numel())
+    call("gated_backward", dy.contiguous(), gate.contiguous(), up.contiguous(), d_gate, d_up, dy.numel())
     return d_gate, d_up
 
 
@@ -107,9 +107,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _turned("rotary", x, cos, sin)
 
 
-def rotary_slope(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Slope of the states."""
-    return _turned("rotary_slope", dy if dy.stride(2) == 1 else dy.contiguous(), cos, sin)
+def rotary_backward(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the states."""
+    return _turned("rotary_backward", dy if dy.stride(2) == 1 else dy.contiguous(), cos, sin)
 
 
 def _turned(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def attention(
     states: tuple[Tensor, Tensor, Tensor], sequences: Sequences, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(heads, T, d) queries, (groups, T, d) keys, (groups, T, e) values, each state in one piece, to (T, heads, e), and
-    probabilities that the slope needs."""
+    probabilities that the gradient needs."""
     counts = _counted(states, sequences)
     tokens, heads, _, _, size_v = counts
     out, p = states[0].new_empty(tokens, heads, size_v), states[0].new_empty(heads * sequences.pairs)
@@ -149,20 +149,20 @@ def attention(
     return out, p
 
 
-def attention_slope(
+def attention_backward(
     dout: Tensor,
     saved: tuple[Tensor, Tensor, Tensor, Tensor],
     sequences: Sequences,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Slopes of queries, keys and values; (T, ., .) of each. `saved`: these and the probabilities."""
+    """Gradients of queries, keys and values; (T, ., .) of each. `saved`: these and the probabilities."""
     query, key, value, p = saved
-    slopes = tuple(state.new_empty(sequences.tokens, len(state), state.shape[2]) for state in (query, key, value))
+    gradients = tuple(state.new_empty(sequences.tokens, len(state), state.shape[2]) for state in (query, key, value))
     counts, table = _counted((query, key, value), sequences), sequences.table
-    passed = *_strides(query, key, value), p, dout.contiguous(), *slopes, table
-    call("attention_slope", *passed, len(table), *counts, window or 0, scale)
-    dq, dk, dv = slopes
+    passed = *_strides(query, key, value), p, dout.contiguous(), *gradients, table
+    call("attention_backward", *passed, len(table), *counts, window or 0, scale)
+    dq, dk, dv = gradients
     return dq, dk, dv
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedllm.models.kernels import matmul
-from fedllm.models.kernels.matmul import Form, Matrix
+from fedllm.models.kernels.matmul import Matrix, MatrixLayout
 
-DIRECTIONS = (Form.PLAIN, Form.TURNED)
+DIRECTIONS = (MatrixLayout.PLAIN, MatrixLayout.TURNED)
 COPIES = len(DIRECTIONS)
 MEAN = "mean"
 
@@ -27,14 +27,16 @@ class _Layouts:
     """Of each form and matrix: its version, and its layout; of MEAN, its mean, which is small and stays."""
 
     blocks: int = 0  # that are open
-    held: dict[Form | str, WeakTensorKeyDictionary] = field(default_factory=lambda: {MEAN: WeakTensorKeyDictionary()})
+    held: dict[MatrixLayout | str, WeakTensorKeyDictionary] = field(
+        default_factory=lambda: {MEAN: WeakTensorKeyDictionary()}
+    )
     lock: Lock = field(default_factory=Lock)
 
 
 _layouts = _Layouts()
 
 
-def matrix(weight: Tensor, form: Form) -> Matrix:
+def matrix(weight: Tensor, form: MatrixLayout) -> Matrix:
     """What the kernel is given for a matrix: its layout, if such are kept and it is a frozen parameter, or itself."""
     plain = Matrix(weight, form)
     return Matrix(weight, form, _kept(weight, form, lambda: matmul.laid_out(plain)))
@@ -48,10 +50,10 @@ def mean(weight: Tensor) -> Tensor:
 
 def _mean(weight: Tensor) -> Tensor:
     rows = len(weight)
-    return matmul.product(weight.new_ones(1, rows), matrix(weight, Form.PLAIN))[0] / rows
+    return matmul.product(weight.new_ones(1, rows), matrix(weight, MatrixLayout.PLAIN))[0] / rows
 
 
-def _kept(weight: Tensor, kind: Form | str, make: Callable[[], Tensor]) -> Tensor | None:
+def _kept(weight: Tensor, kind: MatrixLayout | str, make: Callable[[], Tensor]) -> Tensor | None:
     """What is kept of a frozen parameter, made when it is first asked for; None where nothing is kept."""
     held = _layouts.held.get(kind)
     if held is None or not isinstance(weight, nn.Parameter) or weight.requires_grad:

@@ -8,7 +8,7 @@
 
 #include <stdlib.h>
 
-#include "few.h"
+#include "nonzero_pairs.h"
 #include "panels.h"
 
 #ifdef TILES

@@ -32,7 +32,7 @@ int fedllm_rotary(const bf16 *x, int64_t next, int64_t head, const bf16 *c, cons
     return turned(x, next, head, c, s, y, positions, heads, n, 0);
 }
 
-int fedllm_rotary_slope(const bf16 *dy, int64_t next, int64_t head, const bf16 *c, const bf16 *s, bf16 *dx,
+int fedllm_rotary_backward(const bf16 *dy, int64_t next, int64_t head, const bf16 *c, const bf16 *s, bf16 *dx,
                         int64_t positions, int64_t heads, int64_t n) {
     return turned(dy, next, head, c, s, dx, positions, heads, n, 1);
 }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fedllm.models.layers.forward_context import computing, current
+from fedllm.models.layers.forward_context import current, forward_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ class Recomputed:
             again = tuple(torch.Generator(generator.device) for generator in now.dropout)
             for generator, state in zip(again, states, strict=True):
                 generator.set_state(state)
-            return nullcontext(), computing(replace(now, dropout=again))
+            return nullcontext(), forward_context(replace(now, dropout=again))
 
         return checkpoint(
             self.forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **options

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from fedllm.errors import ModelError
 from fedllm.models.layers.forward_context import current
 from fedllm.models.layers.prefix_attention import prefixed, without_front
-from fedllm.models.layers.shared_prefix import once
+from fedllm.models.layers.shared_prefix import shared_prefix
 from fedllm.models.layers.short_attention import bias, short_attention
 from fedllm.models.layers.varlen_attention import fits, varlen_attention
 
@@ -74,7 +74,7 @@ def _row(
     """(heads, T, d) and (key heads, T, d) of a packed row to (T, heads, d)."""
     on_cpu = not fits(query[None], value[None])
     if shared and not (on_cpu and max(lengths) <= SHORT):  # kernels that want each sequence whole
-        row = once(lengths, shared, str(query.device))
+        row = shared_prefix(lengths, shared, str(query.device))
         q, k, v = (states.index_select(1, row.places) for states in (query, key, value))
         return _row(q, k, v, lengths, scaling, window).index_select(0, row.kept)
     if not on_cpu:

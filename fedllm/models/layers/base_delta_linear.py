@@ -17,13 +17,13 @@ from fedllm.errors import ClientError
 from fedllm.models.layers.low_rank_linear import Frozen
 from fedllm.models.layers.quantized_linear import Quantized, QuantizedLinear
 from fedllm.tensors import low_rank
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 
 MOVED, REST = "moved", "moved_rest"
 
 
-def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[Shift], scale: float) -> Tree:
+def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[BaseDelta], scale: float) -> Tree:
     """Leaves `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the shifts move."""
     found: Tree = {}
     for name in sorted({name for shift in shifts for name in shift.layers()}):
@@ -46,7 +46,7 @@ def frozen(layer: nn.Linear, path: str, stack: Mapping[str, Tensor]) -> Frozen |
     return Frozen(whole[0], layer.bias, None if rest is None else rest[0])
 
 
-def require_fit(shift: Shift, layers: Mapping[str, nn.Linear]) -> None:
+def require_fit(shift: BaseDelta, layers: Mapping[str, nn.Linear]) -> None:
     """
     Raises:
         ClientError: it names other layers, or has leaves of another shape.

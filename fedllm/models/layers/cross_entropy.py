@@ -2,7 +2,7 @@
 
     nll_i = logsumexp(W h_i) - (W h_i)[y_i]          d nll_i / d h_i = W^T (softmax(W h_i) - onehot(y_i))
 
-With a soft cap c the logits are z' = c tanh(z / c) of z = W h, and the slope is multiplied by 1 - (z' / c)^2 (Gemma 2).
+With a soft cap c the logits are z' = c tanh(z / c) of z = W h, and the gradient gets a factor 1 - (z' / c)^2 (Gemma 2).
 With a frozen head the gradient of the hidden state is made in the same pass as the loss; with a trained head the
 chunks are computed again in the backward pass.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedllm.models.kernels import matmul, ops, prepack
-from fedllm.models.kernels.matmul import Form
+from fedllm.models.kernels.matmul import MatrixLayout
 from fedllm.models.layers.quantized_linear import Quantized
 
 if TYPE_CHECKING:
@@ -62,18 +62,18 @@ class _RowLosses(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         needs_hidden, needs_head, *_ = ctx.needs_input_grad
-        slope = torch.empty_like(hidden) if needs_hidden and not needs_head else None
+        gradient = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _cut(len(targets), pieces(head)[0]):
             logits = logits_of(hidden[rows], head)
-            if slope is not None and cap is None and _by_kernel(head, logits):
-                losses[rows], slope[rows] = _sloped(logits, targets[rows], head)
+            if gradient is not None and cap is None and _by_kernel(head, logits):
+                losses[rows], gradient[rows] = _with_gradient(logits, targets[rows], head)
                 continue
             losses[rows] = _differentiated(logits, targets[rows], wide, cap, pieces(head)[1])
-            if slope is not None:
-                slope[rows] = _times_head(logits, head)
-        ctx.one_pass, ctx.cap = slope is not None, cap
-        if slope is not None:
-            ctx.save_for_backward(slope)
+            if gradient is not None:
+                gradient[rows] = _times_head(logits, head)
+        ctx.one_pass, ctx.cap = gradient is not None, cap
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         elif isinstance(head, Tensor):
             ctx.save_for_backward(hidden, head, targets)
         return losses
@@ -82,42 +82,42 @@ class _RowLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.one_pass:
-            (slope,) = ctx.saved_tensors
-            return (slope * grad[:, None]).to(slope.dtype), None, None, None
+            (gradient,) = ctx.saved_tensors
+            return (gradient * grad[:, None]).to(gradient.dtype), None, None, None
         hidden, head, targets = ctx.saved_tensors
         # the sum over all rows is kept wide, as one product would keep it
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=grad.dtype)
         for rows in _cut(len(targets), pieces(head)[0]):
-            slope = hidden[rows] @ head.T
-            _differentiated(slope, targets[rows], grad.dtype, ctx.cap, pieces(head)[1])
-            slope.mul_(grad[rows, None])
-            d_hidden[rows] = _times_head(slope, head)
-            d_head += slope.T @ hidden[rows]
+            gradient = hidden[rows] @ head.T
+            _differentiated(gradient, targets[rows], grad.dtype, ctx.cap, pieces(head)[1])
+            gradient.mul_(grad[rows, None])
+            d_hidden[rows] = _times_head(gradient, head)
+            d_head += gradient.T @ hidden[rows]
         return d_hidden, d_head.to(head.dtype), None, None
 
 
 def _by_kernel(head: Head, rows: Tensor) -> TypeGuard[Tensor]:
-    return isinstance(head, Tensor) and ops.serve(rows) and ops.serve_product(head)
+    return isinstance(head, Tensor) and ops.supports(rows) and ops.supports_product(head)
 
 
-def _sloped(logits: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) losses and their slopes (N, d).
+def _with_gradient(logits: Tensor, targets: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) losses and their gradients (N, d).
 
     Most words of a vocabulary have next to no probability, and to multiply the others alone takes a third of the time:
 
         W^T p = sum of p_v W_v over the others + (sum of p_v over those) (mean of all W_v)
 
     That is off by less than what p is by being rounded to 16 bits. A row's bits do not depend on other rows. To leave
-    small slopes out is the gradient filtering of "Cut Your Losses in Large-Vocabulary Language Models" (2411.09009).
+    small gradients out is the gradient filtering of "Cut Your Losses in Large-Vocabulary Language Models" (2411.09009).
     """
     losses, rest = ops.cross_entropy_few_(logits, targets)
     plus = torch.outer(rest.to(logits.dtype), prepack.mean(head))
-    return losses, matmul.product(logits, prepack.matrix(head, Form.PLAIN), plus=plus, few=True)
+    return losses, matmul.product(logits, prepack.matrix(head, MatrixLayout.PLAIN), plus=plus, few=True)
 
 
 def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: float | None, part_rows: int) -> Tensor:
-    """(N,) losses of (N, V) logits, which become softmax - onehot, times the cap's slope, in their own memory."""
-    if cap is None and ops.serve(logits):
+    """(N,) losses of (N, V) logits, which become softmax - onehot, times the cap's gradient, in their own memory."""
+    if cap is None and ops.supports(logits):
         return ops.cross_entropy_(logits, targets)
     losses = torch.empty(len(targets), dtype=wide, device=logits.device)
     for rows in _cut(len(targets), part_rows):
@@ -126,25 +126,25 @@ def _differentiated(logits: Tensor, targets: Tensor, wide: torch.dtype, cap: flo
         # logsumexp = largest logit - log(its probability), which is never below 1 / V
         logsum = part.amax(1).to(wide) - probabilities.amax(1).log()
         losses[rows] = logsum - part.gather(1, picked)[:, 0]
-        slope = probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1))
-        logits[rows] = slope if cap is None else slope.mul_(1 - (part / cap).square())
+        gradient = probabilities.scatter_add_(1, picked, probabilities.new_full(picked.shape, -1))
+        logits[rows] = gradient if cap is None else gradient.mul_(1 - (part / cap).square())
     return losses
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """(N, d) and (V, d) to (N, V); no gradient goes through it."""
     if _by_kernel(head, hidden):
-        return matmul.product(hidden, prepack.matrix(head, Form.TURNED))
+        return matmul.product(hidden, prepack.matrix(head, MatrixLayout.TURNED))
     return hidden @ head.T if isinstance(head, Tensor) else head.forward(hidden)
 
 
-def _times_head(slope: Tensor, head: Head) -> Tensor:
+def _times_head(gradient: Tensor, head: Head) -> Tensor:
     """(N, V) times (V, d), in at least FEW rows: below, a CPU adds up the vocabulary in one running sum, whose rounding
     in float32 is 1e-4 of a gradient in place of 1e-5."""
-    if _by_kernel(head, slope):
-        return matmul.product(slope, prepack.matrix(head, Form.PLAIN))
-    rows = len(slope)
-    padded = slope if rows >= FEW else torch.cat([slope, slope.new_zeros(FEW - rows, slope.shape[1])])
+    if _by_kernel(head, gradient):
+        return matmul.product(gradient, prepack.matrix(head, MatrixLayout.PLAIN))
+    rows = len(gradient)
+    padded = gradient if rows >= FEW else torch.cat([gradient, gradient.new_zeros(FEW - rows, gradient.shape[1])])
     return (padded @ head if isinstance(head, Tensor) else head.backward(padded))[:rows]
 
 

@@ -4,7 +4,7 @@
     h' = norm(x')    g, u = G h', U h'                           y  = x' + D (silu(g) u)
 
 Each capital is a frozen matrix with what low-rank adapters of K clients add to it. Sums with x and x', and those of the
-slopes that several products have of h and h', are made within the products before they are rounded. The last layer
+gradients that several products have of h and h', are made within the products before they are rounded. The last layer
 computes what follows its attention for the tokens alone whose states are needed: those with a label.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedllm.models.kernels import matmul, ops, prepack
-from fedllm.models.kernels.matmul import Form
-from fedllm.models.layers.rms_norm import Normed
+from fedllm.models.kernels.matmul import MatrixLayout
+from fedllm.models.layers.rms_norm import RMSNorm
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 AFTER = ("o", "gate", "up", "down")  # attention
@@ -44,7 +44,7 @@ class Plan:
     those that go on after attention: `wanted`, where these are not all."""
 
     linears: Mapping[str, Linear]
-    norms: tuple[Normed, Normed]
+    norms: tuple[RMSNorm, RMSNorm]
     turns: Pair
     sequences: ops.Sequences
     scaling: float
@@ -67,30 +67,32 @@ class Plan:
         return self.sizes_after if name in AFTER else self.sizes
 
     def product(self, name: str, x: Tensor, pair: Pair | None, plus: Tensor | None = None) -> tuple[Tensor, Any]:
-        """(T, in) to (T, out), added to `plus`; and what the slope needs."""
+        """(T, in) to (T, out), added to `plus`; and what the gradient needs."""
         linear = self.linears[name]
-        matrix = prepack.matrix(linear.weight, Form.TURNED)
+        matrix = prepack.matrix(linear.weight, MatrixLayout.TURNED)
         if pair is None:
             return matmul.product(x, matrix, linear.bias, plus), None
         y = x.new_empty(len(x), len(linear.weight))
         return y, matmul.low_rank_(y, x, pair, self.counts(name), linear.scale, (x, matrix, linear.bias), plus)
 
-    def slope(self, name: str, dy: Tensor, saved: Saved, plus: Tensor | None = None, needs_x: bool = True) -> Slopes:
-        """Slopes of x, added to `plus`, and of both factors."""
-        linear, matrix = self.linears[name], prepack.matrix(self.linears[name].weight, Form.PLAIN)
+    def backward(
+        self, name: str, dy: Tensor, saved: Saved, plus: Tensor | None = None, needs_x: bool = True
+    ) -> Gradients:
+        """Gradients of x, added to `plus`, and of both factors."""
+        linear, matrix = self.linears[name], prepack.matrix(self.linears[name].weight, MatrixLayout.PLAIN)
         if saved.pair is None:
             return (matmul.product(dy, matrix, None, plus) if needs_x else None), None, None
         kept, dx = (saved.x, saved.z, *saved.pair), torch.empty_like(saved.x) if needs_x else None
-        da, db = matmul.low_rank_slope(dy, kept, self.counts(name), linear.scale, saved.needs, dx, matrix, plus)
+        da, db = matmul.low_rank_backward(dy, kept, self.counts(name), linear.scale, saved.needs, dx, matrix, plus)
         return dx, da, db
 
 
-Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a product's slope needs. `needs`: whether the factors do."""
+    """What a product's gradient needs. `needs`: whether the factors do."""
 
     x: Tensor
     z: Tensor
@@ -98,7 +100,7 @@ class Saved:
     needs: tuple[bool, bool]
 
 
-def passed(x: Tensor, plan: Plan) -> Tensor:
+def decoder_layer(x: Tensor, plan: Plan) -> Tensor:
     """(T, d) states before the layer to those behind it."""
     leaves = [leaf for name in LINEARS for leaf in plan.linears[name].pair or (None, None)]
     y: Tensor = _Pass.apply(x, plan, *leaves)  # type: ignore[no-untyped-call]
@@ -150,25 +152,25 @@ class _Pass(torch.autograd.Function):
         }
         found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         dy = plan.few(dy)
-        dm, *found["down"] = plan.slope("down", dy, of["down"])
-        d_gate, d_up = ops.gated_slope(dm, gate, up)
-        dh2, *found["gate"] = plan.slope("gate", d_gate, of["gate"])
-        dh2, *found["up"] = plan.slope("up", d_up, of["up"], plus=dh2)
-        d_middle = ops.norm_slope(dh2, middle, plan.norms[1].norm.weight, r2, plus=dy)
-        do, *found["o"] = plan.slope("o", d_middle, of["o"])
+        dm, *found["down"] = plan.backward("down", dy, of["down"])
+        d_gate, d_up = ops.gated_backward(dm, gate, up)
+        dh2, *found["gate"] = plan.backward("gate", d_gate, of["gate"])
+        dh2, *found["up"] = plan.backward("up", d_up, of["up"], plus=dh2)
+        d_middle = ops.norm_backward(dh2, middle, plan.norms[1].norm.weight, r2, plus=dy)
+        do, *found["o"] = plan.backward("o", d_middle, of["o"])
         do = plan.all(do, len(x)).view(len(x), -1, v.shape[2])
-        dq, dk, dv = ops.attention_slope(do, (*_by_head(q, k, v), p), plan.sequences, None, plan.scaling)
-        dq, dk = (ops.rotary_slope(state, *plan.turns) for state in (dq, dk))
-        dh, *found["q"] = plan.slope("q", dq.flatten(1), of["q"], needs_x=needs_x)
-        dh, *found["k"] = plan.slope("k", dk.flatten(1), of["k"], plus=dh, needs_x=needs_x)
-        dh, *found["v"] = plan.slope("v", dv.flatten(1), of["v"], plus=dh, needs_x=needs_x)
+        dq, dk, dv = ops.attention_backward(do, (*_by_head(q, k, v), p), plan.sequences, None, plan.scaling)
+        dq, dk = (ops.rotary_backward(state, *plan.turns) for state in (dq, dk))
+        dh, *found["q"] = plan.backward("q", dq.flatten(1), of["q"], needs_x=needs_x)
+        dh, *found["k"] = plan.backward("k", dk.flatten(1), of["k"], plus=dh, needs_x=needs_x)
+        dh, *found["v"] = plan.backward("v", dv.flatten(1), of["v"], plus=dh, needs_x=needs_x)
         dx = None
         if needs_x:
-            dx = ops.norm_slope(dh, x, plan.norms[0].norm.weight, r, plus=plan.all(d_middle, len(x)))
-        return dx, None, *(slope for name in LINEARS for slope in found[name])
+            dx = ops.norm_backward(dh, x, plan.norms[0].norm.weight, r, plus=plan.all(d_middle, len(x)))
+        return dx, None, *(gradient for name in LINEARS for gradient in found[name])
 
 
-def _normed(normed: Normed, x: Tensor) -> Pair:
+def _normed(normed: RMSNorm, x: Tensor) -> Pair:
     return ops.norm(x, normed.norm.weight, normed.eps)  # type: ignore[arg-type]
 
 

@@ -47,7 +47,7 @@ def current() -> Forward:
 
 
 @contextmanager
-def computing(forward: Forward) -> Iterator[None]:
+def forward_context(forward: Forward) -> Iterator[None]:
     """Make `forward` this thread's pass."""
     before, _local.forward = _local.forward, forward
     try:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedllm.models.kernels import matmul, ops, prepack
-from fedllm.models.kernels.matmul import Form
+from fedllm.models.kernels.matmul import MatrixLayout
 from fedllm.models.layers.quantized_linear import Quantized
 
 NARROW, FEW = 64, 6000  # clients x rank, tokens x rank
@@ -63,7 +63,7 @@ class Layer:
     def with_product(self) -> Frozen | None:
         """The frozen matrix, if the kernel is to compute its product, too."""
         frozen = self.frozen
-        if not isinstance(frozen, Frozen) or frozen.rest is not None or not ops.serve_product(frozen.weight):
+        if not isinstance(frozen, Frozen) or frozen.rest is not None or not ops.supports_product(frozen.weight):
             return None
         return frozen
 
@@ -84,7 +84,7 @@ def low_rank_linear(
     """
     (clients, rank, _), size_out = factors[0].shape, factors[1].shape[1]
     form: type[torch.autograd.Function] = _Apart
-    if ops.serve_low_rank(x, size_out):
+    if ops.supports_low_rank(x, size_out):
         form = _Kernel
     elif clients > 1 and (x.is_cuda or joint_pays(clients, len(x), rank)):
         form = _Joint
@@ -103,7 +103,7 @@ class _Kernel(torch.autograd.Function):
         u = (x if dropped is None else dropped).contiguous()
         if (frozen := layer.with_product) is not None:
             y = x.new_empty(len(x), b.shape[1])
-            given = x, prepack.matrix(frozen.weight, Form.TURNED), frozen.bias
+            given = x, prepack.matrix(frozen.weight, MatrixLayout.TURNED), frozen.bias
             z = matmul.low_rank_(y, u, (a, b), layer.sizes, layer.scale, given)
         else:
             y = layer.frozen.forward(x)
@@ -118,13 +118,13 @@ class _Kernel(torch.autograd.Function):
         needs_x, needs_dropped, *needs = ctx.needs_input_grad
         layer, (u, *_) = ctx.layer, ctx.saved_tensors
         together = layer.with_product if needs_x and not needs_dropped else None
-        matrix = prepack.matrix(together.weight, Form.PLAIN) if together is not None else None
+        matrix = prepack.matrix(together.weight, MatrixLayout.PLAIN) if together is not None else None
         dx: Tensor | None = None
         if needs_x:
             dx = layer.frozen.backward(dy) if together is None else torch.empty_like(u)
         du = torch.zeros_like(u) if needs_dropped else dx
         saved, both = ctx.saved_tensors, (needs[0], needs[1])
-        da, db = matmul.low_rank_slope(dy, saved, layer.sizes, layer.scale, both, du, matrix)
+        da, db = matmul.low_rank_backward(dy, saved, layer.sizes, layer.scale, both, du, matrix)
         return dx, du if needs_dropped else None, da, db, None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedllm.errors import ModelError
 from fedllm.models.layers import attention
 from fedllm.models.layers.cross_entropy import capped, softcap
-from fedllm.models.layers.forward_context import Forward, computing
+from fedllm.models.layers.forward_context import Forward, forward_context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,16 +51,16 @@ def prepare(model: PreTrainedModel, name: str) -> str | None:
     return f"{title} cannot train in packed rows: {reason}"
 
 
-def kept(output: Any) -> Mapping[str, Any]:
+def past_key_values(output: Any) -> Mapping[str, Any]:
     """The caches of a model's output, as arguments of its next pass; none if it keeps none."""
     return {name: output[name] for name in CACHES if output.get(name) is not None}
 
 
 @torch.no_grad()
-def caching(model: PreTrainedModel) -> bool:
+def supports_cache(model: PreTrainedModel) -> bool:
     """Whether a pass over one more token, without mask and positions, goes on from the model's cache as it should."""
     row = _row(model)
-    caches = kept(model(row[:, :-1], use_cache=True))
+    caches = past_key_values(model(row[:, :-1], use_cache=True))
     return bool(caches) and _alike(model(row[:, -1:], **caches, use_cache=True).logits, model(row).logits[:, -1:])
 
 
@@ -104,7 +104,7 @@ def _unlike(model: PreTrainedModel, row: Tensor, alone: Tensor) -> str | None:
     if model.config._attn_implementation != attention.NAME:
         return "its attention does not go through transformers' interface"
     positions = torch.cat([torch.arange(length) for length in PROBE])[None].to(model.device)
-    with computing(Forward({}, PROBE)):
+    with forward_context(Forward({}, PROBE)):
         hidden = model.base_model(row, position_ids=positions, use_cache=False).last_hidden_state
     return None if _alike(_logits(model, hidden), alone) else "a row of sequences gives other values than each alone"
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def prepare(model: PreTrainedModel) -> int:
     """Give the norms whose values are these, to the bit, this gradient; how many they are."""
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    found = [Normed(norm, eps) for norm in norms if (eps := vars(norm).get("variance_epsilon")) is not None]
+    found = [RMSNorm(norm, eps) for norm in norms if (eps := vars(norm).get("variance_epsilon")) is not None]
     same = [normed for normed in found if _is_same(normed)]
     for normed in same:
         normed.norm.forward = normed
@@ -33,7 +33,7 @@ def prepare(model: PreTrainedModel) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Normed:
+class RMSNorm:
     """A norm's forward pass."""
 
     norm: nn.Module
@@ -46,7 +46,7 @@ class Normed:
 
 
 @torch.no_grad()
-def _is_same(normed: Normed) -> bool:
+def _is_same(normed: RMSNorm) -> bool:
     weight = normed.norm.weight
     if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.element_size() != 2:
         return False
@@ -57,7 +57,7 @@ def _is_same(normed: Normed) -> bool:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, r = (ops.norm if ops.serve(x, weight) else _by_torch)(x, weight, eps)
+        y, r = (ops.norm if ops.supports(x, weight) else _by_torch)(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
         return y
 
@@ -69,7 +69,7 @@ class _RmsNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             h = (x * r[..., None]).to(x.dtype).float()
             dw = (h * dy).flatten(0, -2).sum(0).to(weight.dtype)
-        return (ops.norm_slope if ops.serve(dy, x, weight) else _slope)(dy, x, weight, r), dw, None
+        return (ops.norm_backward if ops.supports(dy, x, weight) else _backward)(dy, x, weight, r), dw, None
 
 
 def _by_torch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -79,8 +79,8 @@ def _by_torch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * wide.mul_(r[..., None]).to(x.dtype), r
 
 
-def _slope(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
     """dx."""
-    wide, slope = x.float(), (dy * weight).float()
-    inner = (slope * wide).sum(-1).mul_(r.pow(3) / wide.shape[-1])
-    return slope.mul_(r[..., None]).addcmul_(wide, inner[..., None], value=-1).to(x.dtype)
+    wide, gradient = x.float(), (dy * weight).float()
+    inner = (gradient * wide).sum(-1).mul_(r.pow(3) / wide.shape[-1])
+    return gradient.mul_(r[..., None]).addcmul_(wide, inner[..., None], value=-1).to(x.dtype)

@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 def prepare(model: PreTrainedModel) -> int:
     """Give the attentions whose rotary embeddings have these values, to the bit, this function; how many they are."""
     found = 0
-    if not ops.serve(model):
+    if not ops.supports(model):
         return found
     for module in model.modules():
         forward = type(module).forward
@@ -51,7 +51,7 @@ class Rotary:
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Pair:
         """(1, heads, T, d) queries, (1, groups, T, d) keys, (1, T, d) cosines and sines, to turned queries and keys."""
         plain = len(q) == len(cos) == 1 and q.shape[3] == cos.shape[2] and not (rest or options)
-        if not (plain and q.stride(3) == k.stride(3) == 1 and ops.serve(q, k, cos, sin)):
+        if not (plain and q.stride(3) == k.stride(3) == 1 and ops.supports(q, k, cos, sin)):
             return self.other(q, k, cos, sin, *rest, **options)
         return _turned(q, cos, sin), _turned(k, cos, sin)
 
@@ -87,4 +87,4 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return ops.rotary_slope(dy, *ctx.saved_tensors), None, None
+        return ops.rotary_backward(dy, *ctx.saved_tensors), None, None

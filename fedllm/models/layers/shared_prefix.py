@@ -3,7 +3,7 @@
     row of T tokens           | first sequence | common, own | common, own | ...       of one client
     computed row of C tokens  | first sequence |         own |         own | ...
 
-Attention is causal, so that the common tokens have the same states in every sequence; their slopes add up.
+Attention is causal, so that the common tokens have the same states in every sequence; their gradients add up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Once:
+class SharedPrefix:
     """`kept` (C,): which tokens are computed; `places` (T,): where each token of the row stands among them."""
 
     kept: Tensor
@@ -26,7 +26,7 @@ class Once:
 
 
 @lru_cache(maxsize=64)
-def once(lengths: tuple[int, ...], shared: tuple[int, ...], device: str = "cpu") -> Once:
+def shared_prefix(lengths: tuple[int, ...], shared: tuple[int, ...], device: str = "cpu") -> SharedPrefix:
     """Sequences of these lengths, `shared[i]` of whose first tokens are those of the nearest one before without any."""
     starts, firsts = [0, *accumulate(lengths)], first_of(shared)
     owners = [
@@ -35,7 +35,7 @@ def once(lengths: tuple[int, ...], shared: tuple[int, ...], device: str = "cpu")
     ]
     owner = torch.cat(owners)
     kept = (owner == torch.arange(len(owner))).nonzero()[:, 0]
-    return Once(kept.to(device), torch.searchsorted(kept, owner).to(device))
+    return SharedPrefix(kept.to(device), torch.searchsorted(kept, owner).to(device))
 
 
 def first_of(shared: Sequence[int]) -> list[int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedllm.models.kernels import ops
-from fedllm.models.layers.shared_prefix import first_of, once
+from fedllm.models.layers.shared_prefix import first_of, shared_prefix
 
 STEP = 32  # lengths are padded to its multiples: few shapes, for a new one costs as much as ten products
 
@@ -48,7 +48,7 @@ def short_attention(
 ) -> Tensor:
     """(heads, T, d) queries, (key heads, T, d) keys and (key heads, T, e) values of a row to (T, heads, e)."""
     row = Row(tuple(lengths), tuple(shared))
-    form = _Kernel if ops.serve_attention(query, key, value) else _Short
+    form = _Kernel if ops.supports_attention(query, key, value) else _Short
     out: Tensor = form.apply(query, key, value, row, scaling, window)  # type: ignore[no-untyped-call]
     return out
 
@@ -67,7 +67,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ops.attention_slope(grad, ctx.saved_tensors, sequences(ctx.row), ctx.window, ctx.scaling)
+        found = ops.attention_backward(grad, ctx.saved_tensors, sequences(ctx.row), ctx.window, ctx.scaling)
         return *(states.transpose(0, 1) for states in found), None, None, None
 
 
@@ -81,7 +81,7 @@ def sequences(row: Row) -> ops.Sequences:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class SequenceGroups:
     """How the sequences of a row are grouped. `groups`: (sequences, padded length) of each group. `rows` (R,): the
     position that stands at each padded place, a sequence's first where there is none; `real` (R,): whether it is a
     query there. `again`: (group, place in it, first position, how many) of the keys that a sequence shares."""
@@ -93,9 +93,9 @@ class Layout:
 
 
 @lru_cache(maxsize=16)
-def _layout(row: Row) -> Layout:
+def _layout(row: Row) -> SequenceGroups:
     shared = row.shared or (0,) * len(row.lengths)
-    owned = once(row.lengths, shared).places.split(row.lengths)  # the position of each sequence's tokens
+    owned = shared_prefix(row.lengths, shared).places.split(row.lengths)  # the position of each sequence's tokens
     by_length: dict[int, list[int]] = {}
     for sequence, length in enumerate(row.lengths):
         by_length.setdefault(-(-length // STEP) * STEP, []).append(sequence)
@@ -109,7 +109,7 @@ def _layout(row: Row) -> Layout:
             if common:
                 again.append((group, at, int(owned[first_of(shared)[sequence]][0]), common))
     groups = [(len(members), size) for size, members in by_length.items()]
-    return Layout(groups, torch.cat(rows), torch.cat(real), again)
+    return SequenceGroups(groups, torch.cat(rows), torch.cat(real), again)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +168,12 @@ class _Short(torch.autograd.Function):
         n = len(saved) // 4
         q, k, v, kept = (saved[at : at + n] for at in range(0, 4 * n, n))
         spread, own = (_order(row, heads, n, grad.device) for n in (per, 1))
-        slope = grad.reshape(-1, grad.shape[2]).index_select(0, spread.rows).index_fill_(0, spread.empty, 0)
+        gradient = grad.reshape(-1, grad.shape[2]).index_select(0, spread.rows).index_fill_(0, spread.empty, 0)
         dq, dk, dv = (
             grad.new_empty(len(order.rows), size)
             for order, size in ((spread, q[0].shape[2]), (own, q[0].shape[2]), (own, grad.shape[2]))
         )
-        pieces = (_pieces(states, row, heads, g) for states, g in ((slope, per), (dq, per), (dk, 1), (dv, 1)))
+        pieces = (_pieces(states, row, heads, g) for states, g in ((gradient, per), (dq, per), (dk, 1), (dv, 1)))
         for q_n, k_n, v_n, p, do, dq_n, dk_n, dv_n in zip(q, k, v, kept, *pieces, strict=True):
             torch.bmm(p.mT, do, out=dv_n)
             ds = torch._softmax_backward_data(torch.bmm(do, v_n.mT), p, -1, p.dtype).mul_(ctx.scaling)
@@ -202,7 +202,7 @@ def _joined(rows: Tensor, order: Order, heads: int) -> Tensor:
 
 
 def _summed(rows: Tensor, order: Order, row: Row, heads: int) -> Tensor:
-    """The same of keys or values, with the slopes that they have in other sequences."""
+    """The same of keys or values, with the gradients that they have in other sequences."""
     found, pieces = _joined(rows, order, heads), _pieces(rows, row, heads, 1)
     for group, at, first, count in _layout(row).again:
         found[first : first + count] += pieces[group].unflatten(0, (-1, heads))[at, :, :count].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""The product in a gated MLP in one pass: transformers' values, and a slope that keeps two tensors.
+"""The product in a gated MLP in one pass: transformers' values, and a gradient that keeps two tensors.
 
     y = silu(g) u    g = gate x, u = up x        silu(g) = g s, s = 1 / (1 + e^-g), rounded to 16 bits
     dg = dy u s (1 + g (1 - s))                  du = dy silu(g)
@@ -26,14 +26,14 @@ PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 def prepare(model: PreTrainedModel) -> int:
     """Give the MLPs whose values are these, to the bit, this product where there is a kernel; how many they are."""
     found = [module for module in model.modules() if all(hasattr(module, part) for part in PARTS)]
-    same = [mlp for mlp in found if _is_same(mlp)] if ops.serve(model) else []
+    same = [mlp for mlp in found if _is_same(mlp)] if ops.supports(model) else []
     for mlp in same:
-        mlp.forward = Gated(mlp)
+        mlp.forward = SwiGLU(mlp)
     return len(same)
 
 
 @dataclass(frozen=True, eq=False)
-class Gated:
+class SwiGLU:
     """An MLP's forward pass."""
 
     mlp: nn.Module
@@ -61,4 +61,4 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.gated_slope(dy, *ctx.saved_tensors)
+        return ops.gated_backward(dy, *ctx.saved_tensors)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from fedllm.errors import naming
+from fedllm.errors import with_record_place
 from fedllm.models.batch import Batch, Example
 from fedllm.models.templates import Template
 from fedllm.models.tokenization import Text, encoded
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Rows(Protocol):
+class RowScorer(Protocol):
     """What an objective may ask of a model."""
 
     def row_losses(self, stack: Tree, batch: Batch) -> Tensor:
@@ -46,9 +46,9 @@ class Objective:
         Raises:
             DataError: the template does not fit a record; with the record's place.
         """
-        texts = naming(list(records), lambda some: self.texts(some, tokenizer, template))
+        texts = with_record_place(list(records), lambda some: self.texts(some, tokenizer, template))
         return encoded(texts, tokenizer, max_length)
 
-    def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
+    def __call__(self, model: RowScorer, stack: Tree, batch: Batch) -> Tensor:
         """(K,): one mean loss per client."""
         raise NotImplementedError

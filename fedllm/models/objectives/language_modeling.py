@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fedllm.models.batch import Batch, client_means
-from fedllm.models.objectives.base import Objective, Rows
+from fedllm.models.objectives.base import Objective, RowScorer
 from fedllm.models.templates import Template, learned_texts
 from fedllm.models.tokenization import Text
 from fedllm.tensors.tree import Tree
@@ -28,6 +28,6 @@ class Lm(Objective):
         """Labels on all tokens."""
         return learned_texts(records, tokenizer, template)
 
-    def __call__(self, model: Rows, stack: Tree, batch: Batch) -> Tensor:
+    def __call__(self, model: RowScorer, stack: Tree, batch: Batch) -> Tensor:
         """Mean over examples of the mean over tokens."""
         return client_means(model.row_losses(stack, batch), batch)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import tree
@@ -57,10 +57,10 @@ class Dyn(Stage):
         """Plain SGD, and what `allow` adds."""
         return frozenset({"sgd", *self.allow})
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """The client's h_k and the anchor w_0."""
         own = {name: memory[name] if name in memory else torch.zeros_like(leaf) for name, leaf in params.items()}
-        return params, tree.join(h=own, anchor=params)
+        return params, tree.add_prefix(h=own, anchor=params)
 
     def grads(self, grads: Tree, params: Tree, scratch: Tree) -> Tree:
         """The gradient of the client's bent loss."""
@@ -69,15 +69,15 @@ class Dyn(Stage):
             for name, grad in grads.items()
         }
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Move h_k; the update is sent as it is."""
         delta = update.parts.get("delta")
         if delta is None:
             return update, memory
-        own = {name: leaf for name, leaf in tree.branch(scratch, "h").items() if name in delta.tree}
+        own = {name: leaf for name, leaf in tree.select_prefix(scratch, "h").items() if name in delta.tree}
         return update, {**memory, **{name: leaf - self.alpha * delta.tree[name] for name, leaf in own.items()}}
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Move h by the sum over the cohort, and step to the mean minus h / alpha."""
         part = total.parts.get("delta")
         if part is None or not part.weight:

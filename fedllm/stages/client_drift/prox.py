@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.errors import require
-from fedllm.messages.context import Local
+from fedllm.messages.context import ClientContext
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 
@@ -32,7 +32,7 @@ class Prox(Stage):
     def __post_init__(self) -> None:
         require(0 <= self.mu < math.inf, self, field="mu", value=self.mu, allowed="at least 0 and finite")
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember the anchor until the round ends."""
         return params, params
 

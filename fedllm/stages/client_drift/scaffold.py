@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
@@ -46,11 +46,11 @@ class Scaffold(Stage):
         """Plain SGD, and what `allow` adds."""
         return frozenset({"sgd", *self.allow})
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """Send c, always in the shapes of the parameters."""
         return params, {name: state[name] if name in state else torch.zeros_like(p) for name, p in params.items()}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """The round's correction c - c_k."""
         return params, {name: leaf - memory[name] if name in memory else leaf for name, leaf in extra.items()}
 
@@ -58,7 +58,7 @@ class Scaffold(Stage):
         """Correct the drift."""
         return {name: grad + scratch[name] if name in scratch else grad for name, grad in grads.items()}
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Add the change of the client's control; a client that took no step keeps its control."""
         delta = update.parts.get("delta")
         if delta is None:
@@ -69,7 +69,7 @@ class Scaffold(Stage):
         change = {name: leaf - old[name] for name, leaf in new.items()}
         return update.having("control", Part(change, 0.0, exact=True)), {**memory, **new}
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Move c by the sum over the cohort, over the population."""
         control = total.parts.get("control")
         if control is None:

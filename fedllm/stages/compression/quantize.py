@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Bracket, Norm, Stage
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import SPARSE, Packing, among_zeros, blocks, inside, rounded, values
+from fedllm.tensors.wire_format import (
+    SPARSE,
+    WireFormat,
+    quantization_blocks,
+    read_window,
+    rounded,
+    values,
+    write_window,
+)
 
 FIGURES = frozenset({"metrics", "counts"})  # figures about the work: a few values, sent in full
 
@@ -49,7 +57,7 @@ class Quantize(Stage):
         require(self.bits in (8, 4, 1), self, field="bits", value=self.bits, allowed="8, 4 or 1")
         require(self.block >= 1, self, field="block", value=self.block, allowed="at least 1")
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Put the values on the grid that their packing names."""
         parts = {
             name: part if part.exact or name in FIGURES else self._rounded(name, part, local.ctx)
@@ -57,22 +65,22 @@ class Quantize(Stage):
         }
         return Update(parts), memory
 
-    def _rounded(self, part_name: str, part: Part, ctx: Ctx) -> Part:
-        leaves, scales, windows = dict(part.tree), {}, part.packing.windows
+    def _rounded(self, part_name: str, part: Part, ctx: RoundContext) -> Part:
+        leaves, scales, windows = dict(part.tree), {}, part.wire_format.windows
         for name, leaf in part.tree.items():
             if leaf.is_floating_point():
                 # One generator a leaf: the draws do not depend on the order of a tree.
                 generator = ctx.rng(f"quantize/{part_name}/{name}")
                 window = windows.get(name)
-                box = inside(leaf if leaf.dtype == torch.float64 else leaf.float(), window)
-                rows = blocks(box, self.block)
+                box = read_window(leaf if leaf.dtype == torch.float64 else leaf.float(), window)
+                rows = quantization_blocks(box, self.block)
                 codes, scales[name] = self._codes(rows, generator)
-                codes = codes * (rows != 0) if part.packing.sparse else codes
-                leaves[name] = among_zeros(values(codes, scales[name], box.shape), window, leaf.shape)
+                codes = codes * (rows != 0) if part.wire_format.sparse else codes
+                leaves[name] = write_window(values(codes, scales[name], box.shape), window, leaf.shape)
         boxes = {name: window for name, window in windows.items() if name in scales}
-        form = Packing(bits=self.bits, block=self.block, scales=scales, windows=boxes)
-        form = SPARSE if part.packing.sparse else form
-        return replace(part, tree=leaves, packing=form)
+        form = WireFormat(bits=self.bits, block=self.block, scales=scales, windows=boxes)
+        form = SPARSE if part.wire_format.sparse else form
+        return replace(part, tree=leaves, wire_format=form)
 
     def _codes(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Codes (rows, block) in -L..L and scales (rows,) of values (rows, block)."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from fedllm.errors import require
-from fedllm.messages.context import Local
+from fedllm.messages.context import ClientContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
@@ -42,7 +42,7 @@ class TopK(Stage):
         allowed = "above 0 and at most 1"
         require(0 < self.fraction <= 1, self, field="fraction", value=self.fraction, allowed=allowed)
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Replace the delta by the largest entries of error plus delta."""
         part = update.parts.get("delta")
         if part is None or not part.tree:
@@ -51,7 +51,7 @@ class TopK(Stage):
         largest = _largest(held, self.fraction)
         sent = {name: leaf.masked_fill(~largest[name], 0) for name, leaf in held.items()}
         error = {name: leaf.masked_fill(largest[name], 0) for name, leaf in held.items()}
-        update = update.having("delta", replace(part, tree=sent, packing=SPARSE))
+        update = update.having("delta", replace(part, tree=sent, wire_format=SPARSE))
         return update, {**memory, **error} if self.feedback else memory
 
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import ClientError, require
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Bracket, Norm, Stage
 from fedllm.tensors import low_rank, wire_format
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import DENSE, Packing, Picks, Window, among_zeros, inside
+from fedllm.tensors.wire_format import DENSE, IndexSelection, Window, WireFormat, read_window, write_window
 
 FULL = 32  # bits that mean: as the values are
 
@@ -60,11 +60,11 @@ class LoraCap(Stage):
         require(known, self, field="bits", value=list(self.bits), allowed="one or more of 32, 8, 4 and 1")
         require(self.block >= 1, self, field="block", value=self.block, allowed="at least 1")
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
         return params, params
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Leave out what does not fit, of the delta and of the marks of who holds what.
 
         Raises:
@@ -76,7 +76,7 @@ class LoraCap(Stage):
         holders = update.parts["holders"]
         fixed = wire_format.num_bytes({n: leaf for n, leaf in part.tree.items() if not low_rank.is_factor(n)}, DENSE)
         fixed += sum(
-            wire_format.num_bytes(other.tree, other.packing) for other in update.without("delta").parts.values()
+            wire_format.num_bytes(other.tree, other.wire_format) for other in update.without("delta").parts.values()
         )
         order = _order(part, holders.tree, scratch)
         bits, places = self._chosen(part.tree, order, cap - fixed)
@@ -113,19 +113,19 @@ class LoraCap(Stage):
             return sum(sizes) * a.element_size()
         return sum(wire_format.few_bits_bytes(size, bits, self.block, a.element_size()) for size in sizes)
 
-    def _cut(self, part: Part, places: Places, bits: int, ctx: Ctx) -> Part:
+    def _cut(self, part: Part, places: Places, bits: int, ctx: RoundContext) -> Part:
         """The components at these places, on a grid of so many bits."""
         leaves, scales, windows = dict(part.tree), Tree(), dict[str, Window]()
         for name in filter(low_rank.is_factor, part.tree):
-            windows[name] = Picks(low_rank.axis(name), tuple(places.get(_layer(name), ())))
-            held = inside(leaves[name], windows[name])
+            windows[name] = IndexSelection(low_rank.component_axis(name), tuple(places.get(_layer(name), ())))
+            held = read_window(leaves[name], windows[name])
             if bits != FULL:
-                rows, generator = wire_format.blocks(held, self.block), ctx.rng(f"lora_cap/{name}")
+                rows, generator = wire_format.quantization_blocks(held, self.block), ctx.rng(f"lora_cap/{name}")
                 codes, scales[name] = wire_format.rounded(rows, bits, generator)
                 held = wire_format.values(codes, scales[name], held.shape)
-            leaves[name] = among_zeros(held, windows[name], leaves[name].shape)
-        form = Packing(bits=None if bits == FULL else bits, block=self.block, scales=scales, windows=windows)
-        return replace(part, tree=leaves, packing=form)
+            leaves[name] = write_window(held, windows[name], leaves[name].shape)
+        form = WireFormat(bits=None if bits == FULL else bits, block=self.block, scales=scales, windows=windows)
+        return replace(part, tree=leaves, wire_format=form)
 
 
 def _order(part: Part, holders: Tree, start: Tree) -> list[Component]:

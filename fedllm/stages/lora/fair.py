@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import RunError, require
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -52,19 +52,19 @@ class LoraFair(Stage):
     def __post_init__(self) -> None:
         require(0 <= self.penalty < math.inf, self, field="penalty", value=self.penalty, allowed="0 or more and finite")
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
         return params, params
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """The client's factors at its slot, and a one there."""
         part = update.parts.get("delta")
         if part is None:
             return update, memory
-        update, _ = stacked_factors.stacked(update, part, scratch, local)
-        return update.having("shares", Part({"share": stacked_factors.mark(local.ctx)}, exact=True)), memory
+        update, _ = stacked_factors.stack_factors(update, part, scratch, local)
+        return update.having("shares", Part({"share": stacked_factors.one_hot_slot(local.ctx)}, exact=True)), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the factors of all to the mean of A and the corrected mean of B."""
         part, rows = total.parts.get("delta"), total.parts.get("rows")
         if part is None or rows is None:
@@ -79,7 +79,7 @@ class LoraFair(Stage):
                 weighed.double(), columns[layer].double(), (old_b, old_a), part.answered
             )
             new_b, new_a = corrected(all_b.T, all_a, stacked_factors.with_rest(shares, part.answered), self.penalty)
-            step |= low_rank.named(layer, new_b.to(old_b) - old_b, new_a.to(old_a) - old_a)
+            step |= low_rank.layer_leaves(layer, new_b.to(old_b) - old_b, new_a.to(old_a) - old_a)
         for name in self.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)), state

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import torch
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -45,22 +45,22 @@ class LoraMerge(Stage):
     shows_each: ClassVar[bool] = True
     shifts: ClassVar[bool] = True
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """As many components as the client's rank."""
         return low_rank.sliced(params, ctx.profile.rank), {}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
         return params, params
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """The client's factors in its rows of the stack; other leaves stay in the delta."""
         part = update.parts.get("delta")
         if part is None:
             return update, memory
-        return stacked_factors.stacked(update, part, scratch, local)[0], memory
+        return stacked_factors.stack_factors(update, part, scratch, local)[0], memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The stack to the frozen weights; fresh factors."""
         part, rows = total.parts.get("delta"), total.parts.get("rows")
         if part is None or rows is None:
@@ -72,9 +72,9 @@ class LoraMerge(Stage):
             answered = part.answered if bool(b.any()) else 1.0  # a product of zero adds nothing
             weighed, whole = stacked_factors.with_lost(weighed, columns[layer], (b, a), answered)
             there = weighed.any(1) | whole.any(1)  # a slot may be empty, and a rank below the adapter's
-            merged |= low_rank.named(layer, whole[there].T, weighed[there])
+            merged |= low_rank.layer_leaves(layer, whole[there].T, weighed[there])
             drawn = torch.rand(a.shape, generator=ctx.rng(f"{layer}.lora_A"), dtype=torch.float64) * 2 - 1
-            step |= low_rank.named(layer, -b, (drawn / math.sqrt(a.shape[1])).to(a) - a)
+            step |= low_rank.layer_leaves(layer, -b, (drawn / math.sqrt(a.shape[1])).to(a) - a)
         for name in self.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)).having("shift", Part(merged, 0.0)), state

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank
@@ -50,21 +50,23 @@ class LoraPad(Stage):
         """True for the contributors."""
         return self.mean == "contributors"
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """The first components."""
         return low_rank.sliced(params, ctx.profile.rank), {}
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Fill up with zeros, which are not sent."""
         part = update.parts.get("delta")
         if part is None:
             return update, memory
-        padded, packing = low_rank.padded(part.tree, local.fresh)
-        packing = SPARSE if part.packing.sparse else packing
-        holders = Part(low_rank.holders(part.tree, local.fresh), exact=True)
-        return update.having("delta", replace(part, tree=padded, packing=packing)).having("holders", holders), memory
+        padded, packing = low_rank.padded(part.tree, local.initial_params)
+        packing = SPARSE if part.wire_format.sparse else packing
+        holders = Part(low_rank.component_mask(part.tree, local.initial_params), exact=True)
+        return update.having("delta", replace(part, tree=padded, wire_format=packing)).having(
+            "holders", holders
+        ), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the mean of the padded deltas to the step of each component."""
         part, holders = total.parts.get("delta"), total.parts.get("holders")
         if part is None or holders is None:
@@ -80,6 +82,6 @@ class LoraPad(Stage):
     def _step(self, name: str, delta: Tensor, param: Tensor, share: Tensor, answered: float) -> Tensor:
         """`share` (rank,): the weights of those who have the component, over all weights."""
         if self.mean == "padded":
-            return low_rank.faded(name, delta, param, share, answered)
-        along = low_rank.along(name, share)
+            return low_rank.padded_mean_step(name, delta, param, share, answered)
+        along = low_rank.per_component(name, share)
         return torch.where(along > 0, delta / along, 0)

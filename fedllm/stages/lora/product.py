@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank
@@ -51,28 +51,28 @@ class LoraProduct(Stage):
         """True for the product."""
         return self.form == "product"
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """The largest components."""
         return low_rank.sliced(params, ctx.profile.rank), {}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
         return params, params
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """A dense leaf for the factors of each layer; other leaves stay as they are."""
         part = update.parts.get("delta")
         if part is None:
             return update, memory
         found = dict(part.tree)
         for layer in low_rank.layers(scratch):
-            old, new = low_rank.pair(scratch, layer), low_rank.after(scratch, part.tree, layer)
-            for name in low_rank.named(layer, *new):
+            old, new = low_rank.pair(scratch, layer), low_rank.merged_factors(scratch, part.tree, layer)
+            for name in low_rank.layer_leaves(layer, *new):
                 found.pop(name, None)
             found[_dense(layer)] = new[0] @ new[1] if self.form == "product" else _moved(old, new)
         return update.having("delta", replace(part, tree=found)), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the step of the products to that of the factors."""
         part = total.parts.get("delta")
         if part is None:
@@ -85,8 +85,8 @@ class LoraProduct(Stage):
                 product = product + old_b @ old_a
             elif part.answered != 1:
                 product = product + (1 - part.answered) * (old_b @ old_a)
-            new_b, new_a = low_rank.best(product, len(old_a), f"round {ctx.round}, {layer}")
-            step |= low_rank.named(layer, new_b - old_b, new_a - old_a)
+            new_b, new_a = low_rank.best_rank_r(product, len(old_a), f"round {ctx.round}, {layer}")
+            step |= low_rank.layer_leaves(layer, new_b - old_b, new_a - old_a)
         return total.having("delta", replace(part, tree=step)), state
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank, tree
@@ -58,11 +58,11 @@ class LoraPrune(Stage):
         require(0 <= self.penalty < math.inf, self, field="penalty", value=self.penalty, allowed=allowed)
         require(self.min_rank >= 1, self, field="min_rank", value=self.min_rank, allowed="at least 1")
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """The first components."""
         return low_rank.sliced(params, ctx.profile.rank), {}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """The first of them, as many as the client has kept."""
         start = low_rank.sliced(params, int(memory["rank"])) if memory else params
         return start, start
@@ -78,11 +78,11 @@ class LoraPrune(Stage):
                 (f"{layer}.{low_rank.A}", a, _ratio(b_norm, a_norm)),
             ):
                 changed[name] = grads[name].clone()
-                at, size = low_rank.axis(name), leaf.shape[low_rank.axis(name)]
+                at, size = low_rank.component_axis(name), leaf.shape[low_rank.component_axis(name)]
                 changed[name].narrow(at, grads[name].shape[at] - size, size).add_(leaf * ratio, alpha=self.penalty)
         return changed
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Prune, weigh by the norm of what is left, and fill up with zeros, which are not sent."""
         part = update.parts.get("delta")
         if part is None:
@@ -93,19 +93,21 @@ class LoraPrune(Stage):
             after, delta = low_rank.sliced(after, rank), low_rank.sliced(delta, rank)
             memory = {"rank": torch.tensor(rank)}
         weight = max(low_rank.norm(after), LEAST)
-        padded, packing = low_rank.padded(delta, local.fresh)
-        packing = SPARSE if part.packing.sparse else packing
-        update = update.having("delta", replace(part, tree=padded, weight=weight, packing=packing))
-        return update.having("holders", Part(low_rank.holders(delta, local.fresh), weight, exact=True)), memory
+        padded, packing = low_rank.padded(delta, local.initial_params)
+        packing = SPARSE if part.wire_format.sparse else packing
+        update = update.having("delta", replace(part, tree=padded, weight=weight, wire_format=packing))
+        return update.having(
+            "holders", Part(low_rank.component_mask(delta, local.initial_params), weight, exact=True)
+        ), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the mean of the padded deltas to the step."""
         part, holders = total.parts.get("delta"), total.parts.get("holders")
         if part is None or holders is None:
             return total, state
         shares = holders.tree
         step = {
-            name: low_rank.faded(name, leaf, params[name], shares[name]) if name in shares else leaf
+            name: low_rank.padded_mean_step(name, leaf, params[name], shares[name]) if name in shares else leaf
             for name, leaf in part.tree.items()
         }
         return total.without("holders").having("delta", replace(part, tree=step)), state

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -43,19 +43,19 @@ class LoraResidual(Stage):
     shows_each: ClassVar[bool] = True
     shifts: ClassVar[bool] = True
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
         return params, params
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """The client's factors at its slot, and a one there."""
         part = update.parts.get("delta")
         if part is None:
             return update, memory
-        update, _ = stacked_factors.stacked(update, part, scratch, local)
-        return update.having("shares", Part({"share": stacked_factors.mark(local.ctx)}, exact=True)), memory
+        update, _ = stacked_factors.stack_factors(update, part, scratch, local)
+        return update.having("shares", Part({"share": stacked_factors.one_hot_slot(local.ctx)}, exact=True)), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the factors of all to their means and the residual."""
         part, rows = total.parts.get("delta"), total.parts.get("rows")
         if part is None or rows is None:
@@ -69,8 +69,8 @@ class LoraResidual(Stage):
                 weighed.double(), columns[layer].double(), (old_b, old_a), part.answered
             )
             (b, a), gap = _means_and_gap(all_b, all_a, stacked_factors.with_rest(shares, part.answered))
-            step |= low_rank.named(layer, b.to(old_b) - old_b, a.to(old_a) - old_a)
-            residual |= low_rank.named(layer, gap[0].to(old_b), gap[1].to(old_a))
+            step |= low_rank.layer_leaves(layer, b.to(old_b) - old_b, a.to(old_a) - old_a)
+            residual |= low_rank.layer_leaves(layer, gap[0].to(old_b), gap[1].to(old_a))
         for name in self.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)).having("shift", Part(residual, 0.0)), state

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank, sparse_mask
@@ -42,15 +42,15 @@ class SparseFirst(Stage):
     def __post_init__(self) -> None:
         require(self.rounds >= 0, self, field="rounds", value=self.rounds, allowed="0 or more")
 
-    def moves(self, name: str, round: int) -> bool:
+    def trains_in_round(self, name: str, round: int) -> bool:
         """The sparse values in the first rounds, the factors in the others."""
         return name.endswith(f".{low_rank.SPARSE}") == (round < self.rounds)
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """What trains in this round; a client has the initial values of the rest, which add nothing."""
-        return {name: leaf for name, leaf in params.items() if self.moves(name, ctx.round)}, {}
+        return {name: leaf for name, leaf in params.items() if self.trains_in_round(name, ctx.round)}, {}
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """After the last round of sparse tuning: from its values to the factors."""
         part = total.parts.get("delta")
         if part is None or ctx.round != self.rounds - 1:
@@ -63,10 +63,10 @@ class SparseFirst(Stage):
             if not bool(values.any()):  # nobody has answered: zeros on both sides would never move
                 continue
             low_rank.require_finite(f"round {ctx.round}, {layer}", values)
-            whole = sparse_mask.spread(layer, values, (len(old_b), old_a.shape[1]))
-            b, a = (leaf.to(old_b) for leaf in low_rank.balanced(*low_rank.principal(whole, len(old_a)), 1.0))
-            step |= {name: -params[name], **low_rank.named(layer, b - old_b, a - old_a)}
-            shift[layer] = {name: values, **low_rank.named(layer, -b, a)}
+            whole = sparse_mask.scatter(layer, values, (len(old_b), old_a.shape[1]))
+            b, a = (leaf.to(old_b) for leaf in low_rank.balanced_svd(*low_rank.top_singular(whole, len(old_a)), 1.0))
+            step |= {name: -params[name], **low_rank.layer_leaves(layer, b - old_b, a - old_a)}
+            shift[layer] = {name: values, **low_rank.layer_leaves(layer, -b, a)}
         total = total.having("delta", replace(part, tree=step))
         left = {name: leaf for leaves in shift.values() for name, leaf in leaves.items()}
         kept = left and self.leftover == "kept"

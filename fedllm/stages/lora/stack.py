@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -57,23 +57,23 @@ class LoraStack(Stage):
         """True for the contributors."""
         return self.mean == "contributors"
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """The largest components."""
         return low_rank.sliced(params, ctx.profile.rank), {}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
         return params, params
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """The client's factors in its rows of the stack; other leaves stay in the delta."""
         part = update.parts.get("delta")
         if part is None:
             return update, memory
-        update, held = stacked_factors.stacked(update, part, scratch, local)
+        update, held = stacked_factors.stack_factors(update, part, scratch, local)
         return update.having("holders", Part(held, exact=True)), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the stack to the best factors of its product."""
         part, rows = total.parts.get("delta"), total.parts.get("rows")
         if part is None or rows is None:
@@ -87,7 +87,7 @@ class LoraStack(Stage):
                 a = torch.where(share > 0, a / share, 0)
             a, b = stacked_factors.with_lost(a, columns[layer], (old_b, old_a), part.answered)
             new_b, new_a = low_rank.truncated(b.T, a, len(old_a), f"round {ctx.round}, {layer}")
-            step |= low_rank.named(layer, new_b - old_b, new_a - old_a)
+            step |= low_rank.layer_leaves(layer, new_b - old_b, new_a - old_a)
         for name in self.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)), state

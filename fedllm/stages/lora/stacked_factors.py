@@ -14,14 +14,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.tensors import low_rank
 from fedllm.tensors.tree import Tree
-from fedllm.tensors.wire_format import Box, Packing
+from fedllm.tensors.wire_format import Box, WireFormat
 
 
-def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Update, Tree]:
+def stack_factors(update: Update, part: Part, start: Tree, local: ClientContext) -> tuple[Update, Tree]:
     """The delta's factors in parts "rows" and "columns"; other leaves stay in it.
 
     Args:
@@ -36,18 +36,18 @@ def stacked(update: Update, part: Part, start: Tree, local: Local) -> tuple[Upda
     windows: dict[str, Box] = {}
     for layer in low_rank.layers(part.tree):
         b, a = (s + d for s, d in zip(low_rank.pair(start, layer), low_rank.pair(part.tree, layer), strict=True))
-        most = len(local.fresh[f"{layer}.{low_rank.A}"])
+        most = len(local.initial_params[f"{layer}.{low_rank.A}"])
         first = local.ctx.slot * most
         rows[layer], columns[layer] = (_among(leaf, first, local.ctx.cohort * most) for leaf in (a, b.T))
         windows[layer] = ((first, first + len(a)), (0, -1))
         holders[layer] = (torch.arange(most) < len(a)).to(a.dtype)
     rest = {name: leaf for name, leaf in part.tree.items() if name.rpartition(".")[0] not in rows}
     update = update.having("delta", replace(part, tree=rest))
-    update = update.having("rows", Part(rows, packing=_windows(rows, windows)))
+    update = update.having("rows", Part(rows, wire_format=_windows(rows, windows)))
     return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), holders
 
 
-def mark(ctx: Ctx) -> Tensor:
+def one_hot_slot(ctx: RoundContext) -> Tensor:
     """(cohort,): a one at the client's slot; weighed and added up, the share of each client."""
     mine = torch.zeros(ctx.cohort, dtype=torch.float64)
     mine[ctx.slot] = 1
@@ -78,11 +78,11 @@ def _among(block: Tensor, first: int, count: int) -> Tensor:
     return whole
 
 
-def _windows(leaves: Tree, windows: dict[str, Box]) -> Packing:
-    return Packing(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})
+def _windows(leaves: Tree, windows: dict[str, Box]) -> WireFormat:
+    return WireFormat(windows={name: (windows[name][0], (0, leaf.shape[1])) for name, leaf in leaves.items()})
 
 
-def alone(update: Update, start: Tree, ctx: Ctx) -> Tree:
+def factors_of_client(update: Update, start: Tree, ctx: RoundContext) -> Tree:
     """The delta of one client's factors, from what `stacked` made of it and a weigher multiplied.
 
     Args:
@@ -96,5 +96,5 @@ def alone(update: Update, start: Tree, ctx: Ctx) -> Tree:
         b, a = low_rank.pair(start, layer)
         first = ctx.slot * (len(whole) // ctx.cohort)
         own = slice(first, first + len(a))
-        found |= low_rank.named(layer, columns.tree[layer][own].T - b, whole[own] / (rows.weight or 1) - a)
+        found |= low_rank.layer_leaves(layer, columns.tree[layer][own].T - b, whole[own] / (rows.weight or 1) - a)
     return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank
@@ -33,7 +33,7 @@ class LoraSvd(Stage):
     both_factors: ClassVar[bool] = True
     rebases: ClassVar[bool] = True
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the mean of B to both factors of the next round."""
         part = total.parts.get("delta")
         if part is None or not part.weight:
@@ -41,7 +41,7 @@ class LoraSvd(Stage):
         step = dict(part.tree)
         for layer in low_rank.layers(params):
             old_b, old_a = low_rank.pair(params, layer)
-            moved = low_rank.after(params, part.tree, layer)
+            moved = low_rank.merged_factors(params, part.tree, layer)
             new_b, new_a = low_rank.orthonormal(*moved, f"round {ctx.round}, {layer}")
-            step |= low_rank.named(layer, new_b - old_b, new_a - old_a)
+            step |= low_rank.layer_leaves(layer, new_b - old_b, new_a - old_a)
         return total.having("delta", replace(part, tree=step)), state

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Norm, Stage
 from fedllm.tensors import tree
@@ -42,16 +42,16 @@ class Keep(Stage):
         allowed = 'a list of at least one pattern, such as ["*lora_B"]'
         require(listed, self, field="patterns", value=self.patterns, allowed=allowed)
 
-    def broadcast(self, params: Tree, state: Tree, ctx: Ctx) -> tuple[Tree, Tree]:
+    def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """Send the shared leaves alone."""
         return {name: leaf for name, leaf in params.items() if not tree.matches(name, self.patterns)}, {}
 
-    def receive(self, params: Tree, extra: Tree, memory: Tree, local: Local) -> tuple[Tree, Tree]:
+    def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Put the client's own leaves in."""
-        own = {**self._own(local.fresh), **memory}
+        own = {**self._own(local.initial_params), **memory}
         return {**params, **own}, own
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Take the client's own leaves out of every part, and remember where they are now."""
         delta = update.parts.get("delta")
         moved = {} if delta is None else self._own(delta.tree)

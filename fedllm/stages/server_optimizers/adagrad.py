@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.stages.server_optimizers import moments
@@ -43,7 +43,7 @@ class Adagrad(Stage):
     def __post_init__(self) -> None:
         moments.check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The mean delta becomes the step."""
         return moments.adaptive(total, state, _second, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
 

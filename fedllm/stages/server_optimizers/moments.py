@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import tree
@@ -25,7 +25,7 @@ Rule = Callable[[Tree, Tree], tuple[Tree, Tree]]  # (delta, state) -> (step, sta
 Second = Callable[[Tensor, Tensor], Tensor]  # (v, delta squared) -> v
 
 
-def stepped(total: Update, state: Tree, rule: Rule) -> tuple[Update, Tree]:
+def apply_rule(total: Update, state: Tree, rule: Rule) -> tuple[Update, Tree]:
     """The total with its mean delta replaced by the rule's step. Without a delta: both as they are."""
     part = total.parts.get("delta")
     if part is None:
@@ -34,12 +34,12 @@ def stepped(total: Update, state: Tree, rule: Rule) -> tuple[Update, Tree]:
     return total.having("delta", replace(part, tree=step)), state
 
 
-def started(moment: Mapping[str, Tensor], delta: Tree, value: float = 0.0) -> Tree:
+def init_moment(moment: Mapping[str, Tensor], delta: Tree, value: float = 0.0) -> Tree:
     """The moment's leaves for `delta`, filled with `value` where there are none yet."""
     return {name: moment[name] if name in moment else torch.full_like(leaf, value) for name, leaf in delta.items()}
 
 
-def blended(old: Tree, new: Tree, beta: float) -> Tree:
+def ema(old: Tree, new: Tree, beta: float) -> Tree:
     """beta * old + (1 - beta) * new. A beta of 0 gives the values of `new`."""
     return {name: torch.add(old[name] * beta, leaf, alpha=1 - beta) for name, leaf in new.items()}
 
@@ -55,15 +55,15 @@ def adaptive(
     """
 
     def rule(delta: Tree, state: Tree) -> tuple[Tree, Tree]:
-        m = blended(started(tree.branch(state, "m"), delta), delta, beta1)
+        m = ema(init_moment(tree.select_prefix(state, "m"), delta), delta, beta1)
         v = {
             name: second(old, delta[name] * delta[name])
-            for name, old in started(tree.branch(state, "v"), delta, tau * tau).items()
+            for name, old in init_moment(tree.select_prefix(state, "v"), delta, tau * tau).items()
         }
         step = {name: server_lr * m[name] / (v[name].sqrt() + tau) for name in delta}
-        return step, {**state, **tree.join(m=m, v=v)}
+        return step, {**state, **tree.add_prefix(m=m, v=v)}
 
-    return stepped(total, state, rule)
+    return apply_rule(total, state, rule)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Adaptive(Stage):
         check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
         require(0 <= self.beta2 <= 1, self, field="beta2", value=self.beta2, allowed="at least 0 and at most 1")
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The mean delta becomes the step."""
         return adaptive(total, state, self.second, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)
 

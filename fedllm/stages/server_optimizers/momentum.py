@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.stages.server_optimizers import moments
@@ -39,10 +39,10 @@ class Momentum(Stage):
         require(0 <= self.beta < 1, self, field="beta", value=self.beta, allowed="at least 0 and below 1")
         moments.check_server_lr(self, self.server_lr)
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The mean delta becomes the step."""
-        return moments.stepped(total, state, self._step)
+        return moments.apply_rule(total, state, self._step)
 
     def _step(self, delta: Tree, state: Tree) -> tuple[Tree, Tree]:
-        velocity = moments.blended(moments.started(state, delta), delta, self.beta)
+        velocity = moments.ema(moments.init_moment(state, delta), delta, self.beta)
         return tree.scale(velocity, self.server_lr), {**state, **velocity}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.errors import require
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.stages.server_optimizers import moments
@@ -39,11 +39,11 @@ class Nesterov(Stage):
         allowed = "at least 0 and below 1"
         require(0 <= self.momentum < 1, self, field="momentum", value=self.momentum, allowed=allowed)
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The mean delta becomes the step."""
-        return moments.stepped(total, state, self._step)
+        return moments.apply_rule(total, state, self._step)
 
     def _step(self, delta: Tree, state: Tree) -> tuple[Tree, Tree]:
-        buffer = tree.add(delta, moments.started(state, delta), self.momentum)
+        buffer = tree.add(delta, moments.init_moment(state, delta), self.momentum)
         ahead = tree.add(delta, buffer, self.momentum)
         return tree.scale(ahead, self.server_lr), {**state, **buffer}

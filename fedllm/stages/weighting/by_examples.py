@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Bracket, Stage
 from fedllm.stages.weighting import weighted_mean
@@ -24,10 +24,10 @@ class ByExamples(Stage):
 
     bracket: ClassVar[Bracket] = Bracket.WEIGH
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Times the number of examples."""
         return weighted_mean.weigh(update, local.facts["examples"]), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Over the sum of the weights, which the parts keep."""
         return weighted_mean.divide(total), state

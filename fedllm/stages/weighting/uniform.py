@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Update
 from fedllm.stages.base import Bracket, Norm, Stage
 from fedllm.stages.weighting import weighted_mean
@@ -40,11 +40,11 @@ class Uniform(Stage):
         """True for "cohort"."""
         return self.denominator == "cohort"
 
-    def encode(self, update: Update, scratch: Tree, memory: Tree, local: Local) -> tuple[Update, Tree]:
+    def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Weight 1."""
         return weighted_mean.weigh(update, 1.0), memory
 
-    def decode(self, total: Update, params: Tree, state: Tree, ctx: Ctx) -> tuple[Update, Tree]:
+    def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Over the sum of the weights or the size of the cohort, which the parts keep as their weight."""
         return weighted_mean.divide(self._spread(total, ctx.cohort)), state
 

@@ -12,17 +12,17 @@ import torch
 from fedllm.aggregators.sum import Sum
 from fedllm.evaluation.diagnostics import cohort as module
 from fedllm.evaluation.diagnostics import products
-from fedllm.evaluation.diagnostics.cohort import Cohort
+from fedllm.evaluation.diagnostics.cohort import CohortStatistics
 from fedllm.evaluation.settings import Diagnostics
 from fedllm.events import Diagnosed
-from fedllm.messages.context import Ctx, Local, Profile
+from fedllm.messages.context import ClientContext, Profile, RoundContext
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
 from fedllm.stages.lora.fair import LoraFair
 from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.lora.stack import LoraStack
-from fedllm.stages.round_trip import Arrival, down, merge, up
+from fedllm.stages.round_trip import Received, broadcast_all, decode_all, encode_all
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.tensors import low_rank, tree
 from fedllm.tensors.tree import Tree
@@ -36,7 +36,7 @@ def drawn(rank: int, seed: int) -> Tree:
     found: Tree = {}
     for layer, (size_out, size_in) in LAYERS.items():
         b, a = (torch.randn(*shape, generator=generator) / 8 for shape in ((size_out, rank), (rank, size_in)))
-        found |= low_rank.named(layer, b, a)
+        found |= low_rank.layer_leaves(layer, b, a)
     return found
 
 
@@ -44,14 +44,14 @@ def drawn(rank: int, seed: int) -> Tree:
 class Round:
     """One round of clients whose factors after training are given; `cohort` is shown each update before it is added."""
 
-    cohort: Cohort
+    cohort: CohortStatistics
     server: Tree
     after: Sequence[Tree]
     stages: tuple[Stage, ...]
 
     def run(self) -> Diagnosed:
         states: tuple[Tree, ...] = ({},) * len(self.stages)
-        everyone = Ctx(0, Key(0), len(self.after), len(self.after))
+        everyone = RoundContext(0, Key(0), len(self.after), len(self.after))
 
         def call(name: str, requests: Any) -> Iterator[tuple[str, Update]]:
             for k in range(len(self.after)):
@@ -60,18 +60,18 @@ class Round:
                 yield str(k), update
 
         total = Sum().reduce(call, {})
-        total, _ = merge(self.stages, total, self.server, states, everyone)
+        total, _ = decode_all(self.stages, total, self.server, states, everyone)
         (found,) = self.cohort.diagnosed(0, tree.add(self.server, total.parts["delta"].tree))
         return found
 
     def sent(self, k: int, states: tuple[Tree, ...]) -> tuple[Request, Update]:
         profile = Profile(rank=len(self.after[k]["q.lora_A"]))
-        ctx = Ctx(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=profile)
-        params, extras = down(self.stages, self.server, states, ctx)
-        scratch = tuple(stage.receive(params, {}, {}, Local(ctx))[1] for stage in self.stages)
-        local = Local(ctx, {"examples": EXAMPLES[k]}, fresh=self.server)
+        ctx = RoundContext(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=profile)
+        params, extras = broadcast_all(self.stages, self.server, states, ctx)
+        scratch = tuple(stage.receive(params, {}, {}, ClientContext(ctx))[1] for stage in self.stages)
+        local = ClientContext(ctx, {"examples": EXAMPLES[k]}, initial_params=self.server)
         delta = Update({"delta": Part(tree.sub(self.after[k], params))})
-        update, _ = up(self.stages, delta, Arrival(scratch, (frozenset(),) * len(self.stages)), states, local)
+        update, _ = encode_all(self.stages, delta, Received(scratch, (frozenset(),) * len(self.stages)), states, local)
         return Request(params, extras, ctx), update
 
 
@@ -79,7 +79,10 @@ def a_round(stages: tuple[Stage, ...], ranks: Sequence[int], *, most: int = 32) 
     smallest = min(ranks) if min(ranks) < max(ranks) else None
     after = [drawn(rank, seed) for seed, rank in enumerate(ranks, 1)]
     return Round(
-        Cohort(Diagnostics(clients=most), {}, 2.0, smallest), drawn(max(ranks), 0), after, (*stages, ByExamples())
+        CohortStatistics(Diagnostics(clients=most), {}, 2.0, smallest),
+        drawn(max(ranks), 0),
+        after,
+        (*stages, ByExamples()),
     )
 
 
@@ -120,7 +123,7 @@ def test_methods_lose_what_they_lose() -> None:
     assert None not in (plain.bias, fair.bias, flex.bias)
     assert plain.bias > fair.bias > flex.bias > 0.1  # type: ignore[operator]
     roomy = Round(
-        Cohort(Diagnostics(), {}, 2.0, None),
+        CohortStatistics(Diagnostics(), {}, 2.0, None),
         drawn(12, 0),
         [drawn(4, s) for s in (1, 2, 3)],
         (LoraStack(), ByExamples()),
@@ -163,9 +166,9 @@ def test_dissimilarity_of_one_direction_is_one() -> None:
     """sqrt(sum p x_k^2) / |sum p x_k|: 1 if all moved alike, sqrt(2) if half of the weight moved at right angles."""
     one, other = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0])
     for moved, wanted in (([one, one], 1.0), ([one, other], 2**0.5), ([one, -one], None)):
-        cohort = Cohort(Diagnostics(), {}, 1.0, None)
+        cohort = CohortStatistics(Diagnostics(), {}, 1.0, None)
         for slot, delta in enumerate(moved):
-            request = Request({"w": torch.zeros(2)}, (), Ctx(0, Key(0), 2, 2, client=str(slot), slot=slot))
+            request = Request({"w": torch.zeros(2)}, (), RoundContext(0, Key(0), 2, 2, client=str(slot), slot=slot))
             cohort(request, Update({"delta": Part({"w": 4 * delta}, 4.0)}))
         (found,) = cohort.diagnosed(0, {"w": torch.ones(2)})
         assert found.dissimilarity == (None if wanted is None else pytest.approx(wanted, rel=1e-5))
@@ -173,7 +176,7 @@ def test_dissimilarity_of_one_direction_is_one() -> None:
 
 
 def test_nobody_answered() -> None:
-    assert Cohort(Diagnostics(), {}, 1.0, None).diagnosed(0, {}) == []
+    assert CohortStatistics(Diagnostics(), {}, 1.0, None).diagnosed(0, {}) == []
 
 
 @pytest.mark.parametrize(("fixed", "lost", "told"), [(True, 1, False), (True, 0, True), (False, 1, True)])
@@ -181,7 +184,7 @@ def test_a_mean_that_counts_lost_clients_has_no_bias_against_that_of_those_who_a
     fixed: bool, lost: int, told: bool
 ) -> None:
     whole = a_round((), (4, 4, 4))
-    cohort = Cohort(Diagnostics(), {}, 2.0, None, fixed)
+    cohort = CohortStatistics(Diagnostics(), {}, 2.0, None, fixed)
     for k in range(3 - lost):
         cohort(*whole.sent(k, ({},)))
     (found,) = cohort.diagnosed(0, whole.server)

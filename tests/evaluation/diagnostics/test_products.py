@@ -22,7 +22,7 @@ def drawn(rank: int, seed: int, layers: Mapping[str, tuple[int, int]] = LAYERS) 
     found: Tree = {}
     for layer, (size_out, size_in) in layers.items():
         b, a = (torch.randn(*shape, generator=generator) / 8 for shape in ((size_out, rank), (rank, size_in)))
-        found |= low_rank.named(layer, b, a)
+        found |= low_rank.layer_leaves(layer, b, a)
     return found
 
 
@@ -81,7 +81,7 @@ def test_what_the_server_came_to_and_what_the_mean_would_are_two_things() -> Non
     for layer in LAYERS:
         b = torch.cat([low_rank.pair(leaves, layer)[0] for leaves in after], 1)
         a = torch.cat([p * low_rank.pair(leaves, layer)[1] for p, leaves in zip(SHARES, after, strict=True)])
-        exact |= low_rank.named(layer, b, a)
+        exact |= low_rank.layer_leaves(layer, b, a)
     found = bias(clients(server, after), exact, None)
     assert found is not None and found.total is not None and found.means is not None
     assert found.total < 1e-6
@@ -144,7 +144,7 @@ def test_layers_are_spread_evenly() -> None:
     """Not a stride, which could fall on one kind of layer alone."""
     leaves: Tree = {}
     for place in range(10):
-        leaves |= low_rank.named(f"l{place}", torch.ones(2, 1), torch.ones(1, 3))
+        leaves |= low_rank.layer_leaves(f"l{place}", torch.ones(2, 1), torch.ones(1, 3))
     leaves["lone.lora_A"] = torch.ones(1, 3)
     assert layers(leaves, leaves, None) == [f"l{place}" for place in range(10)]
     assert layers(leaves, leaves, 4) == ["l0", "l2", "l5", "l7"]

@@ -70,7 +70,7 @@ def moved(params: Tree, seed: int = 0, by: float = 0.05) -> Tree:
 
 
 def trained(model: LoadedModel, seed: int = 0, by: float = 0.05) -> Tree:
-    return moved(model.fresh(KEY), seed, by)
+    return moved(model.initial_params(KEY), seed, by)
 
 
 def gradients(model: LoadedModel, params: Tree, batch: Batch) -> Tree:
@@ -104,7 +104,7 @@ EXAMPLES = [example(6, labels=2), example(11, seed=1, labels=7), example(4, seed
 def test_fresh_values_come_from_the_key_alone(adapter: Adapter) -> None:
     model = load(task(adapter, "float32"))
     state = torch.get_rng_state()
-    one, again, other = model.fresh(KEY), model.fresh(KEY), model.fresh(Key(4))
+    one, again, other = model.initial_params(KEY), model.initial_params(KEY), model.initial_params(Key(4))
     assert torch.equal(torch.get_rng_state(), state)
     assert tree.equal(one, again)
     drawn = not isinstance(adapter, Full | Norms) and adapter not in (IA3, PEFTS[3])  # those start at fixed values
@@ -215,13 +215,13 @@ def test_clients_of_a_stack_have_their_own_prompts() -> None:
 def test_a_prompt_of_words_is_embeddings_of_the_vocabulary() -> None:
     model = load(task(SoftPrompt(tokens=4), "float32"))
     table = model.base.model.get_input_embeddings().weight
-    for row in model.fresh(KEY)[LEAF]:
+    for row in model.initial_params(KEY)[LEAF]:
         (place,) = (table == row).all(1).nonzero()[0].tolist()
         assert place not in model.base.tokenizer.all_special_ids
 
 
 def test_a_normal_prompt_has_the_mean_and_deviation_of_embeddings() -> None:
-    prompt = load(task(SoftPrompt(tokens=200, init="normal"), "float32")).fresh(KEY)[LEAF]
+    prompt = load(task(SoftPrompt(tokens=200, init="normal"), "float32")).initial_params(KEY)[LEAF]
     table = plain("float32").get_input_embeddings().weight[:256]
     assert float(prompt.std()) == pytest.approx(float(table.std()), rel=0.05)
     assert float(prompt.mean()) == pytest.approx(float(table.mean()), abs=0.01)
@@ -245,7 +245,7 @@ def test_peft_loads_a_prompt(tmp_path: Path) -> None:
 def test_a_prompt_cannot_be_merged_and_needs_a_token() -> None:
     model = load(task(SoftPrompt(tokens=3)))
     with pytest.raises(ConfigError, match="cannot be merged into weights; export --to peft"):
-        model.adapter.merged(model.fresh(KEY))
+        model.adapter.merged(model.initial_params(KEY))
     with pytest.raises(ConfigError, match="tokens is 0; it must be 1 or more"):
         SoftPrompt(tokens=0)
 
@@ -255,7 +255,7 @@ def test_a_prompt_cannot_be_merged_and_needs_a_token() -> None:
 
 def test_full_tuning_is_plain_autograd_with_a_tied_head() -> None:
     model, base = load(task(Full())), plain().requires_grad_(True)
-    params = model.fresh(KEY)
+    params = model.initial_params(KEY)
     assert params.keys() == dict(base.named_parameters()).keys()
     assert "lm_head.weight" not in params and tree.num_values(params) == 115_200
     loss = masked_loss([base(item.tokens[None]).logits[0] for item in EXAMPLES], EXAMPLES)
@@ -298,17 +298,17 @@ def test_an_untied_head_is_a_leaf_of_its_own(tmp_path: Path) -> None:
     assert "lm_head.weight" in grads
     for name, parameter in base.named_parameters():
         assert torch.allclose(grads[name], parameter.grad, atol=1e-12), name
-    biases = load(Task(str(tmp_path), adapter=BitFit(), dtype="float64")).fresh(KEY)
+    biases = load(Task(str(tmp_path), adapter=BitFit(), dtype="float64")).initial_params(KEY)
     assert set(biases) == {f"model.layers.0.self_attn.{x}_proj.bias" for x in "qkvo"}
 
 
 @pytest.mark.parametrize("adapter", [Norms(), Full()], ids=ids)
 def test_norms_are_those_of_full_tuning(adapter: Adapter) -> None:
-    norms = load(task(Norms())).fresh(KEY)
+    norms = load(task(Norms())).initial_params(KEY)
     inner = [f"model.layers.{k}.{name}_layernorm.weight" for k in range(2) for name in ("input", "post_attention")]
     assert set(norms) == {*inner, "model.norm.weight"}
     model = load(task(adapter))
-    grads = gradients(model, model.fresh(KEY), collate([EXAMPLES]))
+    grads = gradients(model, model.initial_params(KEY), collate([EXAMPLES]))
     base = plain().requires_grad_(True)
     masked_loss([base(item.tokens[None]).logits[0] for item in EXAMPLES], EXAMPLES).backward()
     for name in norms:
@@ -317,12 +317,12 @@ def test_norms_are_those_of_full_tuning(adapter: Adapter) -> None:
 
 def test_a_model_without_biases_has_nothing_for_bitfit() -> None:
     with pytest.raises(CheckError, match="selects no tensor of the adapter on tiny-llama"):
-        load(task(BitFit())).fresh(KEY)
+        load(task(BitFit())).initial_params(KEY)
 
 
 def test_weights_train_in_float32_over_a_16_bit_base() -> None:
     model = load(task(Full(), "bfloat16"))
-    params = model.fresh(KEY)
+    params = model.initial_params(KEY)
     assert {leaf.dtype for leaf in params.values()} == {torch.float32}
     grads = gradients(model, params, collate([EXAMPLES]))
     assert grads.keys() == params.keys() and {leaf.dtype for leaf in grads.values()} == {torch.float32}
@@ -342,9 +342,9 @@ def test_weights_are_saved_and_merged_by_name(tmp_path: Path) -> None:
 
 
 def test_a_scope_over_weights_keeps_the_rest_at_the_base_models_values() -> None:
-    half = load(task(Full(), scope=Scope(train=("*norm.weight",)))).bound(KEY)
+    half = load(task(Full(), scope=Scope(train=("*norm.weight",)))).with_constants(KEY)
     params = trained(half)
-    assert set(params) == set(load(task(Norms())).fresh(KEY))
+    assert set(params) == set(load(task(Norms())).initial_params(KEY))
     whole = load(task(Norms()))
     losses = [model.losses(tree.stack([params]), collate([EXAMPLES])) for model in (half, whole)]
     assert torch.allclose(*losses, atol=1e-12)
@@ -352,7 +352,7 @@ def test_a_scope_over_weights_keeps_the_rest_at_the_base_models_values() -> None
 
 @pytest.mark.model
 def test_the_whole_real_model_is_134_million_values(smollm2: str) -> None:
-    params = load(Task(smollm2, adapter=Full(), dtype="bfloat16")).fresh(KEY)
+    params = load(Task(smollm2, adapter=Full(), dtype="bfloat16")).initial_params(KEY)
     load.cache_clear()
     assert (tree.num_values(params), tree.num_bytes(params)) == (134_515_008, 538_060_032)
 
@@ -425,7 +425,7 @@ def test_what_peft_merges_gives_the_same_logits(adapter: Peft) -> None:
 def test_a_prefix_cannot_be_merged() -> None:
     model = load(task(PREFIX))
     with pytest.raises(ConfigError, match="a prefix_tuning adapter cannot be merged into weights; export --to peft"):
-        model.adapter.merged(model.fresh(KEY))
+        model.adapter.merged(model.initial_params(KEY))
 
 
 def test_pefts_dropout_is_keyed_and_off_in_evaluation() -> None:
@@ -459,7 +459,7 @@ def test_pefts_dropout_is_keyed_and_off_in_evaluation() -> None:
 )
 def test_what_peft_has_not_or_cannot_be_trained_is_refused(adapter: Peft, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        load(task(adapter, "float32")).fresh(KEY)
+        load(task(adapter, "float32")).initial_params(KEY)
 
 
 def test_settings_are_plain_values_and_the_adapter_is_hashable() -> None:
@@ -475,7 +475,7 @@ def test_settings_are_plain_values_and_the_adapter_is_hashable() -> None:
 def test_peft_and_transformers_do_not_warn_users_of_each_other() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        load(task(Peft("ia3"))).fresh(Key(0))
+        load(task(Peft("ia3"))).initial_params(Key(0))
 
 
 def test_peft_is_imported_only_when_it_is_used() -> None:

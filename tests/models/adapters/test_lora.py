@@ -44,7 +44,7 @@ def trained(model: LoadedModel, seed: int = 0) -> Tree:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: leaf + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.dtype)
-        for name, leaf in model.fresh(KEY).items()
+        for name, leaf in model.initial_params(KEY).items()
     }
 
 
@@ -116,7 +116,7 @@ def test_logits_losses_and_gradients_are_those_of_peft(lora: Lora, dtype: str, t
 def test_an_adapter_whose_b_is_zero_changes_no_bit_and_one_that_is_trained_does() -> None:
     model = load(task(Lora(rank=4)))
     examples = [example(8)]
-    (base,), (start,) = model.sequence_nll({}, examples), model.sequence_nll(model.fresh(KEY), examples)
+    (base,), (start,) = model.sequence_nll({}, examples), model.sequence_nll(model.initial_params(KEY), examples)
     assert torch.equal(base, start)
     (after,) = model.sequence_nll(trained(model), examples)
     assert float((after - base).abs().max()) > 1e-2
@@ -128,7 +128,7 @@ def test_an_adapter_whose_b_is_zero_changes_no_bit_and_one_that_is_trained_does(
 def test_a_fresh_adapter_is_pefts_distribution_from_its_key_alone() -> None:
     model = load(task(Lora(rank=8)))
     state = torch.get_rng_state()
-    one, again, other = model.fresh(KEY), model.fresh(KEY), model.fresh(Key(8))
+    one, again, other = model.initial_params(KEY), model.initial_params(KEY), model.initial_params(Key(8))
     assert torch.equal(torch.get_rng_state(), state)
     assert tree.equal(one, again) and not tree.equal(one, other)
     for name, leaf in one.items():
@@ -142,7 +142,7 @@ def test_a_fresh_adapter_is_pefts_distribution_from_its_key_alone() -> None:
 
 
 def test_leaves_are_named_by_their_layers_and_the_head_is_left_out() -> None:
-    params = load(task(Lora(rank=2))).fresh(KEY)
+    params = load(task(Lora(rank=2))).initial_params(KEY)
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in params} == set(ALL_LINEAR)
     assert len(params) == 2 * 2 * len(ALL_LINEAR) and not any("lm_head" in name for name in params)
     shapes = {name: tuple(leaf.shape) for name, leaf in params.items() if "layers.1.mlp.down_proj" in name}
@@ -158,14 +158,14 @@ def test_leaves_are_named_by_their_layers_and_the_head_is_left_out() -> None:
     ],
 )
 def test_targets_choose_layers(targets: tuple[str, ...], layers: set[str]) -> None:
-    params = load(task(Lora(rank=2, targets=targets))).fresh(KEY)
+    params = load(task(Lora(rank=2, targets=targets))).initial_params(KEY)
     assert {name.rpartition(".lora_")[0] for name in params} == layers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_leaves_are_float32_or_wider(dtype: str) -> None:
     model = load(task(Lora(rank=2), dtype=dtype))
-    leaves = model.fresh(KEY).values()
+    leaves = model.initial_params(KEY).values()
     assert {leaf.dtype for leaf in leaves} == {torch.float64 if dtype == "float64" else torch.float32}
     grads = gradients(model, [trained(model)], collate([[example(6)]]))
     assert tree.finite(grads) and {leaf.dtype for leaf in grads.values()} == {leaf.dtype for leaf in leaves}
@@ -232,7 +232,7 @@ def test_init_from_starts_where_a_saved_adapter_ended(tmp_path: Path) -> None:
     load(task(lora)).adapter.save(params, tmp_path / "run" / "adapter", "tiny-llama")
     for folder in (tmp_path / "run", tmp_path / "run" / "adapter"):  # a run, or the adapter itself
         again = Lora(rank=4, targets=("q_proj",), init_from=str(folder))
-        assert tree.equal(load(task(again)).fresh(KEY), params)
+        assert tree.equal(load(task(again)).initial_params(KEY), params)
 
 
 @pytest.mark.parametrize(
@@ -247,20 +247,20 @@ def test_init_from_starts_where_a_saved_adapter_ended(tmp_path: Path) -> None:
 def test_init_from_refuses_an_adapter_that_does_not_fit(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     saved = {"rank": 4, "alpha": 16.0, "targets": ("q_proj",)}
     model = load(task(Lora(**saved)))
-    model.adapter.save(model.fresh(KEY), tmp_path, "tiny-llama")
+    model.adapter.save(model.initial_params(KEY), tmp_path, "tiny-llama")
     with pytest.raises(ConfigError, match=reason):
-        load(task(Lora(**{**saved, **changes}, init_from=str(tmp_path)))).fresh(KEY)
+        load(task(Lora(**{**saved, **changes}, init_from=str(tmp_path)))).initial_params(KEY)
 
 
 def test_init_from_refuses_a_folder_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
-        load(task(Lora(init_from=str(tmp_path)))).fresh(KEY)
+        load(task(Lora(init_from=str(tmp_path)))).initial_params(KEY)
     model = load(task(Lora(rank=8)))
-    model.adapter.save(model.fresh(KEY), tmp_path, "tiny-llama")
+    model.adapter.save(model.initial_params(KEY), tmp_path, "tiny-llama")
     for text in ("{", "{}"):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ConfigError, match="no configuration of a LoRA adapter"):
-            load(task(Lora(rank=8, init_from=str(tmp_path)))).fresh(KEY)
+            load(task(Lora(rank=8, init_from=str(tmp_path)))).initial_params(KEY)
 
 
 # stacks of clients
@@ -365,9 +365,9 @@ def test_the_base_model_keeps_its_names_and_weights() -> None:
 def test_a_frozen_factor_is_a_constant_of_the_run() -> None:
     lora = Lora(rank=4)
     whole = load(task(lora))
-    params, batch = whole.fresh(KEY), collate([[example(9)], [example(5, seed=1)]])
-    half = load(task(lora, scope=Scope(freeze=("*lora_A",)))).bound(KEY)
-    trained_leaves = half.fresh(KEY)
+    params, batch = whole.initial_params(KEY), collate([[example(9)], [example(5, seed=1)]])
+    half = load(task(lora, scope=Scope(freeze=("*lora_A",)))).with_constants(KEY)
+    trained_leaves = half.initial_params(KEY)
     assert set(trained_leaves) == {name for name in params if name.endswith("lora_B")}
     moved = {name: leaf + 0.1 for name, leaf in trained_leaves.items()}
     both = [{**params, **moved}] * 2
@@ -401,9 +401,9 @@ def test_targets_and_ranks_that_fit_no_layer_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank is 33, above the size 32x64 of layer .*\.k_proj"):
         load(task(Lora(rank=33)))
     with pytest.raises(CheckError, match=r"task.scope.freeze: '\*lora_a' fits no leaf"):
-        load(task(Lora(), scope=Scope(freeze=("*lora_a",)))).fresh(KEY)
+        load(task(Lora(), scope=Scope(freeze=("*lora_a",)))).initial_params(KEY)
     with pytest.raises(CheckError, match="selects no tensor"):
-        load(task(Lora(), scope=Scope(freeze=("*",)))).fresh(KEY)
+        load(task(Lora(), scope=Scope(freeze=("*",)))).initial_params(KEY)
 
 
 # the real model

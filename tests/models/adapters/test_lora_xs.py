@@ -17,7 +17,7 @@ from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, ModelError
 from fedllm.experiment.checks.check import check_ranks
 from fedllm.experiment.config_file import build
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
 from fedllm.models.adapters import svd_init
 from fedllm.models.adapters.lora_xs import LoraXs
@@ -59,7 +59,7 @@ def trained(model: LoadedModel, seed: int = 0) -> Tree:
     generator = torch.Generator().manual_seed(seed)
     return {
         name: 0.1 * torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.dtype)
-        for name, leaf in model.fresh(KEY).items()
+        for name, leaf in model.initial_params(KEY).items()
     }
 
 
@@ -151,23 +151,23 @@ def test_losses_are_those_of_the_changed_weights_for_each_client_of_a_stack() ->
 
 def test_gradients_are_differences_and_are_not_zero_at_the_start() -> None:
     model = load(task())
-    batch, start = collate([[example(9)]]), model.fresh(KEY)
+    batch, start = collate([[example(9)]]), model.initial_params(KEY)
     assert all(not leaf.any() for leaf in start.values())
     stack = {name: leaf[None].requires_grad_() for name, leaf in start.items()}
     model.losses(stack, batch).sum().backward()
     for name in list(start)[::5]:
-        slope = stack[name].grad
-        assert slope is not None and float(slope.norm()) > 0
+        gradient = stack[name].grad
+        assert gradient is not None and float(gradient.norm()) > 0
         bump = torch.zeros_like(start[name])
         bump[1, 3] = 1e-3  # the model's norms compute in float32, so that smaller differences drown
         up, down = (float(model.losses(tree.stack([{**start, name: step}]), batch)) for step in (bump, -bump))
-        assert (up - down) / 2e-3 == pytest.approx(float(slope[0, 1, 3]), rel=5e-3)
+        assert (up - down) / 2e-3 == pytest.approx(float(gradient[0, 1, 3]), rel=5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_leaves_are_float32_or_wider_and_zero_is_the_base_model(dtype: str) -> None:
     model = load(task(dtype=dtype))
-    start = model.fresh(KEY)
+    start = model.initial_params(KEY)
     assert {leaf.dtype for leaf in start.values()} == {torch.float64 if dtype == "float64" else torch.float32}
     (base,), (same,) = model.sequence_nll({}, [example(8)]), model.sequence_nll(start, [example(8)])
     (other,) = model.sequence_nll(trained(model), [example(8)])
@@ -231,17 +231,17 @@ def test_rounds_are_the_textbook_loop_and_the_mean_is_exact(data: Path, tmp_path
     launch.run(exp, engine=watched, out=tmp_path / "run")
     saved = Checkpoints(tmp_path / "run" / "checkpoints", 9)
     model, train = load(exp.task), exp.federation.load(exp.key).train
-    r, total = model.fresh(exp.key), sum(SIZES.values())
+    r, total = model.initial_params(exp.key), sum(SIZES.values())
     for round in range(3):
         ends = {}
         for slot, client in enumerate(CLIENTS):
             examples = [e for record in train[client] if (e := model.encode(record, 48)) is not None]
             own = dict(r)
-            for (chosen,) in exp.work.plan(len(examples), Ctx(round, exp.key, 5, 5, 3, client, slot)):
+            for (chosen,) in exp.work.plan(len(examples), RoundContext(round, exp.key, 5, 5, 3, client, slot)):
                 stack = {name: leaf[None].clone().requires_grad_() for name, leaf in own.items()}
                 loss = model.losses(stack, collate([[examples[index] for index in chosen]])).sum()
-                slopes = torch.autograd.grad(loss, list(stack.values()))
-                own = {n: leaf - 0.05 * slope[0] for (n, leaf), slope in zip(own.items(), slopes, strict=True)}
+                gradients = torch.autograd.grad(loss, list(stack.values()))
+                own = {n: leaf - 0.05 * gradient[0] for (n, leaf), gradient in zip(own.items(), gradients, strict=True)}
             ends[client] = own
         r = {name: sum(SIZES[c] / total * ends[c][name] for c in CLIENTS) for name in r}  # type: ignore[misc]
         found = saved.load(round + 1)

@@ -44,7 +44,7 @@ ONES = torch.ones_like(TOKENS)
 
 
 def loaded(dtype: str = "float64", lora: Lora = LORA) -> LoadedModel:
-    return load(Task("tiny-llama", adapter=lora, dtype=dtype)).bound(KEY)  # type: ignore[arg-type]
+    return load(Task("tiny-llama", adapter=lora, dtype=dtype)).with_constants(KEY)  # type: ignore[arg-type]
 
 
 def answer(model: LoadedModel, params: tree.Tree, *, moved: bool = True) -> Tensor:
@@ -55,7 +55,7 @@ def answer(model: LoadedModel, params: tree.Tree, *, moved: bool = True) -> Tens
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_it_begins_as_the_base_model(dtype: str, tolerance: float) -> None:
     model = loaded(dtype)
-    params, base = model.fresh(KEY), answer(model, {})
+    params, base = model.initial_params(KEY), answer(model, {})
     assert off(answer(model, params), base.double()) < tolerance
     assert off(answer(model, params, moved=False), base.double()) > 0.1, "without what the weights give up it does not"
 
@@ -63,7 +63,7 @@ def test_it_begins_as_the_base_model(dtype: str, tolerance: float) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_product_is_the_best_of_its_rank_and_both_factors_have_the_roots(rslora: bool) -> None:
     lora = replace(LORA, rslora=rslora)
-    params, weights = loaded(lora=lora).fresh(KEY), dict(tiny_model(torch.float64).named_parameters())
+    params, weights = loaded(lora=lora).initial_params(KEY), dict(tiny_model(torch.float64).named_parameters())
     for layer in low_rank.layers(params):
         u, s, v = torch.linalg.svd(weights[f"{layer}.weight"].detach(), full_matrices=False)
         b, a = low_rank.pair(params, layer)
@@ -78,7 +78,7 @@ def test_it_is_pefts_pissa() -> None:
     config = LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS), init_lora_weights="pissa")
     theirs = dict(get_peft_model(model, config).named_parameters())
     ours = loaded("float32")
-    params, moved = ours.fresh(KEY), ours.constants
+    params, moved = ours.initial_params(KEY), ours.constants
     for layer in low_rank.layers(params):
         path = f"base_model.model.{layer}"
         b, a = theirs[f"{path}.lora_B.default.weight"], theirs[f"{path}.lora_A.default.weight"]
@@ -88,7 +88,10 @@ def test_it_is_pefts_pissa() -> None:
 
 def test_two_terms_hold_the_rest_of_the_weight_in_bfloat16() -> None:
     model = loaded("bfloat16")
-    params, weights = model.fresh(KEY), dict(tiny_model(torch.float64).named_parameters())  # they are bfloat16 numbers
+    params, weights = (
+        model.initial_params(KEY),
+        dict(tiny_model(torch.float64).named_parameters()),
+    )  # they are bfloat16 numbers
     for layer in low_rank.layers(params):
         rest = weights[f"{layer}.weight"].detach() - LORA.scale * torch.matmul(*low_rank.pair(params, layer)).double()
         first, second = (model.constants[f"{layer}.{name}"].double() for name in ("moved", "moved_rest"))
@@ -112,7 +115,7 @@ def test_stacks_give_the_same(data: Path, tmp_path: Path) -> None:
     exp = made(data)
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
-    start = load(exp.task).bound(exp.key).fresh(exp.key)
+    start = load(exp.task).with_constants(exp.key).initial_params(exp.key)
     assert not tree.equal(dict(serial), start)
     assert all(off(batched[name] - start[name], leaf - start[name]) < NARROW for name, leaf in serial.items())
 

@@ -87,7 +87,7 @@ def test_losses_and_gradients_are_those_of_the_dequantised_weights(adapter: Adap
     generator = torch.Generator().manual_seed(0)
     params = {
         name: leaf + 0.1 * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
-        for name, leaf in model.bound(KEY).fresh(KEY).items()
+        for name, leaf in model.with_constants(KEY).initial_params(KEY).items()
     }
     found, grads = losses(model, params)
     weights = {f"{name}.weight": layer.weight for name, layer in layers.items()}
@@ -182,7 +182,7 @@ def test_stacks_give_the_same(data: Path, tmp_path: Path) -> None:
     exp = made(data)
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
-    start = load(exp.task).fresh(exp.key)
+    start = load(exp.task).initial_params(exp.key)
     assert all(off(batched[name] - start[name], leaf - start[name]) < NARROW for name, leaf in serial.items())
 
 

@@ -36,7 +36,7 @@ def trained(adapter: Adapter, dtype: str = "float32", model: str = "tiny-llama")
     """Leaves as after some steps."""
     loaded = load(Task(model, adapter=adapter, dtype=dtype))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    fresh = loaded.fresh(Key(1))
+    fresh = loaded.initial_params(Key(1))
     return loaded, {name: leaf + 0.1 * torch.randn(leaf.shape, generator=generator) for name, leaf in fresh.items()}
 
 

@@ -96,7 +96,7 @@ def computed(folder: Path, dtype: str, batch: Batch, quantize: Literal["int8"] |
     generator = torch.Generator().manual_seed(1)
     stack = {
         name: (torch.stack([leaf] * 2).double() + 0.05 * torch.randn(2, *leaf.shape, generator=generator).double())
-        for name, leaf in model.fresh(Key(0)).items()
+        for name, leaf in model.initial_params(Key(0)).items()
     }
     wide = torch.float64 if dtype == "float64" else torch.float32
     leaves = {name: leaf.to(wide).requires_grad_() for name, leaf in stack.items()}
@@ -112,8 +112,8 @@ def test_a_decoder_with_kernels(folder: Path, share: bool, monkeypatch: pytest.M
     called, function = set[str](), ctypes_calls._function
     monkeypatch.setattr(ctypes_calls, "_function", lambda name: (called.add(name), function(name))[1])
     mine = computed(folder, "bfloat16", batch)
-    slopes = {f"{name}_slope" for name in USED[folder.name] - {"cross_entropy", "product"}}
-    assert called == USED[folder.name] | slopes
+    gradients = {f"{name}_backward" for name in USED[folder.name] - {"cross_entropy", "product"}}
+    assert called == USED[folder.name] | gradients
     monkeypatch.setenv("FEDLLM_KERNELS", "torch")
     forget()
     called.clear()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedllm.models.kernels import ctypes_calls, matmul, ops
-from fedllm.models.kernels.matmul import Form, Matrix
+from fedllm.models.kernels.matmul import Matrix, MatrixLayout
 from tests.needs import needs_kernels, needs_tiles
 
 pytestmark = needs_kernels
@@ -33,12 +33,12 @@ def near(found: Tensor, exact: Tensor, times: float = 1.0, more: Tensor | float 
 def test_norms(rows: int, size: int, scale: float) -> None:
     x, dy, weight = drawn(rows, size, seed=0, scale=scale), drawn(rows, size, seed=1), drawn(size, seed=2)
     y, r = ops.norm(x, weight, 1e-5)
-    slope = ops.norm_slope(dy, x, weight, r)
+    gradient = ops.norm_backward(dy, x, weight, r)
     wide = x.double().requires_grad_()
     exact = weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
     (expected,) = torch.autograd.grad(exact, wide, dy.double())
     assert near(y, exact.detach(), 2.1)  # rounded twice, as in transformers
-    assert torch.allclose(slope.double(), expected, rtol=ROUNDING, atol=1e-5 * float(dy.double().norm()) / scale)
+    assert torch.allclose(gradient.double(), expected, rtol=ROUNDING, atol=1e-5 * float(dy.double().norm()) / scale)
 
 
 @given(size=st.integers(1, 70), scale=st.sampled_from([1e-2, 1.0, 30.0]))
@@ -48,8 +48,8 @@ def test_gated_products(size: int, scale: float) -> None:
     exact = torch.nn.functional.silu(wide[0]) * wide[1]
     expected = torch.autograd.grad(exact, wide, dy.double())
     assert torch.allclose(ops.gated(gate, up).double(), exact, rtol=2.1 * ROUNDING, atol=1e-30)
-    for found, slope in zip(ops.gated_slope(dy, gate, up), expected, strict=True):
-        assert torch.allclose(found.double(), slope, rtol=2.1 * ROUNDING, atol=1e-6 * scale * scale)
+    for found, gradient in zip(ops.gated_backward(dy, gate, up), expected, strict=True):
+        assert torch.allclose(found.double(), gradient, rtol=2.1 * ROUNDING, atol=1e-6 * scale * scale)
 
 
 @given(positions=st.integers(1, 5), heads=st.integers(1, 3), half=st.sampled_from([1, 5, 16, 32]))
@@ -65,7 +65,7 @@ def test_rotary_embeddings(positions: int, heads: int, half: int) -> None:
     assert torch.equal(ops.rotary(x, cos, sin), turned(x))
     wide = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(turned(wide), wide, dy.double())
-    assert torch.allclose(ops.rotary_slope(dy, cos, sin).double(), expected, rtol=1.1 * ROUNDING, atol=1e-6)
+    assert torch.allclose(ops.rotary_backward(dy, cos, sin).double(), expected, rtol=1.1 * ROUNDING, atol=1e-6)
 
 
 def attended(states: list[Tensor], rows: list[Row], window: int | None, scale: float) -> Tensor:
@@ -108,10 +108,10 @@ def test_attention_within_sequences(
     dout = drawn(sequences.tokens, groups * per, size_v, seed=4)
     q, k, v = states
     out, p = ops.attention((q, k, v), sequences, window, scale)
-    found = [out, *ops.attention_slope(dout, (q, k, v, p), sequences, window, scale)]
+    found = [out, *ops.attention_backward(dout, (q, k, v, p), sequences, window, scale)]
     wide = [x.double().requires_grad_() for x in states]
     exact = attended(wide, rows, window, scale)
-    expected = [exact, *(slope.transpose(0, 1) for slope in torch.autograd.grad(exact, wide, dout.double()))]
+    expected = [exact, *(gradient.transpose(0, 1) for gradient in torch.autograd.grad(exact, wide, dout.double()))]
     for mine, theirs in zip(found, expected, strict=True):
         assert float((mine.double() - theirs).detach().norm()) <= 2.5 * ROUNDING * float(theirs.detach().norm()) + 1e-6
 
@@ -125,7 +125,7 @@ def test_attention_of_one_sequence_changes_no_bit_of_another() -> None:
         sequences = ops.Sequences.of([(0, 0, 0, 20), (20, 0, 20, 21), (41, 0, 41, 19)])
         states = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         out, p = ops.attention(states, sequences, None, 0.25)
-        return [out, *ops.attention_slope(drawn(60, 2, 16, seed=3), (*states, p), sequences, None, 0.25)]
+        return [out, *ops.attention_backward(drawn(60, 2, 16, seed=3), (*states, p), sequences, None, 0.25)]
 
     others = [*range(20), *range(41, 60)]
     for one, two in zip(passed(False), passed(True), strict=True):
@@ -220,11 +220,13 @@ def test_low_rank_products(
     u, y, dy, a, b = low_rank_case(sizes, rank, size_in, size_out)
     x, weight, bias = drawn(*u.shape, seed=5), drawn(size_out, size_in, seed=6), drawn(size_out, seed=7)
     scale, found, dx = 1.5, y.clone(), drawn(sum(sizes), size_in, seed=4) if needs[2] else None
-    with_product = None if frozen == "none" else (x, Matrix(weight, Form.TURNED), bias if frozen == "bias" else None)
+    with_product = (
+        None if frozen == "none" else (x, Matrix(weight, MatrixLayout.TURNED), bias if frozen == "bias" else None)
+    )
     before = None if dx is None else dx.double()
     z = matmul.low_rank_(found, u, (a, b), sizes, scale, with_product)
-    da, db = matmul.low_rank_slope(
-        dy, (u, z, a, b), sizes, scale, needs[:2], dx, with_product and Matrix(weight, Form.PLAIN)
+    da, db = matmul.low_rank_backward(
+        dy, (u, z, a, b), sizes, scale, needs[:2], dx, with_product and Matrix(weight, MatrixLayout.PLAIN)
     )
     if with_product:
         y = x.double() @ weight.double().T + (bias.double() if frozen == "bias" else 0)
@@ -263,9 +265,11 @@ def test_low_rank_products_of_one_client_change_no_bit_of_another(value: float, 
         if spoilt:
             u[35:40], a[1], b[1], dy[35:40] = value, value, value, value
         dx = torch.zeros_like(u)
-        z = matmul.low_rank_(y, u, (a, b), [35, 5, 40], 2.0, (u, Matrix(weight, Form.TURNED), None) if frozen else None)
-        da, db = matmul.low_rank_slope(
-            dy, (u, z, a, b), [35, 5, 40], 2.0, (True, True), dx, Matrix(weight, Form.PLAIN) if frozen else None
+        z = matmul.low_rank_(
+            y, u, (a, b), [35, 5, 40], 2.0, (u, Matrix(weight, MatrixLayout.TURNED), None) if frozen else None
+        )
+        da, db = matmul.low_rank_backward(
+            dy, (u, z, a, b), [35, 5, 40], 2.0, (True, True), dx, Matrix(weight, MatrixLayout.PLAIN) if frozen else None
         )
         assert da is not None and db is not None
         return [y, dx, da, db]
@@ -284,8 +288,8 @@ def test_a_client_has_the_bits_that_it_has_alone() -> None:
 
     def passed(u: Tensor, dy: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         y, dx = torch.empty_like(dy), torch.empty_like(u)
-        z = matmul.low_rank_(y, u, (a, b), sizes, 2.0, (u, Matrix(weight, Form.TURNED), bias))
-        matmul.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), dx, Matrix(weight, Form.PLAIN))
+        z = matmul.low_rank_(y, u, (a, b), sizes, 2.0, (u, Matrix(weight, MatrixLayout.TURNED), bias))
+        matmul.low_rank_backward(dy, (u, z, a, b), sizes, 2.0, (True, True), dx, Matrix(weight, MatrixLayout.PLAIN))
         return y, dx
 
     together = [part.split(sizes) for part in passed(u, dy, a, b, sizes)]
@@ -295,17 +299,17 @@ def test_a_client_has_the_bits_that_it_has_alone() -> None:
 
 
 @needs_tiles
-def test_slopes_are_written_where_a_leaf_has_them_ready_and_only_once() -> None:
+def test_gradients_are_written_where_a_leaf_has_them_ready_and_only_once() -> None:
     sizes, size_in, size_out, rank = [35, 5], 40, 24, 5
     u, y, dy, a, b = low_rank_case(sizes, rank, size_in, size_out)
     z = matmul.low_rank_(y, u, (a, b), sizes, 2.0)
-    expected = matmul.low_rank_slope(dy, (u, z, a, b), sizes, 2.0, (True, True), None)
+    expected = matmul.low_rank_backward(dy, (u, z, a, b), sizes, 2.0, (True, True), None)
     buffer = torch.full((2, 400), math.nan)  # as the leaves of two clients lie side by side
     places = buffer.as_strided(a.shape, (400, size_in, 1), 0), buffer.as_strided(b.shape, (400, rank, 1), 256)
     leaves = tuple(leaf.clone().requires_grad_() for leaf in (a, b))
     for leaf, place in zip(leaves, places, strict=True):
         leaf.grad = place
-    found, again = (matmul.low_rank_slope(dy, (u, z, *leaves), sizes, 2.0, (True, True), None) for _ in range(2))
+    found, again = (matmul.low_rank_backward(dy, (u, z, *leaves), sizes, 2.0, (True, True), None) for _ in range(2))
     for place, first, second, true in zip(places, found, again, expected, strict=True):
         assert first is not None and second is not None and true is not None
         assert first.data_ptr() == place.data_ptr() != second.data_ptr()
@@ -314,14 +318,14 @@ def test_slopes_are_written_where_a_leaf_has_them_ready_and_only_once() -> None:
 
 
 def test_other_numbers_and_devices_are_left_to_torch() -> None:
-    assert ops.serve(torch.zeros(1).bfloat16())
-    assert not ops.serve(torch.zeros(1)) and not ops.serve(torch.zeros(1).half())
-    assert not ops.serve(torch.zeros(1).bfloat16(), torch.zeros(1, dtype=torch.float64))
-    assert not ops.serve(torch.zeros(1, device="meta").bfloat16())
-    assert not ops.serve_low_rank(torch.zeros(2, 6).bfloat16(), 8)
-    assert not ops.serve_low_rank(torch.zeros(2, 8).bfloat16(), 6)
+    assert ops.supports(torch.zeros(1).bfloat16())
+    assert not ops.supports(torch.zeros(1)) and not ops.supports(torch.zeros(1).half())
+    assert not ops.supports(torch.zeros(1).bfloat16(), torch.zeros(1, dtype=torch.float64))
+    assert not ops.supports(torch.zeros(1, device="meta").bfloat16())
+    assert not ops.supports_low_rank(torch.zeros(2, 6).bfloat16(), 8)
+    assert not ops.supports_low_rank(torch.zeros(2, 8).bfloat16(), 6)
     fitting, odd = torch.zeros(1, 2, 16).bfloat16(), torch.zeros(1, 2, 24).bfloat16()
-    assert not ops.serve_attention(odd, odd, fitting) and not ops.serve_attention(fitting, fitting, odd)
+    assert not ops.supports_attention(odd, odd, fitting) and not ops.supports_attention(fitting, fitting, odd)
 
 
 @needs_tiles

@@ -19,7 +19,7 @@ from fedllm.models.base_models.tiny_llama import tiny_tokenizer
 from fedllm.models.batch import Example, collate
 from fedllm.models.layers import attention
 from fedllm.models.layers.attention import attend
-from fedllm.models.layers.forward_context import Forward, computing, current
+from fedllm.models.layers.forward_context import Forward, current, forward_context
 from fedllm.models.layers.model_probe import prepare
 
 SIZES: dict[str, Any] = {
@@ -140,7 +140,7 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: in
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], **options: Any) -> Tensor:
-    with computing(Forward({}, lengths)):
+    with forward_context(Forward({}, lengths)):
         out, _ = attend(nn.Module(), query[None], key[None], value[None], None, **options)
     return out[0].transpose(0, 1)
 
@@ -247,8 +247,8 @@ def test_lower_precision_is_packed_as_well(dtype: torch.dtype) -> None:
 
 def test_a_pass_ends_with_its_block_even_after_an_error() -> None:
     outer, inner = Forward({}, (1,)), Forward({}, (2,))
-    with computing(outer):
-        with pytest.raises(ZeroDivisionError), computing(inner):
+    with forward_context(outer):
+        with pytest.raises(ZeroDivisionError), forward_context(inner):
             assert current() is inner
             raise ZeroDivisionError
         assert current() is outer

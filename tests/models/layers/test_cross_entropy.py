@@ -167,12 +167,12 @@ def test_words_that_hardly_count_stand_for_themselves_by_their_mean() -> None:
     assert hidden.grad is not None
     logits = (hidden.detach() @ head.T).double()
     p = logits.softmax(1)
-    slope = p.scatter_add(1, targets[:, None], -torch.ones(50, 1, dtype=torch.float64))
-    exact, small = slope @ head.double(), slope.abs() < (1 - p.gather(1, targets[:, None])) / 2**18
+    gradient = p.scatter_add(1, targets[:, None], -torch.ones(50, 1, dtype=torch.float64))
+    exact, small = gradient @ head.double(), gradient.abs() < (1 - p.gather(1, targets[:, None])) / 2**18
     assert small.double().mean() > 0.8  # most are left out
-    dropped = slope.masked_fill(small, 0) @ head.double()
+    dropped = gradient.masked_fill(small, 0) @ head.double()
     off = [float((each.double() - exact).norm() / exact.norm()) for each in (hidden.grad, dropped, exact.bfloat16())]
-    assert off[0] < 2 * off[2]  # what rounding the exact slope does
+    assert off[0] < 2 * off[2]  # what rounding the exact gradient does
 
 
 @needs_products

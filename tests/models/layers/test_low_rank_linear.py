@@ -43,14 +43,14 @@ def test_values_and_gradients_are_the_formula(
     x, u = (drawn(total, INNER, seed=seed).requires_grad_() for seed in (2, 3))
     a = drawn(clients, rank, INNER, seed=4).requires_grad_()
     b = drawn(clients, OUTER, rank, seed=5).requires_grad_()
-    slope, leaves = drawn(total, OUTER, seed=6), [x, a, b, *([u] if dropped else [])]
+    gradient, leaves = drawn(total, OUTER, seed=6), [x, a, b, *([u] if dropped else [])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "joint_pays", lambda *sizes: joint)
         found = low_rank_linear(x, u if dropped else None, frozen, (a, b), sizes, SCALE)
-    grads = torch.autograd.grad(found, leaves, slope)
+    grads = torch.autograd.grad(found, leaves, gradient)
     expected = textbook(x, u if dropped else x, frozen, a, b, sizes)
     assert torch.allclose(found, expected, atol=1e-12)
-    for mine, theirs in zip(grads, torch.autograd.grad(expected, leaves, slope), strict=True):
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, leaves, gradient), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-11)
 
 

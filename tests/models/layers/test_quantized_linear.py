@@ -74,13 +74,13 @@ def test_values_and_gradients_are_those_of_the_dense_matrix(
     monkeypatch.setattr(module, "CHUNK", chunk)
     bias = nn.Parameter(drawn(5, seed=1), requires_grad=False) if biased else None
     layer = QuantizedLinear(Quantized.of(drawn(5, 70), bits), bias)  # not square, and a block that is not full
-    x, slope = drawn(2, 3, 70, seed=2).requires_grad_(), drawn(2, 3, 5, seed=3)
+    x, gradient = drawn(2, 3, 70, seed=2).requires_grad_(), drawn(2, 3, 5, seed=3)
     dense = layer.weight
     assert dense.dtype == torch.float64 and dense.shape == (5, 70) == (layer.out_features, layer.in_features)
     expected = nn.functional.linear(x, dense, bias)
-    (theirs,) = torch.autograd.grad(expected, x, slope)
+    (theirs,) = torch.autograd.grad(expected, x, gradient)
     found = layer(x)
-    (mine,) = torch.autograd.grad(found, x, slope)
+    (mine,) = torch.autograd.grad(found, x, gradient)
     assert torch.allclose(found, expected, atol=1e-12) and torch.allclose(mine, theirs, atol=1e-12)
 
 

@@ -24,7 +24,7 @@ from fedllm.models.base_models.tiny_llama import tiny_tokenizer
 from fedllm.models.batch import FEWEST, IGNORE, Batch, Example, collate, in_common, spared
 from fedllm.models.layers import attention
 from fedllm.models.layers.model_probe import prepare
-from fedllm.models.layers.shared_prefix import once
+from fedllm.models.layers.shared_prefix import shared_prefix
 from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.models.task import Task
 from fedllm.rng import Key
@@ -80,7 +80,7 @@ def test_the_row_can_be_restored(drawn: list[tuple[int, int]]) -> None:
     lengths = tuple(length for length, _ in drawn)
     sequences = enumerate(zip(lengths, sharing, strict=True))
     row = torch.cat([torch.cat([torch.arange(c), 100 * i + torch.arange(c, n)]) for i, (n, c) in sequences])
-    found = once(lengths, tuple(sharing))
+    found = shared_prefix(lengths, tuple(sharing))
     assert len(found.kept) == len(row) - sum(sharing)
     assert torch.equal(row[found.kept][found.places], row)
 
@@ -94,7 +94,7 @@ def losses_and_gradients(model: LoadedModel, stack: tree.Tree, batch: Batch) -> 
 
 
 def loaded(adapter: Adapter, dtype: str = "float32") -> LoadedModel:
-    return load(Task("tiny-llama", adapter=adapter, dtype=dtype)).bound(Key(0))  # type: ignore[arg-type]
+    return load(Task("tiny-llama", adapter=adapter, dtype=dtype)).with_constants(Key(0))  # type: ignore[arg-type]
 
 
 def stack_of(model: LoadedModel, count: int) -> tree.Tree:
@@ -102,7 +102,7 @@ def stack_of(model: LoadedModel, count: int) -> tree.Tree:
     trees = [
         {
             n: leaf + 0.1 * torch.randn(leaf.shape, generator=generator).to(leaf)
-            for n, leaf in model.fresh(Key(0)).items()
+            for n, leaf in model.initial_params(Key(0)).items()
         }
         for _ in range(count)
     ]
@@ -116,7 +116,7 @@ ADAPTERS: list[Adapter] = [Lora(rank=4, alpha=8.0), Bottleneck(size=4), LoraXs(r
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: type(adapter).__name__)
 def test_losses_and_gradients_are_those_of_computing_it_again(adapter: Adapter, recompute: bool) -> None:
     model = loaded(adapter)
-    assert model.shares
+    assert model.shares_prefixes
     stack = stack_of(model, 4)
     found, expected = (
         losses_and_gradients(model, stack, collate(clients(), recompute=recompute, share=share))
@@ -131,7 +131,7 @@ def test_losses_and_gradients_are_those_of_computing_it_again(adapter: Adapter, 
 
 def test_all_weights_have_the_gradients_of_computing_it_again() -> None:
     model = loaded(Full())
-    own, stack = [clients()[0]], tree.stack([model.fresh(Key(0))])
+    own, stack = [clients()[0]], tree.stack([model.initial_params(Key(0))])
     found, expected = (losses_and_gradients(model, stack, collate(own, share=share)) for share in (True, False))
     assert tree.norm(tree.sub(found[1], expected[1])) < SINGLE * tree.norm(expected[1])
 
@@ -169,13 +169,13 @@ def test_every_architecture_gives_the_same_states(name: str) -> None:
 @pytest.mark.parametrize("short", [512, 0], ids=["plain products", "fused kernel"])
 def test_attention_and_its_gradient_are_exact(short: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SHORT", short)
-    row, generator = once(LENGTHS, SHARED), torch.Generator().manual_seed(0)
+    row, generator = shared_prefix(LENGTHS, SHARED), torch.Generator().manual_seed(0)
     sizes: list[tuple[int, ...]] = [(6, len(row.kept), 4), (2, len(row.kept), 4), (2, len(row.kept), 4)]
     q, k, v = (torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in sizes)
-    slope = torch.randn(len(row.kept), 6, 4, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(len(row.kept), 6, 4, generator=generator, dtype=torch.float64)
 
     def gradients(out: Tensor) -> list[Tensor]:
-        return [out, *torch.autograd.grad(out, (q, k, v), slope)]
+        return [out, *torch.autograd.grad(out, (q, k, v), gradient)]
 
     whole = (states.index_select(1, row.places) for states in (q, k, v))
     expected = gradients(attention._row(*whole, LENGTHS, 0.5, window)[row.kept])  # type: ignore[misc,arg-type]
@@ -194,4 +194,4 @@ UNSHARED: list[tuple[Adapter, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("adapter", "settings"), UNSHARED)
 def test_what_tells_beginnings_apart_shares_nothing(adapter: Adapter, settings: dict[str, Any]) -> None:
-    assert not loaded(adapter, **settings).shares
+    assert not loaded(adapter, **settings).shares_prefixes

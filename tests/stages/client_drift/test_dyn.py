@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fedllm.errors import ConfigError
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.client_drift.dyn import Dyn
 
-CTX = Ctx(round=0, key=Key(1), cohort=3, population=4)
+CTX = RoundContext(round=0, key=Key(1), cohort=3, population=4)
 STAGE = Dyn(alpha=0.5)
 
 
@@ -21,9 +21,9 @@ def leaf(*values):
 
 def test_a_clients_round_by_hand():
     # grad 1, h_k 3, moved by 4 from the start: 1 - 3 + 0.5 * 4 = 0; then delta 6: h_k = 3 - 0.5 * 6 = 0
-    _, scratch = STAGE.receive(leaf(10.0), {}, leaf(3.0), Local(CTX))
+    _, scratch = STAGE.receive(leaf(10.0), {}, leaf(3.0), ClientContext(CTX))
     assert float(STAGE.grads(leaf(1.0), leaf(14.0), scratch)["w"]) == 0
-    sent, memory = STAGE.encode(Update({"delta": Part(leaf(6.0))}), scratch, leaf(3.0), Local(CTX))
+    sent, memory = STAGE.encode(Update({"delta": Part(leaf(6.0))}), scratch, leaf(3.0), ClientContext(CTX))
     assert float(memory["w"]) == 0
     assert float(sent.parts["delta"].tree["w"]) == 6
 
@@ -43,8 +43,8 @@ def test_a_round_without_answers_changes_nothing():
 
 def test_leaves_without_a_delta_rest():
     memory = {**leaf(3.0), "b": torch.ones(2)}
-    _, scratch = STAGE.receive({**leaf(0.0), "b": torch.zeros(2)}, {}, memory, Local(CTX))
-    _, after = STAGE.encode(Update({"delta": Part(leaf(6.0))}), scratch, memory, Local(CTX))
+    _, scratch = STAGE.receive({**leaf(0.0), "b": torch.zeros(2)}, {}, memory, ClientContext(CTX))
+    _, after = STAGE.encode(Update({"delta": Part(leaf(6.0))}), scratch, memory, ClientContext(CTX))
     assert torch.equal(after["b"], torch.ones(2))
 
 

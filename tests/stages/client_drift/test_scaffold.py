@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.client_drift.scaffold import Scaffold
@@ -13,7 +13,7 @@ from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 from tests.papers.quadratics import CLIENTS, federate, leaves
 
-CTX = Ctx(round=0, key=Key(1), cohort=1, population=4)
+CTX = RoundContext(round=0, key=Key(1), cohort=1, population=4)
 
 
 def leaf(*values):
@@ -21,7 +21,7 @@ def leaf(*values):
 
 
 def facts(steps=2, lr_sum=0.5):
-    return Local(CTX, {"examples": 3.0, "steps": steps, "lr_sum": lr_sum})
+    return ClientContext(CTX, {"examples": 3.0, "steps": steps, "lr_sum": lr_sum})
 
 
 def test_one_round_by_hand():

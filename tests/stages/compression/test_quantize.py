@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.compression.quantize import Quantize
@@ -21,14 +21,14 @@ from fedllm.tensors import tree, wire_format
 from fedllm.tensors.wire_format import SPARSE
 from tests.papers.quadratics import distance, federate, leaves
 
-CTX = Ctx(round=0, key=Key(11), cohort=1, population=1, client="c")
+CTX = RoundContext(round=0, key=Key(11), cohort=1, population=1, client="c")
 BITS = [8, 4, 1]
 GRID_STEP = {8: 1, 4: 1, 1: 2}  # in scales: 1 bit has only -scale and +scale
 
 
 def rounded(stage, leaf, *, ctx=CTX, packing=wire_format.DENSE):
     update = Update({"delta": Part({"w": leaf}, 1.0, wire_format)})
-    sent, memory = stage.encode(update, {}, {}, Local(ctx))
+    sent, memory = stage.encode(update, {}, {}, ClientContext(ctx))
     assert memory == {}
     return sent.parts["delta"]
 
@@ -52,19 +52,21 @@ def leaf_and_block(draw):
 def test_values_lie_on_the_grid_within_one_step_and_their_codes_come_back(case, bits, index):
     leaf, block = case
     part = rounded(Quantize(bits=bits, block=block), leaf, ctx=replace(CTX, round=index))
-    made, scales = part.tree["w"], part.packing.scales["w"]
-    assert (part.packing.bits, part.packing.block) == (bits, block)
+    made, scales = part.tree["w"], part.wire_format.scales["w"]
+    assert (part.wire_format.bits, part.wire_format.block) == (bits, block)
     assert made.dtype == leaf.dtype
     top = wire_format.levels(bits)
-    torch.testing.assert_close(scales, wire_format.blocks(leaf, block).abs().amax(1) / top, rtol=0, atol=0)
+    torch.testing.assert_close(scales, wire_format.quantization_blocks(leaf, block).abs().amax(1) / top, rtol=0, atol=0)
     step = GRID_STEP[bits] * spread(part, leaf, block)
     assert bool(((made - leaf).abs() <= step * (1 + 1e-5)).all())
     codes = wire_format.codes(made, scales, block)
     assert int(codes.abs().max()) <= top
     assert torch.equal(wire_format.values(codes, scales, leaf.shape), made)
-    squeezed = wire_format.unsqueeze(wire_format.squeeze(codes.reshape(-1)[: leaf.numel()], bits), bits, leaf.numel())
-    assert torch.equal(wire_format.values(wire_format.blocks(squeezed, block), scales, leaf.shape), made)
-    arrived = serialization.unpack(serialization.pack(Update({"delta": part})))
+    squeezed = wire_format.unpack_bits(
+        wire_format.pack_bits(codes.reshape(-1)[: leaf.numel()], bits), bits, leaf.numel()
+    )
+    assert torch.equal(wire_format.values(wire_format.quantization_blocks(squeezed, block), scales, leaf.shape), made)
+    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
     assert isinstance(arrived, Update)
     assert tree.equal(arrived.parts["delta"].tree, part.tree)
 
@@ -91,7 +93,7 @@ def test_eight_bit_codes_by_hand():
     # scale = 254/127 = 2: even values are on the grid and stay, odd ones go to a neighbour
     leaf = torch.tensor([254.0, -254.0, 6.0, 0.0, 7.0])
     part = rounded(Quantize(bits=8), leaf)
-    assert part.packing.scales["w"].tolist() == [2.0]
+    assert part.wire_format.scales["w"].tolist() == [2.0]
     assert part.tree["w"][:4].tolist() == leaf[:4].tolist()
     assert float(part.tree["w"][4]) in (6.0, 8.0)
 
@@ -109,7 +111,7 @@ def test_draws_differ_by_round_client_part_and_leaf_and_repeat_with_the_same():
     stage, update = Quantize(bits=4), Update({name: Part({"u": leaf, "w": leaf}, 1.0) for name in ("delta", "control")})
 
     def made(ctx, update=update):
-        sent, _ = stage.encode(update, {}, {}, Local(ctx))
+        sent, _ = stage.encode(update, {}, {}, ClientContext(ctx))
         return {f"{name}/{key}": value for name, part in sent.parts.items() for key, value in part.tree.items()}
 
     first = made(CTX)
@@ -127,7 +129,7 @@ def test_figures_and_integers_are_exact():
         "counts": Part({"tokens": torch.tensor([12345.0, 678.0])}, 0.0),
         "votes": Part({"n": torch.tensor([1, 2, 3])}, 0.0),
     }
-    sent, _ = Quantize(bits=1).encode(Update(parts), {}, {}, Local(CTX))
+    sent, _ = Quantize(bits=1).encode(Update(parts), {}, {}, ClientContext(CTX))
     for name, part in parts.items():
         assert tree.equal(sent.parts[name].tree, part.tree)
 
@@ -135,14 +137,14 @@ def test_figures_and_integers_are_exact():
 @pytest.mark.parametrize("bits", BITS)
 def test_a_sparse_part_stays_sparse_with_its_zeros(bits):
     leaf = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
-    update, _ = TopK(fraction=0.1).encode(Update({"delta": Part({"w": leaf})}), {}, {}, Local(CTX))
+    update, _ = TopK(fraction=0.1).encode(Update({"delta": Part({"w": leaf})}), {}, {}, ClientContext(CTX))
     before = update.parts["delta"].tree["w"]
     part = rounded(Quantize(bits=bits), before, packing=SPARSE)
-    assert part.packing is SPARSE
+    assert part.wire_format is SPARSE
     assert not part.tree["w"][before == 0].any()
     if bits == 1:
         assert bool((part.tree["w"][before != 0] != 0).all())
-    arrived = serialization.unpack(serialization.pack(Update({"delta": part})))
+    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
     assert isinstance(arrived, Update)
     assert tree.equal(arrived.parts["delta"].tree, part.tree)
 
@@ -151,14 +153,14 @@ def test_a_sparse_part_stays_sparse_with_its_zeros(bits):
 def test_only_the_window_is_rounded_and_sent(bits):
     generator = torch.Generator().manual_seed(2)
     box, window = torch.randn(5, 30, generator=generator, dtype=torch.float64), ((10, 15), (0, 30))
-    leaf = wire_format.among_zeros(box, window, torch.Size([40, 30]))
-    part = rounded(Quantize(bits=bits, block=64), leaf, packing=wire_format.Packing(windows={"w": window}))
+    leaf = wire_format.write_window(box, window, torch.Size([40, 30]))
+    part = rounded(Quantize(bits=bits, block=64), leaf, packing=wire_format.WireFormat(windows={"w": window}))
     alone = rounded(Quantize(bits=bits, block=64), box)
-    assert torch.equal(wire_format.inside(part.tree["w"], window), alone.tree["w"])
+    assert torch.equal(wire_format.read_window(part.tree["w"], window), alone.tree["w"])
     assert int(part.tree["w"].count_nonzero()) == int(alone.tree["w"].count_nonzero()) > 0, "zeros elsewhere"
     sizes = [serialization.part_bytes(Update({"delta": made})) for made in (part, alone)]
     assert sizes[0] == sizes[1] == {"delta": -(-150 * bits // 8) + 8 * 3}
-    arrived = serialization.unpack(serialization.pack(Update({"delta": part})))
+    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
     assert isinstance(arrived, Update)
     assert tree.equal(arrived.parts["delta"].tree, part.tree)
 
@@ -168,7 +170,7 @@ def test_a_product_of_two_parts_is_right_in_the_mean():
     half, draws = torch.tensor([0.5, 1.0], dtype=torch.float64), 4000
     update, made = Update({"rows": Part({"w": half}, 1.0), "columns": Part({"w": half}, 0.0)}), []
     for index in range(draws):
-        sent, _ = Quantize(bits=1).encode(update, {}, {}, Local(replace(CTX, round=index)))
+        sent, _ = Quantize(bits=1).encode(update, {}, {}, ClientContext(replace(CTX, round=index)))
         made.append([sent.parts[name].tree["w"][0] for name in ("rows", "columns")])
     rows, columns = torch.tensor(made, dtype=torch.float64).T
     assert abs(float((rows * columns).mean()) - 0.25) < 5 * (1 - 0.25**2) ** 0.5 / draws**0.5
@@ -178,7 +180,7 @@ def test_a_product_of_two_parts_is_right_in_the_mean():
 def test_marks_are_exact_and_say_so():
     marks = {"w": torch.tensor([1.0, 1.0, 0.0])}
     update = Update({"holders": Part(marks, 3.0, exact=True), "other": Part(marks, 3.0)})
-    sent, _ = Quantize(bits=1).encode(update, {}, {}, Local(CTX))
+    sent, _ = Quantize(bits=1).encode(update, {}, {}, ClientContext(CTX))
     assert tree.equal(sent.parts["holders"].tree, marks)
     assert sent.parts["other"].tree["w"][2] != 0, "one bit has no zero"
 
@@ -187,7 +189,7 @@ def test_half_precision_becomes_float32_so_that_the_codes_survive():
     leaf = torch.linspace(-1, 1, 300).to(torch.bfloat16)
     part = rounded(Quantize(bits=8), leaf)
     assert part.tree["w"].dtype == torch.float32
-    arrived = serialization.unpack(serialization.pack(Update({"delta": part})))
+    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
     assert isinstance(arrived, Update)
     assert tree.equal(arrived.parts["delta"].tree, part.tree)
 
@@ -195,7 +197,7 @@ def test_half_precision_becomes_float32_so_that_the_codes_survive():
 def test_a_run_at_8_bits_stays_within_the_declared_rounding():
     plain, coarse = federate([ByExamples()], 1), federate([ByExamples(), Quantize(bits=8)], 1)
     # weighted deltas move by at most one scale each; the server divides their sum by 40 examples
-    bound = sum(float(s) for u in coarse.sent for s in u.parts["delta"].packing.scales["layer.lora_A"]) / 40
+    bound = sum(float(s) for u in coarse.sent for s in u.parts["delta"].wire_format.scales["layer.lora_A"]) / 40
     gap = float((coarse.params["layer.lora_A"] - plain.params["layer.lora_A"]).abs().max())
     assert 0 < gap <= bound * (1 + 1e-9)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedllm.errors import ConfigError
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.compression.top_k import TopK
@@ -18,7 +18,7 @@ from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 from tests.papers.quadratics import Course, Quadratic, distance, federate, leaves, one_round
 
-LOCAL = Local(Ctx(round=0, key=Key(1), cohort=1, population=1))
+LOCAL = ClientContext(RoundContext(round=0, key=Key(1), cohort=1, population=1))
 
 
 def sent(stage, delta, memory):
@@ -33,7 +33,7 @@ def test_the_largest_over_all_leaves_together_are_sent():
     assert part.tree["a"].tolist() == [3.0, 0.0]
     assert memory["b"].tolist() == [[1.0, 0.0, 2.0]]
     assert memory["a"].tolist() == [0.0, -0.5]
-    assert part.packing.sparse
+    assert part.wire_format.sparse
 
 
 def test_what_was_held_back_is_sent_when_it_has_grown():
@@ -102,9 +102,9 @@ def test_fraction_1_is_fedavg_to_the_bit():
 
 def test_the_wire_carries_positions_and_values_alone():
     part, _ = sent(TopK(fraction=0.05), {"w": torch.arange(1.0, 201.0).reshape(10, 20)}, {})
-    message = Update({"delta": Part(part.tree, 1.0, part.packing)})
+    message = Update({"delta": Part(part.tree, 1.0, part.wire_format)})
     assert serialization.part_bytes(message) == {"delta": 10 * (4 + 4)}
-    arrived = serialization.unpack(serialization.pack(message))
+    arrived = serialization.deserialize(serialization.serialize(message))
     assert isinstance(arrived, Update)
     assert tree.equal(arrived.parts["delta"].tree, part.tree)
 

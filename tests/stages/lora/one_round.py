@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fedllm.aggregators.sum import Sum
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Local, Profile
+from fedllm.messages.context import ClientContext, Profile, RoundContext
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
-from fedllm.stages.round_trip import Arrival, down, merge, up
+from fedllm.stages.round_trip import Received, broadcast_all, decode_all, encode_all
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.tensors import low_rank, tree
 from fedllm.tensors.tree import Tree
@@ -29,7 +29,7 @@ def drawn(rank: int, seed: int) -> Tree:
     found: Tree = {}
     for layer, (size_out, size_in) in LAYERS.items():
         b, a = (torch.randn(*shape, generator=generator) / 8 for shape in ((size_out, rank), (rank, size_in)))
-        found |= low_rank.named(layer, b, a)
+        found |= low_rank.layer_leaves(layer, b, a)
     return found
 
 
@@ -54,15 +54,15 @@ class Round:
         return (self.stage, self.weigher, *self.behind)
 
     def sent(self, k: int) -> Update:
-        ctx = Ctx(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=self.profile(k))
-        params, extras = down(self.trip(), self.server, self.nothing(), ctx)
-        request = serialization.unpack(serialization.pack(Request(params, extras, ctx)))
+        ctx = RoundContext(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=self.profile(k))
+        params, extras = broadcast_all(self.trip(), self.server, self.nothing(), ctx)
+        request = serialization.deserialize(serialization.serialize(Request(params, extras, ctx)))
         assert isinstance(request, Request)
-        scratch = tuple(stage.receive(request.params, {}, {}, Local(ctx))[1] for stage in self.trip())
+        scratch = tuple(stage.receive(request.params, {}, {}, ClientContext(ctx))[1] for stage in self.trip())
         delta = tree.sub(self.after[k], request.params)
-        local = Local(ctx, {"examples": self.examples[k]}, fresh=self.server)
-        arrival = Arrival(scratch, tuple(frozenset() for _ in scratch))
-        update, _ = up(self.trip(), Update({"delta": Part(delta)}), arrival, self.nothing(), local)
+        local = ClientContext(ctx, {"examples": self.examples[k]}, initial_params=self.server)
+        arrival = Received(scratch, tuple(frozenset() for _ in scratch))
+        update, _ = encode_all(self.trip(), Update({"delta": Part(delta)}), arrival, self.nothing(), local)
         return update
 
     def profile(self, k: int) -> Profile:
@@ -82,11 +82,11 @@ class Round:
 
         def call(name, requests):
             for k in (k for k in range(len(self.after)) if k not in self.lost):
-                yield str(k), serialization.unpack(serialization.pack(self.sent(k)))
+                yield str(k), serialization.deserialize(serialization.serialize(self.sent(k)))
 
         total = Sum().reduce(call, {})
-        ctx = Ctx(0, Key(0), len(self.after), len(self.after))
-        total, _ = merge(self.trip(), total, self.server, self.nothing(), ctx)
+        ctx = RoundContext(0, Key(0), len(self.after), len(self.after))
+        total, _ = decode_all(self.trip(), total, self.server, self.nothing(), ctx)
         assert total.parts.keys() - ({"shift"} if self.stage.shifts else set()) == {"delta"}
         return total
 

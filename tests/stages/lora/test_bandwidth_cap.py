@@ -24,7 +24,7 @@ from fedllm.stages.lora.prune import LoraPrune
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
-from fedllm.tensors.wire_format import Picks
+from fedllm.tensors.wire_format import IndexSelection
 from tests.experiment.test_check import of
 from tests.runs.small import command, small, write_records
 from tests.stages.lora.one_round import EXAMPLES, LAYERS, RANKS, Round, drawn, off
@@ -47,15 +47,18 @@ def capped(*bandwidths: int | None, ranks: Sequence[int] = (16,), cap: LoraCap =
     for k, rank in enumerate(ranks):
         change, held = drawn(rank, k + 1), low_rank.sliced(server, rank)
         sizes = torch.rand(rank, generator=torch.Generator().manual_seed(k))
-        after.append({n: held[n] + leaf * low_rank.along(n, sizes) for n, leaf in change.items()})
+        after.append({n: held[n] + leaf * low_rank.per_component(n, sizes) for n, leaf in change.items()})
     return Round(server, after, KEEP, EXAMPLES[: len(ranks)], (cap,), bandwidths)
 
 
 def places(part: Part) -> dict[str, set[int]]:
     """Of each factor the components that are on the wire."""
-    windows = part.packing.windows
-    assert all(isinstance(window, Picks) and window.axis == low_rank.axis(name) for name, window in windows.items())
-    return {name: set(window.places) for name, window in windows.items() if isinstance(window, Picks)}
+    windows = part.wire_format.windows
+    assert all(
+        isinstance(window, IndexSelection) and window.axis == low_rank.component_axis(name)
+        for name, window in windows.items()
+    )
+    return {name: set(window.places) for name, window in windows.items() if isinstance(window, IndexSelection)}
 
 
 def moved(round: Round, k: int = 0) -> dict[tuple[str, int], float]:
@@ -87,7 +90,7 @@ def test_the_numbers_above_are_those_of_the_layers() -> None:
 )
 def test_the_highest_precision_at_which_all_components_fit(bandwidth: int, bits: int) -> None:
     sent = capped(bandwidth).sent(0)
-    assert sent.parts["delta"].packing.bits == (None if bits == 32 else bits)
+    assert sent.parts["delta"].wire_format.bits == (None if bits == 32 else bits)
     assert all(found == set(range(16)) for found in places(sent.parts["delta"]).values())
     assert serialization.part_bytes(sent) == {"delta": WHOLE[bits], "holders": MARKS}
 
@@ -125,13 +128,13 @@ def test_what_goes_over_the_wire_is_within_the_bandwidth(bandwidth: int) -> None
     round = capped(*[bandwidth] * 3, ranks=RANKS)
     for k, rank in enumerate(RANKS):
         sent = round.sent(k)
-        data = serialization.pack(sent)
+        data = serialization.serialize(sent)
         values = len(data) - 8 - int.from_bytes(data[:8], "little")
         assert values == sum(serialization.part_bytes(sent).values()) <= bandwidth
         assert all(found <= set(range(rank)) for found in places(sent.parts["delta"]).values())
         for name, marks in sent.parts["holders"].tree.items():
             assert set(marks.nonzero().flatten().tolist()) == places(sent.parts["delta"])[name]
-        assert_same_bits(serialization.unpack(data), sent)
+        assert_same_bits(serialization.deserialize(data), sent)
 
 
 def assert_same_bits(back: serialization.Message, sent: Update) -> None:
@@ -143,8 +146,8 @@ def assert_same_bits(back: serialization.Message, sent: Update) -> None:
 def test_what_is_sent_is_rounded_by_one_step_at_most(bits: int) -> None:
     plain, few = (capped(10**9, cap=LoraCap((b,))).sent(0).parts["delta"] for b in (32, bits))
     for name, leaf in few.tree.items():
-        assert few.packing.scales[name].max() > 0
-        step = float(few.packing.scales[name].max()) * (2 if bits == 1 else 1)
+        assert few.wire_format.scales[name].max() > 0
+        step = float(few.wire_format.scales[name].max()) * (2 if bits == 1 else 1)
         assert 0 < float((leaf - plain.tree[name]).abs().max()) <= step * (1 + 1e-6)
 
 
@@ -165,13 +168,13 @@ def test_a_component_that_one_of_four_sends_keeps_its_full_value() -> None:
     for k, leaves in enumerate(after):
         mine = ("q", 5) if k == 2 else ("down", 1)
         for name in (f"{mine[0]}.lora_A", f"{mine[0]}.lora_B"):
-            leaves[name].select(low_rank.axis(name), mine[1]).mul_(1.5)
+            leaves[name].select(low_rank.component_axis(name), mine[1]).mul_(1.5)
     room = MARKS + 4 * VALUES["down"]  # one component of down, or one of q with no room for one of down
     bandwidths = [room, room, MARKS + 4 * VALUES["q"], room]
     cap = LoraCap((32,))
     found = Round(server, after, KEEP, (1, 2, 3, 4), (cap,), bandwidths).result()
     for name in ("q.lora_A", "q.lora_B"):
-        axis = low_rank.axis(name)
+        axis = low_rank.component_axis(name)
         assert off(found[name].select(axis, 5), 1.5 * server[name].select(axis, 5).double()) < 1e-6
         others = [j for j in range(16) if j != 5]
         assert torch.equal(found[name][tuple(index(axis, others))], server[name][tuple(index(axis, others))])
@@ -190,14 +193,15 @@ def test_each_component_is_the_mean_over_those_who_sent_it() -> None:
     for name, j in ((name, j) for name in found for j in range(16)):
         having = [k for k in range(3) if j in sent[k][name]]
         seen.add(len(having))
-        expected = round.server[name].select(low_rank.axis(name), j).double()
+        expected = round.server[name].select(low_rank.component_axis(name), j).double()
         if having:
             total = sum(EXAMPLES[k] for k in having)
             leaves = [
-                EXAMPLES[k] / total * round.after[k][name].select(low_rank.axis(name), j).double() for k in having
+                EXAMPLES[k] / total * round.after[k][name].select(low_rank.component_axis(name), j).double()
+                for k in having
             ]
             expected = sum(leaves, torch.zeros_like(expected))
-        assert off(found[name].select(low_rank.axis(name), j), expected) < 1e-6
+        assert off(found[name].select(low_rank.component_axis(name), j), expected) < 1e-6
     assert seen >= {0, 1, 2}
 
 

@@ -12,17 +12,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.data.splits.by import By
 from fedllm.engines import base_model_versions
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.client import Site
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ClientError
-from fedllm.events import Diagnosed, Event, Wire
+from fedllm.events import Diagnosed, Event, MessageSent
 from fedllm.experiment.checks.check import check
 from fedllm.experiment.record import Demands, Experiment, Limits
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Request
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.weights import Full
@@ -45,7 +45,7 @@ from fedllm.stages.server_optimizers.momentum import Momentum
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from tests.engines.cohort import experiment, in_pieces, write_records
 from tests.stages.lora.one_round import LAYERS, WEIGHTS, Round, a_round, drawn, off, product
 
@@ -80,7 +80,7 @@ def test_flora_is_exact_for_unequal_ranks_and_zero_padding_is_not(layer: str) ->
 def test_fedex_lora_is_exact_and_goes_on_from_the_means(layer: str, rank: int) -> None:
     round = of_rank(rank, LoraResidual())
     assert off(comes_to(round, layer), mean_of_products(round, layer)) < 1e-6
-    for name in low_rank.named(layer, *low_rank.pair(round.server, layer)):
+    for name in low_rank.layer_leaves(layer, *low_rank.pair(round.server, layer)):
         mean = sum(p * leaves[name].double() for p, leaves in zip(WEIGHTS, round.after, strict=True))
         assert off(round.result()[name], mean) < 1e-6  # type: ignore[arg-type]
 
@@ -117,10 +117,10 @@ def test_the_stack_is_as_high_as_the_ranks_together() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_two_terms_hold_in_bfloat16_what_one_loses(layer: str, size: float) -> None:
     linear = nn.Linear(*LAYERS[layer][::-1], bias=False).to(torch.bfloat16).requires_grad_(False)
-    shift = Shift({1: tree.scale(drawn(8, 1), size**0.5)})
+    shift = BaseDelta({1: tree.scale(drawn(8, 1), size**0.5)})
     exact = linear.weight.double() + 2.0 * size * product(drawn(8, 1), layer)
     mine = {name: leaf for name, leaf in shift.steps[1].items() if name.startswith(layer)}
-    found = moved({layer: linear}, [Shift(), Shift({1: mine})], 2.0)
+    found = moved({layer: linear}, [BaseDelta(), BaseDelta({1: mine})], 2.0)
     first, rest = found[f"{layer}.moved"].double(), found[f"{layer}.moved_rest"].double()
     assert found[f"{layer}.moved"].dtype == torch.bfloat16
     assert off(first + rest, exact) < 1e-5 < 1e-4 < off(first, exact)
@@ -143,7 +143,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_records(tmp_path_factory.mktemp("data") / "people.jsonl")
 
 
-def made(data: Path, stages: Sequence[Stage], *, lost: Sequence[Loss] = (), **settings) -> Experiment:
+def made(data: Path, stages: Sequence[Stage], *, lost: Sequence[ClientOutage] = (), **settings) -> Experiment:
     unequal = any(stage.unequal for stage in stages)
     federation = Shards(
         str(data), split=By("who"), heldout=0.3, profiles=PROFILES if unequal else {}, failures=tuple(lost)
@@ -176,16 +176,16 @@ def test_clients_train_on_the_weights_that_moved(method: str, data: Path, tmp_pa
     exp = replace(made(data, TRIPS[method]), rounds=2)
     result = launch.run(exp, engine=Serial(), out=tmp_path / "run")
     site = Site.of(exp, None)
-    ctx = Ctx(2, exp.key, 5, 5, client="ann", profile=exp.federation.profile("ann"))
-    request = Request(result.params, tuple({} for _ in exp.trip), ctx, result.shift)
-    moved, still = (site.answer("work", one) for one in (request, replace(request, shift=Shift())))
+    ctx = RoundContext(2, exp.key, 5, 5, client="ann", profile=exp.federation.profile("ann"))
+    request = Request(result.params, tuple({} for _ in exp.pipeline), ctx, result.shift)
+    moved, still = (site.answer("work", one) for one in (request, replace(request, base_delta=BaseDelta())))
     assert not tree.equal(moved.parts["rows"].tree, still.parts["rows"].tree)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", TRIPS)
 def test_a_run_resumes_to_the_bit(method: str, data: Path, tmp_path: Path) -> None:
     """From every round, and with clients that miss rounds, whose site has what they lack from others."""
-    exp = made(data, TRIPS[method], lost=[Loss("ann", 0), Loss("ann", 1), Loss("ben", 2)])
+    exp = made(data, TRIPS[method], lost=[ClientOutage("ann", 0), ClientOutage("ann", 1), ClientOutage("ben", 2)])
     whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole")
     assert tree.equal(effective(in_pieces(exp, tmp_path / "cut")), effective(whole))
 
@@ -195,10 +195,10 @@ def test_a_client_is_sent_what_it_has_missed(data: Path, tmp_path: Path) -> None
     sent: dict[tuple[int, str], int] = {}
 
     def note(event: Event) -> None:
-        if isinstance(event, Wire) and event.direction == "down" and event.call == "work":
+        if isinstance(event, MessageSent) and event.direction == "down" and event.call == "work":
             sent[event.round, event.client] = event.parts.get("shift", 0)
 
-    exp = made(data, TRIPS["flora"], lost=[Loss("ben", 1)], dtype="float32")
+    exp = made(data, TRIPS["flora"], lost=[ClientOutage("ben", 1)], dtype="float32")
     launch.run(exp, engine=Serial(), out=tmp_path / "run", listeners=[note])
     layers = [pair for pair in SIZES.values() for _ in range(2)]  # two decoder layers
 
@@ -222,7 +222,7 @@ def test_what_a_run_leaves_computes_as_its_clients_do(method: str, rounds: int, 
     result = launch.run(exp, engine=Serial(), out=tmp_path / "run")
     run, tokens = open_run(tmp_path / "run"), torch.tensor([[5, 9, 2, 7, 3]])
     ones = torch.ones_like(tokens)
-    shifted = run.model.shifted(result.shift)
+    shifted = run.model.with_base_delta(result.shift)
     stack = {**shifted.constants, **result.params}
     expected, _ = run.model.adapter.logits(stack, tokens, ones, None)
     folded, _ = run.model.adapter.logits(run.params, tokens, ones, None)
@@ -295,8 +295,8 @@ def test_what_cannot_be_is_refused(data: Path, stages, settings, message: str) -
 )
 def test_a_shift_that_does_not_fit_is_the_clients_failure(leaves: tree.Tree, data: Path) -> None:
     site = Site.of(made(data, TRIPS["flora"]), None)
-    ctx = Ctx(1, Key(0), 5, 5, client="ann")
-    request = Request(site.fresh, ({}, {}), ctx, Shift({1: leaves}))
+    ctx = RoundContext(1, Key(0), 5, 5, client="ann")
+    request = Request(site.fresh, ({}, {}), ctx, BaseDelta({1: leaves}))
     assert site.shift.taken(request) is request
     answer = site.answer("work", request)
     assert "version 1 of the frozen weights holds" in answer.reason  # type: ignore[union-attr]
@@ -304,12 +304,14 @@ def test_a_shift_that_does_not_fit_is_the_clients_failure(leaves: tree.Tree, dat
 
 def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bool] = []
-    monkeypatch.setattr(base_model_versions, "give_back", lambda: given.append(True))
+    monkeypatch.setattr(base_model_versions, "trim", lambda: given.append(True))
     site, layer = Site.of(made(data, TRIPS["flora"]), None), "model.layers.0.self_attn.q_proj"
-    added = Shift({1: {f"{layer}.lora_BA": torch.ones(64, 64)}})
-    requests = [Request(site.fresh, ({}, {}), Ctx(1, Key(0), 5, 5, client=name), added) for name in ("ann", "bob")]
+    added = BaseDelta({1: {f"{layer}.lora_BA": torch.ones(64, 64)}})
+    requests = [
+        Request(site.fresh, ({}, {}), RoundContext(1, Key(0), 5, 5, client=name), added) for name in ("ann", "bob")
+    ]
     waiting = [site.shift.taken(request) for request in requests]
-    assert [(request.shift.steps, request.shift.version) for request in waiting] == [({}, 1)] * 2
+    assert [(request.base_delta.steps, request.base_delta.version) for request in waiting] == [({}, 1)] * 2
     assert site.shift.model(waiting[1]) is site.shift.model(requests[0])
     assert torch.equal(site.shift.moved[0].dense(layer), torch.ones(64, 64))
     assert len(given) == 1, "memory is given back when the weights move, and not for each client"
@@ -317,14 +319,14 @@ def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path, monkey
 
 def test_a_site_that_lacks_an_earlier_version_says_so(data: Path) -> None:
     site = Site.of(made(data, TRIPS["flora"]), None)
-    request = Request(site.fresh, ({}, {}), Ctx(3, Key(0), 5, 5, client="ann"), Shift({3: {}}, after=2))
+    request = Request(site.fresh, ({}, {}), RoundContext(3, Key(0), 5, 5, client="ann"), BaseDelta({3: {}}, after=2))
     with pytest.raises(ClientError, match="adds to version 2 of the frozen weights, which is not kept here"):
         site.shift.model(request)
 
 
 def test_other_adapters_do_not_move(data: Path) -> None:
     site = Site.of(made(data, (ByExamples(),), adapter=Full()), None)
-    request = Request(site.fresh, ({},), Ctx(3, Key(0), 5, 5, client="ann"), Shift({3: {}}))
+    request = Request(site.fresh, ({},), RoundContext(3, Key(0), 5, 5, client="ann"), BaseDelta({3: {}}))
     with pytest.raises(ClientError, match="the adapter here does not move; use lora"):
         site.shift.model(request)
-    assert load(site.experiment.task).shifted(Shift()).constants == {}
+    assert load(site.experiment.task).with_base_delta(BaseDelta()).constants == {}

@@ -33,17 +33,17 @@ def test_no_b_is_nearer_to_the_mean_of_the_products(layer: str) -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_penalised_minimum_has_no_slope(layer: str) -> None:
+def test_the_penalised_minimum_has_no_gradient(layer: str) -> None:
     """d/dD of ||P - (B + D) A||^2 + lambda ||D||^2, by autograd."""
     penalty = 50.0
     round = a_round(penalty)
     found, wanted, (mean_b, mean_a) = round.result(), mean_of_products(round, layer), means(round, layer)
     step = (low_rank.pair(found, layer)[0].double() - mean_b).requires_grad_()
     distance = (wanted - (mean_b + step) @ mean_a).square().sum() + penalty * step.square().sum()
-    (slope,) = torch.autograd.grad(distance, step)
+    (gradient,) = torch.autograd.grad(distance, step)
     zero = torch.zeros_like(step, requires_grad=True)
     (before,) = torch.autograd.grad((wanted - (mean_b + zero) @ mean_a).square().sum(), zero)
-    assert float(slope.norm()) < 1e-5 * float(before.norm())
+    assert float(gradient.norm()) < 1e-5 * float(before.norm())
 
 
 @pytest.mark.parametrize("layer", LAYERS)

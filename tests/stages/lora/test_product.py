@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregators.sum import Sum
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
@@ -20,7 +20,7 @@ from fedllm.errors import CheckError, RunError
 from fedllm.experiment.checks.check import check, check_ranks
 from fedllm.experiment.record import Experiment, Limits
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.rng import Key
 from fedllm.runs import launch, server_round
 from fedllm.runs.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.lora.product import LoraProduct
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.personalization.keep import Keep
-from fedllm.stages.round_trip import merge
+from fedllm.stages.round_trip import decode_all
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
 from fedllm.stages.weighting.by_examples import ByExamples
@@ -96,9 +96,9 @@ def rounds_of(stages: Sequence[Stage], server: Tree, courses: Sequence[Sequence[
     states: Sequence[Tree] = [{} for _ in stages]
     for index, after in enumerate(courses):
         one = Round(server, after, stages[0])
-        ctx = Ctx(index, Key(0), len(after), len(after))
+        ctx = RoundContext(index, Key(0), len(after), len(after))
         total = Sum().reduce(lambda name, requests, one=one: ((str(k), one.sent(k)) for k in range(3)), {})
-        total, states = merge(stages, total, server, states, ctx)
+        total, states = decode_all(stages, total, server, states, ctx)
         server = tree.add(server, total.parts["delta"].tree)
     return server, states
 
@@ -178,7 +178,7 @@ def test_stacks_give_the_same_and_a_run_resumes(trip: str, data: Path, tmp_path:
 
 def test_a_round_that_nobody_answers_moves_nothing(data: Path, tmp_path: Path) -> None:
     """Neither the factors, which a cut would write anew, nor the optimiser's state on products."""
-    lost = tuple(Loss(who, 1) for who in ("ann", "ben", "cid", "dot", "eve"))
+    lost = tuple(ClientOutage(who, 1) for who in ("ann", "ben", "cid", "dot", "eve"))
     exp = made(data, LoraProduct(), Momentum(), ByExamples(), failures=lost)
     launch.run(exp, engine=Serial(), out=tmp_path / "run")
     saved = Checkpoints(tmp_path / "run" / "checkpoints", 9)
@@ -191,9 +191,9 @@ def test_a_round_that_nobody_answers_moves_nothing(data: Path, tmp_path: Path) -
 
 def test_an_empty_total_has_no_leaves_where_another_shape_is_sent(data: Path) -> None:
     exp = made(data, LoraProduct(), ByExamples())
-    run = server_round.start(exp, drawn(4, 0))
-    everyone = Ctx(0, exp.key, 0, 5)
-    assert server_round.empty_total(exp.trip, run, everyone).parts["delta"].tree == {}
+    run = server_round.initial_state(exp, drawn(4, 0))
+    everyone = RoundContext(0, exp.key, 0, 5)
+    assert server_round.empty_total(exp.pipeline, run, everyone).parts["delta"].tree == {}
     plain = server_round.empty_total((ByExamples(),), replace(run, states=({},)), everyone).parts["delta"].tree
     assert plain.keys() == run.params.keys()
 

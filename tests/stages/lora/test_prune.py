@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedllm.errors import CheckError, ConfigError
 from fedllm.experiment.checks.check import check
-from fedllm.messages.context import Ctx, Local, Profile
+from fedllm.messages.context import ClientContext, Profile, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.client_drift.dyn import Dyn
@@ -22,7 +22,7 @@ from fedllm.stages.compression.top_k import TopK
 from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.lora.prune import LEAST, LoraPrune
 from fedllm.stages.personalization.keep import Keep
-from fedllm.stages.round_trip import adjust, arrive, down, merge, up
+from fedllm.stages.round_trip import adjust_grads, broadcast_all, decode_all, encode_all, receive_all
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
@@ -38,8 +38,8 @@ NORMS = [
 
 def test_the_norm_of_a_product_by_hand() -> None:
     """B A = [3, 4]^T [2, 0, 0] has norm 5 x 2; a second layer of norm 24 makes sqrt(10^2 + 24^2)."""
-    one = low_rank.named("one", torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0, 0.0]]))
-    two = low_rank.named("two", 4 * torch.eye(1), 6 * torch.eye(1))
+    one = low_rank.layer_leaves("one", torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0, 0.0]]))
+    two = low_rank.layer_leaves("two", 4 * torch.eye(1), 6 * torch.eye(1))
     assert low_rank.norm(one) == 10 and low_rank.norm(one | two) == 26
 
 
@@ -51,7 +51,7 @@ def test_weights_are_the_shares_of_the_norms() -> None:
         assert round.sent(k).parts["holders"].weight == pytest.approx(norm, rel=1e-6)
     found = round.result()
     for name in found:
-        axis = low_rank.axis(name)
+        axis = low_rank.component_axis(name)
         for j in range(max(RANKS)):
             having = [k for k, rank in enumerate(RANKS) if rank > j]
             expected = sum(NORMS[k] / sum(NORMS) * round.after[k][name].select(axis, j).double() for k in having)
@@ -68,8 +68,11 @@ def test_what_a_client_lacks_is_an_exact_zero_and_is_not_sent() -> None:
     part = a_round(PLAIN).sent(0).parts["delta"]
     for name, leaf in part.tree.items():
         assert leaf.shape == drawn(16, 0)[name].shape
-        assert not leaf.narrow(low_rank.axis(name), 4, 12).any() and leaf.narrow(low_rank.axis(name), 0, 4).all()
-        assert part.packing.windows[name][low_rank.axis(name)] == (0, 4)
+        assert (
+            not leaf.narrow(low_rank.component_axis(name), 4, 12).any()
+            and leaf.narrow(low_rank.component_axis(name), 0, 4).all()
+        )
+        assert part.wire_format.windows[name][low_rank.component_axis(name)] == (0, 4)
 
 
 def test_a_client_whose_product_is_zero_still_has_a_weight() -> None:
@@ -97,12 +100,12 @@ def test_the_gradient_of_the_penalty_is_that_of_autograd(gamma: float, kept: int
     expected = torch.autograd.grad(3 * value, list(leaves.values()), materialize_grads=True)  # type: ignore[operator]
     before = tree.map_leaves(torch.clone, grads)
     found = LoraPrune(gamma, 3).grads(grads, params, {})
-    for name, slope in zip(leaves, expected, strict=True):
-        assert torch.allclose(found[name] - grads[name], slope, rtol=1e-12, atol=1e-14)
+    for name, gradient in zip(leaves, expected, strict=True):
+        assert torch.allclose(found[name] - grads[name], gradient, rtol=1e-12, atol=1e-14)
     assert tree.equal(grads, before), "the gradients of the work are not written to"
 
 
-def test_where_a_norm_is_zero_the_penalty_has_no_slope() -> None:
+def test_where_a_norm_is_zero_the_penalty_has_no_gradient() -> None:
     params, grads = wide(drawn(4, 1)), wide(drawn(4, 2))
     fresh = {name: torch.zeros_like(leaf) if name.endswith("B") else leaf for name, leaf in params.items()}
     assert tree.equal(LoraPrune(0.5, 3).grads(grads, fresh, {}), grads)
@@ -113,16 +116,18 @@ def test_where_a_norm_is_zero_the_penalty_has_no_slope() -> None:
 
 def sent(stage: LoraPrune, start: Tree, after: Tree, memory: Tree | None = None) -> tuple[Update, Tree]:
     """What a client sends that goes from `start`, which it is sent, to `after`; and its memory."""
-    ctx, memory = Ctx(0, Key(0), 1, 1, client="a"), memory or {}
-    began, scratch = stage.receive(start, {}, memory, Local(ctx))
-    return stage.encode(Update({"delta": Part(tree.sub(after, began))}), scratch, memory, Local(ctx, fresh=start))
+    ctx, memory = RoundContext(0, Key(0), 1, 1, client="a"), memory or {}
+    began, scratch = stage.receive(start, {}, memory, ClientContext(ctx))
+    return stage.encode(
+        Update({"delta": Part(tree.sub(after, began))}), scratch, memory, ClientContext(ctx, initial_params=start)
+    )
 
 
 def faded(leaves: Tree, rank: int, factor: float) -> Tree:
     """The components from `rank` on multiplied by a factor."""
     found = tree.map_leaves(torch.clone, leaves)
     for name, leaf in found.items():
-        leaf.narrow(low_rank.axis(name), rank, leaf.shape[low_rank.axis(name)] - rank).mul_(factor)
+        leaf.narrow(low_rank.component_axis(name), rank, leaf.shape[low_rank.component_axis(name)] - rank).mul_(factor)
     return found
 
 
@@ -131,7 +136,7 @@ def test_a_client_prunes_if_the_trailing_components_lose_and_then_only() -> None
     update, memory = sent(LoraPrune(0.5), start, faded(start, 8, 0.9))
     assert memory == {"rank": torch.tensor(8)}
     part, marks = update.parts["delta"], update.parts["holders"].tree
-    assert all(edges[low_rank.axis(name)] == (0, 8) for name, edges in part.packing.windows.items())
+    assert all(edges[low_rank.component_axis(name)] == (0, 8) for name, edges in part.wire_format.windows.items())
     assert all(mark.tolist() == [1] * 8 + [0] * 8 for mark in marks.values())
     assert part.weight == pytest.approx(low_rank.norm(low_rank.sliced(start, 8)), rel=1e-6), "of what is left"
     for after in (faded(start, 8, 1.1), start, faded(start, 4, 1.1), faded(start, 15, 1.1)):
@@ -141,7 +146,7 @@ def test_a_client_prunes_if_the_trailing_components_lose_and_then_only() -> None
 
 def test_the_next_round_begins_at_the_rank_that_is_left() -> None:
     start, memory = drawn(16, 1), {"rank": torch.tensor(5)}
-    params, scratch = LoraPrune().receive(start, {}, memory, Local(Ctx(1, Key(0), 1, 1)))
+    params, scratch = LoraPrune().receive(start, {}, memory, ClientContext(RoundContext(1, Key(0), 1, 1)))
     assert tree.equal(params, low_rank.sliced(start, 5)) and scratch is params
     _, after = sent(LoraPrune(0.5), start, faded(params, 3, 0.5), memory)
     assert after == {"rank": torch.tensor(3)}, "half of 5, rounded up"
@@ -158,7 +163,7 @@ def test_ranks_round_up_and_not_by_the_last_digit() -> None:
 
 def test_an_evaluation_prunes_nothing() -> None:
     scores = Update({"metrics": Part({"loss": torch.tensor(1.0)}, 0.0)})
-    assert LoraPrune().encode(scores, {}, {}, Local(Ctx(0, Key(0), 1, 1))) == (scores, {})
+    assert LoraPrune().encode(scores, {}, {}, ClientContext(RoundContext(0, Key(0), 1, 1))) == (scores, {})
 
 
 def ranks_over_rounds(stage: LoraPrune, rounds: int = 12) -> dict[str, list[int]]:
@@ -167,7 +172,7 @@ def ranks_over_rounds(stage: LoraPrune, rounds: int = 12) -> dict[str, list[int]
     shapes = {"w": (40, 24)}
     targets = {k: torch.linalg.qr(normal(generator, 40, r))[0] @ torch.linalg.qr(normal(generator, 24, r))[0].T
                for k, r in (("two", 2), ("all", 16))}  # fmt: skip
-    fresh = low_rank.named("w", torch.zeros(40, 16).double(), normal(generator, 16, 24) / 5)
+    fresh = low_rank.layer_leaves("w", torch.zeros(40, 16).double(), normal(generator, 16, 24) / 5)
     assert {n: tuple(leaf.shape) for n, leaf in fresh.items()} == {"w.lora_A": (16, 24), "w.lora_B": (40, 16)}, shapes
     stages, params = (stage, ByExamples()), fresh
     memories: dict[str, tuple[Tree, ...]] = {k: ({}, {}) for k in targets}
@@ -175,19 +180,25 @@ def ranks_over_rounds(stage: LoraPrune, rounds: int = 12) -> dict[str, list[int]
     for r in range(rounds):
         parts: dict[str, Part] = {}
         for k, target in targets.items():
-            ctx = Ctx(r, Key(0), 2, 2, client=k, profile=Profile(rank=16))
-            sent_params, extras = down(stages, params, ({}, {}), ctx)
-            start, arrival = arrive(stages, sent_params, extras, memories[k], Local(ctx, fresh=fresh))
+            ctx = RoundContext(r, Key(0), 2, 2, client=k, profile=Profile(rank=16))
+            sent_params, extras = broadcast_all(stages, params, ({}, {}), ctx)
+            start, arrival = receive_all(
+                stages, sent_params, extras, memories[k], ClientContext(ctx, initial_params=fresh)
+            )
             y = dict(start)
             for _ in range(60):
                 b, a = low_rank.pair(y, "w")
                 error = b @ a - target
-                y = tree.add(y, adjust(stages, arrival, low_rank.named("w", error @ a.T, b.T @ error), y), -0.2)
-            local = Local(ctx, {"examples": 1.0}, fresh)
-            update, memories[k] = up(stages, Update({"delta": Part(tree.sub(y, start))}), arrival, memories[k], local)
+                y = tree.add(
+                    y, adjust_grads(stages, arrival, low_rank.layer_leaves("w", error @ a.T, b.T @ error), y), -0.2
+                )
+            local = ClientContext(ctx, {"examples": 1.0}, fresh)
+            update, memories[k] = encode_all(
+                stages, Update({"delta": Part(tree.sub(y, start))}), arrival, memories[k], local
+            )
             found[k].append(int((update.parts["holders"].tree["w.lora_A"] != 0).sum()))
             parts = added(parts, update.parts)
-        total, _ = merge(stages, Update(parts), params, ({}, {}), Ctx(r, Key(0), 2, 2))
+        total, _ = decode_all(stages, Update(parts), params, ({}, {}), RoundContext(r, Key(0), 2, 2))
         params = tree.add(params, total.parts["delta"].tree)
     return found
 

@@ -12,14 +12,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fedllm.data.shards import Loss, Shards
+from fedllm.data.shards import ClientOutage, Shards
 from fedllm.data.splits.by import By
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
-from fedllm.events import Event, Wire
+from fedllm.events import Event, MessageSent
 from fedllm.experiment.checks.check import check, check_ranks
 from fedllm.experiment.record import Experiment, Limits
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.sparse_lora import SparseLora
@@ -30,7 +30,7 @@ from fedllm.runs import launch
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.export import export
 from fedllm.runs.loaded_run import open_run
-from fedllm.runs.state import Run
+from fedllm.runs.state import ServerState
 from fedllm.stages.base import Stage
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.personalization.keep import Keep
@@ -38,7 +38,7 @@ from fedllm.stages.server_optimizers.momentum import Momentum
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, sparse_mask, tree
-from fedllm.tensors.base_delta import Shift
+from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
 from tests.engines.cohort import experiment, in_pieces, write_records
 from tests.stages.lora.one_round import off
@@ -59,12 +59,12 @@ def switched(stage: SparseFirst, size: tuple[int, int] = (192, 576)) -> tuple[Te
     start, moved = (torch.randn(900, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (1, 2))
     params = {
         "w.lora_sparse": start,
-        **low_rank.named("w", torch.zeros(size_out, 8).double(), torch.ones(8, size_in).double()),
+        **low_rank.layer_leaves("w", torch.zeros(size_out, 8).double(), torch.ones(8, size_in).double()),
     }
     total = Update({"delta": Part({"w.lora_sparse": moved}, 3.0)})
-    after, _ = stage.decode(total, params, {}, Ctx(stage.rounds - 1, Key(0), 2, 2))
+    after, _ = stage.decode(total, params, {}, RoundContext(stage.rounds - 1, Key(0), 2, 2))
     left = after.parts["shift"].tree if "shift" in after.parts else {}
-    return sparse_mask.spread("w", start + moved, size), tree.add(params, after.parts["delta"].tree), left
+    return sparse_mask.scatter("w", start + moved, size), tree.add(params, after.parts["delta"].tree), left
 
 
 @pytest.mark.parametrize("size", [(192, 576), (576, 192)])
@@ -80,7 +80,7 @@ def test_the_factors_are_the_best_of_their_rank(size: tuple[int, int]) -> None:
 def test_what_the_factors_cannot_hold_joins_the_frozen_weights() -> None:
     whole, after, left = switched(SparseFirst(rounds=3))
     b, a = low_rank.pair(after, "w")
-    assert off(b @ a + Shift({3: left}).dense("w"), whole) < 1e-12
+    assert off(b @ a + BaseDelta({3: left}).dense("w"), whole) < 1e-12
     assert not after["w.lora_sparse"].any()
     assert {name: leaf.shape for name, leaf in left.items()} == {
         "w.lora_sparse": (900,),
@@ -91,10 +91,10 @@ def test_what_the_factors_cannot_hold_joins_the_frozen_weights() -> None:
 
 
 def test_another_round_is_no_switch() -> None:
-    params = {"w.lora_sparse": torch.ones(3), **low_rank.named("w", torch.zeros(4, 1), torch.ones(1, 6))}
+    params = {"w.lora_sparse": torch.ones(3), **low_rank.layer_leaves("w", torch.zeros(4, 1), torch.ones(1, 6))}
     total = Update({"delta": Part({"w.lora_sparse": torch.ones(3)}, 1.0)})
     for round in (0, 2):
-        assert SparseFirst(rounds=2).decode(total, params, {}, Ctx(round, Key(0), 1, 1)) == (total, {})
+        assert SparseFirst(rounds=2).decode(total, params, {}, RoundContext(round, Key(0), 1, 1)) == (total, {})
 
 
 # Whole runs.
@@ -107,33 +107,33 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_records(tmp_path_factory.mktemp("data") / "people.jsonl")
 
 
-def made(data: Path, stages: Sequence[Stage] = STAGES, *, lost: Sequence[Loss] = (), **settings) -> Experiment:
+def made(data: Path, stages: Sequence[Stage] = STAGES, *, lost: Sequence[ClientOutage] = (), **settings) -> Experiment:
     federation = Shards(str(data), split=By("who"), heldout=0.3, failures=tuple(lost))
     settings = {"rounds": 4, "adapter": ADAPTER, "limits": Limits(keep_last=9), **settings}
     return experiment(data, stages=tuple(stages), federation=federation, **settings)
 
 
-def logits(model: LoadedModel, run: Run) -> Tensor:
+def logits(model: LoadedModel, run: ServerState) -> Tensor:
     """As the clients compute after a round."""
-    stack = {**model.shifted(run.shift).constants, **run.params}
+    stack = {**model.with_base_delta(run.base_delta).constants, **run.params}
     return model.adapter.logits(stack, TOKENS, torch.ones_like(TOKENS), None)[0]
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Wire]]:
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[MessageSent]]:
     """A run in which one client misses the rounds about the switch, and what was sent."""
     out, events = tmp_path_factory.mktemp("runs") / "run", list[Event]()
-    lost = [Loss("ben", 1), Loss("ben", 2)]
+    lost = [ClientOutage("ben", 1), ClientOutage("ben", 2)]
     launch.run(made(data, lost=lost, dtype="float32"), engine=Serial(), out=out, listeners=[events.append])
-    return out, [event for event in events if isinstance(event, Wire) and event.call == "work"]
+    return out, [event for event in events if isinstance(event, MessageSent) and event.call == "work"]
 
 
-def parts(wires: Sequence[Wire], round: int, direction: str, client: str = "ann") -> dict[str, int]:
+def parts(wires: Sequence[MessageSent], round: int, direction: str, client: str = "ann") -> dict[str, int]:
     (found,) = (e for e in wires if (e.round, e.direction, e.client) == (round, direction, client))
     return dict(found.parts)
 
 
-def test_sparse_values_travel_first_and_factors_then(finished: tuple[Path, list[Wire]]) -> None:
+def test_sparse_values_travel_first_and_factors_then(finished: tuple[Path, list[MessageSent]]) -> None:
     _, wires = finished
     for round in (0, 1):
         assert parts(wires, round, "up")["delta"] == 4 * sum(COUNTS) == parts(wires, round, "down")["params"]
@@ -141,7 +141,7 @@ def test_sparse_values_travel_first_and_factors_then(finished: tuple[Path, list[
         assert parts(wires, round, "up")["delta"] == 4 * sum(FACTORS) == parts(wires, round, "down")["params"]
 
 
-def test_what_is_left_is_sent_once_as_values_and_factors(finished: tuple[Path, list[Wire]]) -> None:
+def test_what_is_left_is_sent_once_as_values_and_factors(finished: tuple[Path, list[MessageSent]]) -> None:
     _, wires = finished
     sent = 4 * (sum(COUNTS) + sum(FACTORS))
     assert [parts(wires, round, "down").get("shift", 0) for round in range(4)] == [0, 0, sent, 0]
@@ -166,7 +166,7 @@ def test_the_model_does_not_change_at_the_switch(data: Path, tmp_path: Path) -> 
 
 def test_a_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
     """From every round, with a client that misses the switch. Engines: tests/papers/test_presets_everywhere.py."""
-    exp = made(data, lost=[Loss("ben", 1), Loss("ben", 2)])
+    exp = made(data, lost=[ClientOutage("ben", 1), ClientOutage("ben", 2)])
     whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole")
     resumed = in_pieces(exp, tmp_path / "cut")
     assert tree.equal(dict(resumed.params), dict(whole.params))
@@ -191,7 +191,7 @@ def test_what_a_run_leaves_computes_as_its_clients_do(rounds: int, data: Path, t
 def test_a_round_without_answers_switches_to_fresh_factors(data: Path, tmp_path: Path) -> None:
     """Zeros on both sides of a product would never move."""
     clients = ("ann", "ben", "cid", "dot", "eve")
-    exp = made(data, (SparseFirst(rounds=1), ByExamples()), lost=[Loss(client, 0) for client in clients])
+    exp = made(data, (SparseFirst(rounds=1), ByExamples()), lost=[ClientOutage(client, 0) for client in clients])
     result = launch.run(exp, engine=Serial(), out=tmp_path / "run")
     assert all(bool(leaf.any()) for name, leaf in result.params.items() if low_rank.is_factor(name))
 

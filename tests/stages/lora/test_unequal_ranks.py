@@ -13,13 +13,13 @@ from torch import Tensor
 from fedllm.data.shards import Shards
 from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.remote.ray import Team
+from fedllm.engines.remote.ray import RayActors
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
 from fedllm.experiment.checks.check import check, check_ranks
 from fedllm.experiment.record import Demands, Experiment, Limits
 from fedllm.messages import serialization
-from fedllm.messages.context import Ctx, Profile
+from fedllm.messages.context import Profile, RoundContext
 from fedllm.models.adapters.weights import Full
 from fedllm.models.task import Scope
 from fedllm.rng import Key
@@ -31,7 +31,7 @@ from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.lora.prune import LoraPrune
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.personalization.keep import Keep
-from fedllm.stages.round_trip import down
+from fedllm.stages.round_trip import broadcast_all
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
@@ -135,8 +135,8 @@ def test_bytes_are_those_of_the_clients_own_ranks(stage: Stage) -> None:
         marks = held.pop("holders")
         assert sum(held.values()) == 4 * rank * sizes, "rank x (in + out) float32 a layer"
         assert marks <= 4 * 16 * 2 * len(LAYERS)
-        ctx = Ctx(0, Key(0), 3, 3, client=str(k), profile=Profile(rank=rank))
-        params, _ = down(round.trip(), round.server, ({}, {}), ctx)
+        ctx = RoundContext(0, Key(0), 3, 3, client=str(k), profile=Profile(rank=rank))
+        params, _ = broadcast_all(round.trip(), round.server, ({}, {}), ctx)
         assert tree.num_bytes(params) == 4 * rank * sizes
 
 
@@ -157,13 +157,13 @@ def energy_above(stage: Stage, rank: int = 2, rounds: int = 20) -> float:
     generator = torch.Generator().manual_seed(3)
     b, a, left, right = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 24, 40, 24))
     target = torch.linalg.qr(left)[0] @ torch.linalg.qr(right)[0].T
-    server, eye = low_rank.named("w", 0.1 * b, 0.1 * a.T), torch.eye(24).double()
+    server, eye = low_rank.layer_leaves("w", 0.1 * b, 0.1 * a.T), torch.eye(24).double()
     for _ in range(rounds):
         after = []
         for own in (rank, rank, rank, rank, 8):
             b, a = low_rank.pair(low_rank.sliced(server, own), "w")
             pulled = torch.cat([b * 2 / 3, target / 3], 1), torch.cat([a, eye])
-            after.append(low_rank.named("w", *low_rank.truncated(*pulled, own, "w")))
+            after.append(low_rank.layer_leaves("w", *low_rank.truncated(*pulled, own, "w")))
         server = Round(server, after, stage, (1,) * 5).result()
     values = torch.linalg.svdvals(product(server, "w")).square()
     return float(values[rank:].sum() / values.sum())
@@ -210,7 +210,7 @@ def test_stacks_give_the_same(method: str, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["hetlora", "haflq"])
-def test_ray_gives_the_same(method: str, data: Path, tmp_path: Path, team: Team) -> None:
+def test_ray_gives_the_same(method: str, data: Path, tmp_path: Path, team: RayActors) -> None:
     """Ranks that clients remember, and picked components; the others send what these do."""
     exp = made(data, *TRIPS[method], rounds=2)
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params

@@ -6,27 +6,27 @@ import pytest
 import torch
 
 from fedllm.errors import ConfigError
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.client_drift.scaffold import Scaffold
 from fedllm.stages.personalization.keep import Keep
-from fedllm.stages.round_trip import Arrival, down, up
+from fedllm.stages.round_trip import Received, broadcast_all, encode_all
 from fedllm.stages.server_optimizers.momentum import Momentum
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 from tests.papers.quadratics import CLIENTS, federate, leaves, optimum
 
-CTX = Ctx(round=0, key=Key(1), cohort=2, population=2)
+CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2)
 A, B = "layer.lora_A", "layer.lora_B"
 KEEP_B = Keep(("*lora_B",))
 EVERY_STAGE = (KEEP_B, Momentum(beta=0.5), Scaffold(), Prox(mu=0.1), Uniform())
 
 
 def test_kept_leaves_are_neither_sent_down_nor_up():
-    params, extras = down(EVERY_STAGE, leaves(1.0), [{}] * 5, CTX)
+    params, extras = broadcast_all(EVERY_STAGE, leaves(1.0), [{}] * 5, CTX)
     assert params.keys() == {A}
     assert extras[2].keys() == {A}
     course = federate(EVERY_STAGE, 3)
@@ -56,7 +56,7 @@ def test_each_client_reaches_its_own_optimum_on_the_kept_leaf():
 
 def test_the_first_start_is_fresh_and_memory_wins_later():
     fresh = {A: torch.zeros(2, 3), B: torch.full((3, 1), 7.0)}
-    local = Local(CTX, fresh=fresh)
+    local = ClientContext(CTX, initial_params=fresh)
     params, scratch = KEEP_B.receive({A: torch.ones(2, 3)}, {}, {}, local)
     assert torch.equal(params[B], fresh[B])
     assert torch.equal(params[A], torch.ones(2, 3))
@@ -69,7 +69,7 @@ def test_every_parameter_shaped_part_is_cleared_and_figures_stay():
     update = Update({"delta": Part({A: torch.ones(2, 3), B: torch.ones(3, 1)}),
                      "fisher": Part({A: torch.ones(2, 3), B: torch.ones(3, 1)}),
                      "metrics": Part({"loss": torch.tensor(2.0)})})  # fmt: skip
-    sent, memory = KEEP_B.encode(update, {B: torch.full((3, 1), 5.0)}, {}, Local(CTX))
+    sent, memory = KEEP_B.encode(update, {B: torch.full((3, 1), 5.0)}, {}, ClientContext(CTX))
     assert sent.parts["delta"].tree.keys() == sent.parts["fisher"].tree.keys() == {A}
     assert float(sent.parts["metrics"].tree["loss"]) == 2
     assert torch.equal(memory[B], torch.full((3, 1), 6.0))
@@ -83,7 +83,7 @@ def test_keeping_every_leaf_still_makes_rounds():
 
 def test_a_resting_kept_leaf_is_remembered():
     memory = {B: torch.ones(3, 1)}
-    _, after = KEEP_B.encode(Update({"delta": Part({A: torch.ones(2, 3)})}), memory, memory, Local(CTX))
+    _, after = KEEP_B.encode(Update({"delta": Part({A: torch.ones(2, 3)})}), memory, memory, ClientContext(CTX))
     assert torch.equal(after[B], memory[B])
 
 
@@ -95,10 +95,10 @@ def test_patterns_that_fit_nothing_are_fedavg_to_the_bit():
 
 def test_evaluation_reads_the_kept_leaves_and_changes_nothing():
     memory = {B: torch.ones(3, 1)}
-    params, scratch = KEEP_B.receive({A: torch.ones(2, 3)}, {}, memory, Local(CTX))
+    params, scratch = KEEP_B.receive({A: torch.ones(2, 3)}, {}, memory, ClientContext(CTX))
     assert params.keys() == {A, B}
     update = Update({"metrics": Part({"loss": torch.tensor(1.0)})})
-    _, (after,) = up([KEEP_B], update, Arrival((scratch,), (frozenset(params),)), [memory], Local(CTX))
+    _, (after,) = encode_all([KEEP_B], update, Received((scratch,), (frozenset(params),)), [memory], ClientContext(CTX))
     assert tree.equal(after, memory)
 
 

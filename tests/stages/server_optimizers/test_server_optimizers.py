@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedllm.errors import ConfigError
-from fedllm.messages.context import Ctx
+from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.server_optimizers.adagrad import Adagrad
@@ -19,7 +19,7 @@ from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.tensors import tree
 from tests.papers.quadratics import CLIENTS, Quadratic, federate, leaves
 
-CTX = Ctx(round=0, key=Key(1), cohort=2, population=2)
+CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2)
 
 
 def steps(stage, deltas):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedllm.aggregators.sum import Sum
-from fedllm.messages.context import Ctx, Local
+from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
-from fedllm.stages.round_trip import merge
+from fedllm.stages.round_trip import decode_all
 from fedllm.stages.server_optimizers.momentum import Momentum
 from fedllm.stages.weighting import weighted_mean
 from fedllm.stages.weighting.by_examples import ByExamples
@@ -17,13 +17,13 @@ from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 from fedllm.tensors.wire_format import SPARSE
 
-CTX = Ctx(round=0, key=Key(1), cohort=2, population=2)
+CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2)
 
 
 def update(delta, *, own=2.0):
     return Update(
         {
-            "delta": Part({"w": torch.tensor([delta])}, packing=SPARSE),
+            "delta": Part({"w": torch.tensor([delta])}, wire_format=SPARSE),
             "logits": Part({"y": torch.tensor([10.0 * delta])}, own),
             "control": Part({"c": torch.tensor([delta])}, 0.0),
         }
@@ -33,7 +33,7 @@ def update(delta, *, own=2.0):
 def decoded(stage, *clients):
     """The total of (delta, examples, own weight) clients after `decode`."""
     sent = {
-        str(k): stage.encode(update(delta, own=own), {}, {}, Local(CTX, {"examples": examples}))[0]
+        str(k): stage.encode(update(delta, own=own), {}, {}, ClientContext(CTX, {"examples": examples}))[0]
         for k, (delta, examples, own) in enumerate(clients)
     }
     total = Sum().reduce(lambda name, requests: iter(sent.items()), {})
@@ -68,20 +68,20 @@ def test_a_client_without_examples_counts_for_nothing():
 
 
 def test_the_layout_of_a_part_is_kept():
-    sent, _ = ByExamples().encode(update(1.0), {}, {}, Local(CTX, {"examples": 3.0}))
-    assert sent.parts["delta"].packing is SPARSE
+    sent, _ = ByExamples().encode(update(1.0), {}, {}, ClientContext(CTX, {"examples": 3.0}))
+    assert sent.parts["delta"].wire_format is SPARSE
 
 
 @pytest.mark.parametrize("stage", [ByExamples(), Uniform()])
 def test_an_empty_cohort_divides_nothing(stage):
     zero = {"w": torch.zeros(2, 3)}
-    total, _ = merge([Momentum(), stage], Update({"delta": Part(zero, 0.0)}), zero, [{}, {}], CTX)
+    total, _ = decode_all([Momentum(), stage], Update({"delta": Part(zero, 0.0)}), zero, [{}, {}], CTX)
     assert tree.equal(total.parts["delta"].tree, zero)
 
 
 def test_a_fixed_denominator_counts_a_lost_client_as_zero():
-    stage, drawn = Uniform("cohort"), Ctx(round=0, key=Key(1), cohort=4, population=9)
-    sent = [stage.encode(update(delta), {}, {}, Local(drawn, {"examples": 5.0}))[0] for delta in (1.0, 5.0)]
+    stage, drawn = Uniform("cohort"), RoundContext(round=0, key=Key(1), cohort=4, population=9)
+    sent = [stage.encode(update(delta), {}, {}, ClientContext(drawn, {"examples": 5.0}))[0] for delta in (1.0, 5.0)]
     metrics = [Part({"loss": torch.tensor(loss)}) for loss in (2.0, 4.0)]
     sent = [
         u.having("metrics", weighted_mean.weigh(Update({"m": m}), 1.0).parts["m"])
