@@ -1,4 +1,4 @@
-"""Every error that fedllm raises at a user, and nothing else.
+"""Every error that fedllm raises at a user, and what its sentences are made of.
 
     FedllmError(ValueError)
     |-- ConfigError        a file, key, name or value of an experiment
@@ -15,9 +15,11 @@ Each message is one sentence: what is wrong, where, and what to do.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 MOST_NAMES = 50  # that an error lists
@@ -174,3 +176,13 @@ def with_record_place(records: Sequence[Record], action: Callable[[Sequence[Reco
                     raise
                 raise DataError(f"{place}: {error}") from error
         raise
+
+
+def not_written(path: Path, error: OSError, then: str = "") -> RunError:
+    """The error of a file or folder that the disk refuses, with what would help.
+
+    `then`: what to do after that; default: nothing more than to try again.
+    """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    help = "make room on the disk" if full else "choose a place that can be written to" if not then else "mend that"
+    return RunError(f"{path} could not be written ({error.strerror or error}); {help}{then and f', then {then}'}")

@@ -1,8 +1,10 @@
-"""The cache folder: what is worked out once and can be made again at any time."""
+"""Files: the cache folder, files that are whole or absent, folders that one process at a time may use, and JSON.
+
+`fcntl` is there on Linux and macOS, and not on Windows.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedllm.errors import RunError
+from fedllm.errors import RunError, not_written
 
 
 def cache_dir() -> Path:
@@ -65,16 +67,6 @@ class atomic_folder:
 
     def _refusal(self, error: OSError) -> RunError:
         return not_written(self._final, error, self._then)
-
-
-def not_written(path: Path, error: OSError, then: str = "") -> RunError:
-    """The error of a file or folder that the disk refuses, with what would help.
-
-    `then`: what to do after that; default: nothing more than to try again.
-    """
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    help = "make room on the disk" if full else "choose a place that can be written to" if not then else "mend that"
-    return RunError(f"{path} could not be written ({error.strerror or error}); {help}{then and f', then {then}'}")
 
 
 def remove_folder(folder: Path) -> None:

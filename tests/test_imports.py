@@ -1,93 +1,50 @@
 """The import contract: which module of fedllm may import which, read from the source without running it.
 
-A module is named by its first name below `fedllm`: `fedllm.stages.prox` is `stages`; unless the list of layers names it
-with its folder, as `engines.ray`. It may import modules of its own
-layer or of a lower one. Imports inside functions and under TYPE_CHECKING count.
+The layers stand in `scripts/layout.py`, which also prints how the packages hang together. Here are the rules beside
+them, and what shows that each of them finds a fault.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib.util
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "fedllm"
 
-# Lowest first. A new module is added here, in the lowest layer that it can live in.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "places",
-        "bundle",
-        "tree",
-        "rng",
-        "errors",
-        "packing",
-        "factors",
-        "shift",
-        "sparse",
-        "tensorfile",
-        "events",
-        "cache",
-        "checksum",
-        "damage",
-        "disk",
-        "jsontext",
-        "system",
-        "ranges",
-        "data",
-        "yamltext",
-        "recent",
-        "heap",
-        "native",
-    ),
-    ("privacy", "secagg"),
-    ("update", "batch"),
-    ("stage", "work", "aggregate", "moments", "weights", "federation", "blocks", "diagnostics"),
-    ("stages", "works", "aggregators", "federations", "tasks"),
-    ("experiment",),
-    ("evaluation",),
-    (
-        *(
-            "asked",
-            "loop",
-            "advice",
-            "check",
-            "check_controls",
-            "check_shapes",
-            "client",
-            "site_shift",
-            "state",
-            "wire",
-        ),
-        "engine",
-    ),
-    ("engines",),
-    # What starts clients in another process hands it text, which is read there: `host`, and the engine that does so.
-    ("config", "catalog", "presets", "schema", "spec", "overrides", "host", "engines.ray"),
-    (
-        *("folder", "lock", "ledger", "best", "outputs", "compare", "observer", "session", "finished", "rehearsal"),
-        *("launch", "export", "inputs", "further"),
-    ),
-    ("report", "audits", "explain"),
-    ("__init__",),
-    ("console",),
-    ("cli",),
-    ("__main__",),
-)
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "fedllm_scripts_layout", Path(__file__).resolve().parent.parent / "scripts" / "layout.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
-# importer -> what it must not import, whatever the layers say. Only the `__init__` of stages may name stages.
-FORBIDDEN = {"tasks": {"federations"}, "federations": {"tasks"}, "stages": {"stages"}}
-ENTRANCES = {"cli": {"cli", "__main__"}, "console": {"console", "cli"}}  # module -> its only importers
-WITHOUT = {"privacy": {"torch"}, "secagg": {"torch", "fedllm.stages"}}  # not even through another file
+
+layout = load()
+Module, modules_of, imports_of = layout.Module, layout.modules_of, layout.imports_of
+absolute, is_inside, top_of = layout.absolute, layout.is_inside, layout.top_of
+
+# importer -> lower packages that are none of its business
+FORBIDDEN = {
+    "data": {"models"},
+    "stages": {"models"},
+    "aggregators": {"models"},
+    "training": {"privacy"},
+    "report": {"files", "tensors", "rng"},  # a page is made from the event log alone
+    "cli": {"tensors", "messages", "models", "data", "training", "stages", "aggregators", "engines"},
+}
+WITHOUT = {"privacy": {"torch"}}  # not even through another file
 
 # Optional or heavy packages: each is imported in one file, or nowhere outside of the folder named here.
 SINGLE_FILE = {"datasets", "flwr", "flwr_datasets", "nvflare", "plotly", "pyarrow", "ray"}
-SINGLE_FOLDER = {"peft": "tasks"}
-
+SINGLE_FOLDER = {"peft": "models"}
 CODE_LOADERS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {
     *("eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.serialization.load", "torch.jit.load"),
@@ -97,92 +54,30 @@ UNSAFE_CALLS = {
 UNSAFE_FLAGS = {"trust_remote_code", "allow_pickle"}
 
 
-@dataclass(frozen=True)
-class Module:
-    """One source file: dotted name, syntax tree, whether it is a package's `__init__`."""
-
-    name: str
-    source: ast.Module
-    package: bool
-
-    @property
-    def top(self) -> str:
-        """Its first name below `fedllm`."""
-        return top_of(self.name)
-
-
-def top_of(name: str) -> str:
-    """`fedllm.stages.prox` -> `stages`; `fedllm` itself -> `__init__`; what LAYERS lists with its folder -> that."""
-    _, _, inner = name.partition(".")
-    return inner if inner in RANK else inner.split(".")[0] or "__init__"
-
-
-def modules_of(sources: Mapping[str, str]) -> dict[str, Module]:
-    """Modules by dotted name, from path below the folder that holds `fedllm` -> source."""
-    found = {}
-    for path, source in sources.items():
-        parts = path.removesuffix(".py").split("/")
-        package = parts[-1] == "__init__"
-        name = ".".join(parts[:-1] if package else parts)
-        found[name] = Module(name, ast.parse(source, path), package)
-    return found
-
-
-def read_package() -> dict[str, Module]:
-    paths = sorted(PACKAGE.rglob("*.py"))
-    return modules_of({path.relative_to(PACKAGE.parent).as_posix(): path.read_text("utf-8") for path in paths})
-
-
-def imports_of(module: Module, modules: Mapping[str, Module]) -> Iterator[str]:
-    """Dotted names that a module imports; of fedllm always a module, never a name inside of one.
-
-    The version is not counted: every module may read `fedllm.__version__`.
-    """
-    nodes = list(ast.walk(module.source))
-    roots = [node for node in nodes if isinstance(node, ast.Attribute) and dotted(node.value, {}) == "fedllm"]
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name != "fedllm" or alias.asname)
-        elif isinstance(node, ast.ImportFrom):
-            base = absolute(module, node)
-            for alias in node.names:
-                inner = f"{base}.{alias.name}"
-                if inner != "fedllm.__version__":
-                    yield inner if inner in modules else base
-    for root in roots:
-        if root.attr != "__version__":
-            yield f"fedllm.{root.attr}" if f"fedllm.{root.attr}" in modules else "fedllm"
-
-
-def absolute(module: Module, node: ast.ImportFrom) -> str:
-    """The module that a `from` import names, its leading dots resolved."""
-    if not node.level:
-        return node.module or ""
-    parts = module.name.split(".")
-    kept = parts[: len(parts) - node.level + module.package]
-    return ".".join([*kept, node.module] if node.module else kept)
-
-
-def is_inside(name: str, package: str) -> bool:
-    return name == package or name.startswith(f"{package}.")
-
-
-def layer_faults(modules: Mapping[str, Module]) -> Iterator[str]:
-    """Modules without a layer, imports upwards, and pairs that must not meet."""
+def forbidden_faults(modules: Mapping[str, Module]) -> Iterator[str]:
+    """Pairs of packages that must not meet."""
     for module in modules.values():
-        if module.top not in RANK:
-            yield f"{module.name} has no layer: add '{module.top}' to LAYERS in tests/test_imports.py."
-            continue
         for target in sorted(set(imports_of(module, modules))):
-            if not is_inside(target, "fedllm") or top_of(target) not in RANK:
-                continue
-            other = top_of(target)
-            if RANK[other] > RANK[module.top]:
-                yield f"{module.name} imports {target}, which is above it."
-            if other in FORBIDDEN.get(module.top, ()) and module.name != f"fedllm.{other}":
-                yield f"{module.name} imports {target}; {module.top} must not import {other}."
-            if module.top not in ENTRANCES.get(other, {module.top}):
-                yield f"{module.name} imports {target}; only {', '.join(sorted(ENTRANCES[other]))} may."
+            if is_inside(target, "fedllm") and top_of(target) in FORBIDDEN.get(module.top, ()):
+                yield f"{module.name} imports {target}; {module.top} must not import {top_of(target)}."
+
+
+def named_by_the_catalog(modules: Mapping[str, Module]) -> set[str]:
+    """The files whose classes an experiment file names; contracts (`base`) and helpers are not among them."""
+    catalog = modules.get("fedllm.experiment.catalog")
+    if catalog is None:
+        return set()
+    tops = {"stages", "aggregators", "training"}
+    found = {name for name in imports_of(catalog, modules) if top_of(name) in tops}
+    return {name for name in found if not name.endswith(".base")}
+
+
+def sibling_faults(modules: Mapping[str, Module]) -> Iterator[str]:
+    """One idea, one file: what the catalog names does not import another such file."""
+    named = named_by_the_catalog(modules)
+    for name in sorted(named & modules.keys()):
+        for target in sorted(set(imports_of(modules[name], modules)) & named - {name}):
+            yield f"{name} imports {target}; no file that the catalog names imports another."
 
 
 def closure(start: str, modules: Mapping[str, Module]) -> set[str]:
@@ -284,101 +179,107 @@ def flags_of(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 def faults(modules: Mapping[str, Module]) -> list[str]:
     """Every sentence about a broken rule."""
-    rules = (layer_faults, purity_faults, dependency_faults, safety_faults)
+    rules = (
+        *(layout.layer_faults, forbidden_faults, sibling_faults),
+        *(purity_faults, dependency_faults, safety_faults),
+    )
     return [sentence for rule in rules for sentence in rule(modules)]
 
 
 def test_package_keeps_the_contract() -> None:
-    modules = read_package()
+    modules = layout.read_package()
     assert len(modules) > 5, "no source was found"
     assert faults(modules) == []
+    assert layout.circles(layout.arrows(modules)) == []
+    assert len(named_by_the_catalog(modules)) > 20, "the rule about siblings has nothing to look at"
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    folders = {path.parent for path in layout.PACKAGE.rglob("*.py")}
     assert sorted(str(folder) for folder in folders if not (folder / "__init__.py").exists()) == []
 
 
-def test_layers_name_each_module_once() -> None:
-    names = [name for layer in LAYERS for name in layer]
+def test_layers_name_each_package_once() -> None:
+    names = [name for layer in layout.LAYERS for name in layer]
     assert len(names) == len(set(names))
 
 
+def test_a_circle_is_found() -> None:
+    sources = {
+        "fedllm/data/a.py": "import fedllm.data.b",
+        "fedllm/data/b.py": "def f():\n    from fedllm.data import a",
+    }
+    (circle,) = layout.circles(layout.arrows(modules_of({**sources, "fedllm/data/__init__.py": ""})))
+    assert set(circle) == {"fedllm.data.a", "fedllm.data.b"}
+
+
+CATALOG = {
+    "fedllm/experiment/catalog.py": "from fedllm.stages.x.prox import Prox\nfrom fedllm.stages.x.dyn import Dyn",
+    "fedllm/stages/x/dyn.py": "",
+}
 BAD = {
     "upwards": (
-        {"fedllm/tensors/tree.py": "from fedllm import stage", "fedllm/stages/base.py": ""},
-        "fedllm.stages.base, which is above",
+        {"fedllm/tensors/tree.py": "from fedllm import stages", "fedllm/stages/__init__.py": ""},
+        "fedllm.stages, which is not below",
     ),
     "upwards inside a function": (
         {"fedllm/messages/update.py": "def f():\n    from fedllm.stages.prox import Prox"},
-        "fedllm.stages.client_drift.prox, which is above",
+        "fedllm.stages.prox, which is not below",
     ),
-    "upwards by dots": (
-        {"fedllm/stages/client_drift/prox.py": "from ..loop import run"},
-        "fedllm.runs.server_round, which is above",
+    "upwards by dots": ({"fedllm/stages/prox.py": "from ..runs import run"}, "fedllm.runs, which is not below"),
+    "upwards from a package": (
+        {"fedllm/stages/__init__.py": "from ..engines import run"},
+        "engines, which is not below",
     ),
-    "upwards from a package": ({"fedllm/stages/__init__.py": "from ..engines import run"}, "engines, which is above"),
-    "the root by attribute": (
-        {"fedllm/runs/server_round.py": "import fedllm\nfedllm.run(1)"},
-        "imports fedllm, which is above",
-    ),
-    "the root": (
-        {"fedllm/runs/server_round.py": "from fedllm import run", "fedllm/__init__.py": ""},
-        "fedllm, which is above",
-    ),
+    "beside": ({"fedllm/stages/a.py": "from fedllm.training.base import Work"}, "training.base, which is not below"),
+    "the root by attribute": ({"fedllm/runs/round.py": "import fedllm\nfedllm.run(1)"}, "imports fedllm, which"),
+    "the root": ({"fedllm/runs/round.py": "from fedllm import run", "fedllm/__init__.py": ""}, "imports fedllm, which"),
     "stage to stage": (
-        {
-            "fedllm/stages/client_drift/prox.py": "from fedllm.stages.dyn import Dyn",
-            "fedllm/stages/client_drift/dyn.py": "",
-        },
-        "stages must not import stages",
+        {**CATALOG, "fedllm/stages/x/prox.py": "from fedllm.stages.x.dyn import Dyn"},
+        "no file that the catalog names imports another",
     ),
-    "stage to stage through the package": (
-        {"fedllm/stages/client_drift/prox.py": "from fedllm.stages import Dyn", "fedllm/stages/__init__.py": ""},
-        "stages must not import stages",
+    "stage to stage by dots": (
+        {**CATALOG, "fedllm/stages/x/prox.py": "from . import dyn"},
+        "no file that the catalog names imports another",
     ),
-    "task to federation": (
-        {"fedllm/models/task.py": "import fedllm.federations.shards"},
-        "must not import federations",
+    "data to models": ({"fedllm/data/a.py": "from fedllm.models import x"}, "data must not import models"),
+    "stages to models": ({"fedllm/stages/a.py": "import fedllm.models.batch"}, "stages must not import models"),
+    "command line to tensors": (
+        {"fedllm/cli/run.py": "from fedllm.tensors import tree"},
+        "cli must not import tensors",
     ),
-    "federation to task": ({"fedllm/federations/a.py": "from fedllm.tasks import x"}, "must not import tasks"),
-    "cli": ({"fedllm/console/page.py": "import fedllm.cli.main"}, "only __main__, cli may"),
-    "console": ({"fedllm/__main__.py": "import fedllm.console"}, "only cli, console may"),
     "no layer": ({"fedllm/novelty.py": ""}, "add 'novelty' to LAYERS"),
     "torch in privacy": ({"fedllm/privacy/event.py": "import torch.nn"}, "privacy must do without"),
-    "torch in secagg through another file": (
-        {"fedllm/secagg/masks.py": "from fedllm.rng import Key", "fedllm/rng.py": "from torch import Generator"},
-        "fedllm.secagg.masks needs torch",
+    "torch in privacy through another file": (
+        {"fedllm/privacy/masks.py": "from fedllm.rng import Key", "fedllm/rng.py": "from torch import Generator"},
+        "fedllm.privacy.masks needs torch",
     ),
     "torch in privacy through its package": (
         {"fedllm/privacy/event.py": "", "fedllm/privacy/__init__.py": "from torch import Tensor"},
         "fedllm.privacy.event needs torch",
     ),
-    "stages in secagg": ({"fedllm/secagg/masks.py": "import fedllm.stages.prox"}, "needs fedllm.stages"),
     "datasets twice": (
-        {"fedllm/tasks/a.py": "import datasets", "fedllm/federations/b.py": "from datasets.x import y"},
+        {"fedllm/models/a.py": "import datasets", "fedllm/data/b.py": "from datasets.x import y"},
         "datasets is imported in 2 files",
     ),
-    "peft outside of tasks": ({"fedllm/runs/launch.py": "import peft"}, "only tasks may"),
-    "pickle": ({"fedllm/messages/serialization.py": "import pickle"}, "imports pickle"),
+    "peft outside of models": ({"fedllm/runs/launch.py": "import peft"}, "only models may"),
+    "pickle": ({"fedllm/messages/wire.py": "import pickle"}, "imports pickle"),
     "torch.load": ({"fedllm/runs/state.py": "import torch as t\nt.load(1)"}, "calls torch.load"),
     "torch.load by name": ({"fedllm/runs/state.py": "from torch import load as read\nread(1)"}, "calls torch.load"),
-    "eval": ({"fedllm/experiment/config_file.py": "eval('1')"}, "calls eval"),
-    "exec": ({"fedllm/experiment/config_file.py": "def f():\n    exec('1')"}, "calls exec"),
-    "yaml.load": ({"fedllm/experiment/config_file.py": "import yaml\nyaml.load(1)"}, "calls yaml.load"),
+    "eval": ({"fedllm/experiment/f.py": "eval('1')"}, "calls eval"),
+    "exec": ({"fedllm/experiment/f.py": "def f():\n    exec('1')"}, "calls exec"),
+    "yaml.load": ({"fedllm/experiment/f.py": "import yaml\nyaml.load(1)"}, "calls yaml.load"),
     "yaml.load with its own loader": (
-        {
-            "fedllm/experiment/config_file.py": "import yaml\nclass L(yaml.SafeLoader, yaml.Loader): ...\nyaml.load(1, Loader=L)"
-        },
+        {"fedllm/experiment/f.py": "import yaml\nclass L(yaml.SafeLoader, yaml.Loader): ...\nyaml.load(1, Loader=L)"},
         "calls yaml.load",
     ),
     "yaml.unsafe_load": (
-        {"fedllm/experiment/config_file.py": "from yaml import unsafe_load\nunsafe_load(1)"},
+        {"fedllm/experiment/f.py": "from yaml import unsafe_load\nunsafe_load(1)"},
         "yaml.unsafe_load",
     ),
-    "remote code": ({"fedllm/tasks/m.py": "load(trust_remote_code=True)"}, "sets trust_remote_code"),
-    "remote code by setting": ({"fedllm/tasks/m.py": "s = {'trust_remote_code': flag}"}, "sets trust_remote_code"),
-    "arrays with objects": ({"fedllm/tasks/m.py": "np.load(p, allow_pickle=True)"}, "sets allow_pickle"),
+    "remote code": ({"fedllm/models/m.py": "load(trust_remote_code=True)"}, "sets trust_remote_code"),
+    "remote code by setting": ({"fedllm/models/m.py": "s = {'trust_remote_code': flag}"}, "sets trust_remote_code"),
+    "arrays with objects": ({"fedllm/models/m.py": "np.load(p, allow_pickle=True)"}, "sets allow_pickle"),
 }
 
 
@@ -392,18 +293,17 @@ def test_bad_module_is_found(sources: dict[str, str], sentence: str) -> None:
 def test_good_modules_pass() -> None:
     sources = {
         "fedllm/tensors/tree.py": "import torch",
-        "fedllm/stages/base.py": "from fedllm.tree import Tree\nfrom fedllm import tree",
-        "fedllm/stages/__init__.py": "from fedllm.stages.prox import Prox",
-        "fedllm/stages/client_drift/prox.py": "from ..stage import Stage\nfrom fedllm.privacy.event import Gaussian",
+        "fedllm/stages/base.py": "from fedllm.tensors.tree import Tree\nfrom fedllm.tensors import tree",
+        "fedllm/stages/x/prox.py": "from ..base import Stage\nfrom fedllm.privacy.event import Gaussian",
         "fedllm/privacy/__init__.py": "",
         "fedllm/privacy/event.py": "import math\nfrom fedllm.privacy.accountant import Ledger",
         "fedllm/privacy/accountant.py": "from fedllm.errors import CheckError",
         "fedllm/errors.py": "",
         "fedllm/models/loaded_model.py": "import peft\nmodel.eval()\nload(trust_remote_code=False)\nyaml.safe_load(1)",
-        "fedllm/cli/main.py": "from fedllm import run\nimport fedllm.console.page",
+        "fedllm/cli/main.py": "from fedllm.runs.launch import run",
         "fedllm/__main__.py": "from fedllm.cli.main import main",
-        "fedllm/__init__.py": "from fedllm.launch import run",
-        "fedllm/runs/launch.py": "import fedllm\nfrom fedllm.loop import run\nfedllm.__version__",
-        "fedllm/experiment/config_file.py": "import yaml as y\nclass L(y.SafeLoader): ...\ny.load(1, L)\ny.load(1, y.SafeLoader)",
+        "fedllm/__init__.py": "from fedllm.runs.launch import run",
+        "fedllm/runs/launch.py": "from fedllm.runs.server_round import run_round",
+        "fedllm/experiment/f.py": "import yaml as y\nclass L(y.SafeLoader): ...\ny.load(1, L)\ny.load(1, y.SafeLoader)",
     }
     assert faults(modules_of(sources)) == []

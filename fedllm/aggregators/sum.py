@@ -1,4 +1,4 @@
-"""The plain sum."""
+"""The sum of all parts and weights; a part is added up over those who sent it. Integers stay integers."""
 
 from __future__ import annotations
 

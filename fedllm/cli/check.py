@@ -2,63 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from fedllm.aggregators.base import Aggregator
-from fedllm.evaluation.scores import Scorer, check_metrics
-from fedllm.experiment.checks.advice import advice
-from fedllm.experiment.checks.check import check, check_profiles
-from fedllm.experiment.config_file import dump, experiment_hash, find, load
-from fedllm.experiment.yaml import write_line
-from fedllm.models.static_checks import check_task
-from fedllm.runs.base_delta_cost import moving_line
-from fedllm.runs.folder import default_folder
+from fedllm.experiment.config_file import find, load
+from fedllm.runs.preview import preview
 
 
 def check_file(file: str, overrides: Sequence[str]) -> None:
     """Check the settings and the data; print the plan."""
-    experiment, path = load(file, overrides), find(file)
-    check(experiment)
-    check_metrics(experiment.evaluation)
-    check_task(experiment.task)
-    population = experiment.federation.load(experiment.key)
-    check_profiles(experiment, {client: experiment.federation.profile(client) for client in population.clients})
-    Scorer.of(experiment, population)
-    data = population.report
-    cohort = experiment.federation.sample(population.clients, 0, experiment.key.fold("cohort", 0))
-    rounds = "one round" if experiment.rounds == 1 else f"the first of {experiment.rounds} rounds"
-    settings = dump(experiment)
-    lines = [
-        ("experiment", f"{path.name}, hash {experiment_hash(experiment)[:8]}"),
-        ("model", experiment.task.model),
-        ("clients", f"{len(population.clients)}, {len(cohort)} in {rounds}"),
-        ("records", f"{sum(data.train.values())} to train on, {sum(data.heldout.values())} held out"),
-        ("server", _seen(experiment.aggregator)),
-        ("adapter", write_line(_short(settings["task"]["adapter"]))),
-        ("work", write_line(_short(settings["work"]))),
-        ("stages", write_line([_short(stage) for stage in settings["stages"]])),
-        ("folder", str(default_folder(experiment, path.stem))),
-    ]
-    moving = moving_line(experiment, cohort)
-    lines += [("frozen", moving)] if moving is not None else []
-    lines += [("warning", f"the split leaves out {data.left_out} records")] if data.left_out else []
-    lines += [("warning", text) for text in advice(experiment, population)]
-    for name, text in lines:
+    for name, text in preview(load(file, overrides), find(file)):
         print(f"{name:11} {text}")
     print("ok")
-
-
-def _short(component: Mapping[str, Any]) -> Any:
-    """A component as a file may write it: its name alone, if it has no settings."""
-    ((name, settings),) = component.items()
-    return {name: dict(settings)} if settings else name
-
-
-def _seen(aggregator: Aggregator) -> str:
-    """What the server learns of the clients' updates, in words."""
-    if aggregator.sees == "each":
-        return "works on each client's update"
-    if aggregator.secret:
-        return "learns the sum of the clients' updates, and none of them alone"
-    return "adds up the clients' updates, and could read each of them"

@@ -1,4 +1,4 @@
-"""`fedllm eval`, `export` and `report`: verbs on finished runs."""
+"""`fedllm eval`: score a finished run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from fedllm.cli import tables
-from fedllm.files import not_written, to_json_text
-from fedllm.runs.evaluate import _evaluated_as, _scores
+from fedllm.errors import not_written
+from fedllm.files import to_json_text
+from fedllm.runs.evaluate import score_run, with_evaluation
 from fedllm.runs.folder import write_whole
 from fedllm.runs.loaded_run import open_run
 
@@ -18,8 +19,8 @@ from fedllm.runs.loaded_run import open_run
 def evaluate_run(folder: Path, overrides: Sequence[str], *, best: bool) -> None:
     """Print the scores of each client and of all, and keep them in `eval.json`."""
     opened = open_run(folder, best=best)
-    experiment = _evaluated_as(opened.experiment, overrides)
-    scores = _scores(opened, experiment)
+    experiment = with_evaluation(opened.experiment, overrides)
+    scores = score_run(opened, experiment, _warn)
     names = list(scores["all"])
     rows = (
         [client, *(f"{figures[name]:.4f}" if name in figures else "" for name in names)]
@@ -31,3 +32,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str], *, best: bool) -> None:
         write_whole(folder / "eval.json", to_json_text(written, indent=2) + "\n")
     except OSError as error:
         raise not_written(folder / "eval.json", error) from error
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)

@@ -10,17 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedllm.aggregators.base import Aggregator
 from fedllm.cli import tables
-from fedllm.data.records import PACKAGED
 from fedllm.errors import ConfigError, nearest
-from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.catalog import TABLES
 from fedllm.experiment.config_file import schema
 from fedllm.experiment.methods import METHODS
-from fedllm.models.adapters.base import Adapter
-from fedllm.models.base_models.load import ALIASES
-from fedllm.stages.base import Stage
-from fedllm.training.base import Work
 
 TableRows = Iterable[tuple[str, ...]]
 
@@ -46,15 +40,15 @@ def _methods() -> TableRows:
         task += "".join(f"task.adapter.{method.adapter}.{k}: {v}; " for k, v in method.adapter_sets.items())
         task += "".join(f"task.scope.{key}: [{', '.join(value)}]; " for key, value in method.scope.items())
         stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
-        kind = NOUNS[Adapter][method.adapter] if method.adapter else None
+        kind = TABLES["adapters"][method.adapter] if method.adapter else None
         alone = "; not batchable" if kind is not None and not getattr(kind, "stackable", False) else ""
         yield name, f"{task}stages: [{stages}]; aggregator: {method.aggregator}{alone}", method.paper
 
 
-def _classes(noun: type) -> Callable[[], TableRows]:
+def _classes(what: str) -> Callable[[], TableRows]:
     def rows() -> TableRows:
-        for name, cls in NOUNS[noun].items():
-            yield name, _settings(cls), _first_line(cls.__doc__ if noun is Aggregator else _file_of(cls))
+        for name, cls in TABLES[what].items():
+            yield name, _settings(cls), _first_line(_file_of(cls))
 
     return rows
 
@@ -80,10 +74,10 @@ def _recipes() -> TableRows:
 SETTINGS = ("name", "settings", "what")
 LISTS: Mapping[str, tuple[tuple[str, ...], Callable[[], TableRows]]] = {
     "methods": (("name", "sets", "paper"), _methods),
-    "stages": (SETTINGS, _classes(Stage)),
-    "aggregators": (SETTINGS, _classes(Aggregator)),
-    "works": (SETTINGS, _classes(Work)),
-    "models": (("name", "title"), lambda: ((name, alias.title) for name, alias in ALIASES.items())),
-    "data": (("name", "what"), lambda: ((name, data.title) for name, data in PACKAGED.items())),
+    "stages": (SETTINGS, _classes("stages")),
+    "aggregators": (SETTINGS, _classes("aggregators")),
+    "works": (SETTINGS, _classes("works")),
+    "models": (("name", "title"), lambda: ((name, alias.title) for name, alias in TABLES["models"].items())),
+    "data": (("name", "what"), lambda: ((name, data.title) for name, data in TABLES["data"].items())),
     "recipes": (("name", "what"), _recipes),
 }

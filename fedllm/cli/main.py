@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedllm import __version__
 from fedllm.errors import ConfigError, FedllmError
+from fedllm.version import __version__
 
 BEGAN = time()  # of the command
 

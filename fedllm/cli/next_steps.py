@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedllm.data.records import PACKAGED
-from fedllm.data.shards import Shards
+from fedllm.experiment.catalog import TABLES
 from fedllm.experiment.record import Experiment
 
 
@@ -16,6 +15,5 @@ def next_steps(experiment: Experiment, summary: Mapping[str, Any], folder: Path)
     """A line for each: talk to the model if it was trained; use other data if these are fedllm's own."""
     if summary.get("tokens_trained"):
         yield f"Chat with the tuned model:  fedllm chat {shlex.quote(str(folder))} --compare"
-    federation = experiment.federation
-    if not isinstance(federation, Shards) or federation.data in PACKAGED:
+    if getattr(experiment.federation, "data", None) in (None, *TABLES["data"]):
         yield "Run on your own data:       fedllm init own-data"

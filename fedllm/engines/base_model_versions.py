@@ -14,8 +14,8 @@ from threading import Lock
 
 from fedllm.engines.allocator import trim
 from fedllm.engines.checksummed_files import RESUME, read_tree, written
-from fedllm.errors import ClientError, FedllmError
-from fedllm.files import not_written, write_durably
+from fedllm.errors import ClientError, FedllmError, not_written
+from fedllm.files import write_durably
 from fedllm.messages.update import Request
 from fedllm.models.adapters.base import Movable
 from fedllm.models.loaded_model import LoadedModel

@@ -68,7 +68,7 @@ class Site:
         self.talks = bool(self.experiment.aggregator.handlers())
         self.stages = self.experiment.pipeline
         self.fresh = self.model.initial_params(self.experiment.key)
-        self.scorer = Scorer.of(self.experiment, self.population)
+        self.scorer = Scorer.of(self.experiment.evaluation, self.experiment.work.max_length, self.population)
         self.examples = SizedLRUCache(self._examples, _num_tokens, MOST_TOKENS)
 
     @staticmethod

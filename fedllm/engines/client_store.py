@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedllm.engines.checksummed_files import RESUME, read_tree, written
-from fedllm.errors import RunError
-from fedllm.files import not_written, write_durably
+from fedllm.errors import RunError, not_written
+from fedllm.files import write_durably
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
 

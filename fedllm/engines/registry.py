@@ -1,16 +1,21 @@
-"""Which engine runs an experiment, and why."""
+"""The engines by name, and which of them runs an experiment.
+
+An engine is no part of an experiment: it changes speed, never results. So it is named here and not in the catalog.
+"""
 
 from __future__ import annotations
 
 from fedllm.engines.base import Engine
 from fedllm.engines.batched.engine import Batched
+from fedllm.engines.remote.ray import Ray
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, nearest
-from fedllm.experiment.catalog import NOUNS
-from fedllm.experiment.reader import ConfigReader, named
+from fedllm.experiment.reader import ConfigReader, named, settings_of
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml
 from fedllm.models.loaded_model import LoadedModel
+
+ENGINES: dict[str, type[Engine]] = {"serial": Serial, "batched": Batched, "ray": Ray}
 
 
 def choose(engine: Engine | None, experiment: Experiment, model: LoadedModel) -> tuple[Engine, str]:
@@ -43,9 +48,15 @@ def engine_of(engine: str | Engine) -> Engine | None:
         return engine
     if engine == "auto":
         return None
-    given = read_yaml(engine)
-    name = named(given, "engine")[0]
-    if name not in NOUNS[Engine]:
-        raise ConfigError(f"unknown engine '{name}'{nearest(name, ['auto', *NOUNS[Engine]])}")
-    made: Engine = ConfigReader().component(Engine, given, "engine")
+    name, given = named(read_yaml(engine), "engine")
+    if name not in ENGINES:
+        raise ConfigError(f"unknown engine '{name}'{nearest(name, ['auto', *ENGINES])}")
+    cls = ENGINES[name]
+    made: Engine = ConfigReader().record(cls, settings_of(cls, given, f"engine.{name}"), f"engine.{name}")
     return made
+
+
+def engine_name(engine: Engine) -> str:
+    """An engine's name in the table; of one from elsewhere, its class's name in lower case."""
+    cls = type(engine)
+    return next((name for name, known in ENGINES.items() if known is cls), cls.__name__.lower())

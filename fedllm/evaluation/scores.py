@@ -23,7 +23,6 @@ from fedllm.errors import ConfigError, DataError, Record, nearest, place_of, wit
 from fedllm.evaluation.record_length import Unfit, is_choice, options_of, unfit
 from fedllm.evaluation.settings import Evaluation
 from fedllm.evaluation.text_metrics import choice_score, exact_match, rouge_l
-from fedllm.experiment.record import Experiment
 from fedllm.models.batch import Example
 from fedllm.models.chat_turns import response_text
 from fedllm.models.loaded_model import LoadedModel
@@ -42,15 +41,15 @@ class Scorer:
     groups: tuple[str, ...] = ()
 
     @staticmethod
-    def of(experiment: Experiment, population: Population) -> Scorer:
-        """The scorer of an experiment.
+    def of(evaluation: Evaluation, max_length: int, population: Population) -> Scorer:
+        """The scorer of clients' held-out records, each cut to `max_length` tokens.
 
         Raises:
             DataError: a held-out record lacks the field `by`, or what a metric needs.
         """
-        if "accuracy" in experiment.evaluation.metrics:
-            _require_choices(population, experiment.evaluation.limit)
-        by, groups = experiment.evaluation.by, set()
+        if "accuracy" in evaluation.metrics:
+            _require_choices(population, evaluation.limit)
+        by, groups = evaluation.by, set()
         if by is not None:
             distinct = {id(records): (client, records) for client, records in population.heldout.items()}
             for client, records in distinct.values():
@@ -59,7 +58,7 @@ class Scorer:
                         where = place_of(record) or f"a held-out record of {client}"
                         raise DataError(f"evaluation.by: {where} has no '{by}'{nearest(by, record)}")
                     groups.add(str(record[by]))
-        return Scorer(experiment.evaluation, experiment.work.max_length, tuple(sorted(groups)))
+        return Scorer(evaluation, max_length, tuple(sorted(groups)))
 
     def sums(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> Tree:
         """Leaves `sum/METRIC` and `count/METRIC`, float64, the same names whatever the records."""

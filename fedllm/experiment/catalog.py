@@ -7,6 +7,7 @@ names what is in these tables.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.aggregators.sum import Sum
@@ -21,10 +22,6 @@ from fedllm.data.splits.iid import Iid
 from fedllm.data.splits.pathological import Pathological
 from fedllm.data.splits.shard import Shard
 from fedllm.data.splits.size_skew import SizeSkew
-from fedllm.engines.base import Engine
-from fedllm.engines.batched.engine import Batched
-from fedllm.engines.remote.ray import Ray
-from fedllm.engines.serial import Serial
 from fedllm.experiment.schedules import Schedule, Synchronous
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.bottleneck import Bottleneck
@@ -121,7 +118,16 @@ NOUNS: Mapping[type, Table] = {
     },
     Objective: {"sft": Sft, "lm": Lm},
     Schedule: {"synchronous": Synchronous},
-    Engine: {"serial": Serial, "batched": Batched, "ray": Ray},
+}
+
+# The lists of `fedllm ls`, and whatever else speaks of names.
+TABLES: Mapping[str, Mapping[str, Any]] = {
+    "stages": STAGES,
+    "aggregators": NOUNS[Aggregator],
+    "works": NOUNS[Work],
+    "adapters": NOUNS[Adapter],
+    "models": ALIASES,
+    "data": PACKAGED,
 }
 
 # Keys that may hold a path, each with the names that are none.

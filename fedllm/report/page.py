@@ -11,8 +11,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedllm.errors import not_written
 from fedllm.events import RunStarted
-from fedllm.files import not_written
 from fedllm.report import tables
 from fedllm.report.formatting import figure, labelled
 from fedllm.report.markup import Html, el, pairs

@@ -22,7 +22,6 @@ from threading import get_ident
 
 import torch
 
-import fedllm
 from fedllm.data.federation import ConcatRecords, Population
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
@@ -35,6 +34,7 @@ from fedllm.models.batch import Example
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.tensors.tree import Tree, add
 from fedllm.training.base import ClientJob, Work, run_steps
+from fedllm.version import __version__
 
 Scores = dict[str, float]
 POOLED = "pooled"
@@ -151,7 +151,7 @@ class Baselines:
 
     def _scored(self, model: LoadedModel, params: Tree) -> tuple[Scores, dict[str, Scores]]:
         """One set of parameters on all held-out records: in all, and by client."""
-        scorer = Scorer.of(self.experiment, self.population)
+        scorer = Scorer.of(self.experiment.evaluation, self.experiment.work.max_length, self.population)
         owned = {client: scorer.chosen(rows) for client, rows in self.population.heldout.items()}
         records = ConcatRecords(owned.values())
         pairs = scorer.pairs(model, params, records)
@@ -182,7 +182,7 @@ class Baselines:
         left_out = ("compare", "compare_lr", "every", "best")
         evaluation = {name: value for name, value in whole["evaluation"].items() if name not in left_out}
         kept = {name: whole[name] for name in ("task", "federation", "work", "rounds", "seed")}
-        made = {"fedllm": fedllm.__version__, **self.model.backend}
+        made = {"fedllm": __version__, **self.model.backend}
         text = json.dumps([made, what, kept, evaluation, _fingerprint(self.population), self.start], sort_keys=True)
         path = cache_dir() / "compare" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
         with suppress(OSError, ValueError):  # not there, or damaged

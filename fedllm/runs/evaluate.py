@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-from rich.console import Console
 
 from fedllm.errors import ConfigError
 from fedllm.evaluation.scores import Scorer, check_metrics
@@ -17,7 +15,7 @@ from fedllm.tensors import tree
 Figures = dict[str, float]
 
 
-def _evaluated_as(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+def with_evaluation(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """The experiment with other `evaluation` settings; a trained model has no other ones to change."""
     for change in overrides:
         if not change.startswith("evaluation."):
@@ -27,12 +25,12 @@ def _evaluated_as(experiment: Experiment, overrides: Sequence[str]) -> Experimen
     return replace(experiment, evaluation=evaluation)
 
 
-def _scores(opened: LoadedRun, experiment: Experiment) -> dict[str, Figures]:
-    """Figures by client, each with its own leaves, and of all together."""
+def score_run(opened: LoadedRun, experiment: Experiment, warn: Callable[[str], None]) -> dict[str, Figures]:
+    """Figures by client, each with its own parameters, and of all together. `warn` is told of records too long."""
     population = experiment.federation.load(experiment.key)
-    scorer = Scorer.of(experiment, population)
+    scorer = Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     for text in scorer.unfit(opened.model, population).warnings(scorer.max_length):
-        Console(stderr=True).print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
+        warn(text)
     total: tree.Tree = {}
     scores: dict[str, Figures] = {}
     for client, records in population.heldout.items():

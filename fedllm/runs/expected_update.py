@@ -110,13 +110,13 @@ def _made(question: Question, start: Tree, ctx: RoundContext) -> tuple[Update, M
 class _NoModel:
     """In place of the model of a work that takes no step."""
 
-    device, shares = "cpu", False
+    device, shares_prefixes = "cpu", False
 
     def losses(self, stack: Tree, batch: object) -> Tensor:
         """Never asked for."""
         raise NotImplementedError
 
-    def fresh(self, key: Key) -> Tree:
+    def initial_params(self, key: Key) -> Tree:
         """Never asked for."""
         raise NotImplementedError
 

@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import fedllm
 from fedllm.errors import ConfigError, RunError
 from fedllm.experiment.config_file import ABOUT, difference, dump, experiment_hash
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml, write_yaml
 from fedllm.files import sync, write_durably
+from fedllm.version import __version__
 
 Status = Literal["new", "unfinished", "finished"]
 ELSEWHERE = "choose another folder with --out"
@@ -146,7 +146,7 @@ def default_folder(experiment: Experiment, name: str, continues: Path | None = N
 def versions() -> dict[str, str]:
     """What the figures are made with."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"fedllm": fedllm.__version__, "python": platform.python_version(), **libraries}
+    return {"fedllm": __version__, "python": platform.python_version(), **libraries}
 
 
 def write_whole(path: Path, text: str) -> None:

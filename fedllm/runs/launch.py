@@ -11,11 +11,10 @@ from typing import Any
 
 from fedllm.data.federation import Population
 from fedllm.engines.base import Engine
-from fedllm.engines.registry import choose, engine_of
+from fedllm.engines.registry import choose, engine_name, engine_of
 from fedllm.errors import FedllmError, RunError, counted
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.events import DataReported, Emit, EngineChosen, Warned
-from fedllm.experiment.catalog import name_of
 from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.record import Experiment
 from fedllm.models.loaded_model import LoadedModel, load
@@ -141,22 +140,22 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
         folder.create(experiment, name, inputs=now, **more)
     else:
         _refuse_changes(plan, now)
-    engine_name = name_of(runner).replace(":", ".").rpartition(".")[2].lower()
+    kind = engine_name(runner)
     opened = _session(plan, model, population)
     with opened as session, runner.open(experiment, folder.memories, session.log) as call:
         if not new:
             session.resume(plan.listeners)
         elif plan.origin is not None:
-            session.take_over(plan.origin, plan.listeners, now, engine=engine_name, name=name)
+            session.take_over(plan.origin, plan.listeners, now, engine=kind, name=name)
         else:
-            session.begin(engine=engine_name, name=name)
-        session.log(EngineChosen(engine_name, why))
+            session.begin(engine=kind, name=name)
+        session.log(EngineChosen(kind, why))
         session.rounds(call)
         if failure := session.failure():
-            session.fail(engine_name, failure)
+            session.fail(kind, failure)
         session.adapters()
         session.comparisons()
-        session.finish(engine_name)
+        session.finish(kind)
     return Result(folder.path, folder.read_summary(), session.state.params, session.state.base_delta)
 
 
@@ -202,7 +201,7 @@ def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
     population = experiment.federation.load(experiment.key)
     profiles = {client: experiment.federation.profile(client) for client in population.clients}
     check_profiles(experiment, profiles)
-    Scorer.of(experiment, population)
+    Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     model = load(experiment.task)
     dry_run(experiment, model, profiles)
     require_positions(experiment, model, population)
@@ -251,7 +250,7 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
                 f"no record of {client} keeps a labelled token in {length} tokens; raise the work's max_length"
             )
         dropped += len(records) - kept
-    held = Scorer.of(experiment, population).unfit(model, population)
+    held = Scorer.of(experiment.evaluation, length, population).unfit(model, population)
     return replace(
         population.report,
         cut=cut,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedllm.errors import RunError
-from fedllm.files import exclusive, not_written
+from fedllm.errors import RunError, not_written
+from fedllm.files import exclusive
 from fedllm.runs.folder import ELSEWHERE, Folder
 
 REFUSED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})

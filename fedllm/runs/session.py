@@ -265,7 +265,7 @@ class RunSession:
             return Warned(f"the evaluation after round {state.round} has no figures: {reason(error)}", state.round - 1)
 
     def _evaluate(self, state: ServerState, call: Call) -> Evaluated:
-        scorer = Scorer.of(self.experiment, self.population)
+        scorer = Scorer.of(self.experiment.evaluation, self.experiment.work.max_length, self.population)
         asked = scorer.add_up((), {})
         total, clients = server_round.evaluate(state, self.experiment, self.population.clients, call, self.log, asked)
         scores = {client: scorer.figures(sums) for client, sums in clients.items()}

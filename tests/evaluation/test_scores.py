@@ -223,10 +223,18 @@ def test_a_record_that_is_no_multiple_choice_is_found_before_a_model_is_loaded()
         evaluation=Evaluation(metrics=("accuracy",), limit=6),
     )
     with pytest.raises(DataError, match=r"accuracy needs 'choices', .* which a held-out record of b has not"):
-        Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES[:5], RECORDS[0]]}))
+        Scorer.of(
+            made.evaluation, made.work.max_length, Population({}, {"a": CHOICES, "b": [*CHOICES[:5], RECORDS[0]]})
+        )
     with pytest.raises(DataError, match=r"and 'answer', one of them, which own\.csv:2 has not"):
-        Scorer.of(made, Population({}, {"a": [LocatedRecord({**CHOICES[0], "answer": 3}, "own.csv:2")]}))
-    Scorer.of(made, Population({}, {"a": CHOICES, "b": [*CHOICES, RECORDS[0]]}))  # behind the limit
+        Scorer.of(
+            made.evaluation,
+            made.work.max_length,
+            Population({}, {"a": [LocatedRecord({**CHOICES[0], "answer": 3}, "own.csv:2")]}),
+        )
+    Scorer.of(
+        made.evaluation, made.work.max_length, Population({}, {"a": CHOICES, "b": [*CHOICES, RECORDS[0]]})
+    )  # behind the limit
 
 
 def test_by_a_missing_field_is_refused() -> None:
@@ -239,6 +247,6 @@ def test_by_a_missing_field_is_refused() -> None:
     }
     population = Population({"a": RECORDS}, {"a": RECORDS})
     with pytest.raises(DataError, match=r"no 'kin'; did you mean 'kind'"):
-        Scorer.of(build(spec), population)
+        Scorer.of(build(spec).evaluation, build(spec).work.max_length, population)
     good = replace(build(spec), evaluation=Evaluation(by="kind"))
-    assert Scorer.of(good, population).groups == ("private", "shared")
+    assert Scorer.of(good.evaluation, good.work.max_length, population).groups == ("private", "shared")

@@ -78,7 +78,7 @@ def test_kept_leaves_never_cross(personal: fedllm.Result, payloads: list[bytes])
 def test_the_evaluation_uses_them(data: Path, personal: fedllm.Result) -> None:
     opened = open_run(personal.folder)
     population = opened.experiment.federation.load(opened.experiment.key)
-    scorer = Scorer.of(opened.experiment, population)
+    scorer = Scorer.of(opened.experiment.evaluation, opened.experiment.work.max_length, population)
     last = [event for event in events(personal.folder) if isinstance(event, Evaluated)][-1]
     for client in SIZES:
         params = opened.params_of(client)

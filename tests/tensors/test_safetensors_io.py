@@ -120,8 +120,10 @@ class Counted(int):
 @pytest.mark.parametrize("axes", [100, 400])
 def test_the_places_of_a_leaf_take_time_in_proportion_to_its_axes(axes: int) -> None:
     Counted.work = 0
-    layout, _, _ = layout.placed({"w": ((*map(Counted, [1] * axes), Counted(2)), (torch.float32, torch.device("cpu")))})
-    assert layout["w"][2] == (*[2] * axes, 1)
+    places, _, _ = layout.layout_of(
+        {"w": ((*map(Counted, [1] * axes), Counted(2)), (torch.float32, torch.device("cpu")))}
+    )
+    assert places["w"][2] == (*[2] * axes, 1)
     assert axes <= Counted.work <= 6 * axes  # a product of two bits for each axis: of the size, and of the strides
 
 

@@ -55,7 +55,7 @@ class Layers:
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_they_are_those_of_plain_autograd(dtype: str, passes: int, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel has written where it belongs is not copied: all but the idle leaf, and sums of several gradients."""
+    """What a kernel has written where it belongs is not copied: all but the idle leaf, and sums of several."""
     if dtype == "bfloat16" and not library().tiles:
         pytest.skip(needs_tiles.kwargs["reason"])
     generator = torch.Generator().manual_seed(0)

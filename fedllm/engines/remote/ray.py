@@ -1,10 +1,10 @@
 """Clients in Ray's processes, for simulations that outgrow one process or machine.
 
-    driver    request -> wire.pack -> bytes -->  actor    Site.answers: a stack of clients over its own base model
-              wire.unpack <- bytes <-----------           a lost actor is replaced, and its stacks are asked again
+    driver    request -> serialize -> bytes -->  actor    Site.answers: a stack of clients over its own base model
+              deserialize <- bytes <-----------           a lost actor is replaced, and its stacks are asked again
 
-What crosses is text (the experiment as `config.dump` writes it, which an actor builds anew), bytes of `messages/serialization.py`, and
-their numbers: no object of fedllm's. Ray itself pickles the calls of its own processes, these plain values and the name
+What crosses is text (the experiment as `config_file.dump` writes it, which an actor builds anew), bytes of
+`messages/serialization.py`, and their numbers: no object of fedllm's. Ray itself pickles the calls of its own processes, these plain values and the name
 of the actor's class included, and whoever can reach a Ray cluster can run code on it. It is for machines of one owner,
 not for parties that do not trust each other.
 
