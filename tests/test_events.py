@@ -20,6 +20,7 @@ import fedllm
 from fedllm import events
 from fedllm.errors import RunError
 from fedllm.events import KINDS, CheckpointSaved, Event, Resumed, RoundStarted, Warned, from_json, read, to_json
+from fedllm.runs import event_log
 from fedllm.runs.event_log import Log
 
 NUMBERS = st.one_of(st.integers(-(2**60), 2**60), st.floats(allow_nan=False))
@@ -122,7 +123,7 @@ def test_log_without_a_file_tells_its_listeners() -> None:
     assert heard == [Resumed(1), Resumed(1)]
 
 
-LONG = json.dumps({"at": 1.0, "event": "warned", "text": "x" * (events.BLOCK + 7)})
+LONG = json.dumps({"at": 1.0, "event": "warned", "text": "x" * (event_log.BLOCK + 7)})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """One client after another in this process: the reference that every other engine must equal.
 
-The base model is loaded once. Requests and updates pass through `messages/serialization.py`, so that bytes are counted as
-they would be sent. One intra-op thread: its bits do not depend on the number of cores.
+The base model is loaded once. Requests and updates pass through `messages/serialization.py`, so that bytes are
+counted as they would be sent. One intra-op thread: its bits do not depend on the number of cores.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
               deserialize <- bytes <-----------           a lost actor is replaced, and its stacks are asked again
 
 What crosses is text (the experiment as `config_file.dump` writes it, which an actor builds anew), bytes of
-`messages/serialization.py`, and their numbers: no object of fedllm's. Ray itself pickles the calls of its own processes, these plain values and the name
-of the actor's class included, and whoever can reach a Ray cluster can run code on it. It is for machines of one owner,
-not for parties that do not trust each other.
+`messages/serialization.py`, and their numbers: no object of fedllm's. Ray itself pickles the calls of its own
+processes, these plain values and the name of the actor's class included, and whoever can reach a Ray cluster can run
+code on it. It is for machines of one owner, not for parties that do not trust each other.
 
 All calls to a client in a round reach the same actor, where its session is. Its memories are files in the run's folder,
 which all nodes must share; they have versions, so that a client that is asked again answers with the same bits.
