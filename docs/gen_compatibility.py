@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedllm.errors import CheckError
 from fedllm.experiment import config_file
 from fedllm.experiment.catalog import NOUNS, name_of
-from fedllm.experiment.checks.check import check, check_ranks
+from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.methods import METHODS
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import Profile
+from fedllm.messages.traits import Bracket
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
-from fedllm.stages.base import Bracket, Stage
+from fedllm.stages.base import Stage
 from fedllm.stages.client_drift.dyn import Dyn
 from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.client_drift.scaffold import Scaffold
@@ -101,14 +102,14 @@ def weighed(experiment: Experiment, partner: Stage) -> Experiment:
     """The experiment, all clients weighing the same beside a partner whose preset has it so."""
     if not isinstance(partner, EQUAL_WEIGHTS):
         return experiment
-    equal = (Uniform() if stage.bracket is Bracket.WEIGH else stage for stage in experiment.stages)
+    equal = (Uniform() if stage.traits.bracket is Bracket.WEIGH else stage for stage in experiment.stages)
     return replace(experiment, stages=tuple(equal))
 
 
 def placed(stages: Sequence[Stage], partner: Stage) -> Iterator[tuple[Stage, ...]]:
     """A list of stages with one more, at each place of its bracket, the outermost first."""
-    first = sum(stage.bracket < partner.bracket for stage in stages)
-    last = sum(stage.bracket <= partner.bracket for stage in stages)
+    first = sum(stage.traits.bracket < partner.traits.bracket for stage in stages)
+    last = sum(stage.traits.bracket <= partner.traits.bracket for stage in stages)
     for place in range(first, last + 1):
         yield (*stages[:place], partner, *stages[place:])
 
@@ -116,7 +117,7 @@ def placed(stages: Sequence[Stage], partner: Stage) -> Iterator[tuple[Stage, ...
 def _with_ranks(experiment: Experiment) -> Cell:
     try:
         check(experiment)
-        check_ranks(experiment, PROFILES)
+        check_profiles(experiment, PROFILES)
     except CheckError as error:
         return Cell(reason=str(error))
     return Cell(experiment)

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from fnmatch import fnmatch
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import typer
@@ -24,6 +26,8 @@ from fedllm.experiment.checks.check import check
 from fedllm.experiment.methods import METHODS
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml
+from fedllm.messages import traits
+from fedllm.messages.traits import Bracket, Fact, Traits
 from fedllm.stages.base import Stage
 from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.compression.quantize import Quantize
@@ -32,12 +36,14 @@ from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.tensors import tree
+from tests.conformance.table import CASES
 from tests.papers.quadratics import federate, leaves
 from tests.test_docs import ROOT, load, reference
 from tests.test_docs_run import fragment
 
 DOCS = ROOT / "docs"
 pages = load(DOCS / "gen_settings.py")
+gen_traits = load(DOCS / "gen_traits.py")
 
 
 def rows(page: str, heading: str = "") -> list[list[str]]:
@@ -131,14 +137,40 @@ def test_methods_and_their_settings_are_those_of_the_catalog() -> None:
 WEIGHERS = ("by_examples", "uniform")
 
 
-def test_hooks_and_declarations_are_those_of_a_stage() -> None:
+def test_hooks_are_those_of_a_stage() -> None:
     methods = [name for name, value in vars(Stage).items() if callable(value) and not name.startswith("_")]
-    hooks = [name for name in methods if name != "moves"]
+    hooks = [name for name in methods if name != "trains_in_round"]
     assert [code(row[0])[0] for row in rows("how-to/write-a-stage.md", "The five hooks")] == hooks
-    listed = [name for row in rows("how-to/write-a-stage.md", "What it declares") for name in code(row[0])]
-    declared = [name for name in get_type_hints(Stage) if not name.startswith("_")]
-    properties = [name for name, value in vars(Stage).items() if isinstance(value, property)]
-    assert sorted(listed) == sorted([*declared, *properties, "moves"])
+
+
+def declarations(heading: str) -> list[list[str]]:
+    """The rows of one table of the page on stages, as the site has it."""
+    page = gen_traits.filled((DOCS / "how-to/write-a-stage.md").read_text("utf-8"))
+    section = re.split(rf"^\| {heading} \|.*\n\|[-| ]+\|\n", page, flags=re.MULTILINE)[1].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in section.splitlines()]
+
+
+def test_the_tables_of_declarations_hold_every_field_bracket_and_fact() -> None:
+    assert [name for row in declarations("field") for name in code(row[0])[:1]] == [f.name for f in fields(Traits)]
+    for heading, members in (("bracket", Bracket), ("fact", Fact)):
+        listed = declarations(heading)
+        assert [code(row[0])[0] for row in listed] == [member.name for member in members]
+        assert all(len(row[1]) > 15 for row in listed), "each member has a comment"
+    for row in declarations("name"):
+        named, *parts = code(row[0]) + code(row[2])
+        assert getattr(traits, named) == reduce(or_, (Fact[part] for part in parts))
+
+
+def test_the_table_of_facts_names_who_says_each() -> None:
+    table = {Fact[code(row[0])[0]]: row for row in declarations("fact")}
+    for name, case in CASES.items():
+        said = case.stage.traits
+        for fact, row in table.items():
+            assert (name in code(row[2])) >= (fact in said.needs | said.gives), (name, fact)
+            assert (name in code(row[3])) >= (fact in said.loses), (name, fact)
+    assert code(table[Fact.DIFFERENCE][3]) == ["lora_product"] and "(form: product)" in table[Fact.DIFFERENCE][3]
+    assert code(table[Fact.FIXED_BASIS][3]) == ["lora_stack", "lora_product", "lora_svd", "lora_merge"]
+    assert code(table[Fact.WRITABLE_BASE][3]) == ["task.quantize"]
 
 
 def paper_rows() -> list[list[str]]:

@@ -18,6 +18,7 @@ from fedllm.experiment.catalog import NOUNS
 from fedllm.experiment.methods import METHODS
 from fedllm.experiment.overrides import overridden
 from fedllm.experiment.record import Experiment
+from fedllm.messages.traits import Fact
 from fedllm.models.task import Task
 
 KEY = re.compile(
@@ -100,8 +101,8 @@ def test_an_unknown_engine_lists_auto_as_well() -> None:
 
 
 def test_what_demands_secrecy_is_told_that_nothing_hides_updates() -> None:
-    """The sentence is in `check.NO_SECRECY`; it is to be changed by whoever adds an aggregator that hides them."""
-    assert not any(cls.secret for cls in NOUNS[Aggregator].values())
+    """The sentence is in `rules.NO_SECRECY`; it is to be changed by whoever adds an aggregator that hides them."""
+    assert all(Fact.HIDDEN in cls().traits.loses for cls in NOUNS[Aggregator].values())
 
 
 def test_the_nearest_of_equal_spellings_is_the_one_that_means_the_same() -> None:

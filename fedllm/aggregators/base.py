@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from fedllm.messages.call import Call
 from fedllm.messages.context import RoundContext
+from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Request, Update
-
-Sees = Literal["sum", "each"]
 
 
 @dataclass
@@ -30,11 +29,13 @@ Handler = Callable[[Request, ClientSession], Update]
 
 @dataclass(frozen=True)
 class Aggregator:
-    """`sees` says what the method is given: the "sum", or "each" update."""
+    """A frozen dataclass of settings."""
 
-    sees: ClassVar[Sees] = "sum"
-    secret: ClassVar[bool] = False  # hides each update from the server
-    needs_integers: ClassVar[bool] = False
+    @property
+    def traits(self) -> Traits:
+        """What it declares, for `check`: by default that the server can read the update of each client. One that hides
+        them sets `traits` to what it needs for that, as `Traits(needs=Fact.INTEGERS)`."""
+        return Traits(loses=Fact.HIDDEN)
 
     def handlers(self) -> Mapping[str, Handler]:
         """Further calls that a client answers, by name."""

@@ -16,6 +16,7 @@ from fedllm.engines.allocator import trim
 from fedllm.engines.checksummed_files import RESUME, read_tree, written
 from fedllm.errors import ClientError, FedllmError, not_written
 from fedllm.files import write_durably
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Request
 from fedllm.models.adapters.base import Movable
 from fedllm.models.loaded_model import LoadedModel
@@ -137,7 +138,8 @@ class BaseModelVersions:
         """Bytes that moving takes at most beside the training: what is kept here and on the server, messages on their
         way, and the moved weights."""
         model = self.base
-        if not any(stage.shifts for stage in stages) or not isinstance(model.adapter, Movable):
+        moves = any(Fact.WRITABLE_BASE in stage.traits.needs for stage in stages)
+        if not moves or not isinstance(model.adapter, Movable):
             return 0
         return COPIES * 4 * model.adapter.num_movable
 

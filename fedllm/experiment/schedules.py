@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedllm.messages.traits import Traits
+
 
 class Schedule:
     """Who talks when. A frozen dataclass of settings."""
+
+    @property
+    def traits(self) -> Traits:
+        """What it declares, for `check`: by default that nothing is lost, as where all clients of a round get the same
+        parameters from one server."""
+        return Traits()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from fedllm.errors import config_name, counted
 from fedllm.experiment.record import Experiment
+from fedllm.messages.traits import Fact
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.sparse_lora import SparseLora
 from fedllm.models.adapters.targets import targeted
@@ -29,7 +30,8 @@ def moving_line(experiment: Experiment, cohort: Sequence[str]) -> str | None:
         ConfigError: the adapter's targets fit no layer.
     """
     adapter, task = experiment.task.adapter, experiment.task
-    if not any(stage.shifts for stage in experiment.pipeline) or not isinstance(adapter, Lora):
+    moves = any(Fact.WRITABLE_BASE in stage.traits.needs for stage in experiment.pipeline)
+    if not moves or not isinstance(adapter, Lora):
         return None
     ranks = [experiment.federation.profile(client).rank or adapter.rank for client in cohort]
     once = isinstance(adapter, SparseLora)

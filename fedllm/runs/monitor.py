@@ -11,6 +11,7 @@ from fedllm.evaluation.diagnostics.cohort import CohortStatistics
 from fedllm.evaluation.settings import Diagnostics
 from fedllm.events import Event, RoundFinished, Warned
 from fedllm.experiment.record import Experiment
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Request, Update
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.loaded_model import LoadedModel
@@ -42,16 +43,16 @@ class RoundMonitor:
         if settings is None:
             return None
         rank, scale = (adapter.rank, adapter.scale) if isinstance(adapter, Lora) else (None, 1.0)
-        hidden = experiment.demands.secrecy or experiment.aggregator.secret
+        hidden = experiment.demands.secrecy or Fact.HIDDEN not in experiment.aggregator.traits.loses
         ranks = [experiment.federation.profile(client).rank for client in clients]
         return RoundMonitor(
             settings=settings,
-            shown=not (hidden or any(stage.integers for stage in experiment.pipeline)),
+            shown=not (hidden or any(Fact.INTEGERS in stage.traits.gives for stage in experiment.pipeline)),
             alarms=Alarms(settings),
             constants=tree.to(model.with_constants(experiment.key).constants, "cpu"),
             scale=scale,
             smallest=min((own for own in ranks if own is not None and rank is not None and own < rank), default=None),
-            fixed=any(stage.fixed_denominator for stage in experiment.pipeline),
+            fixed=any(Fact.ANSWERED in stage.traits.loses for stage in experiment.pipeline),
         )
 
     def cohort(self) -> CohortStatistics | None:

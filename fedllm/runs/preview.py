@@ -13,6 +13,7 @@ from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.config_file import dump, experiment_hash
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import write_line
+from fedllm.messages.traits import Fact
 from fedllm.models.static_checks import check_task
 from fedllm.runs.base_delta_cost import moving_line
 from fedllm.runs.folder import default_folder
@@ -63,8 +64,6 @@ def _short(component: Mapping[str, Any]) -> Any:
 
 def _seen(aggregator: Aggregator) -> str:
     """What the server learns of the clients' updates, in words."""
-    if aggregator.sees == "each":
-        return "works on each client's update"
-    if aggregator.secret:
+    if Fact.HIDDEN not in aggregator.traits.loses:
         return "learns the sum of the clients' updates, and none of them alone"
-    return "adds up the clients' updates, and could read each of them"
+    return "combines the clients' updates, and could read each of them"

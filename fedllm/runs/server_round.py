@@ -12,6 +12,7 @@ from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call, Replies
 from fedllm.messages.context import RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Asked, Failure, Part, Request, Update
 from fedllm.runs.expected_update import asked
 from fedllm.runs.state import ServerState
@@ -176,7 +177,7 @@ def requests_for(
 
 def empty_total(stages: Sequence[Stage], run: ServerState, everyone: RoundContext) -> Update:
     """A zero delta of weight 0 in the shape of the broadcast; without leaves where clients send another shape."""
-    if any(stage.reshapes for stage in stages):
+    if any(Fact.SHAPE in stage.traits.loses for stage in stages):
         return Update({"delta": Part({}, 0.0)})
     params, _ = broadcast_all(stages, run.params, run.states, everyone)
     return Update({"delta": Part(tree.zeros_like(params), 0.0)})

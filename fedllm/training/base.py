@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example, collate
 from fedllm.rng import Key
@@ -68,9 +69,13 @@ class Work:
     """
 
     batchable: ClassVar[bool] = True
-    makes: ClassVar[frozenset[str]] = frozenset({"delta", "metrics", "counts"})
     max_length: int
     lr: float
+
+    @property
+    def traits(self) -> Traits:
+        """What it declares, for `check`: the parts of its updates. A work without gradients loses `Fact.GRADIENTS`."""
+        return Traits(makes=frozenset({"delta", "metrics", "counts"}))
 
     @property
     def rule(self) -> str:

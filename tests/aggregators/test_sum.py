@@ -16,6 +16,7 @@ from fedllm.aggregators.sum import Sum
 from fedllm.errors import ClientError
 from fedllm.messages.call import Call
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.round_trip import Received, decode_all, encode_all
@@ -162,4 +163,4 @@ def test_defaults_of_an_aggregator() -> None:
     assert plain.handlers() == {} and plain.seal(update, ClientSession(CTX)) is update
     with pytest.raises(NotImplementedError):
         plain.reduce(answering([]), {})
-    assert (Sum.sees, Sum.secret, Sum.needs_integers) == ("sum", False, False)
+    assert Sum().traits == Traits(loses=Fact.HIDDEN)

@@ -149,7 +149,7 @@ def test_check_says_what_would_happen_and_writes_nothing(here: Path, capsys: Cap
     assert lines["model"] == "tiny-llama"
     told = [f"{key}={lines[key.rpartition('.')[2]]}" for key in ("task.adapter", "work", "stages")]
     assert override(small("people.jsonl"), told) == small("people.jsonl"), "settings are YAML that an override takes"
-    assert lines["server"] == "adds up the clients' updates, and could read each of them"
+    assert lines["server"] == "combines the clients' updates, and could read each of them"
     assert lines["clients"].startswith("3, ")
     experiment = small("people.jsonl", federation__shards__sampling={"poisson": {"rate": 0.5}})
     cohort = experiment.federation.sample(("ann", "ben", "cid"), 0, experiment.key.fold("cohort", 0))

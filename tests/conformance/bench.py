@@ -24,6 +24,7 @@ from fedllm.evaluation.settings import Evaluation
 from fedllm.experiment.catalog import NOUNS
 from fedllm.experiment.record import Experiment, Limits
 from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Update
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
@@ -78,7 +79,7 @@ class Bench:
 
     def of(self, stage: Stage) -> Bench:
         """The bench with the adapter that a stage works on."""
-        kind = stage.of_adapter
+        kind = stage.traits.adapter
         if kind is None:
             return self
         if kind not in self.others:
@@ -95,7 +96,9 @@ class Bench:
             pairs = [(who, i) for who, count in sizes for i in range(count)]
             rows = [{"who": who, "prompt": f"{who} {i}?", "response": f"{i * i}!"} for who, i in pairs]
             data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        profiles = {"*": Profile(bandwidth=BANDWIDTH)} if any(stage.caps for stage in stages) else {}
+        profiles = (
+            {"*": Profile(bandwidth=BANDWIDTH)} if any(Fact.FITTED in stage.traits.gives for stage in stages) else {}
+        )
         failures = tuple(ClientOutage(who, round) for round in lost for who, _ in sizes)
         return Experiment(
             task=self.task,

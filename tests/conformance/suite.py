@@ -13,6 +13,7 @@ from fedllm.experiment.config_file import dump, experiment_hash
 from fedllm.experiment.reader import ConfigReader
 from fedllm.messages import serialization
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.round_trip import decode_all, encode_all
@@ -137,12 +138,12 @@ def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
     """The parts beyond the work's own are those that it declares, and its own decode removes them."""
     site, prepared = bench.visit(case.trip())
     sent, _ = sent_by(site, prepared)
-    makes = {part for stage in site.stages for part in stage.makes}
-    assert sent.parts.keys() - site.experiment.work.makes == makes, "it makes other parts than it declares"
+    makes = {part for stage in site.stages for part in stage.traits.makes}
+    assert sent.parts.keys() - site.experiment.work.traits.makes == makes, "it makes other parts than it declares"
     run = bench.run(case.trip()).after[1]
     total, _ = decode_all(site.stages, wire_copy(sent), run.params, run.states, RoundContext(1, Key(0), 2, 2))
-    left = total.parts.keys() - ({"shift"} if case.stage.shifts else set())
-    assert left == site.experiment.work.makes, "its decode leaves a part of its own"
+    left = total.parts.keys() - ({"shift"} if Fact.WRITABLE_BASE in case.stage.traits.needs else set())
+    assert left == site.experiment.work.traits.makes, "its decode leaves a part of its own"
 
 
 def declares_its_shape(case: Case, bench: Bench) -> None:
@@ -151,7 +152,9 @@ def declares_its_shape(case: Case, bench: Bench) -> None:
     delta = sent_by(site, prepared)[0].parts["delta"].tree
     shapes = {name: leaf.shape for name, leaf in site.fresh.items()}
     shaped = bool(delta) and all(leaf.shape == shapes.get(name) for name, leaf in delta.items())
-    assert shaped == case.keeps_space == (not case.stage.reshapes), "the shape of its delta is not what it declares"
+    assert shaped == case.keeps_space == (Fact.SHAPE not in case.stage.traits.loses), (
+        "the shape of its delta is not what it declares"
+    )
 
 
 def rounds_without_bias(case: Case, bench: Bench) -> None:

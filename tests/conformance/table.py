@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedllm.stages.base import Bracket, Stage
+from fedllm.messages.traits import Bracket
+from fedllm.stages.base import Stage
 from fedllm.stages.client_drift.dyn import Dyn
 from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.client_drift.scaffold import Scaffold
@@ -59,8 +60,8 @@ class Case:
     def trip(self, stage: Stage | None = None) -> tuple[Stage, ...]:
         """A list of stages around the case's own, or around `stage`."""
         chosen = self.stage if stage is None else stage
-        others = () if chosen.bracket is Bracket.WEIGH else (self.weigher,)
-        return tuple(sorted((*self.needs, chosen, *others), key=lambda s: s.bracket))
+        others = () if chosen.traits.bracket is Bracket.WEIGH else (self.weigher,)
+        return tuple(sorted((*self.needs, chosen, *others), key=lambda s: s.traits.bracket))
 
 
 HUGE = 2.0**40  # Adagrad: Δ² is lost in the rounding of tau², so the denominator stays 2 tau

@@ -10,7 +10,7 @@ import torch
 
 from fedllm.errors import RunError
 from fedllm.messages.update import Part, Update
-from fedllm.stages.base import Bracket, Stage
+from fedllm.stages.base import Stage
 from fedllm.stages.client_drift.dyn import Dyn
 from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.client_drift.scaffold import Scaffold
@@ -416,7 +416,6 @@ class QuantizeOffGrid(Quantize):
 class Unhashable(Stage):
     """Holds a list."""
 
-    bracket: ClassVar[Bracket] = Bracket.MEANING
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

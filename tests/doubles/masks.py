@@ -14,7 +14,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from fedllm.aggregators.sum import Sum
 from fedllm.errors import ClientError
 from fedllm.messages.call import Call, Replies
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Bracket, Fact, Traits
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
-from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.stages.base import Stage
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
 
@@ -39,9 +39,7 @@ class Rounding(Stage):
 
     bits: int = 20
 
-    bracket: ClassVar[Bracket] = Bracket.WIRE
-    norm: ClassVar[Norm] = Norm.GROWS
-    integers: ClassVar[bool] = True
+    traits = Traits(Bracket.WIRE, gives=Fact.INTEGERS, keeps=Fact.BOUNDED)
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """To int64."""
@@ -72,8 +70,7 @@ class Masked(Aggregator):
 
     unmask: bool = True
 
-    secret: ClassVar[bool] = True
-    needs_integers: ClassVar[bool] = True
+    traits = Traits(needs=Fact.INTEGERS)
 
     def handlers(self) -> Mapping[str, Handler]:
         """The client's side of the calls around the work."""

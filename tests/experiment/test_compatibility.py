@@ -28,6 +28,7 @@ from fedllm.experiment.catalog import name_of
 from fedllm.experiment.checks.check import check
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import OWN_STEP, PER_ENTRY, Fact
 from fedllm.messages.update import Update
 from fedllm.models.loaded_model import load
 from fedllm.runs import server_round
@@ -51,10 +52,10 @@ MIXED = {"b": Profile(rank=2), "c": Profile(rank=1)}
 SAME = {"*": Profile(rank=RANK)}
 
 # By method the columns that it refuses, each with a word of the method's side that the reason names.
-ONE_SHAPE = {pages.RANKS: "task.adapter is lora of rank"}
-ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if case.stage.needs_basis}
+ONE_SHAPE = {pages.RANKS: "the adapter rank"}
+ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if PER_ENTRY in case.stage.traits.needs}
 MERGED = dict.fromkeys(ONE_BASIS, "lora_merge")
-STEERING = {name: "lora_residual" for name, case in CASES.items() if case.stage.steers}
+STEERING = {name: "lora_residual" for name, case in CASES.items() if OWN_STEP in case.stage.traits.loses}
 TURNED = dict.fromkeys(ONE_BASIS, "lora_svd")
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "fedit": ONE_SHAPE,
@@ -69,7 +70,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
     "haflq": {},
     "federa": ONE_SHAPE,
-    "slora": {pages.RANKS: "task.adapter is sparse_lora of rank"},
+    "slora": ONE_SHAPE,
     "flora": MERGED,
     "fedex_lora": {**STEERING, **ONE_SHAPE},
     "fedsvd": {**TURNED, **ONE_SHAPE},
@@ -239,11 +240,13 @@ def test_a_method_says_whether_it_writes_factors_in_another_basis(method: str, b
     start = {**initial, **{name: leaf for name, leaf in middle.items() if name in initial}}
     layers = low_rank.layers(initial)  # those of which a client trains both sides
     one, two = (course(experiment, leaves) for leaves in (start, mirrored(start, layers)))
-    declared = any(stage.rebases for stage in experiment.stages)
+    declared = any(Fact.FIXED_BASIS in stage.traits.loses for stage in experiment.stages)
     if declared:
         assert distance(products(one), products(two)) < 1e-9, "another sign is another result, whatever the basis"
     turned = distance(mirrored(one, layers), two)
-    assert turned > 1e-6 if declared else turned < 1e-9, f"rebases is {declared}, but the factors turn by {turned:.1e}"
+    assert turned > 1e-6 if declared else turned < 1e-9, (
+        f"FIXED_BASIS is lost: {declared}, but the factors turn by {turned:.1e}"
+    )
 
 
 def behind(experiment: Experiment, stage: Stage) -> Experiment:
@@ -310,7 +313,8 @@ def test_what_is_refused_in_front_would_see_it(name: str, method: str, bench: Be
 @pytest.mark.parametrize("name", ONE_BASIS)
 def test_what_stands_behind_a_stack_is_refused(name: str, stage: str) -> None:
     plain = pages.weighed(pages.alone("flexlora" if stage == "lora_stack" else stage), CASES[name].stage)
-    with pytest.raises(CheckError, match=f"{name} stands behind {stage}, which takes lora_A and lora_B out of the"):
+    reason = f"{name} keeps something for each entry of lora_A and lora_B, but {stage} before it takes them out of the"
+    with pytest.raises(CheckError, match=reason):
         check(behind(plain, CASES[name].stage))
 
 

@@ -66,21 +66,15 @@ PASSING = {
 REFUSED = {
     "top_k, scaffold": (
         (TopK(0.3), SCAFFOLD, Uniform()),
-        "top_k changes the update before scaffold .*; put top_k behi",
+        "scaffold compares the update .*, but top_k changes the update before it; put top_k behind scaffold",
     ),
-    "top_k, dyn": ((TopK(0.3), DYN, Uniform()), "top_k changes the update before dyn .*; leave out one of the two"),
-    "dyn, top_k": ((DYN, TopK(0.3), Uniform()), "control term of dyn is the sum .* but top_k behind it changes"),
-    "dyn, quantize": (
-        (DYN, Uniform(), Quantize(4)),
-        "control term of dyn is the sum .* but quantize behind it changes",
-    ),
-    "dyn, lora_fair": (
-        (DYN, LoraFair(), Uniform()),
-        "control term of dyn is the sum .* but lora_fair behind it changes",
-    ),
-    "dyn, momentum": ((DYN, Momentum(), Uniform()), "dyn and momentum each take the server's step"),
-    "momentum, dyn": ((Momentum(), DYN, Uniform()), "dyn and momentum each take the server's step"),
-    "dyn, adam": ((DYN, Adam(), Uniform()), "dyn and adam each take the server's step"),
+    "top_k, dyn": ((TopK(0.3), DYN, Uniform()), "but top_k changes the update before it; leave out one of the two"),
+    "dyn, top_k": ((DYN, TopK(0.3), Uniform()), "dyn is right only if the server adds up .*, but top_k behind it"),
+    "dyn, quantize": ((DYN, Uniform(), Quantize(4)), "dyn is right only if .* adds up .*, but quantize behind it"),
+    "dyn, lora_fair": ((DYN, LoraFair(), Uniform()), "dyn is right only if .* adds up .*, but lora_fair behind it"),
+    "dyn, momentum": ((DYN, Momentum(), Uniform()), "dyn takes the server's step .*, but momentum takes one, too"),
+    "momentum, dyn": ((Momentum(), DYN, Uniform()), "dyn takes the server's step .*, but momentum takes one, too"),
+    "dyn, adam": ((DYN, Adam(), Uniform()), "dyn takes the server's step .*, but adam takes one, too"),
 }
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Bracket, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
-from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.stages.base import Stage
 from fedllm.stages.round_trip import Received, adjust_grads, broadcast_all, decode_all, encode_all, receive_all
 from fedllm.tensors.tree import Tree
 
@@ -199,7 +200,9 @@ def test_a_missing_state_or_extra_is_not_passed_over() -> None:
 
 
 def test_defaults_promise_nothing() -> None:
-    assert (Stage.bracket, Stage.norm) == (Bracket.MEANING, Norm.FREE) and not Stage.takes and not Stage.makes
-    flags = (Stage.elementwise, Stage.integers, Stage.reshapes, Stage.shows_each, Stage.needs_equal, Stage.equal)
-    assert not any(flags) and not Stage.first and not Stage().fixed_denominator and Stage().optimizers is None
-    assert sorted(Bracket) == [Bracket.MEANING, Bracket.WEIGH, Bracket.PRIVATE, Bracket.ADVERSARY, Bracket.WIRE]
+    traits = Stage().traits
+    assert traits == Traits() and traits.bracket is Bracket.MEANING and not traits.takes and not traits.makes
+    assert not traits.needs | traits.gives | traits.keeps | traits.loses
+    assert traits.adapter is None and traits.optimizers is None
+    ordered = [bracket.name for bracket in sorted(Bracket)]
+    assert ordered == ["LOCAL", "MEANING", "WEIGH", "PRIVATE", "ADVERSARY", "WIRE"]

@@ -11,6 +11,7 @@ import torch
 
 import fedllm.stages
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Bracket, Fact
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
@@ -55,7 +56,9 @@ every_stage = pytest.mark.parametrize("stage", STAGES, ids=lambda stage: type(st
 
 def trained(stage):
     """States and memories after a few rounds; and the list of stages."""
-    stages = sorted([stage, *([] if isinstance(stage, ByExamples | Uniform) else [Uniform()])], key=lambda s: s.bracket)
+    stages = sorted(
+        [stage, *([] if isinstance(stage, ByExamples | Uniform) else [Uniform()])], key=lambda s: s.traits.bracket
+    )
     return stages, federate(stages, 2)
 
 
@@ -126,11 +129,32 @@ def test_states_and_memories_keep_to_the_shapes_of_the_parameters(stage):
 def test_what_it_makes_it_takes_out_again(stage):
     stages, course = trained(stage)
     made = {name for update in course.sent for name in update.parts} - {"delta", "metrics"}
-    assert made == stage.makes
+    assert made == stage.traits.makes
     sent = course.sent[-1].parts
-    zeros = Update({name: Part(tree.zeros_like(sent[name].tree), 0.0) for name in ("delta", *stage.makes)})
+    zeros = Update({name: Part(tree.zeros_like(sent[name].tree), 0.0) for name in ("delta", *stage.traits.makes)})
     total, _ = decode_all(stages, zeros, course.params, course.states, CTX)
-    assert total.parts.keys() - ({"shift"} if stage.shifts else set()) == {"delta"}
+    assert total.parts.keys() - ({"shift"} if Fact.WRITABLE_BASE in stage.traits.needs else set()) == {"delta"}
+
+
+@every_stage
+def test_who_changes_gradients_says_so_and_who_compares_them_with_the_delta_too(stage):
+    changes = type(stage).grads is not Stage.grads
+    assert changes == (Fact.GRADIENTS in stage.traits.needs)
+    assert (changes and "delta" in stage.traits.takes) == (Fact.LOCAL_UNITS in stage.traits.needs)
+
+
+@every_stage
+def test_who_keeps_the_delta_leaves_its_values_as_they_are(stage):
+    """What a weigher multiplies, its own decode divides; what is kept on the client no other stage sees."""
+    _, arrival = receive_all([stage], leaves(0.5), [{name: leaves(0.0)[name] for name in leaves(0.0)}], [{}], LOCAL)
+    delta = {name: torch.full_like(leaf, 0.3).fill_diagonal_(0.7) for name, leaf in leaves(0.0).items()}
+    marks = Part({"q": torch.ones(1)}, exact=True)
+    sent, _ = encode_all([stage], Update({"delta": Part(delta), "holders": marks}), arrival, [{}], LOCAL)
+    same = tree.equal(sent.parts["delta"].tree, delta)
+    outside = stage.traits.bracket in (Bracket.WEIGH, Bracket.LOCAL)
+    assert same or outside or Fact.LOCAL_UNITS not in stage.traits.keeps
+    if type(stage).encode is Stage.encode:
+        assert not stage.traits.keeps, "what does not encode keeps everything"
 
 
 def test_stages_do_not_import_each_other():

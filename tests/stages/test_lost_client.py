@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fedllm.errors import CheckError
 from fedllm.experiment.checks.check import check
+from fedllm.messages.traits import Fact
 from fedllm.stages.base import Stage
+from fedllm.stages.lora.bandwidth_cap import LoraCap
 from fedllm.stages.lora.fair import LoraFair
 from fedllm.stages.lora.merge import LoraMerge
 from fedllm.stages.lora.pad import LoraPad
@@ -28,6 +30,7 @@ from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import low_rank, tree
 from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.tree import Tree
+from tests.conformance.table import CASES
 from tests.experiment.test_check import of
 from tests.stages.lora.one_round import Round, off
 
@@ -103,7 +106,7 @@ def test_other_leaves_go_a_third_of_the_way_for_each_answer(stage: Stage) -> Non
 @pytest.mark.parametrize("stage", [LoraResidual(), LoraMerge(), LoraStack(), LoraProduct(), LoraProduct("product")])
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 3, 4)])
 def test_the_model_becomes_the_mean_of_the_clients_models(stage: Stage, ranks: tuple[int, ...]) -> None:
-    if ranks != (4, 4, 4) and not stage.unequal:
+    if ranks != (4, 4, 4) and Fact.ONE_SHAPE not in stage.traits.gives:
         pytest.skip("clients of one rank alone")
     round = a_round(stage, ranks)
     for layer, found in model(round).items():
@@ -113,7 +116,7 @@ def test_the_model_becomes_the_mean_of_the_clients_models(stage: Stage, ranks: t
             if stage == LoraProduct() and k not in round.lost:  # what a client lacks stays as it is
                 b, a = low_rank.pair(round.server, layer)
                 mean += b[:, ranks[k] :] @ a[ranks[k] :] / 3
-        assert off(found, mean if stage.shifts else cut(mean, RANK)) < 1e-12
+        assert off(found, mean if Fact.WRITABLE_BASE in stage.traits.needs else cut(mean, RANK)) < 1e-12
 
 
 def test_the_residual_leaves_the_means_of_the_factors() -> None:
@@ -160,9 +163,12 @@ def test_padding_counts_zeros_for_who_answers_without_a_component_and_the_old_on
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((LoraPrune(), COHORT), "uniform divides by .* drawn, but lora_prune gives each client a weight of its own"),
-        ((LoraPad("contributors"), COHORT), "drawn, but lora_pad with mean: contributors divides by the weights of"),
-        ((LoraStack("contributors"), COHORT), "drawn, but lora_stack with mean: contributors divides by the weights"),
+        ((LoraPrune(), COHORT), "lora_prune divides by .* answered, but uniform divides by .* drawn; set"),
+        ((LoraPad("contributors"), COHORT), "lora_pad divides by .* answered, but uniform divides by .* drawn; set"),
+        (
+            (LoraStack("contributors"), COHORT),
+            "lora_stack divides by .* answered, but uniform divides by .* drawn",
+        ),
     ],
 )
 def test_what_divides_by_those_who_answered_is_refused(stages: tuple[Stage, ...], message: str) -> None:
@@ -173,8 +179,8 @@ def test_what_divides_by_those_who_answered_is_refused(stages: tuple[Stage, ...]
 
 def test_every_stage_on_factors_is_here_or_refused() -> None:
     """A stage that is new says in which of the two ways it counts a lost client."""
-    from fedllm.experiment.catalog import STAGES
-
     mean_of_steps = SparseFirst  # it adds a mean of steps to what the server has, as FedAvg does
     seen = {mean_of_steps, *(type(stage) for stage in (*EVERY, LoraPrune()))}
-    assert {cls for cls in STAGES.values() if cls.both_factors or cls.unequal} - seen == {STAGES["lora_cap"]}
+    stages = [case.stage for case in CASES.values()]
+    on_factors = {type(stage) for stage in stages if {Fact.BOTH_TRAIN, Fact.SHAPE} & set(stage.traits.needs)}
+    assert on_factors - seen == {LoraCap}

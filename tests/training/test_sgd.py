@@ -199,7 +199,7 @@ def test_counts_are_what_was_trained_on() -> None:
     assert facts["tokens"] == tokens and update.parts["counts"].weight == 0
     counts = {name: float(leaf) for name, leaf in update.parts["counts"].tree.items()}
     assert counts == {"steps": 6, "tokens": tokens, "computed": tokens - 2 * len(DATA["anna"])}  # last tokens
-    assert set(update.parts) == Sgd.makes
+    assert set(update.parts) == Sgd(lr=0.1, steps=1).traits.makes
 
 
 # stacks of clients

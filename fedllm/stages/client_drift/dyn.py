@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import CONTROL, DELTA, OWN_STEP, SAME_DELTA, Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import tree
@@ -42,20 +42,19 @@ class Dyn(Stage):
     alpha: float = 0.01
     allow: tuple[str, ...] = ()
 
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    needs_equal: ClassVar[bool] = True
-    needs_delta: ClassVar[bool] = True
-    keeps_delta: ClassVar[bool] = True
-    needs_basis: ClassVar[bool] = True
-    steers: ClassVar[bool] = True
+    @property
+    def traits(self) -> Traits:
+        """Derived for plain SGD, and for what `allow` adds."""
+        return Traits(
+            takes=DELTA,
+            needs=CONTROL | Fact.EQUAL_WEIGHTS | Fact.EQUAL_COMPONENTS | Fact.SUM_OF_DELTAS | Fact.ONLY_STEP,
+            keeps=SAME_DELTA,
+            loses=OWN_STEP,
+            optimizers=frozenset({"sgd", *self.allow}),
+        )
 
     def __post_init__(self) -> None:
         require(0 < self.alpha < math.inf, self, field="alpha", value=self.alpha, allowed="above 0 and finite")
-
-    @property
-    def optimizers(self) -> frozenset[str]:
-        """Plain SGD, and what `allow` adds."""
-        return frozenset({"sgd", *self.allow})
 
     def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """The client's h_k and the anchor w_0."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext
+from fedllm.messages.traits import Fact, Traits
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 
@@ -27,7 +27,7 @@ class Prox(Stage):
 
     mu: float = 0.01
 
-    elementwise: ClassVar[bool] = True
+    traits = Traits(needs=Fact.GRADIENTS)
 
     def __post_init__(self) -> None:
         require(0 <= self.mu < math.inf, self, field="mu", value=self.mu, allowed="at least 0 and finite")

@@ -8,11 +8,11 @@ Karimireddy et al. 2020, algorithm 1 with option II, arXiv 1910.06378. N: the po
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import CONTROL, DELTA, SAME_DELTA, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
@@ -23,7 +23,7 @@ class Scaffold(Stage):
     """State: c. Memory: c_k. Both from 0. Scratch: c - c_k. Part "control": c_k' - c_k, a plain sum.
 
     K lr is the sum of the round's learning rates, which is right for any schedule of plain SGD; with other local
-    rules c_k' is no mean of gradients, so `optimizers` holds "sgd" and what `allow` adds. The fixed point is the
+    rules c_k' is no mean of gradients, so the stage is derived for "sgd" and what `allow` adds. The fixed point is the
     optimum of the *unweighted* mean of the clients' losses, whatever the weights. No settings give FedAvg; with one
     client the correction is 0 up to rounding. Stages that change the delta stand behind this one.
 
@@ -36,15 +36,17 @@ class Scaffold(Stage):
 
     allow: tuple[str, ...] = ()
 
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    makes: ClassVar[frozenset[str]] = frozenset({"control"})
-    needs_basis: ClassVar[bool] = True
-    keeps_delta: ClassVar[bool] = True
-
     @property
-    def optimizers(self) -> frozenset[str]:
-        """Plain SGD, and what `allow` adds."""
-        return frozenset({"sgd", *self.allow})
+    def traits(self) -> Traits:
+        """Derived for plain SGD, and for what `allow` adds."""
+        return Traits(
+            takes=DELTA,
+            makes=frozenset({"control"}),
+            needs=CONTROL,
+            keeps=SAME_DELTA,
+            loses=Fact.ANY_RANK,
+            optimizers=frozenset({"sgd", *self.allow}),
+        )
 
     def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """Send c, always in the shapes of the parameters."""

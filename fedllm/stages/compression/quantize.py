@@ -9,15 +9,15 @@ E[code * scale] = x. Alistarh et al. 2017 (QSGD), arXiv 1610.02132; Reisizadeh e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import DELTA, Bracket, Fact, Traits
 from fedllm.messages.update import Part, Update
-from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import (
     SPARSE,
@@ -49,9 +49,7 @@ class Quantize(Stage):
     bits: int
     block: int = 128
 
-    bracket: ClassVar[Bracket] = Bracket.WIRE
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    norm: ClassVar[Norm] = Norm.GROWS
+    traits = Traits(Bracket.WIRE, takes=DELTA, keeps=Fact.BOUNDED)  # up to the declared rounding
 
     def __post_init__(self) -> None:
         require(self.bits in (8, 4, 1), self, field="bits", value=self.bits, allowed="8, 4 or 1")

@@ -8,12 +8,12 @@ Stich et al. 2018, algorithm 1, arXiv 1809.07599.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext
+from fedllm.messages.traits import DELTA, PER_ENTRY, Traits
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
@@ -35,8 +35,7 @@ class TopK(Stage):
     fraction: float
     feedback: bool = True
 
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    needs_basis: ClassVar[bool] = True
+    traits = Traits(takes=DELTA, needs=PER_ENTRY)
 
     def __post_init__(self) -> None:
         allowed = "above 0 and at most 1"

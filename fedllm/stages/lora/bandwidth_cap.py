@@ -15,15 +15,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import ClientError, require
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, Bracket, Fact, Traits
 from fedllm.messages.update import Part, Update
-from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank, wire_format
 from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import DENSE, IndexSelection, Window, WireFormat, read_window, write_window
@@ -49,11 +49,14 @@ class LoraCap(Stage):
     bits: tuple[int, ...] = (FULL, 8, 4)
     block: int = 128
 
-    bracket: ClassVar[Bracket] = Bracket.WIRE
-    takes: ClassVar[frozenset[str]] = frozenset({"delta", "holders"})
-    norm: ClassVar[Norm] = Norm.GROWS
-    both_factors: ClassVar[bool] = True
-    caps: ClassVar[bool] = True
+    traits = Traits(
+        Bracket.WIRE,
+        takes=frozenset({"delta", "holders"}),
+        needs=BOTH_FACTORS,
+        gives=Fact.FITTED,
+        keeps=Fact.BOUNDED | Fact.SUM_OF_DELTAS | Fact.FIXED_SIZES,
+        loses=Fact.FITTED,  # what another stage has fitted
+    )
 
     def __post_init__(self) -> None:
         known = bool(self.bits) and set(self.bits) <= {FULL, 8, 4, 1}

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import RunError, require
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, DELTA, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -43,11 +43,12 @@ class LoraFair(Stage):
 
     penalty: float = 0.01
 
-    makes: ClassVar[frozenset[str]] = frozenset({"rows", "columns", "shares"})
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    reshapes: ClassVar[bool] = True
-    both_factors: ClassVar[bool] = True
-    shows_each: ClassVar[bool] = True
+    traits = Traits(
+        takes=DELTA,
+        makes=frozenset({"rows", "columns", "shares"}),
+        needs=BOTH_FACTORS | Fact.SAME_START,
+        loses=Fact.SHAPE | Fact.ENTRIES | Fact.HIDDEN | Fact.ANY_RANK,
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.penalty < math.inf, self, field="penalty", value=self.penalty, allowed="0 or more and finite")
@@ -80,7 +81,7 @@ class LoraFair(Stage):
             )
             new_b, new_a = corrected(all_b.T, all_a, stacked_factors.with_rest(shares, part.answered), self.penalty)
             step |= low_rank.layer_leaves(layer, new_b.to(old_b) - old_b, new_a.to(old_a) - old_a)
-        for name in self.makes:
+        for name in self.traits.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)), state
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, DELTA, MOVED_BASE, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -36,14 +36,13 @@ class LoraMerge(Stage):
     mean of the products is none of the factors.
     """
 
-    makes: ClassVar[frozenset[str]] = frozenset({"rows", "columns"})
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    reshapes: ClassVar[bool] = True
-    unequal: ClassVar[bool] = True
-    both_factors: ClassVar[bool] = True
-    rebases: ClassVar[bool] = True
-    shows_each: ClassVar[bool] = True
-    shifts: ClassVar[bool] = True
+    traits = Traits(
+        takes=DELTA,
+        makes=frozenset({"rows", "columns"}),
+        needs=BOTH_FACTORS | MOVED_BASE | Fact.SAME_START,
+        gives=Fact.ONE_SHAPE,
+        loses=Fact.SHAPE | Fact.ENTRIES | Fact.FIXED_BASIS | Fact.HIDDEN,
+    )
 
     def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """As many components as the client's rank."""
@@ -75,6 +74,6 @@ class LoraMerge(Stage):
             merged |= low_rank.layer_leaves(layer, whole[there].T, weighed[there])
             drawn = torch.rand(a.shape, generator=ctx.rng(f"{layer}.lora_A"), dtype=torch.float64) * 2 - 1
             step |= low_rank.layer_leaves(layer, -b, (drawn / math.sqrt(a.shape[1])).to(a) - a)
-        for name in self.makes:
+        for name in self.traits.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)).having("shift", Part(merged, 0.0)), state

@@ -14,12 +14,13 @@ contributors: Chen et al. 2024 (RBLA), arXiv 2408.08699; the masked mean of HAFL
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import DELTA, NONE, SAME_DELTA, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank
@@ -40,15 +41,16 @@ class LoraPad(Stage):
 
     mean: Literal["padded", "contributors"] = "padded"
 
-    makes: ClassVar[frozenset[str]] = frozenset({"holders"})
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    unequal: ClassVar[bool] = True
-    keeps_delta: ClassVar[bool] = True
-
     @property
-    def over_answered(self) -> bool:
-        """True for the contributors."""
-        return self.mean == "contributors"
+    def traits(self) -> Traits:
+        """The contributors are among those who answered."""
+        return Traits(
+            takes=DELTA,
+            makes=frozenset({"holders"}),
+            needs=Fact.SHAPE | (Fact.ANSWERED if self.mean == "contributors" else NONE),
+            gives=Fact.ONE_SHAPE,
+            keeps=SAME_DELTA,
+        )
 
     def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """The first components."""

@@ -14,11 +14,12 @@ A step is the mean, or what a server optimiser behind this stage makes of it. Fl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, DELTA, NONE, Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank
@@ -40,11 +41,15 @@ class LoraProduct(Stage):
 
     form: Literal["update", "product"] = "update"
 
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    reshapes: ClassVar[bool] = True
-    unequal: ClassVar[bool] = True
-    both_factors: ClassVar[bool] = True
-    rebases: ClassVar[bool] = True
+    @property
+    def traits(self) -> Traits:
+        """A mean of products, which are no updates of one."""
+        return Traits(
+            takes=DELTA,
+            needs=BOTH_FACTORS,
+            gives=Fact.ONE_SHAPE,
+            loses=Fact.SHAPE | Fact.FIXED_BASIS | (Fact.DIFFERENCE if self.form == "product" else NONE),
+        )
 
     @property
     def absolute(self) -> bool:

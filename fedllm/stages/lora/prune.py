@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, DELTA, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank, tree
@@ -45,12 +45,13 @@ class LoraPrune(Stage):
     penalty: float = 1e-3
     min_rank: int = 1
 
-    makes: ClassVar[frozenset[str]] = frozenset({"holders"})
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    unequal: ClassVar[bool] = True
-    both_factors: ClassVar[bool] = True
-    own_weights: ClassVar[bool] = True
-    shrinks: ClassVar[bool] = True
+    traits = Traits(
+        takes=DELTA,
+        makes=frozenset({"holders"}),
+        needs=BOTH_FACTORS | Fact.LOCAL_UNITS | Fact.GRADIENTS | Fact.ANSWERED,
+        gives=Fact.ONE_SHAPE,
+        loses=Fact.EQUAL_WEIGHTS | Fact.FIXED_SIZES,
+    )
 
     def __post_init__(self) -> None:
         require(0 < self.gamma <= 1, self, field="gamma", value=self.gamma, allowed="above 0 and at most 1")

@@ -15,11 +15,11 @@ Singhal et al. 2024, arXiv 2410.09432, eq. 9 to 11.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from torch import Tensor
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, DELTA, MOVED_BASE, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -36,12 +36,12 @@ class LoraResidual(Stage):
     residual is its error.
     """
 
-    makes: ClassVar[frozenset[str]] = frozenset({"rows", "columns", "shares"})
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    reshapes: ClassVar[bool] = True
-    both_factors: ClassVar[bool] = True
-    shows_each: ClassVar[bool] = True
-    shifts: ClassVar[bool] = True
+    traits = Traits(
+        takes=DELTA,
+        makes=frozenset({"rows", "columns", "shares"}),
+        needs=BOTH_FACTORS | MOVED_BASE | Fact.SAME_START,
+        loses=Fact.SHAPE | Fact.ENTRIES | Fact.HIDDEN | Fact.ANY_RANK,
+    )
 
     def receive(self, params: Tree, extra: Tree, memory: Tree, local: ClientContext) -> tuple[Tree, Tree]:
         """Remember where the client starts."""
@@ -71,7 +71,7 @@ class LoraResidual(Stage):
             (b, a), gap = _means_and_gap(all_b, all_a, stacked_factors.with_rest(shares, part.answered))
             step |= low_rank.layer_leaves(layer, b.to(old_b) - old_b, a.to(old_a) - old_a)
             residual |= low_rank.layer_leaves(layer, gap[0].to(old_b), gap[1].to(old_a))
-        for name in self.makes:
+        for name in self.traits.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)).having("shift", Part(residual, 0.0)), state
 

@@ -13,10 +13,11 @@ Babakniya et al. 2023, arXiv 2308.06522; s is the scale of the adapter.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fedllm.errors import require
 from fedllm.messages.context import RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, MOVED_BASE, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank, sparse_mask
@@ -35,9 +36,7 @@ class SparseFirst(Stage):
     rounds: int = 5
     leftover: Literal["kept", "dropped"] = "kept"
 
-    both_factors: ClassVar[bool] = True
-    shifts: ClassVar[bool] = True
-    of_adapter: ClassVar[str | None] = "sparse_lora"
+    traits = Traits(needs=BOTH_FACTORS | MOVED_BASE, adapter="sparse_lora")
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, self, field="rounds", value=self.rounds, allowed="0 or more")

@@ -18,11 +18,12 @@ Bai et al. 2024 (FlexLoRA), arXiv 2402.11505; raFLoRA 2026, arXiv 2602.13486.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, DELTA, NONE, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
@@ -44,13 +45,16 @@ class LoraStack(Stage):
 
     mean: Literal["all", "contributors"] = "all"
 
-    makes: ClassVar[frozenset[str]] = frozenset({"rows", "columns", "holders"})
-    takes: ClassVar[frozenset[str]] = frozenset({"delta"})
-    reshapes: ClassVar[bool] = True
-    unequal: ClassVar[bool] = True
-    both_factors: ClassVar[bool] = True
-    rebases: ClassVar[bool] = True
-    shows_each: ClassVar[bool] = True
+    @property
+    def traits(self) -> Traits:
+        """The contributors are among those who answered."""
+        return Traits(
+            takes=DELTA,
+            makes=frozenset({"rows", "columns", "holders"}),
+            needs=BOTH_FACTORS | Fact.SAME_START | (Fact.ANSWERED if self.mean == "contributors" else NONE),
+            gives=Fact.ONE_SHAPE,
+            loses=Fact.SHAPE | Fact.ENTRIES | Fact.FIXED_BASIS | Fact.HIDDEN,
+        )
 
     @property
     def over_answered(self) -> bool:
@@ -88,6 +92,6 @@ class LoraStack(Stage):
             a, b = stacked_factors.with_lost(a, columns[layer], (old_b, old_a), part.answered)
             new_b, new_a = low_rank.truncated(b.T, a, len(old_a), f"round {ctx.round}, {layer}")
             step |= low_rank.layer_leaves(layer, new_b - old_b, new_a - old_a)
-        for name in self.makes:
+        for name in self.traits.makes:
             total = total.without(name)
         return total.having("delta", replace(part, tree=step)), state

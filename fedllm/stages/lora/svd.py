@@ -13,9 +13,9 @@ Lee et al. 2025, arXiv 2505.12805.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from fedllm.messages.context import RoundContext
+from fedllm.messages.traits import BOTH_FACTORS, Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank
@@ -30,8 +30,7 @@ class LoraSvd(Stage):
     nothing. No settings give FedAvg.
     """
 
-    both_factors: ClassVar[bool] = True
-    rebases: ClassVar[bool] = True
+    traits = Traits(needs=BOTH_FACTORS | Fact.SAME_START, loses=Fact.FIXED_BASIS)
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the mean of B to both factors of the next round."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from torch import Tensor
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import SAME_DELTA, Bracket, Fact, Traits
 from fedllm.messages.update import Update
-from fedllm.stages.base import Norm, Stage
+from fedllm.stages.base import Stage
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
 
@@ -34,8 +34,7 @@ class Keep(Stage):
 
     patterns: tuple[str, ...]
 
-    norm: ClassVar[Norm] = Norm.KEEPS
-    first: ClassVar[bool] = True
+    traits = Traits(Bracket.LOCAL, keeps=SAME_DELTA, loses=Fact.ALL_TENSORS | Fact.ANY_RANK)
 
     def __post_init__(self) -> None:
         listed = not isinstance(self.patterns, str) and len(self.patterns) > 0

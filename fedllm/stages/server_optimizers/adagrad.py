@@ -8,7 +8,6 @@ Reddi et al. 2021, algorithm 2, arXiv 2003.00295.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -37,8 +36,7 @@ class Adagrad(Stage):
     tau: float = 1e-3
     server_lr: float = 1e-3
 
-    needs_basis: ClassVar[bool] = True
-    steers: ClassVar[bool] = True
+    traits = moments.TRAITS
 
     def __post_init__(self) -> None:
         moments.check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)

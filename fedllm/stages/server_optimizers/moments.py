@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import require
 from fedllm.messages.context import RoundContext
+from fedllm.messages.traits import OWN_STEP, PER_ENTRY, Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import tree
@@ -23,6 +23,7 @@ from fedllm.tensors.tree import Tree
 
 Rule = Callable[[Tree, Tree], tuple[Tree, Tree]]  # (delta, state) -> (step, state)
 Second = Callable[[Tensor, Tensor], Tensor]  # (v, delta squared) -> v
+TRAITS = Traits(needs=PER_ENTRY | Fact.SERVER_STATE, loses=OWN_STEP)
 
 
 def apply_rule(total: Update, state: Tree, rule: Rule) -> tuple[Update, Tree]:
@@ -75,8 +76,7 @@ class Adaptive(Stage):
     tau: float
     server_lr: float
 
-    needs_basis: ClassVar[bool] = True
-    steers: ClassVar[bool] = True
+    traits = TRAITS
 
     def __post_init__(self) -> None:
         check_adaptive(self, beta1=self.beta1, tau=self.tau, server_lr=self.server_lr)

@@ -9,7 +9,6 @@ Hsu et al. write v <- beta v + Δ, which is this with server_lr = 1 / (1 - beta)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedllm.errors import require
 from fedllm.messages.context import RoundContext
@@ -32,8 +31,7 @@ class Momentum(Stage):
     beta: float = 0.9
     server_lr: float = 1.0
 
-    needs_basis: ClassVar[bool] = True
-    steers: ClassVar[bool] = True
+    traits = moments.TRAITS
 
     def __post_init__(self) -> None:
         require(0 <= self.beta < 1, self, field="beta", value=self.beta, allowed="at least 0 and below 1")

@@ -8,7 +8,6 @@ Douillard et al. 2023, arXiv 2311.08105. The same steps as torch.optim.SGD(neste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedllm.errors import require
 from fedllm.messages.context import RoundContext
@@ -31,8 +30,7 @@ class Nesterov(Stage):
     server_lr: float = 0.7
     momentum: float = 0.9
 
-    needs_basis: ClassVar[bool] = True
-    steers: ClassVar[bool] = True
+    traits = moments.TRAITS
 
     def __post_init__(self) -> None:
         moments.check_server_lr(self, self.server_lr)

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import SAME_DELTA, Bracket, Fact, Traits
 from fedllm.messages.update import Update
-from fedllm.stages.base import Bracket, Stage
+from fedllm.stages.base import Stage
 from fedllm.stages.weighting import weighted_mean
 from fedllm.tensors.tree import Tree
 
@@ -22,7 +22,7 @@ class ByExamples(Stage):
     The sum of the weights tells the server how many examples the cohort has. Neutral: this is FedAvg itself.
     """
 
-    bracket: ClassVar[Bracket] = Bracket.WEIGH
+    traits = Traits(Bracket.WEIGH, keeps=SAME_DELTA | Fact.BOUNDED, loses=Fact.EQUAL_WEIGHTS | Fact.FIXED_DENOMINATOR)
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Times the number of examples."""

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import SAME_DELTA, Bracket, Fact, Traits
 from fedllm.messages.update import Update
-from fedllm.stages.base import Bracket, Norm, Stage
+from fedllm.stages.base import Stage
 from fedllm.stages.weighting import weighted_mean
 from fedllm.tensors.tree import Tree
 
@@ -31,14 +32,11 @@ class Uniform(Stage):
 
     denominator: Literal["answered", "cohort"] = "answered"
 
-    bracket: ClassVar[Bracket] = Bracket.WEIGH
-    norm: ClassVar[Norm] = Norm.KEEPS
-    equal: ClassVar[bool] = True
-
     @property
-    def fixed_denominator(self) -> bool:
-        """True for "cohort"."""
-        return self.denominator == "cohort"
+    def traits(self) -> Traits:
+        """What the denominator rests on: who answered, or who was drawn."""
+        lost = Fact.ANSWERED if self.denominator == "cohort" else Fact.FIXED_DENOMINATOR
+        return Traits(Bracket.WEIGH, keeps=SAME_DELTA | Fact.BOUNDED, loses=lost)
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Weight 1."""
@@ -50,7 +48,7 @@ class Uniform(Stage):
 
     def _spread(self, total: Update, cohort: int) -> Update:
         """The total, its parts weighing as much as the whole cohort, and how much of it answered."""
-        if not self.fixed_denominator:
+        if self.denominator == "answered":
             return total
         parts = {
             name: replace(part, weight=float(cohort), answered=part.weight / cohort)

@@ -15,7 +15,7 @@ from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, ModelError
-from fedllm.experiment.checks.check import check_ranks
+from fedllm.experiment.checks.check import check_profiles
 from fedllm.experiment.config_file import build
 from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Update
@@ -290,9 +290,9 @@ def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> No
 
 
 def test_clients_of_unequal_ranks_are_refused(data: Path) -> None:
-    message = r"client b has rank 2, but task\.adapter is lora_xs, whose leaves have one shape on all clients"
+    message = r"client b has rank 2, but task\.adapter is lora_xs, whose tensors have one shape on all clients"
     with pytest.raises(CheckError, match=message):
-        check_ranks(experiment(data, adapter=XS), {"a": Profile(), "b": Profile(rank=2)})
+        check_profiles(experiment(data, adapter=XS), {"a": Profile(), "b": Profile(rank=2)})
 
 
 def test_the_method_needs_the_adapter() -> None:

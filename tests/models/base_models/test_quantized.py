@@ -222,20 +222,19 @@ def test_what_is_exported_is_the_quantised_model_written_out(data: Path, tmp_pat
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (Full(), "task.quantize holds the base model's matrices in int8, but adapter full changes them"),
-        (Peft("ia3"), "but adapter peft changes them; leave out one of the two"),
-        (Lora(init="singular"), "but adapter lora with init: singular changes them"),
+        (Full(), "task.adapter is full and changes the matrices of the base model, but task.quantize holds"),
+        (Peft("ia3"), "is peft and changes .*, but task.quantize holds them in int8; leave out one"),
+        (Lora(init="singular"), "is lora with init: singular and changes .*, but task.quantize"),
     ],
 )
 def test_an_adapter_that_changes_the_matrices_is_refused(data: Path, adapter: Adapter, message: str) -> None:
     exp = made(data)
-    with pytest.raises(CheckError) as caught:
+    with pytest.raises(CheckError, match=message):
         check(replace(exp, task=replace(exp.task, adapter=adapter)))
-    assert message in str(caught.value)
 
 
 def test_a_stage_that_moves_them_is_refused(data: Path) -> None:
-    with pytest.raises(CheckError, match="matrices in int8, but lora_merge adds to them; leave out one of the two"):
+    with pytest.raises(CheckError, match=r"lora_merge adds to .*, but task\.quantize holds them in int8; leave out"):
         check(replace(made(data), stages=(LoraMerge(), ByExamples())))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from fedllm.errors import ConfigError
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.client_drift.dyn import Dyn
@@ -49,9 +50,9 @@ def test_leaves_without_a_delta_rest():
 
 
 def test_it_needs_equal_weights_and_names_its_optimisers():
-    assert Dyn.needs_equal
-    assert Dyn().optimizers == {"sgd"}
-    assert Dyn(allow=("momentum",)).optimizers == {"sgd", "momentum"}
+    assert Fact.EQUAL_WEIGHTS in Dyn().traits.needs
+    assert Dyn().traits.optimizers == {"sgd"}
+    assert Dyn(allow=("momentum",)).traits.optimizers == {"sgd", "momentum"}
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf")])

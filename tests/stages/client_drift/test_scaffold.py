@@ -84,5 +84,5 @@ def test_unequal_cohorts_divide_by_the_population():
 
 
 def test_it_names_the_local_optimisers_that_it_covers():
-    assert Scaffold().optimizers == {"sgd"}
-    assert Scaffold(allow=("adamw",)).optimizers == {"sgd", "adamw"}
+    assert Scaffold().traits.optimizers == {"sgd"}
+    assert Scaffold(allow=("adamw",)).traits.optimizers == {"sgd", "adamw"}

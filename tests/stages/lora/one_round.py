@@ -11,6 +11,7 @@ from torch import Tensor
 from fedllm.aggregators.sum import Sum
 from fedllm.messages import serialization
 from fedllm.messages.context import ClientContext, Profile, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Part, Request, Update
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
@@ -87,7 +88,7 @@ class Round:
         total = Sum().reduce(call, {})
         ctx = RoundContext(0, Key(0), len(self.after), len(self.after))
         total, _ = decode_all(self.trip(), total, self.server, self.nothing(), ctx)
-        assert total.parts.keys() - ({"shift"} if self.stage.shifts else set()) == {"delta"}
+        assert total.parts.keys() - ({"shift"} if Fact.WRITABLE_BASE in self.stage.traits.needs else set()) == {"delta"}
         return total
 
 

@@ -23,6 +23,7 @@ from fedllm.events import Diagnosed, Event, MessageSent
 from fedllm.experiment.checks.check import check
 from fedllm.experiment.record import Demands, Experiment, Limits
 from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Request
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.weights import Full
@@ -144,7 +145,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, stages: Sequence[Stage], *, lost: Sequence[ClientOutage] = (), **settings) -> Experiment:
-    unequal = any(stage.unequal for stage in stages)
+    unequal = any(Fact.ONE_SHAPE in stage.traits.gives for stage in stages)
     federation = Shards(
         str(data), split=By("who"), heldout=0.3, profiles=PROFILES if unequal else {}, failures=tuple(lost)
     )
@@ -263,7 +264,7 @@ def test_diagnostics_see_no_bias_where_fedit_has_some(data: Path, tmp_path: Path
         (
             (Momentum(), LoraResidual(), Uniform()),
             {},
-            "momentum takes a step of its own in place of the mean of the factors, but lora_residual behind it",
+            "lora_residual adds to the frozen weights what the mean of the factors lacks, but momentum before it takes",
         ),
         ((Momentum(), LoraMerge(), Uniform()), {}, "momentum is right only while an entry of lora_A"),
         (
@@ -271,9 +272,9 @@ def test_diagnostics_see_no_bias_where_fedit_has_some(data: Path, tmp_path: Path
             {},
             "lora_residual makes the part 'columns', which lora_merge",
         ),
-        ((LoraMerge(), Uniform()), {"demands": Demands(secrecy=True)}, "sum adds up updates that the server can read"),
-        ((LoraMerge(), Uniform()), {"adapter": Full()}, "lora_merge works on the factors of lora, but task.adapter is"),
-        ((Keep(("*.0.*",)), LoraMerge(), Uniform()), {}, "keep keeps leaves on the client, but lora_merge turns"),
+        ((LoraMerge(), Uniform()), {"demands": Demands(secrecy=True)}, "nothing but sums, but lora_merge shows it"),
+        ((LoraMerge(), Uniform()), {"adapter": Full()}, "lora_merge works on lora_A .*, but task.adapter is full"),
+        ((Keep(("*.0.*",)), LoraMerge(), Uniform()), {}, "lora_merge works on both .*, but keep keeps"),
         ((LoraResidual(), Uniform()), {"scope": Scope(freeze=("*lora_A",))}, "lora_residual works on both factors"),
     ],
 )

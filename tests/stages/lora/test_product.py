@@ -17,10 +17,11 @@ from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
-from fedllm.experiment.checks.check import check, check_ranks
+from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.record import Experiment, Limits
 from fedllm.messages import serialization
 from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.rng import Key
 from fedllm.runs import launch, server_round
 from fedllm.runs.checkpoints import Checkpoints
@@ -199,15 +200,15 @@ def test_an_empty_total_has_no_leaves_where_another_shape_is_sent(data: Path) ->
 
 
 def test_a_sum_is_all_that_the_server_sees(data: Path) -> None:
-    assert not LoraProduct.shows_each and not LoraProduct.makes
+    assert Fact.HIDDEN not in LoraProduct().traits.loses and not LoraProduct().traits.makes
     check(made(data, LoraProduct(), TopK(0.5), Uniform(), Quantize(8)))
-    check_ranks(made(data, LoraProduct(), Adam(), Uniform()), {"a": Profile(), "b": Profile(rank=2)})
+    check_profiles(made(data, LoraProduct(), Adam(), Uniform()), {"a": Profile(), "b": Profile(rank=2)})
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((Keep(("*lora_B",)), LoraProduct(), Uniform()), "keep keeps leaves on the client, but lora_product turns"),
+        ((Keep(("*lora_B",)), LoraProduct(), Uniform()), "lora_product works on both .*, but keep keeps"),
         (
             (LoraProduct(), Dyn(allow=("momentum",)), Uniform()),
             "dyn compares the update with the local steps, but lora",
@@ -218,9 +219,9 @@ def test_a_sum_is_all_that_the_server_sees(data: Path) -> None:
         ),
         (
             (LoraProduct(), LoraStack(), Uniform()),
-            "lora_stack works on the factors .* lora_product takes them out before it",
+            "lora_stack works on lora_A and lora_B .* lora_product takes them out before it",
         ),
-        ((LoraProduct(), LoraPad(), Uniform()), "lora_pad works on the factors .* lora_product before it takes them"),
+        ((LoraProduct(), LoraPad(), Uniform()), "lora_pad works on lora_A .* lora_product takes them out"),
     ],
 )
 def test_what_cannot_be_is_refused(data: Path, stages: tuple[Stage, ...], message: str) -> None:

@@ -248,10 +248,13 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ((LoraPrune(), Prox(), Uniform()), "prox works on leaves of one size, .*; put it before lora_prune"),
-        ((TopK(0.5), LoraPrune(), Uniform()), "top_k works on leaves of one size, .*; put it behind lora_prune"),
-        ((Dyn(), LoraPrune(), Uniform()), "dyn is right only if every client weighs the same, but lora_prune gives"),
-        ((Keep(("*lora_A",)), LoraPrune(), Uniform()), "keep keeps leaves on the client, but lora_prune works on both"),
+        (
+            (LoraPrune(), Prox(), Uniform()),
+            "prox works on tensors of one size, .*; put prox on the other side",
+        ),
+        ((TopK(0.5), LoraPrune(), Uniform()), "lora_prune compares the update .*, but top_k .*; put top_k behind"),
+        ((Dyn(), LoraPrune(), Uniform()), "dyn is right only if .*, but lora_prune behind it changes them"),
+        ((Keep(("*lora_A",)), LoraPrune(), Uniform()), "lora_prune works on both .*, but keep keeps tensors"),
     ],
 )
 def test_what_cannot_be_is_refused(stages, message: str) -> None:

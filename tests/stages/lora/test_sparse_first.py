@@ -17,7 +17,7 @@ from fedllm.data.splits.by import By
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
 from fedllm.events import Event, MessageSent
-from fedllm.experiment.checks.check import check, check_ranks
+from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.record import Experiment, Limits
 from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Part, Update
@@ -206,9 +206,9 @@ def test_a_round_without_answers_switches_to_fresh_factors(data: Path, tmp_path:
         (
             (Momentum(), *STAGES),
             ADAPTER,
-            "momentum takes a step of its own .* but sparse_first behind it .* or put momentum behind sparse_first",
+            "sparse_first adds .* but momentum before it takes a step of its own .*; put momentum behind sparse_first",
         ),
-        ((Keep(("*lora_B",)), *STAGES), ADAPTER, "keep keeps leaves on the client, but sparse_first works on both"),
+        ((Keep(("*lora_B",)), *STAGES), ADAPTER, "sparse_first works on both .*, but keep keeps"),
     ],
 )
 def test_what_cannot_be_is_refused(data: Path, stages, adapter, message: str) -> None:
@@ -217,8 +217,8 @@ def test_what_cannot_be_is_refused(data: Path, stages, adapter, message: str) ->
 
 
 def test_unequal_ranks_are_refused(data: Path) -> None:
-    with pytest.raises(CheckError, match=r"client b has rank 2, but task\.adapter is sparse_lora of rank 4"):
-        check_ranks(made(data), {"a": Profile(), "b": Profile(rank=2)})
+    with pytest.raises(CheckError, match=r"client b has rank 2 and the adapter rank 4, but no stage brings"):
+        check_profiles(made(data), {"a": Profile(), "b": Profile(rank=2)})
 
 
 def test_a_server_optimiser_may_stand_behind(data: Path, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from fedllm.engines.batched.engine import Batched
 from fedllm.engines.remote.ray import RayActors
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
-from fedllm.experiment.checks.check import check, check_ranks
+from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.record import Demands, Experiment, Limits
 from fedllm.messages import serialization
 from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.models.adapters.weights import Full
 from fedllm.models.task import Scope
 from fedllm.rng import Key
@@ -194,7 +195,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, *stages: Stage, rounds: int = 3, **settings) -> Experiment:
-    profiles = CAPPED if any(stage.caps for stage in stages) else PROFILES
+    profiles = CAPPED if any(Fact.FITTED in stage.traits.gives for stage in stages) else PROFILES
     federation = Shards(str(data), split=By("who"), heldout=0.0, profiles=profiles)
     return experiment(data, stages=stages, rounds=rounds, limits=Limits(keep_last=9), federation=federation, **settings)
 
@@ -227,16 +228,16 @@ def test_a_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "settings", "message"),
     [
-        ((LoraStack(), Uniform()), {"demands": Demands(secrecy=True)}, "sum adds up updates that the server can read"),
+        ((LoraStack(), Uniform()), {"demands": Demands(secrecy=True)}, "nothing but sums, but lora_stack shows it"),
         (
             (LoraStack(), Uniform()),
             {"adapter": Full()},
-            "lora_stack works on the factors of lora, but task.adapter is full",
+            "lora_stack works on lora_A and lora_B of each layer, but task.adapter is full",
         ),
         (
             (Keep(("*.layers.0.*",)), LoraStack(), Uniform()),
             {},
-            "keep keeps leaves on the client, but lora_stack turns",
+            "lora_stack works on both factors of every layer, but keep keeps tensors",
         ),
     ],
 )
@@ -261,12 +262,12 @@ def test_a_factor_that_stands_still_is_refused(data: Path, key: str, pattern: tu
             Scope(),
             "client b has rank 5, above the rank 4 of task.adapter; raise",
         ),
-        ((LoraPad(), Uniform()), Profile(rank=2), Scope(freeze=("*lora_A",)), "task.scope.freeze holds leaves at"),
+        ((LoraPad(), Uniform()), Profile(rank=2), Scope(freeze=("*lora_A",)), "task.scope.freeze holds"),
         (
             (Keep(("*lora_B",)), LoraPad(), Uniform()),
             Profile(rank=2),
             Scope(),
-            "keep keeps leaves of the adapter's rank",
+            "keep holds tensors at the adapter's rank",
         ),
         ((LoraPad(), Scaffold(), Uniform()), Profile(rank=2), Scope(), "scaffold makes the part 'control'"),
     ],
@@ -274,7 +275,7 @@ def test_a_factor_that_stands_still_is_refused(data: Path, key: str, pattern: tu
 def test_unequal_ranks_that_cannot_be_are_refused(data: Path, stages, profile, scope, message: str) -> None:
     exp = made(data, *stages)
     with pytest.raises(CheckError, match=message):
-        check_ranks(replace(exp, task=replace(exp.task, scope=scope)), {"a": Profile(), "b": profile})
+        check_profiles(replace(exp, task=replace(exp.task, scope=scope)), {"a": Profile(), "b": profile})
 
 
 def test_an_svd_of_nan_is_refused_by_name() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fedllm.aggregators.sum import Sum
 from fedllm.messages.context import ClientContext, RoundContext
+from fedllm.messages.traits import Fact
 from fedllm.messages.update import Part, Update
 from fedllm.rng import Key
 from fedllm.stages.round_trip import decode_all
@@ -98,5 +99,6 @@ def test_a_fixed_denominator_counts_a_lost_client_as_zero():
 
 
 def test_which_weigher_keeps_what_promise():
-    assert (Uniform.equal, Uniform().fixed_denominator, Uniform("cohort").fixed_denominator) == (True, False, True)
-    assert not ByExamples.equal and not ByExamples().fixed_denominator
+    assert Uniform().traits.loses == Fact.FIXED_DENOMINATOR
+    assert Uniform("cohort").traits.loses == Fact.ANSWERED
+    assert ByExamples().traits.loses == Fact.EQUAL_WEIGHTS | Fact.FIXED_DENOMINATOR

@@ -1,0 +1,125 @@
+"""Parties: all that have a say in an experiment, with their traits in effect. Stages, the task, the work, the schedule,
+the aggregator, the demands, and a client's profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+
+from fedllm.errors import config_name
+from fedllm.experiment.record import Experiment
+from fedllm.messages.context import Profile
+from fedllm.messages.traits import FRAGILE, NONE, Bracket, Fact, Traits
+from fedllm.models.adapters.lora import Lora
+from fedllm.models.task import Task
+from fedllm.stages.base import Stage
+
+
+@dataclass(frozen=True, eq=False)
+class Party:
+    """One of them.
+
+    Args:
+        key: of the experiment file, where `name` does not begin with it.
+        needs, loses: those that are declared, and those that follow from what it is.
+        words: what a sentence says of it in place of the row's words, by fact.
+    """
+
+    key: str
+    name: str
+    traits: Traits
+    needs: Fact
+    loses: Fact
+    encodes: bool = False
+    receives: bool = False
+    words: Mapping[Fact, str] = field(default_factory=dict)
+
+
+def parties(experiment: Experiment) -> list[Party]:
+    """Those that an experiment file names, in the order in which an update meets them."""
+    work, schedule, aggregator = experiment.work, experiment.schedule, experiment.aggregator
+    found = [
+        *_of_task(experiment.task),
+        _party(f"work {config_name(work)}", work.traits),
+        _party(f"schedule {config_name(schedule)}", schedule.traits),
+        *_stages(experiment),
+        _party(f"aggregator {config_name(aggregator)}", aggregator.traits),
+    ]
+    if experiment.demands.secrecy:
+        found.append(_party("demands.secrecy", Traits(needs=Fact.HIDDEN)))
+    return found
+
+
+def _stages(experiment: Experiment) -> list[Party]:
+    found = [_stage(config_name(stage), stage) for stage in experiment.stages]
+    if len(experiment.pipeline) > len(found):
+        found.insert(0, _stage("keep (task.scope.share asks for it)", experiment.pipeline[0]))
+    return found
+
+
+def client(name: str, profile: Profile, task: Task) -> Party:
+    """A client whose device differs in its rank or its bandwidth."""
+    words, adapter = dict[Fact, str](), task.adapter
+    needs = NONE
+    if profile.rank is not None and profile.rank != _rank(task):
+        needs |= Fact.ANY_RANK | Fact.ONE_SHAPE
+        beside = f" and the adapter rank {adapter.rank}" if isinstance(adapter, Lora) else ""
+        text = f"has rank {profile.rank}{beside}"
+        words = dict.fromkeys((Fact.ANY_RANK, Fact.ONE_SHAPE, Fact.EQUAL_COMPONENTS), text)
+    if profile.bandwidth is not None:
+        needs |= Fact.FITTED
+        text = f"has a bandwidth of {profile.bandwidth} bytes a round"
+        words = {Fact.FITTED: text, Fact.EQUAL_COMPONENTS: text, **words}
+    loses = Fact.EQUAL_COMPONENTS if needs else NONE
+    return Party("federation", f"client {name}", Traits(needs=needs, loses=loses), needs, loses, words=words)
+
+
+def _of_task(task: Task) -> Iterator[Party]:
+    adapter, name, words = task.adapter, config_name(task.adapter), dict[Fact, str]()
+    if not isinstance(adapter, Lora):
+        words = {
+            Fact.FACTORS: f"is {name}, which has none",
+            Fact.ANY_RANK: f"is {name}, whose tensors have one shape on all clients",
+        }
+    elif adapter.init == "singular":
+        words = {Fact.ANY_RANK: "has init: singular, whose singular values a client of another rank would lack"}
+    loses = reduce(or_, words, NONE)
+    if adapter.needs_weights:
+        own = " with init: singular" if isinstance(adapter, Lora) else ""
+        words[Fact.WRITABLE_BASE] = f"is {name}{own} and changes the matrices of the base model"
+    yield _party(
+        "task.adapter", Traits(needs=Fact.WRITABLE_BASE if adapter.needs_weights else NONE, loses=loses), words
+    )
+    if task.scope.freeze:
+        yield _party("task.scope.freeze", Traits(loses=Fact.BOTH_TRAIN | Fact.ANY_RANK))
+    if task.scope.alternate:
+        yield _party("task.scope.alternate", Traits(loses=Fact.BOTH_TRAIN))
+    if task.quantize is not None:
+        words = {Fact.WRITABLE_BASE: f"holds them in {task.quantize}"}
+        yield _party("task.quantize", Traits(loses=Fact.WRITABLE_BASE), words)
+
+
+def _rank(task: Task) -> int | None:
+    return task.adapter.rank if isinstance(task.adapter, Lora) else None
+
+
+def _party(name: str, traits: Traits, words: Mapping[Fact, str] | None = None) -> Party:
+    return Party("", name, traits, traits.needs, traits.loses, words=words or {})
+
+
+def _stage(name: str, stage: Stage) -> Party:
+    traits, kind = stage.traits, type(stage)
+    encodes, receives = kind.encode is not Stage.encode, kind.receive is not Stage.receive
+    needs, keeps = traits.needs | traits.gives, traits.keeps | traits.gives  # what it gives must last
+    if encodes or receives:
+        needs |= Fact.FIXED_SIZES
+    if Fact.BOUNDED in traits.gives:
+        needs |= Fact.DIFFERENCE
+        if traits.bracket is Bracket.PRIVATE:  # a privacy claim rests on the bound
+            needs |= Fact.EQUAL_WEIGHTS | Fact.FIXED_DENOMINATOR
+    if traits.bracket is Bracket.ADVERSARY:  # an attack does what it likes
+        keeps |= Fact.SUM_OF_DELTAS
+    loses = traits.loses | (FRAGILE & ~keeps if encodes else NONE)
+    return Party("stages", name, traits, needs, loses, encodes, receives)
