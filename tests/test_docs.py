@@ -174,7 +174,7 @@ BAD_PAGE = """\
 
 [good](docs/index.md) [good](#a-heading-its-here) [code](LICENSE "title") `[not](a-link.md)`
 [gone](docs/nowhere.md) [gone](docs/index.md#nowhere) [gone](#nowhere) [host](https://example.com/nowhere)
-[generated](docs/reference/tree.md)
+[generated](docs/reference/tensors.md)
 
 `fedllm frobnicate` but `fedllm run`, scripts/nothing and (scripts/check).
 

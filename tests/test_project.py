@@ -119,7 +119,7 @@ def test_version_has_a_section_in_the_changelog() -> None:
 
 
 def test_package_says_the_same_version() -> None:
-    found = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fedllm" / "__init__.py").read_text("utf-8"), re.MULTILINE)
+    found = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fedllm" / "version.py").read_text("utf-8"), re.MULTILINE)
     assert found == [PROJECT["version"]]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from fedllm.errors import DataError, MissingExtra
 from fedllm.files import cache_dir
 
-WORKER = Path(__file__).with_name("tables.py")
+WORKER = Path(__file__).with_name("hub_worker.py")
 SECONDS = 900.0  # a worker that takes longer is stopped
 
 Value = str | int

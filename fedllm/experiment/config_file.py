@@ -38,7 +38,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> Experiment:
 
 def find(file: str | Path) -> Path:
     """The file itself, or a packaged recipe."""
-    path, recipes = Path(file), Path(__file__).parent / "recipes"
+    path, recipes = Path(file), Path(__file__).parent.parent / "recipes"
     if path.is_file():
         return path
     if (recipes / f"{file}.yaml").is_file():

@@ -35,7 +35,7 @@ def rounded(stage, leaf, *, ctx=CTX, packing=wire_format.DENSE):
 
 def spread(part, leaf, block):
     """The scale of each entry."""
-    return part.packing.scales["w"].repeat_interleave(block)[: leaf.numel()].reshape(leaf.shape)
+    return part.wire_format.scales["w"].repeat_interleave(block)[: leaf.numel()].reshape(leaf.shape)
 
 
 @st.composite
