@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-RECIPES = Path(config_file.__file__).parent / "recipes"
+RECIPES = Path(config_file.__file__).parent.parent / "recipes"
 PLAIN: Mapping[Any, str] = {
     str: "text",
     int: "whole number",
