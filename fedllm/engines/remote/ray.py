@@ -160,7 +160,7 @@ class RayActors:
             memories.mkdir(parents=True, exist_ok=True)  # an actor that does not see it does not share the disk
             self._charge = (_text(experiment), os.getcwd(), str(memories))
             try:
-                begun = self._ray.get([host.begin.remote(*self._charge) for host in self.hosts])
+                begun = self._ray.get([host.initialize.remote(*self._charge) for host in self.hosts])
             except self.lost as error:
                 raise RunError(
                     f"a Ray actor was lost before it had loaded {experiment.task.model} ({_brief(error)})"
@@ -184,7 +184,7 @@ class RayActors:
         """A new actor, which begins where the old one did. The old one, should it live, is ended first."""
         self._ray.kill(self.hosts[place])
         self.hosts[place] = self._host()
-        self.hosts[place].begin.remote(*self._charge)  # its trouble is its answer to what follows
+        self.hosts[place].initialize.remote(*self._charge)  # its trouble is its answer to what follows
 
     def close(self) -> None:
         """End the processes."""

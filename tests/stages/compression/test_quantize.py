@@ -26,8 +26,8 @@ BITS = [8, 4, 1]
 GRID_STEP = {8: 1, 4: 1, 1: 2}  # in scales: 1 bit has only -scale and +scale
 
 
-def rounded(stage, leaf, *, ctx=CTX, packing=wire_format.DENSE):
-    update = Update({"delta": Part({"w": leaf}, 1.0, wire_format)})
+def rounded(stage, leaf, *, ctx=CTX, form=wire_format.DENSE):
+    update = Update({"delta": Part({"w": leaf}, 1.0, form)})
     sent, memory = stage.encode(update, {}, {}, ClientContext(ctx))
     assert memory == {}
     return sent.parts["delta"]
@@ -139,7 +139,7 @@ def test_a_sparse_part_stays_sparse_with_its_zeros(bits):
     leaf = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
     update, _ = TopK(fraction=0.1).encode(Update({"delta": Part({"w": leaf})}), {}, {}, ClientContext(CTX))
     before = update.parts["delta"].tree["w"]
-    part = rounded(Quantize(bits=bits), before, packing=SPARSE)
+    part = rounded(Quantize(bits=bits), before, form=SPARSE)
     assert part.wire_format is SPARSE
     assert not part.tree["w"][before == 0].any()
     if bits == 1:
@@ -154,7 +154,7 @@ def test_only_the_window_is_rounded_and_sent(bits):
     generator = torch.Generator().manual_seed(2)
     box, window = torch.randn(5, 30, generator=generator, dtype=torch.float64), ((10, 15), (0, 30))
     leaf = wire_format.write_window(box, window, torch.Size([40, 30]))
-    part = rounded(Quantize(bits=bits, block=64), leaf, packing=wire_format.WireFormat(windows={"w": window}))
+    part = rounded(Quantize(bits=bits, block=64), leaf, form=wire_format.WireFormat(windows={"w": window}))
     alone = rounded(Quantize(bits=bits, block=64), box)
     assert torch.equal(wire_format.read_window(part.tree["w"], window), alone.tree["w"])
     assert int(part.tree["w"].count_nonzero()) == int(alone.tree["w"].count_nonzero()) > 0, "zeros elsewhere"
