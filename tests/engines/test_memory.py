@@ -204,9 +204,9 @@ import json, resource, sys, threading
 from pathlib import Path
 import torch
 from fedllm.engines.client import Site
-from fedllm.engines.batched import crew
+from fedllm.engines.batched import workers
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.batched.memory import Costs
+from fedllm.engines.batched.memory import MemoryEstimate
 from fedllm.engines.torch_threads import one_thread
 from fedllm.events import EngineAdjusted, EngineStarted
 from fedllm.messages.update import Failure
@@ -217,9 +217,9 @@ work = Sgd(lr=1e-3, steps=2, batch_size=settings["batch"], max_length=settings["
 made = experiment(settings["data"], model=settings["model"], dtype=settings["dtype"], work=work)
 with one_thread():
     site = Site.of(made, None)
-    costs = Costs.measured(site.model, site.fresh)
+    costs = MemoryEstimate.measured(site.model, site.fresh)
 whole = costs.of(work, [site.first_job(client) for client in ("ann", "ben")], recompute=False)
-inside, most, lock, real = [0], [0], threading.Lock(), crew.run_work
+inside, most, lock, real = [0], [0], threading.Lock(), workers.run_work
 meeting, calls = threading.Barrier(2), [0]
 peak, gradients = threading.Barrier(2), torch.autograd.grad
 def together(*args, **options):
@@ -246,7 +246,7 @@ def counted(*args):
     finally:
         with lock:
             inside[0] -= 1
-crew.run_work = counted
+workers.run_work = counted
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = taken + int(settings["room"] * whole)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

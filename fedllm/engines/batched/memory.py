@@ -3,8 +3,7 @@
     stack = copies x parameters x clients + slack x saved(T, sum of L^2) + head
     T: tokens that are computed, L: lengths of sequences, of its largest batch
 
-What a pass saves for its gradient is measured once on a short row: c0 + c1 T + c2 sum L^2, with and without
-recomputation. `head`: the logits of one chunk.
+What a pass saves for its gradient, and `head`, the logits of one chunk, are figures of the model: `models/memory.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from fedllm.engines.process_memory import address_space, free_memory, held_memory, mapped_memory
 from fedllm.errors import ConfigError
-from fedllm.models.batch import Example, collate, spared
-from fedllm.models.kernels import prepack
-from fedllm.models.kernels.ops import supports_product
-from fedllm.models.layers.attention import SHORT
-from fedllm.models.layers.cross_entropy import pieces
+from fedllm.models.batch import Example, spared
 from fedllm.models.loaded_model import LoadedModel
-from fedllm.tensors.tree import Tree, num_bytes, stack
+from fedllm.models.memory import MemoryTerms, memory_terms, prepacked_bytes
+from fedllm.tensors.tree import Tree, num_bytes
 from fedllm.training.base import ClientJob, Work, batches
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -51,47 +46,16 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class SavedActivations:
-    """Bytes that a pass keeps for its gradient: base + token T + square sum L^2 + sequence S."""
-
-    base: float
-    token: float
-    square: float
-    sequence: float
-
-    def of(self, lengths: Sequence[int], less: int = 0) -> float:
-        """Bytes for sequences of these lengths, `less` of whose tokens are not computed."""
-        squares = sum(length**2 for length in lengths if length <= SHORT)
-        return self.base + self.token * (sum(lengths) - less) + self.square * squares + self.sequence * len(lengths)
-
-
-@dataclass(frozen=True)
 class MemoryEstimate:
-    """What a stack takes. `whole` and `recomputed`: without and with recomputation; `layer`: the share of one layer,
-    which recomputation holds at a time; `head`: bytes of one row's logits in the head's type and in float32; `rows`:
-    how many of each exist at once; `shares`: as the model says."""
+    """What a stack takes. `shares`: whether tokens that sequences have in common are computed once."""
 
-    whole: SavedActivations
-    recomputed: SavedActivations
-    layers: int
-    head: tuple[int, int]
-    rows: tuple[int, int]
+    terms: MemoryTerms
     shares: bool
 
     @staticmethod
     def measured(model: LoadedModel, params: Tree) -> MemoryEstimate:
         """Measure what a pass keeps."""
-        head = model.adapter.head(stack([params])).to(model.device)  # a trained head comes with the parameters
-        layers = len({name for name, _ in model.base.model.named_modules() if re.fullmatch(r".*layers\.\d+", name)})
-        wide = torch.promote_types(head.dtype, torch.float32).itemsize
-        return MemoryEstimate(
-            whole=_fitted(model, params, recompute=False),
-            recomputed=_fitted(model, params, recompute=True),
-            layers=max(1, layers),
-            head=(len(head) * head.element_size(), len(head) * wide),
-            rows=pieces(head),
-            shares=model.shares_prefixes,
-        )
+        return MemoryEstimate(memory_terms(model, params), model.shares_prefixes)
 
     def of(self, work: Work, jobs: Sequence[ClientJob], *, recompute: bool) -> int:
         """Bytes of a stack at its largest batch."""
@@ -102,56 +66,17 @@ class MemoryEstimate:
     def _batch(self, clients: Sequence[Sequence[Example]], recompute: bool) -> float:
         examples = [example for client in clients for example in client]
         lengths = [example.needed for example in examples]
-        less = sum(map(spared, clients)) if self.shares else 0
+        less, terms = sum(map(spared, clients)) if self.shares else 0, self.terms
         rows = sum(int((example.targets >= 0).sum()) for example in examples)
-        logits = min(rows, self.rows[0]) * self.head[0] + 2 * min(rows, self.rows[1]) * self.head[1]
-        whole = self.whole.of(lengths, less)
-        return logits + SLACK * (self.recomputed.of(lengths, less) + whole / self.layers if recompute else whole)
-
-
-PROBES = ((32, 32), (64,), (64, 64), (16, 16, 16, 16))  # lengths of sequences
-
-
-def _fitted(model: LoadedModel, params: Tree, *, recompute: bool) -> SavedActivations:
-    rows = [[1, sum(p), sum(n * n for n in p), len(p)] for p in PROBES]
-    found = [_kept(model, params, lengths, recompute) for lengths in PROBES]
-    solved = torch.linalg.solve(torch.tensor(rows).double(), torch.tensor(found).double())
-    return SavedActivations(*solved.clamp(min=0).tolist())
-
-
-def _kept(model: LoadedModel, params: Tree, lengths: Sequence[int], recompute: bool) -> int:
-    """Bytes of all tensors that one pass keeps, each piece of memory once, the model's and the adapter's not at all."""
-    leaves = {name: leaf[None].to(model.device, copy=True).requires_grad_() for name, leaf in params.items()}
-    tensors = [*model.base.model.parameters(), *model.base.model.buffers(), *leaves.values(), *model.constants.values()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        memory = tensor.untyped_storage()
-        if memory.data_ptr() not in known:
-            kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    batch = collate([[_example(length) for length in lengths]], recompute=recompute)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model.losses(leaves, batch)
-    total = sum(kept.values())
-    del loss
-    return total
-
-
-def _example(length: int) -> Example:
-    targets = torch.full((length,), -100)
-    targets[-1] = 1
-    return Example(torch.arange(1, length + 1), targets)
+        logits = min(rows, terms.rows[0]) * terms.head[0] + 2 * min(rows, terms.rows[1]) * terms.head[1]
+        whole = terms.whole.of(lengths, less)
+        return logits + SLACK * (terms.recomputed.of(lengths, less) + whole / terms.layers if recompute else whole)
 
 
 def layout_bytes(model: LoadedModel, budget: int) -> int:
     """What the frozen weights take that are laid out beforehand; 0 if they are not: there is no kernel that reads them
     so, or they would take more than their share of the budget."""
-    linears = [module for module in model.base.model.modules() if type(module) is nn.Linear]
-    weights = {id(linear.weight): linear.weight for linear in linears if supports_product(linear.weight)}
-    count = prepack.num_bytes(weights.values())
+    count = prepacked_bytes(model)
     return count if count <= LAID_OUT * budget else 0
 
 
