@@ -207,7 +207,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Work outside of rounds (comparisons, evaluations): step `done` of `total`."""
+    """Work outside of rounds (baselines, evaluations): step `done` of `total`."""
 
     what: str
     done: int

@@ -1,1 +1,1 @@
-"""Many updates to one, and the conversation that it takes."""
+"""Many updates to one, and the calls that this takes."""

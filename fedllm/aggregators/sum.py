@@ -47,6 +47,6 @@ def _plus(total: Part | None, part: Part, who: str) -> Part:
     if total is None or total.weight is None:
         return Part(part.tree, part.weight)
     if tree.forms(part.tree) != tree.forms(total.tree):
-        raise ClientError(f"{who} has other leaves, shapes or types than those of the clients before it")
+        raise ClientError(f"{who} has other tensors, shapes or types than those of the clients before it")
     tree.add_(total.tree, part.tree)
     return Part(total.tree, total.weight + part.weight)

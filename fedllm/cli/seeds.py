@@ -34,7 +34,7 @@ def run_seeds(
     """Run each seed in a folder of its own, then print the table. A seed that fails does not stop the others.
 
     Returns:
-        The exit code: 0, or 2 if a seed failed, or 1 if one failed in a way that nobody has foreseen.
+        The exit code: 0, or 2 if a seed failed, or 1 if one failed with an unexpected error.
 
     Raises:
         ConfigError: the seeds cannot be read, or the experiment is wrong, before anything runs.
@@ -59,7 +59,7 @@ def run_seeds(
             codes.add(2)
         except Exception:
             traceback.print_exc()
-            print(f"fedllm: seed {seed} failed in a way that nobody has foreseen", file=sys.stderr)
+            print(f"fedllm: seed {seed} failed with an unexpected error", file=sys.stderr)
             codes.add(1)
         except SystemExit as stopped:  # Ctrl-C: the run has said how it goes on
             print(f"and all seeds with:\n  {again}", file=sys.stderr)

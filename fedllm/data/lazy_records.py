@@ -65,7 +65,7 @@ class JsonlRecords(Sequence[Record]):
 
 
 class Subset(Sequence[Record]):
-    """Some of the records, by their places in `records`."""
+    """Some of the records, by their indices in `records`."""
 
     def __init__(self, records: Sequence[Record], places: array[int]) -> None:
         self._records, self._places = records, places

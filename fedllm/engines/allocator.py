@@ -1,10 +1,10 @@
-"""The C library's heap: freed memory kept while an engine is open, and one heap of all threads where memory is scarce.
-And Python's objects: those that stay are left out of its garbage collections.
+"""The C library's allocator: freed memory is kept while an engine is open, and all threads share one arena where memory
+is scarce. And Python's garbage collector: objects that stay are left out of its collections.
 
 A local step frees and takes the same blocks again and again. glibc gives large ones back to the system each time, and
-each page of a new one costs a fault. It also has heaps of several threads apart: what one worker has freed is not there
-for the next, and workers that take turns need as much as workers side by side. One heap mends that, but two workers
-that share it lose a seventh of their speed to its lock. Elsewhere than on glibc nothing changes.
+each page of a new one costs a fault. It also has an arena for each of several threads: what one worker has freed is
+not there for the next, and workers that take turns need as much as workers side by side. One arena avoids that, but two
+workers that share it lose a seventh of their speed to its lock. Elsewhere than on glibc nothing changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NEVER = (1 << 31) - 1
 
 
 def single_arena() -> None:
-    """All threads that start from now on share one heap, unless there are several already. To the end of the process:
+    """All threads that start from now on share one arena, unless there are several already. To the end of the process:
     glibc does not take that back."""
     _glibc("mallopt")(ARENA_MAX, 1)
 

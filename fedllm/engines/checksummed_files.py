@@ -1,7 +1,7 @@
 """Files that know their checksum, so that one flipped bit is found when they are read.
 
-A safetensors file has the SHA-256 of its leaves (`tree.digest`) in its metadata; a JSON file that of its text among its
-own keys. A file without one, as earlier versions wrote it, is taken as it is.
+A safetensors file has the SHA-256 of its tensors (`tree.digest`) in its metadata; a JSON file, that of its text among
+its own keys. A file without one, as earlier versions wrote it, is taken as it is.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SUM = "sha256"
 
 
 def written(trees: Tree) -> bytes:
-    """A safetensors file of some leaves."""
+    """A safetensors file of some tensors."""
     apart = tree.detached_copies(trees)
     return save(apart, metadata={SUM: tree.digest(apart)})
 
 
 def read_tree(path: Path, advice: str) -> Tree:
-    """The leaves of a safetensors file.
+    """The tensors of a safetensors file.
 
     Raises:
         RunError: it cannot be read, or is damaged; `advice` says what to do.

@@ -1,4 +1,4 @@
-"""The client side of the trip, the same on every engine and on every site.
+"""The client's half of a round, the same on every engine and on every site.
 
     request -> receive (reverse order) -> work -> encode (in order) -> seal -> update
 
@@ -150,7 +150,7 @@ class Site:
         return Prepared(client, job, arrival, memories, local, model)
 
     def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
-        """The leaves that train in a round, and the others."""
+        """The tensors that train in a round, and the others."""
         moves = self.experiment.trains_in_round
         held = {name: params[name] for name in params if not moves(name, round)}
         start = {name: leaf for name, leaf in params.items() if name not in held} if held else params

@@ -1,4 +1,8 @@
-"""What was made last, kept as long as there is room: a cache that is bounded by size and not by number."""
+"""A least-recently-used cache that is bounded by the size of its values, such as tokens.
+
+`functools.lru_cache` bounds the number of entries. Clients' examples differ in size, so that a number of entries is no
+bound on memory.
+"""
 
 from __future__ import annotations
 

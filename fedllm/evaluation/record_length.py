@@ -13,7 +13,7 @@ from fedllm.models.loaded_model import LoadedModel
 
 @dataclass(frozen=True)
 class Unfit:
-    """How many held-out records are too long. `cut`: scored without their end; `dropped`: not scored, as no labelled
+    """How many held-out records are too long. `cut`: scored without their end; `dropped`: not scored, as no target
     token is left; `choices`: left out of the accuracy, as one of their choices does not fit."""
 
     cut: int = 0
@@ -25,7 +25,7 @@ class Unfit:
         tokens = f"{max_length} tokens, the work's max_length"
         told = {
             f"{self.cut} held-out records are cut to {tokens}": self.cut,
-            f"{self.dropped} held-out records keep no labelled token in {tokens}, and are not scored": self.dropped,
+            f"{self.dropped} held-out records keep no target token in {tokens}, and are not scored": self.dropped,
             f"{self.choices} held-out records have a choice that does not fit into {tokens}, and are left out of the "
             "accuracy": self.choices,
         }

@@ -1,6 +1,6 @@
 """Held-out scores as sums and counts, so that clients' figures add up like any other part.
 
-    nll           mean negative log-likelihood of a labelled token, in nats      perplexity   exp(nll)
+    nll           mean negative log-likelihood of a target token, in nats      perplexity   exp(nll)
     exact_match   greedy answer equals the response                              rouge_l      its ROUGE-L
     accuracy      multiple choice by log-likelihood a token; ties share the point; a record with a choice that does not
                   fit into `max_length` is left out
@@ -61,7 +61,7 @@ class Scorer:
         return Scorer(evaluation, max_length, tuple(sorted(groups)))
 
     def sums(self, model: LoadedModel, params: Tree, records: Sequence[Record]) -> Tree:
-        """Leaves `sum/METRIC` and `count/METRIC`, float64, the same names whatever the records."""
+        """Tensors `sum/METRIC` and `count/METRIC`, float64, the same names whatever the records."""
         chosen = self.chosen(records)
         return self.add_up(chosen, self.pairs(model, params, chosen))
 
@@ -135,7 +135,7 @@ def _require_choices(population: Population, limit: int | None) -> None:
 
 
 def nll(scorer: Scorer, model: LoadedModel, params: Tree, records: Sequence[Record]) -> list[Pair]:
-    """Sum and number of labelled tokens. A record that many clients hold is scored once, batch by batch."""
+    """Sum and number of target tokens. A record that many clients hold is scored once, batch by batch."""
     places: dict[bytes, int] = {}  # of each distinct example, by its content
     owners: list[int | None] = []
     found: list[Pair] = []

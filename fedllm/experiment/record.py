@@ -77,14 +77,14 @@ class Experiment:
         return Key(self.seed).fold("run")
 
     def trains_in_round(self, name: str, round: int) -> bool:
-        """True if a leaf trains in this round."""
+        """True if a tensor trains in this round."""
         return self.task.scope.trains_in_round(name, round) and all(
             stage.trains_in_round(name, round) for stage in self.pipeline
         )
 
     @property
     def pipeline(self) -> tuple[Stage, ...]:
-        """The stages of the round trip: `stages`, and first what keeps the leaves that the scope does not share."""
+        """The stages of the round trip: `stages`, and first what keeps the tensors that the scope does not share."""
         share = self.task.scope.share
         if share == ("*",):
             return self.stages

@@ -68,7 +68,7 @@ class RoundContext:
 class ClientContext:
     """What a stage's client half may know. Never leaves the client; no facts in `receive`.
 
-    `fresh` holds the initial value of every leaf that the client trains, the same on all clients.
+    `initial_params` holds the initial value of every tensor that the client trains, the same on all clients.
     """
 
     ctx: RoundContext

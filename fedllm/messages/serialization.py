@@ -1,8 +1,8 @@
-"""Requests, updates and failures as bytes, and back. No pickle: a safetensors file (`tensorfile`).
+"""Requests, updates and failures as bytes, and back. No pickle: a safetensors file (`safetensors_io`).
 
-Its text is JSON: the kind of message, the facts of the step, weights and packings of the parts. Tensor keys of a
+Its text is JSON: the kind of message, the facts of the step, weights and wire formats of the parts. Tensor keys of a
 request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `shift3/LEAF` for what version 3 of the frozen
-weights adds; of an update: `part0/LEAF` for the first part of the header. A packed leaf is stored as `part0/LEAF`
+weights adds; of an update: `part0/LEAF` for the first part of the header. A packed tensor is stored as `part0/LEAF`
 (codes, or values) and `scale0/LEAF` or `index0/LEAF`.
 """
 
@@ -40,10 +40,10 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class _Part:
-    """A part without its values. `shapes` are those of the packed leaves; `windows` the boxes of those with one, and
-    `picks` the axis and the places of those with `Picks`.
+    """A part without its values. `shapes` are those of the packed tensors; `windows` the boxes of those with one, and
+    `picks` the axis and the indices of those with an `IndexSelection`.
 
-    With `bits` every packed leaf is in codes, and they are those of its window; without, a packed leaf has a window.
+    With `bits` every packed tensor is in codes, those of its window; without, a packed tensor has a window.
     """
 
     weight: Weight | None
@@ -57,7 +57,8 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Request:
-    """A request without its values. `extras`: how many leaves each has. `shift`: its versions, `after` which one."""
+    """A request without its values. `extras`: how many tensors each has. `shift`: versions of the base delta, `after`
+    which one."""
 
     ctx: RoundContext
     extras: list[Count]
@@ -124,7 +125,7 @@ def deserialize(data: bytes, asked: Asked | None = None) -> Message:
     try:
         text, trees = safetensors_io.from_bytes(data)
         message = _read(_HEADER.validate_json(text, strict=True), trees, len(data), asked)
-    except WireError as error:  # it may name leaves, whose names come from elsewhere, too
+    except WireError as error:  # it may name tensors, whose names come from elsewhere, too
         raise WireError(_short(str(error))) from error
     except Exception as error:  # bytes from elsewhere may be wrong in any way
         reason = _short(f"{type(error).__name__}: {error}")
@@ -138,7 +139,7 @@ def _short(sentence: str) -> str:
 
 
 def part_bytes(message: Message) -> dict[str, int]:
-    """Bytes of the values per part, as they stand on the wire (`packing.num_bytes`); headers are not in them."""
+    """Bytes of the values per part, as they stand on the wire (`wire_format.num_bytes`); headers are not in them."""
     if isinstance(message, Request):
         sizes = {
             "params": tree.num_bytes(message.params),
@@ -202,7 +203,7 @@ def _read(header: _Header, trees: defaultdict[str, Tree], size: int, asked: Aske
     match header:
         case _Request():
             extras = tuple(trees[f"extra{place}"] for place in range(len(header.extras)))
-            _demand([len(extra) for extra in extras] == header.extras, "its extras have other leaves than it says")
+            _demand([len(extra) for extra in extras] == header.extras, "its extras have other tensors than it says")
             params, shift = trees["params"], _shift(header, trees)
             known = len(params) + sum(header.extras) + sum(map(len, shift.steps.values()))
             _demand(known == held, "it holds values that belong to no tree")
@@ -211,7 +212,7 @@ def _read(header: _Header, trees: defaultdict[str, Tree], size: int, asked: Aske
             entries = header.parts.values()
             _unfolds(header.parts, MOST_VALUES_PER_BYTE * size, asked)
             parts = {name: _part(place, entry, trees) for place, (name, entry) in enumerate(header.parts.items())}
-            paired = sum(len(entry.shapes) for entry in entries if entry.sparse or entry.bits)  # two tensors a leaf
+            paired = sum(len(entry.shapes) for entry in entries if entry.sparse or entry.bits)  # each is stored as two
             known = sum(len(part.tree) for part in parts.values()) + paired
             _demand(known == held, "it holds values that belong to no part")
             if asked is not None:
@@ -224,7 +225,7 @@ def _read(header: _Header, trees: defaultdict[str, Tree], size: int, asked: Aske
 
 
 def _unfolds(entries: Mapping[str, _Part], most: int, asked: Asked | None) -> None:
-    """Judge the shapes of packed leaves before anything is made in them: each is the one that was asked for, or those
+    """Check the shapes of packed tensors before memory is spent on them: each is the one that was asked for, or those
     that are filled up with zeros hold at most so many values together."""
     zeros = 0
     for part, entry in entries.items():
@@ -257,7 +258,7 @@ def _written(dtype: torch.dtype, shape: Sequence[int]) -> str:
 
 def _shift(header: _Request, trees: Mapping[str, Tree]) -> BaseDelta:
     rising = all(low < high for low, high in pairwise([header.after, *header.shift]))
-    _demand(rising, "the versions of its shift do not rise")
+    _demand(rising, "the versions of its base delta do not rise")
     return BaseDelta({version: trees[f"shift{version}"] for version in header.shift}, header.after)
 
 
@@ -267,9 +268,9 @@ def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
         codes, grid = (_pieces(held, entry.shapes) for held in (leaves, trees[f"scale{place}"]))
         _demand(wire_format.on_grid(codes, grid, entry.bits), "it has codes or scales that no grid has")
     if entry.shapes:
-        leaves = dict(leaves)  # some are unfolded, and a bundle takes no others
+        leaves = dict(leaves)  # some are unfolded, and a flat tree takes no others
     _demand(entry.windows.keys() | entry.picks.keys() <= entry.shapes.keys(), "a window has no shape")
-    _demand(not entry.windows.keys() & entry.picks.keys(), "a leaf has two windows")
+    _demand(not entry.windows.keys() & entry.picks.keys(), "a tensor has two windows")
     windows = {name: _window(edges, entry.shapes[name]) for name, edges in entry.windows.items()}
     windows |= {name: _picks(*found, entry.shapes[name]) for name, found in entry.picks.items()}
     for name, shape in entry.shapes.items():
@@ -281,61 +282,62 @@ def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:
             leaves[name] = _decoded(leaves[name], scales[name], box, entry)
         _demand(list(leaves[name].shape) == box, "a window does not have its values")
         leaves[name] = wire_format.write_window(leaves[name], windows.get(name), torch.Size(shape))
-    _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse leaf has no shape")
+    _demand(not entry.sparse or leaves.keys() == entry.shapes.keys(), "a sparse tensor has no shape")
     return Part(leaves, entry.weight, WireFormat(entry.sparse, entry.bits, entry.block, scales, windows))
 
 
 def _pieces(held: Tree, names: Mapping[str, object]) -> Sequence[Tensor]:
-    """Some leaves; the blocks of a bundle, where these are all of its leaves: zeros lie between them."""
+    """Some tensors; the buffers of a flat tree, where these are all of its tensors: zeros lie between them."""
     if isinstance(held, FlatTree) and held.keys() == names.keys():
         return held.blocks
     return [held[name] for name in names]
 
 
 def _window(edges: Sequence[Sequence[int]], shape: Sequence[int]) -> Window:
-    """A box that lies in a leaf of this shape."""
+    """A box that lies in a tensor of this shape."""
     pairs = len(edges) == len(shape) and all(len(pair) == 2 for pair in edges)
     within = pairs and all(pair[0] <= pair[1] <= size for pair, size in zip(edges, shape, strict=True))
-    _demand(within, "a window does not lie in its leaf")
+    _demand(within, "a window does not lie in its tensor")
     return tuple((pair[0], pair[1]) for pair in edges)
 
 
 def _picks(axis: int, places: Sequence[int], shape: Sequence[int]) -> Window:
-    """Rising places along an axis of a leaf of this shape."""
+    """Rising indices along an axis of a tensor of this shape."""
     within = axis < len(shape) and all(place < shape[axis] for place in places)
-    _demand(within and all(low < high for low, high in pairwise(places)), "picks do not rise within their leaf")
+    rising = within and all(low < high for low, high in pairwise(places))
+    _demand(rising, "the indices of a window do not rise within its tensor")
     return IndexSelection(axis, tuple(places))
 
 
 def _held(window: Window | None, shape: Sequence[int]) -> list[int]:
-    """The shape of a leaf's window."""
+    """The shape of a tensor's window."""
     if isinstance(window, IndexSelection):
         return [len(window.places) if axis == window.axis else size for axis, size in enumerate(shape)]
     return list(shape) if window is None else [stop - start for start, stop in window]
 
 
 def _spread(values: Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """A leaf of zeros with `values` at the positions `index`."""
+    """A tensor of zeros with `values` at the positions `index`."""
     count = math.prod(shape)
     paired = index.dtype == torch.int32 and values.dim() == 1 and values.shape == index.shape
-    _demand(paired, "a sparse leaf does not have one position for each value")
+    _demand(paired, "a sparse tensor does not have one position for each value")
     inside = not len(index) or (int(index[0]) >= 0 and int(index[-1]) < count)
-    _demand(inside and bool((index[1:] > index[:-1]).all()), "the positions of a sparse leaf do not rise within it")
+    _demand(inside and bool((index[1:] > index[:-1]).all()), "the positions of a sparse tensor do not rise within it")
     dense = torch.zeros(count, dtype=values.dtype)
     dense[index.long()] = values
     return dense.reshape(shape)
 
 
 def _decoded(packed: Tensor, scales: Tensor, shape: Sequence[int], form: WireFormat | _Part) -> Tensor:
-    """The values of a leaf's codes."""
+    """The values of a tensor's codes."""
     count, bits = math.prod(shape), form.bits
-    assert bits is not None, "shapes without a packing"
+    assert bits is not None, "shapes without a wire format"
     block = min(form.block, max(1, count))  # a long block is not filled up: its length is only a claim
     fits = packed.shape == (-(-count * bits // 8),) and packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
     left = 8 * packed.numel() - count * bits  # of the last byte
     fits = fits and not (left and int(packed[-1]) >> (8 - left))
     fits = fits and scales.shape == (-(-count // block),) and scales.is_floating_point()
-    _demand(fits, f"a leaf of shape {tuple(shape)} does not have its codes and scales")
+    _demand(fits, f"a tensor of shape {tuple(shape)} does not have its codes and scales")
     return wire_format.values(
         wire_format.quantization_blocks(wire_format.unpack_bits(packed, bits, count), block), scales, torch.Size(shape)
     )

@@ -11,7 +11,7 @@ from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import DENSE, WireFormat
 
-Asked = Mapping[str, Mapping[str, LeafSpec]]  # by part, of each leaf its type and shape
+Asked = Mapping[str, Mapping[str, LeafSpec]]  # by part, of each tensor its type and shape
 
 
 def not_known(call: str) -> Asked | None:

@@ -1,4 +1,8 @@
-"""A loaded task: the base model with its adapter, one per process."""
+"""A loaded task: the base model with its adapter, one per process.
+
+It has a greedy generation of its own beside transformers' `generate`: parameters come in with each call and enter
+through the adapter, as in training, so that one loaded model answers for any client.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,7 @@ TOGETHER = 64  # records in one call of the tokenizer
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """What works and evaluations call. Parameters come in with every call; the model keeps none but `constants`: the
-    adapter's leaves that the scope freezes, the same on every client. Empty parameters are the base model itself."""
+    adapter's tensors that the scope freezes, the same on every client. Empty parameters are the base model itself."""
 
     task: Task
     base: Base
@@ -65,7 +69,7 @@ class LoadedModel:
         return self.task.adapter.shares and self.base.unpackable is None and not wide
 
     def start_digest(self, key: Key) -> str:
-        """A checksum of the adapter's leaves at the start of a run, frozen ones included."""
+        """A checksum of the adapter's tensors at the start of a run, frozen ones included."""
         return checksum(self.adapter.initial_params(key.fold("adapter")))
 
     @property
@@ -74,7 +78,7 @@ class LoadedModel:
         return {"kernels": library().about} if ops.is_bf16_cpu(self.base.model) else {}
 
     def with_constants(self, key: Key) -> LoadedModel:
-        """This model with the frozen leaves of the run's key."""
+        """This model with the frozen tensors of the run's key."""
         leaves = self.adapter.initial_params(key.fold("adapter"))
         frozen = {name: leaf.to(self.device) for name, leaf in leaves.items() if not self.task.scope.trains(name)}
         own = self.adapter.moved(BaseDelta()) if isinstance(self.adapter, Movable) else {}
@@ -88,7 +92,7 @@ class LoadedModel:
         return replace(self, constants={**self.constants, **self.adapter.moved(shift)})
 
     def initial_params(self, key: Key) -> Tree:
-        """The initial value of every leaf that trains.
+        """The initial value of every tensor that trains.
 
         Raises:
             CheckError: the scope selects no tensor, or has a pattern that fits none.
@@ -99,12 +103,13 @@ class LoadedModel:
         for name in ("train", "share", "freeze", "alternate", "hold"):
             for pattern in vars(scope)[name]:
                 if leaves and not any(matches(leaf, [pattern.removeprefix("!")]) for leaf in leaves):
-                    raise CheckError(f"task.scope.{name}: '{pattern}' fits no leaf of the adapter (its leaves: {some})")
+                    what = f"'{pattern}' fits no tensor of the adapter (its tensors: {some})"
+                    raise CheckError(f"task.scope.{name}: {what}")
         trained = {name: leaf for name, leaf in leaves.items() if scope.trains(name)}
         if not trained:
-            raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its leaves: {some})")
+            raise CheckError(f"task.scope selects no tensor of the adapter on {self.task.model} (its tensors: {some})")
         if not scope.alternate and not any(scope.trains_in_round(name, 0) for name in trained):
-            raise CheckError("task.scope.hold leaves nothing to train; name fewer leaves")
+            raise CheckError("task.scope.hold leaves nothing to train; name fewer tensors")
         for turn, pattern in enumerate(scope.alternate):
             if not any(scope.trains_in_round(name, turn) for name in trained):
                 raise CheckError(f"task.scope.alternate: nothing trains in the turn of '{pattern}'; leave it out")
@@ -160,7 +165,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def sequence_nll(self, params: Tree, examples: Sequence[Example], batch_size: int = 16) -> list[Tensor]:
-        """For each example, the negative log-likelihoods of its labelled tokens."""
+        """For each example, the negative log-likelihoods of its target tokens."""
         stack = {name: leaf[None] for name, leaf in params.items()}
         found: list[Tensor] = []
         for at in range(0, len(examples), batch_size):

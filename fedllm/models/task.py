@@ -16,15 +16,15 @@ from fedllm.tensors.tree import matches
 
 @dataclass(frozen=True)
 class Scope:
-    """Which leaves of the adapter train, and which of those are shared; shell-style patterns over leaf names.
+    """Which tensors of the adapter train, and which of those are shared; shell-style patterns over tensor names.
 
     Args:
-        train: leaves that train. freeze: leaves that do not, although `train` fits them; they keep their initial
+        train: tensors that train. freeze: tensors that do not, although `train` fits them; they keep their initial
             values, which every client knows from the run's key, and are never sent.
-        share: leaves that are sent and averaged; the rest stays on its client.
-        alternate: patterns that take turns: round r trains and sends, of the leaves that fit one of them, those of the
+        share: tensors that are sent and averaged; the rest stays on its client.
+        alternate: patterns that take turns: round r trains and sends, of the tensors that fit one of them, those of the
             (r mod n)-th alone. The others stand where the server has them.
-        hold: leaves that a client is sent and uses, but neither trains nor sends: a stage moves them on the server.
+        hold: tensors that a client is sent and uses, but neither trains nor sends: a stage moves them on the server.
     """
 
     train: tuple[str, ...] = ("*",)
@@ -38,15 +38,15 @@ class Scope:
             raise ConfigError("task.scope.alternate holds one pattern; give two or more, which take turns")
 
     def trains(self, name: str) -> bool:
-        """True if the leaf trains."""
+        """True if the tensor trains."""
         return matches(name, self.train) and not matches(name, self.freeze)
 
     def shares(self, name: str) -> bool:
-        """True if the leaf is sent."""
+        """True if the tensor is sent."""
         return matches(name, self.share)
 
     def trains_in_round(self, name: str, round: int) -> bool:
-        """True if the leaf trains in this round."""
+        """True if the tensor trains in this round."""
         if matches(name, self.hold):
             return False
         if not self.alternate or not matches(name, self.alternate):

@@ -2,7 +2,7 @@
 
 The whole text of a record is tokenised at once, because many tokenizers put a space before a text that begins, or join
 letters across the places where it is cut. A label then belongs to the tokens whose letters it covers.
-Truncation policy: the end is cut off. An example that is left without a labelled token is left out.
+Truncation policy: the end is cut off. An example that is left without a target token is left out.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ def absence(story: RunHistory) -> str:
     if started.settings.get("demands", {}).get("secrecy"):
         return "Not computed: the server may learn nothing but sums of updates (demands.secrecy)."
     if any(not event.note for event in story.of(RoundFinished)):
-        return (
-            "Not computed: what clients send is hidden from the server, or whole numbers that no stage has turned back."
-        )
+        return "Not computed: the updates are hidden from the server, or are integers that no stage has converted back."
     return ""
 
 

@@ -198,7 +198,7 @@ def partition(data: DataReported) -> list[Figure]:
             totals[label] = totals.get(label, 0) + count
     if not totals:
         groups = {"training": dict(data.train), "held out": dict(data.heldout)}
-        note = "Records that each client trains on, and those that it keeps back to be judged by."
+        note = "Records that each client trains on, and those that are held out to evaluate it."
     else:
         kept = sorted(totals, key=lambda label: -totals[label])[: FEW - 1 if len(totals) > FEW else FEW]
         groups = {label: {client: data.labels.get(client, {}).get(label, 0) for client in rows} for label in kept}

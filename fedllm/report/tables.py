@@ -241,7 +241,7 @@ def troubles(story: RunHistory) -> Html:
         shown.append(lost if len(failed) <= 20 else folded(f"{len(failed)} clients were lost", lost))
     if warned or notes:
         shown.append(el("ul.notes", *(el("li", text) for text in [*warned, *notes])))
-    return joined(shown) if shown else el("p", "No client was lost and nothing was warned of.")
+    return joined(shown) if shown else el("p", "No client was lost, and there were no warnings.")
 
 
 def rounds(story: RunHistory) -> Html:

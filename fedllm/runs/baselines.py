@@ -138,7 +138,7 @@ class Baselines:
             carry = run_steps(work, [replace(job, ctx=replace(ctx, round=round))], model, carry)
         (outcome,) = work.finish(carry)
         if isinstance(outcome, str):
-            raise RunError(f"the comparison with {name} alone failed: {outcome}")
+            raise RunError(f"the baseline of {name} alone failed: {outcome}")
         params = add(job.initial, outcome[0].parts["delta"].tree)
         scores, by_client = self._scored(model, params)
         own = {f"own/{metric}": value for metric, value in by_client[name].items()} if name in by_client else {}

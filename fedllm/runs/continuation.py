@@ -104,7 +104,7 @@ def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: Serve
             why = "what its server and its clients have kept belongs to these stages and clients"
         else:
             continue
-        raise RunError(f"--continue: {path} cannot be gone on from with {text}: {why}; put it back, or begin anew")
+        raise RunError(f"--continue: {path} cannot be continued with {text}: {why}; put it back, or begin anew")
     if limit := limit_reached(experiment, saved):
         raise RunError(f"--continue: {limit}, which counts the rounds of {path}; raise it")
 
@@ -165,7 +165,7 @@ def hand_over(origin: Origin, folder: Folder, experiment: Experiment, opening: S
 
 def _log(origin: Origin, opening: Sequence[Event]) -> Iterator[str]:
     """The old log's lines of its rounds, behind the new start. What is of the whole run (its end, its warnings, the
-    figures of the base and of comparisons) is made anew."""
+    figures of the base and of baselines) is made anew."""
     with origin.folder.events.open(encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)

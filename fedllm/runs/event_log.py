@@ -14,7 +14,7 @@ BLOCK = 1 << 16  # bytes
 
 
 class Log:
-    """An append-only file of events with listeners (the display, the ledger)."""
+    """An append-only file of events with listeners (the display, the traffic meter)."""
 
     def __init__(self, path: Path | None, listeners: tuple[Emit, ...] = ()) -> None:
         self._path, self._listeners = path, listeners

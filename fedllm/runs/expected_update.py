@@ -1,6 +1,6 @@
-"""What a client is asked for: by part, of each leaf its type and shape, known before anybody has answered.
+"""What a client is asked for: by part, of each tensor its type and shape, known before anybody has answered.
 
-The client's half of the trip runs once on zeros in the shapes of a request:
+The client's half of the pipeline runs once on zeros in the shapes of a request:
 
     request of zeros -> receive -> a delta of zeros, or the scores of no records -> encode -> types and shapes
 
@@ -34,7 +34,7 @@ Listed = tuple[tuple[str, LeafSpec], ...]
 
 @dataclass(frozen=True)
 class Question:
-    """All that the forms of an update follow from. `moving`: the leaves that train; `scores`: of an evaluation."""
+    """All that the forms of an update follow from. `moving`: the tensors that train; `scores`: of an evaluation."""
 
     stages: tuple[Stage, ...]
     work: Work
@@ -94,8 +94,8 @@ def _answer(question: Question) -> Asked | None:
 
 
 def _made(question: Question, start: Tree, ctx: RoundContext) -> tuple[Update, Mapping[str, float]]:
-    """What stands before the stages: of an evaluation, or of a work that takes no step. One value stands for each leaf,
-    for the work decides on the types alone."""
+    """What stands before the stages: of an evaluation, or of a work that takes no step. One value stands for each
+    tensor, for the work decides on the types alone."""
     points = {name: leaf.new_zeros(()) for name, leaf in start.items()}
     (outcome,) = run_work(question.work, [ClientJob(ctx, points, ())], _NoModel())
     assert not isinstance(outcome, str), outcome

@@ -34,7 +34,7 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished run. `params`: the shared leaves of its last round. `shift`: what was added to the frozen weights."""
+    """A finished run. `params`: the shared tensors of its last round. `shift`: what was added to the frozen weights."""
 
     folder: Path
     summary: Mapping[str, Any]
@@ -167,8 +167,8 @@ def _refuse_changes(plan: Plan, now: Inputs) -> None:
     found = changed(plan.experiment, plan.folder.about.get("inputs", now), now)
     if found:
         raise RunError(
-            f"since the run in {plan.folder.path} began, {', '.join(found)} changed, and its rounds would be of both; "
-            f"put back what it began with, or begin a new run: {ELSEWHERE}"
+            f"since the run in {plan.folder.path} began, {', '.join(found)} changed, so its rounds would mix old and "
+            f"new; put back what it began with, or begin a new run: {ELSEWHERE}"
         )
 
 
@@ -247,7 +247,7 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
             cut += example is not None and example.cut > 0
         if not kept:
             raise RunError(
-                f"no record of {client} keeps a labelled token in {length} tokens; raise the work's max_length"
+                f"no record of {client} keeps a target token in {length} tokens; raise the work's max_length"
             )
         dropped += len(records) - kept
     held = Scorer.of(experiment.evaluation, length, population).unfit(model, population)

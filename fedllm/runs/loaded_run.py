@@ -19,7 +19,7 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """`params` are complete: shared, personal and frozen leaves, and among the components of the factors what was
+    """`params` are complete: shared, personal and frozen tensors, and among the components of the factors what was
     added to the frozen weights. `own`: what each client has kept to itself."""
 
     folder: Folder
@@ -30,12 +30,12 @@ class LoadedRun:
     own: Mapping[str, Tree]
 
     def params_of(self, client: str) -> Tree:
-        """The parameters with the client's own leaves, where it has any."""
+        """The parameters with the client's own tensors, where it has any."""
         return {**self.params, **self.own.get(client, {})}
 
 
 def open_run(path: Path, *, client: str | None = None, best: bool = False) -> LoadedRun:
-    """Load a run's experiment, base model and last (or best) parameters, a client's own leaves included.
+    """Load a run's experiment, base model and last (or best) parameters, a client's own tensors included.
 
     Raises:
         RunError: no run or no such checkpoint there, or no such client.
@@ -45,7 +45,7 @@ def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Lo
     state = _state(folder, experiment, best=best)
     own = personal_leaves(experiment, folder, state)
     if client is not None and client not in own:
-        what = nearest(client, own) if own else "; no client of this run has leaves of its own"
+        what = nearest(client, own) if own else "; no client of this run has parameters of its own"
         raise RunError(f"{path} has no personal model of '{client}'{what}")
     model = load(experiment.task)
     leaves = {**model.with_constants(experiment.key).constants, **model.initial_params(experiment.key), **state.params}

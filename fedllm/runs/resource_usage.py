@@ -1,4 +1,4 @@
-"""The ledger: what crossed the wire, how long a run took, and whether that is all it may take."""
+"""What a run uses: bytes sent, time, memory, and whether a limit is reached."""
 
 from __future__ import annotations
 

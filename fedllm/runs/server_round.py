@@ -176,7 +176,7 @@ def requests_for(
 
 
 def empty_total(stages: Sequence[Stage], run: ServerState, everyone: RoundContext) -> Update:
-    """A zero delta of weight 0 in the shape of the broadcast; without leaves where clients send another shape."""
+    """A zero delta of weight 0 in the shape of the broadcast; without tensors where clients send another shape."""
     if any(Fact.SHAPE in stage.traits.loses for stage in stages):
         return Update({"delta": Part({}, 0.0)})
     params, _ = broadcast_all(stages, run.params, run.states, everyone)

@@ -173,7 +173,7 @@ class RunSession:
 
     def comparisons(self) -> None:
         """What `evaluation.compare` asks for and the log does not hold yet. One that fails is left out, whatever the
-        reason: a comparison never costs a run its results."""
+        reason: a baseline never costs a run its results."""
         done = {event.which for _, event in read(self.folder.events) if isinstance(event, Evaluated)}
         wanted = self.experiment.evaluation.compare if self._has_heldout() else ()
         for which in wanted:
@@ -284,7 +284,7 @@ def _warnings(report: DataReported, max_length: int) -> list[str]:
     told = {
         f"the split leaves out {report.left_out} records": report.left_out,
         f"{report.cut} records are cut to {max_length} tokens, the work's max_length": report.cut,
-        f"{report.dropped} records keep no labelled token in {max_length} tokens and are not used": report.dropped,
+        f"{report.dropped} records keep no target token in {max_length} tokens and are not used": report.dropped,
     }
     held = Unfit(report.heldout_cut, report.heldout_dropped, report.heldout_choices)
     return [*(text for text, count in told.items() if count), *held.warnings(max_length)]

@@ -5,7 +5,7 @@
 
 What a round adds, a step, is kept and sent as its factors, which side by side are those of the sum. As soon as they
 hold as many values as the layer itself, rank x (in + out) >= in x out, the oldest are added up into one dense leaf, so
-that a shift never takes more than twice the layer.
+that a base delta never takes more than twice the layer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class BaseDelta:
     """What is added to the frozen weights behind version `after`.
 
     `steps[v]` holds leaves of version v, in float32 or wider: `LAYER.lora_B` (out, R) and `LAYER.lora_A` (R, in), whose
-    product is added, and with them `LAYER.lora_sparse` (n,), values that are added at the layer's places (`sparse`); or
-    `LAYER.lora_BA` (out, in), the whole sum up to v, in place of all before it.
+    product is added, and with them `LAYER.lora_sparse` (n,), values that are added at the layer's positions
+    (`sparse_mask`); or     `LAYER.lora_BA` (out, in), the whole sum up to v, in place of all before it.
     """
 
     steps: Mapping[int, Tree] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class BaseDelta:
         return _dense(self.steps, layer)
 
     def folded(self, params: Mapping[str, Tensor]) -> Tree:
-        """An adapter's leaves with the shift among their components: the product of a layer's factors is B A + shift.
+        """An adapter's leaves with the base delta among their components: a layer's product is B A + base delta.
 
         A sum that is dense becomes factors of rank min(out, in), one of them the identity.
         """

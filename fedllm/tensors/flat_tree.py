@@ -29,7 +29,7 @@ class FlatTree(Leaves):
     """A tree whose leaves are views of `blocks` (1-d; the leaves of a block share dtype and device).
 
     Zeros lie between them. A view is made when it is first asked for: most trees are passed on, or computed with, block
-    by block. It cannot be given other leaves; `dict(bundle)` can. A leaf that is kept alive keeps its block.
+    by block. It cannot be given other leaves; `dict(tree)` can. A leaf that is kept alive keeps its block.
     """
 
     def __init__(self, blocks: Sequence[Tensor], layout: TreeLayout) -> None:
@@ -58,7 +58,7 @@ class FlatTree(Leaves):
         return self._made().items()
 
     def __iter__(self) -> Iterator[str]:
-        return super().__iter__()  # one of its own: otherwise dict(bundle) and {**bundle} take what is not made yet
+        return super().__iter__()  # one of its own: otherwise dict(tree) and {**tree} take what is not made yet
 
     def __or__(self, other: Mapping[str, Tensor]) -> Leaves:  # type: ignore[override]
         return {**self, **other}
@@ -79,7 +79,7 @@ class FlatTree(Leaves):
         return {name: self[name] for name in self}
 
     def alike(self, other: Mapping[str, Tensor]) -> bool:
-        """True if the other one is a bundle with the same leaves at the same places."""
+        """True if the other one is a flat tree with the same leaves at the same places."""
         if not isinstance(other, FlatTree) or not (self.layout is other.layout or self.layout == other.layout):
             return False
         return all(
@@ -110,7 +110,7 @@ class FlatTree(Leaves):
         return FlatTree, (self.blocks, self.layout)  # a deep copy has blocks of its own
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
-        raise TypeError("the leaves of a bundle are views of its blocks; change dict(bundle) instead")
+        raise TypeError("the leaves of a flat tree are views of its buffers; change dict(tree) instead")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
@@ -131,14 +131,14 @@ def flatten(tree: Mapping[str, Tensor]) -> Leaves:
     if not _pays(layout, sizes):
         return dict(tree)
     blocks = [torch.zeros(size, dtype=dtype, device=device) for size, (dtype, device) in zip(sizes, kinds, strict=True)]
-    bundle = FlatTree(blocks, layout)
+    flat = FlatTree(blocks, layout)
     for name, leaf in tree.items():
-        bundle[name].copy_(leaf.detach())
-    return bundle
+        flat[name].copy_(leaf.detach())
+    return flat
 
 
 def of_bytes(leaves: Mapping[str, tuple[Shape, torch.dtype, memoryview]]) -> Leaves:
-    """A tree of its own from a copy of each leaf's bytes; `bundled`."""
+    """A tree of its own from a copy of each leaf's bytes; flat where that pays."""
     layout, kinds, sizes = layout_of({name: (shape, (dtype, CPU)) for name, (shape, dtype, _) in leaves.items()})
     if not _pays(layout, sizes):
         return {name: _tensor(*leaf) for name, leaf in leaves.items()}

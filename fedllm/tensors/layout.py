@@ -26,7 +26,7 @@ Found = TypeVar("Found")
 
 
 class TreeLayout(dict[str, Place]):
-    """Where the leaves of bundles lie. It is not changed: what follows from it is worked out once for all of them."""
+    """Where the leaves of flat trees lie. It never changes: what follows from it is worked out once for all."""
 
     @cached_property
     def shapes(self) -> Mapping[str, torch.Size]:

@@ -16,7 +16,7 @@ from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import Window, WireFormat
 
 A, B = "lora_A", "lora_B"
-SPARSE = "lora_sparse"  # a layer's leaf of values at its places, beside the factors
+SPARSE = "lora_sparse"  # a layer's leaf of values at its positions, beside the factors
 PRODUCT = "lora_BA"  # a layer's leaf (out, in) where a product travels in place of its factors
 Pair = tuple[Tensor, Tensor]  # B, A
 
@@ -51,7 +51,7 @@ def sliced(leaves: Mapping[str, Tensor], rank: int | None) -> Tree:
 
 
 def padded(leaves: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> tuple[Tree, WireFormat]:
-    """The leaves with zeros for the components that they lack of `whole`, and a packing that does not send these."""
+    """The leaves with zeros for the components that they lack of `whole`, and a wire format without these."""
     found: Tree = {}
     windows: dict[str, Window] = {}
     for name, leaf in leaves.items():

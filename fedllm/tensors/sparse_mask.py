@@ -1,8 +1,8 @@
-"""Sparse additions to a layer's weight, at places that everybody draws alike, so that only values are sent.
+"""Sparse additions to a layer's weight, at positions that everybody draws alike, so that only values are sent.
 
-    S (out, in) = values at `places`, zero elsewhere        density d: round(d out in) values
+    S (out, in) = values at `positions`, zero elsewhere        density d: round(d out in) values
 
-A layer's places depend on its name, its size and their number, and on nothing of a run.
+A layer's positions depend on its name, its size and their number, and on nothing of a run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def positions(layer: str, size: int, count: int) -> Tensor:
 
 
 def scatter(layer: str, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(out, in): the values at the layer's places, zeros elsewhere."""
+    """(out, in): the values at the layer's positions, zeros elsewhere."""
     whole = values.new_zeros(shape[0] * shape[1])
     whole[positions(layer, whole.numel(), len(values)).to(values.device)] = values
     return whole.view(shape)
 
 
 def gather(layer: str, whole: Tensor, count: int) -> Tensor:
-    """(count,): the values of (out, in) at the layer's places."""
+    """(count,): the values of (out, in) at the layer's positions."""
     return whole.reshape(-1)[positions(layer, whole.numel(), count).to(whole.device)]

@@ -2,8 +2,8 @@
 
 A leaf's name is the path of the weight it belongs to, such as
 `model.layers.0.self_attn.q_proj.lora_A`. Several trees travel as one by a prefix
-(`join`, `branch`). No function changes what it is given, but for `add_`, which works in place. A tree that is `bundled`
-lies in blocks of memory, and so does what is made of it value by value.
+(`add_prefix`, `select_prefix`). No function changes what it is given, but for `add_`, which works in place. A
+`FlatTree` lies in blocks of memory, and so does what is made of it value by value.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def to(tree: Mapping[str, Tensor], device: str) -> Tree:
 
 def norm(tree: Mapping[str, Tensor]) -> float:
     """The 2-norm over all (floating) leaves together, in float64; the order of the leaves does not change its bits, but
-    whether they are bundled may."""
+    whether they are flat trees may."""
     parts = (
         tree.blocks if isinstance(tree, FlatTree) else [tree[name] for name in sorted(tree)]
     )  # zeros are between them

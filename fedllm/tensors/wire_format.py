@@ -2,9 +2,9 @@
 
     low bit   value = code * scale of its block      codes in -L..L, L = 2^(bits-1) - 1; bits = 1: -1 or +1
     sparse    positions (int32) and values of the entries that are not zero
-    window    the values of a box (a range of each axis), or at places of one axis; outside of them all are zero
+    window    the values of a box (a range of each axis), or at chosen indices of one axis; outside of them all are zero
 
-Packing loses nothing: a stage puts values on the grid, the wire only writes the codes.
+A wire format loses nothing: a stage puts values on the grid, the wire only writes the codes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Box = tuple[tuple[int, int], ...]  # the range of each axis
 
 @dataclass(frozen=True)
 class IndexSelection:
-    """Rising places of one axis: rows of a matrix, or columns."""
+    """Rising indices of one axis: rows of a matrix, or columns."""
 
     axis: int
     places: tuple[int, ...]
@@ -164,7 +164,7 @@ def pack_bits(code: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `squeeze`: `count` int8 codes (for 1 bit: -1 and +1)."""
+    """The inverse of `pack_bits`: `count` int8 codes (for 1 bit: -1 and +1)."""
     if bits == 8:
         return packed[:count]
     if bits == 4:

@@ -43,15 +43,15 @@ class Model(Protocol):
         ...
 
     def initial_params(self, key: Key) -> Tree:
-        """The initial value of every leaf that a client trains."""
+        """The initial value of every tensor that a client trains."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ClientJob:
-    """One client's share of a stack. `start` may have leaves in any float type; examples are encoded.
+    """One client's share of a stack. `initial` may have tensors in any float type; examples are encoded.
 
-    `adjust`: its stages' `grads` hooks; None if there are none. `held`: leaves that the passes need, and that do not
+    `adjust`: its stages' `grads` hooks; None if there are none. `frozen`: tensors that the passes need, and that do not
     train in this round.
     """
 
@@ -118,7 +118,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How a stack is trained. `recompute`: save memory (see `Batch`). `going`: asked before each step."""
+    """How a stack is trained. `recompute`: save memory (see `Batch`). `should_continue`: asked before each step."""
 
     recompute: bool = False
     should_continue: Callable[[], bool] = lambda: True

@@ -1,8 +1,8 @@
-"""The leaves of K clients in one buffer: an optimiser step, a norm or a difference is one operation a client.
+"""The tensors of K clients in one buffer: an optimiser step, a norm or a difference is one operation a client.
 
-    buffer (K, P)        leaf n of the stack: buffer[:, at : at + size] as (K, *shape); row k is client k's bundle
+    buffer (K, P)        tensor n of the stack: buffer[:, at : at + size] as (K, *shape); row k is client k's flat tree
 
-Clients whose leaves differ in size (ranks of a low-rank adapter) are padded with zeros to the largest.
+Clients whose tensors differ in size (ranks of a low-rank adapter) are padded with zeros to the largest.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Shapes = Mapping[str, torch.Size]
 
 @dataclass(frozen=True, eq=False)
 class BufferLayout:
-    """Which values of a buffer's row are which leaf.
+    """Which values of a buffer's row are which tensor.
 
-    `own[k]`: the shapes of client k's leaves; `shapes`: the largest over the clients, placed by `places` in blocks
+    `own[k]`: the shapes of client k's tensors; `shapes`: the largest over the clients, placed by `places` in blocks
     that begin at `starts`, the last of which is P. `kind`: the widest type, and the device.
     """
 
@@ -101,7 +101,7 @@ class BufferLayout:
         return [row[start:end] for start, end in pairwise(self.starts)]
 
     def _placed(self, params: Tree) -> TypeGuard[FlatTree]:
-        """Whether its leaves lie in blocks as the row's do, so that no view of a leaf is needed."""
+        """Whether its tensors lie in blocks as the row's do, so that no view of a tensor is needed."""
         same = isinstance(params, FlatTree) and (params.layout is self.places or params.layout == self.places)
         return same and all((block.dtype, block.device) == self.kind for block in params.blocks)  # type: ignore[attr-defined]
 
@@ -114,7 +114,8 @@ def keep_buffers() -> None:
 def give_back(*buffers: Tensor) -> None:
     """Nobody uses these buffers any more. A thread that keeps such does, in place of those that it has.
 
-    Only those on a CPU that `heap.kept_memory` does not keep: each page of what malloc maps anew costs a fault.
+    Only those on a CPU that `allocator.retain_freed_memory` does not keep: each page that malloc maps anew costs a
+    fault.
     """
     if _kept.keeps:
         _kept.buffers = tuple(each for each in buffers if each.device.type == "cpu" and each.nbytes > LARGEST)

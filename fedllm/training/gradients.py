@@ -18,13 +18,13 @@ from fedllm.models.batch import Batch
 from fedllm.tensors.tree import Tree
 from fedllm.training.base import Model
 
-Stacked = Callable[[Tensor], Tree]  # a (K, P) buffer to its leaves (K, ...)
+Stacked = Callable[[Tensor], Tree]  # a (K, P) buffer to its tensors (K, ...)
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """K clients: (K, P) values, the (K, P) memory of their gradient, how both are cut into leaves (K, ...), and leaves
-    (K, ...) that stand still."""
+    """K clients: (K, P) values, the (K, P) memory of their gradient, how both are cut into tensors (K, ...), and
+    tensors (K, ...) that stand still."""
 
     values: Tensor
     gradient: Tensor

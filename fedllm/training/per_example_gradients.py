@@ -18,14 +18,14 @@ from fedllm.training.base import Model
 
 
 def per_example_gradients(model: Model, params: Tree, examples: Sequence[Example]) -> tuple[Tree, Tensor]:
-    """One client's examples to (N, ...) gradients of its leaves and (N,) losses.
+    """One client's examples to (N, ...) gradients of its tensors and (N,) losses.
 
     Exact: each example has its own products with the adapter, or is kept apart by zeros in joint ones. Memory grows
     with N times the size of the adapter, so take examples by the dozen.
 
     Args:
-        model: a loaded task whose adapter can be stacked. params: unstacked leaves. A leaf that the loss does not reach
-            has a gradient of zeros.
+        model: a loaded task whose adapter can be stacked. params: unstacked tensors. A tensor that the loss does not
+            reach has a gradient of zeros.
     """
     count = len(examples)
     stack = {name: leaf.detach().expand(count, *leaf.shape).requires_grad_() for name, leaf in params.items()}

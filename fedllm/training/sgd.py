@@ -2,7 +2,7 @@
 
     w <- w - lr * rule(grad L_k(w))        L_k: mean over the client's batch of the per-example losses
 
-One loss per client, their sum differentiated once: client k's slice of each stacked leaf receives exactly its own
+One loss per client, their sum differentiated once: client k's slice of each stacked tensor receives exactly its own
 gradient. Each client has an optimiser of its own on its row of the buffer, so idle and failed clients stand still.
 """
 
@@ -39,7 +39,7 @@ class Carry:
     layout: BufferLayout
     values: Tensor
     starts: Sequence[Tree]
-    held: Tree  # (K, ...): leaves that stand still
+    held: Tree  # (K, ...): tensors that stand still
     grads: Tensor
     optimizers: Sequence[torch.optim.Optimizer]
     steps: list[int]

@@ -149,7 +149,7 @@ def test_memory_does_not_grow_with_the_cohort() -> None:
     ],
 )
 def test_a_reply_that_does_not_fit_names_its_client(other: dict[str, Tensor]) -> None:
-    with pytest.raises(ClientError, match=r"client-1, part 'delta' has other leaves"):
+    with pytest.raises(ClientError, match=r"client-1, part 'delta' has other tensors"):
         total_of(delta(1.0, 2.0), Update({"delta": Part(other, 1.0)}))
 
 

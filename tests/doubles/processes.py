@@ -2,7 +2,7 @@
 
     frame    8 bytes length | content
     start    YAML: the experiment, and the folder of the memories
-    ask      name of the call, wire.pack(request)        answer   wire.pack(update or failure)
+    ask      name of the call, serialize(request)        answer   serialize(update or failure)
 
 A process is started with its client's first request and lives until the engine is closed. Each builds its own site.
 """

@@ -131,14 +131,14 @@ def test_a_lost_process_is_replaced_and_asked_again(losses: int) -> None:
     relay, events = relay_of(team := Team({"c": losses}))
     assert told(relay, "work", requests("abcdef")) == works("abcdef")
     notes = [event.text for event in events if isinstance(event, EngineAdjusted)]
-    assert notes == ["a process was lost with c in hand (it has ended); another one takes its place"] * losses
+    assert notes == ["a process was lost while it worked on c (it has ended); another one takes its place"] * losses
     assert team.asked.count((0, "work", ("c",))) == losses + 1
     assert team.asked.count((1, "work", ("d",))) == 1
 
 
 def test_clients_that_cost_three_processes_are_given_up_and_no_others() -> None:
     relay, events = relay_of(team := Team({"c": 99}))
-    reason = f"{LOSSES} processes were lost with it in hand (it has ended)"
+    reason = f"{LOSSES} processes were lost while they worked on it (it has ended)"
     assert told(relay, "work", requests("abcdefg")) == [*works("ab"), ("c", reason), *works("defg")]
     assert sum(isinstance(event, EngineAdjusted) for event in events) == LOSSES
     assert team.asked.count((0, "work", ("c",))) == LOSSES

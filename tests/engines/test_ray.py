@@ -138,7 +138,7 @@ def test_a_lost_actor_is_replaced_and_changes_no_bit(data: Path, serial: Path, t
     found = run(stateful(data, rounds=2), Kept(team), tmp_path, kill)
     same(found, serial)
     (note,) = (event for event in events(found) if isinstance(event, EngineAdjusted))
-    assert note.round == 1 and "lost with ann in hand" in note.text and "another one takes its place" in note.text
+    assert note.round == 1 and "lost while it worked on ann" in note.text and "another one takes its place" in note.text
     new, same_one = ray.get([host.__ray_call__.remote(pid) for host in team.hosts])
     assert same_one == other and new not in (process, other)
 

@@ -239,8 +239,8 @@ def test_a_bound_model_holds_the_frozen_leaves_of_its_key() -> None:
 @pytest.mark.parametrize(
     ("scope", "reason"),
     [
-        (Scope(train=("*lora_C",)), r"task.scope.train: '\*lora_C' fits no leaf of the adapter \(its leaves: model"),
-        (Scope(share=("!*lora_b",)), r"task.scope.share: '!\*lora_b' fits no leaf"),
+        (Scope(train=("*lora_C",)), r"task.scope.train: '\*lora_C' fits no tensor of the adapter \(its tensors: model"),
+        (Scope(share=("!*lora_b",)), r"task.scope.share: '!\*lora_b' fits no tensor"),
         (Scope(freeze=("*",)), "selects no tensor of the adapter on tiny-llama"),
     ],
 )

@@ -268,8 +268,8 @@ def test_another_adapter_is_refused(data: Path) -> None:
 @pytest.mark.parametrize(
     ("hold", "message"),
     [
-        ("*", r"task\.scope\.hold leaves nothing to train; name fewer leaves"),
-        ("*lora_C", r"task\.scope\.hold: '\*lora_C' fits no leaf"),
+        ("*", r"task\.scope\.hold leaves nothing to train; name fewer tensors"),
+        ("*lora_C", r"task\.scope\.hold: '\*lora_C' fits no tensor"),
     ],
 )
 def test_what_cannot_be_held_is_refused(hold: str, message: str, data: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_with_many_stages_stacks_give_the_same_and_a_run_resumes(name: str, data
 def test_turns_that_cannot_be_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"task.scope.alternate holds one pattern; give two or more"):
         Scope(alternate=("*lora_A",))
-    with pytest.raises(CheckError, match=r"task.scope.alternate: '\*lora_C' fits no leaf"):
+    with pytest.raises(CheckError, match=r"task.scope.alternate: '\*lora_C' fits no tensor"):
         launch.run(made(data, Scope(alternate=("*lora_A", "*lora_C"))), out=tmp_path / "a")
     turns = Scope(train=("*lora_A",), alternate=("*lora_A", "*lora_B"))
     with pytest.raises(

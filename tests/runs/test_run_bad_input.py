@@ -193,7 +193,7 @@ def test_held_out_records_are_named_and_counted_as_those_to_train_on(
     (report,) = (event for event in events(result.folder) if isinstance(event, DataReported))
     assert (report.cut, report.dropped, report.heldout_cut, report.heldout_dropped) == (0, 0, 0, 1)
     (warned,) = (event for event in events(result.folder) if isinstance(event, Warned))
-    assert warned.text.startswith("1 held-out records keep no labelled token in 48 tokens")
+    assert warned.text.startswith("1 held-out records keep no target token in 48 tokens")
 
 
 def test_names_that_do_not_exist(here: Path, finished: fedllm.Result, capsys: pytest.CaptureFixture[str]) -> None:

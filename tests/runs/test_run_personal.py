@@ -94,7 +94,7 @@ def test_a_client_s_model_is_opened_by_name(personal: fedllm.Result, finished: f
         assert torch.equal(ben.params[name.removeprefix("base_model.model.").removesuffix(".weight")], leaf)
     with pytest.raises(RunError, match="no personal model of 'bem'; did you mean 'ben'"):
         open_run(personal.folder, client="bem")
-    with pytest.raises(RunError, match="no client of this run has leaves of its own"):
+    with pytest.raises(RunError, match="no client of this run has parameters of its own"):
         open_run(finished.folder, client="ben")
 
 

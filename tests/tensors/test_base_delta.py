@@ -113,5 +113,5 @@ def test_a_layer_becomes_dense_when_its_factors_are_as_large() -> None:
 
 def test_versions_of_a_request_rise() -> None:
     request = Request({}, (), RoundContext(0, Key(0), 1, 1), BaseDelta({1: step(1, 1), 3: step(3, 1)}, after=1))
-    with pytest.raises(serialization.WireError, match="versions of its shift do not rise"):
+    with pytest.raises(serialization.WireError, match="versions of its base delta do not rise"):
         serialization.deserialize(serialization.serialize(request))

@@ -5,10 +5,11 @@
     By           one client for each value of a field (user, language, organisation)
     SizeSkew     sizes that grow with the client's number
     Pathological a fixed number of labels for each client                             arXiv:2102.02079
-    Shard        sorted by label, cut into shards, the shards dealt out               arXiv:1602.05629
+    Shard        sorted by label, cut into shards, the shards given out               arXiv:1602.05629
 
 `Iid` and `By` give what `IidPartitioner` (on shuffled rows) and `NaturalIdPartitioner` of flwr-datasets give; the
-others run that package's own partitioners. A split is a frozen dataclass of settings; records and key come as `Rows`.
+others run that package's own partitioners. A split is a frozen dataclass of settings; records and key come as
+`SplitInput`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sorted by label, cut into shards, the shards dealt out (McMahan et al. 2017, arXiv:1602.05629, section 3)."""
+"""Sorted by label, cut into shards, the shards given out (McMahan et al. 2017, arXiv:1602.05629, section 3)."""
 
 from __future__ import annotations
 

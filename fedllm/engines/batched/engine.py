@@ -1,6 +1,6 @@
 """Stacks of clients over one frozen model, a worker thread a core: the serial engine's results, several times faster.
 
-A cohort is dealt into stacks of a fixed size, whatever the workers, so that the bits do not depend on them. Workers
+A cohort is divided into stacks of a fixed size, whatever the workers, so that the bits do not depend on them. Workers
 take stacks from a queue, each with one intra-op thread: torch gives up the interpreter lock inside its operators, and
 nothing waits at a barrier. Replies come in request order from a bounded window.
 """
@@ -61,8 +61,8 @@ class Batched(Engine):
             compute 512 tokens in a micro-batch, from 4 to 16, or fewer so that there are two stacks; on a GPU 16.
         workers: threads. Default one a core, on a GPU one.
         memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
-            budget, or a limit on the process's address space, the workers share one heap, and frozen weights are not
-            laid out beforehand: smaller, and slower.
+            budget, or a limit on the process's address space, the workers share one memory arena, and frozen weights
+            are not laid out beforehand: smaller, and slower.
     """
 
     stack: int | None = None
@@ -158,7 +158,7 @@ class BatchedCalls:
     started: bool = field(default=False)
 
     def call(self, name: str, requests: Mapping[str, Request]) -> Replies:
-        """Replies in request order, from a bounded window: a hand is dealt when workers + 1 stacks are left."""
+        """Replies in request order, from a bounded window: more stacks are made when workers + 1 are left."""
         if not self.started:
             self._start()
         if name not in SIDE_BY_SIDE:
@@ -181,7 +181,7 @@ class BatchedCalls:
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
     def _submitted(self, name: str, hand: Sequence[Request], size: int) -> list[PendingReply]:
-        """In the hand's order. Of errands of one stack, each takes its own reply."""
+        """In the order of the batch. Of clients of one stack, each takes its own reply."""
         loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in hand]
         errands: dict[int, PendingReply] = {}
         for stack in balance(loads, size, self.fewest):

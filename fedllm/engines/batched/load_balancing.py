@@ -1,7 +1,7 @@
-"""Which clients of a cohort train in one stack: each hand of clients is dealt so that its stacks have as much to do.
+"""Which clients of a cohort train in one stack: clients are balanced so that stacks have about as many tokens.
 
 The last stack of a round is waited for with the other workers idle, and the tokens of stacks cut in the cohort's order
-differ by a fifth. What is dealt depends on the hand alone, not on the workers.
+differ by a fifth. The result depends on the clients of a batch of stacks alone, not on the workers.
 
 How many clients a full stack has depends on how short their batches are: a product of few rows is far from the
 processor's peak, and a call costs as much for few tokens as for many. More than it takes to mend that costs memory.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-BATCH_OF_STACKS = 4  # full stacks' worth of clients that are dealt together
+BATCH_OF_STACKS = 4  # full stacks' worth of clients that are balanced together
 FULL = 512  # tokens in a batch of a full stack
 SIZES = (4, 16)  # clients of a full stack, at least and at most
 

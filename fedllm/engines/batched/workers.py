@@ -1,4 +1,4 @@
-"""A crew: worker threads that train stacks of clients side by side, within a budget of memory.
+"""A worker pool: threads that train stacks of clients side by side, within a budget of memory.
 
 A stack that does not fit waits until others are done (same bits), then keeps less for its gradient (same bits), then is
 cut in halves. Memory that runs out all the same is caught, and the stack is repeated from its start.

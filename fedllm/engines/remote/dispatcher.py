@@ -20,8 +20,8 @@ from fedllm.messages.call import Replies
 from fedllm.messages.update import Failure, Request
 from fedllm.rng import Key
 
-AHEAD = 2  # stacks that a process has been asked for: one in hand, one waiting
-LOSSES = 3  # processes lost with the same stack in hand, before its clients are given up
+AHEAD = 2  # stacks that a process has been asked for: one at work, one waiting
+LOSSES = 3  # processes lost at work on the same stack, before its clients are given up
 
 
 Answer = list[tuple[bytes, Mapping[str, int] | None]] | str  # replies, or what is wrong with the process
@@ -134,11 +134,11 @@ class Dispatcher:
         ]
 
     def _replaced(self, errand: PendingStack, why: str) -> None:
-        # an actor works in the order in which it was asked: the first stack is the one that it had in hand
+        # an actor works in the order in which it was asked: the first stack is the one that it worked on
         errand.losses += 1
         names = ", ".join(str(request.ctx.client) for request in errand.requests)
-        text = f"a process was lost with {names} in hand ({why}); another one takes its place"
+        text = f"a process was lost while it worked on {names} ({why}); another one takes its place"
         self.emit(EngineAdjusted(errand.requests[0].ctx.round, text))
         if errand.losses == LOSSES:
-            errand.reason = f"{LOSSES} processes were lost with it in hand ({why})"
+            errand.reason = f"{LOSSES} processes were lost while they worked on it ({why})"
         self.team.replace(errand.place)

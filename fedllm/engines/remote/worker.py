@@ -67,7 +67,7 @@ class RemoteWorker:
 
 
 def to_text(experiment: Experiment) -> str:
-    """The experiment as text that a host builds it from.
+    """The experiment as text that a worker builds it from.
 
     Raises:
         ConfigError: it has a component that is not in the catalog.

@@ -36,7 +36,7 @@ class CohortStatistics:
     """The updates of a round's first clients, and the drift of all.
 
     Args:
-        settings: how many clients and layers. constants: the adapter's frozen leaves, which all clients have.
+        settings: how many clients and layers. constants: the adapter's frozen tensors, which all clients have.
         scale: of the adapter's products. smallest: rank among all clients, where it is below the adapter's.
         fixed: lost clients count in the mean as no change, so that it is not to be that of those who answered.
     """
@@ -97,7 +97,7 @@ def _cut(delta: Tree, sent: Tree) -> Tree:
 
 
 def _inside(leaf: Tensor, shape: torch.Size) -> Tensor:
-    """The leaf's first values in each axis; a leaf of another form as it is."""
+    """The tensor's first values in each axis; a tensor of another form as it is."""
     if leaf.shape == shape:
         return leaf
     fits = leaf.dim() == len(shape) and all(own >= size for own, size in zip(leaf.shape, shape, strict=True))

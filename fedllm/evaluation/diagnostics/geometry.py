@@ -54,7 +54,7 @@ def energy_above(values: Tensor, rank: int) -> float:
 
 
 def gram(leaves: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(K, K): the inner products of K clients' updates, in the updates' type within a leaf and in float64 over leaves.
+    """(K, K): the inner products of K clients' updates, in the updates' type within a tensor, in float64 over all.
 
     `leaves`: of each name the K tensors; one that is smaller along an axis counts as filled up with zeros.
     """
@@ -76,7 +76,7 @@ def cosines(products: Tensor) -> list[float]:
 
 
 def alike(leaves: Sequence[Tensor]) -> Tensor:
-    """(K, ...): the leaves in the shape of the largest."""
+    """(K, ...): the tensors in the shape of the largest."""
     if len({leaf.shape for leaf in leaves}) == 1:
         return torch.stack(list(leaves))
     whole = leaves[0].new_zeros(len(leaves), *map(max, zip(*(leaf.shape for leaf in leaves), strict=True)))

@@ -26,7 +26,7 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One client's update: its weight, where it began (with frozen leaves), and how far it moved from there."""
+    """One client's update: its weight, where it began (with frozen tensors), and how far it moved from there."""
 
     client: str
     weight: float
@@ -52,7 +52,7 @@ def bias(seen: Sequence[Seen], after: Tree, most: int | None) -> Bias | None:
     """What the aggregation has lost.
 
     Args:
-        most: layers at most. after: what the server came to, with frozen leaves.
+        most: layers at most. after: what the server came to, with frozen tensors.
 
     Returns:
         None where the products are not known: other adapters, factors that stay with a client or travel otherwise.
@@ -87,7 +87,7 @@ def spectra(after: Tree, names: Sequence[str], smallest: int | None) -> tuple[fl
 
 
 def layers(leaves: Mapping[str, Tensor], some: Collection[str], most: int | None) -> list[str]:
-    """The layers with both factors among the leaves, one of them among `some`; at most `most`, spread evenly."""
+    """The layers with both factors among the tensors, one of them among `some`; at most `most`, spread evenly."""
     ends = (low_rank.A, low_rank.B)
     found = [layer for layer in sorted(low_rank.layers(leaves)) if any(f"{layer}.{end}" in some for end in ends)]
     count = len(found) if most is None else min(most, len(found))
@@ -95,8 +95,8 @@ def layers(leaves: Mapping[str, Tensor], some: Collection[str], most: int | None
 
 
 def trained(seen: Sequence[Seen], name: str) -> Tensor:
-    """(K, ...): a leaf after training in float64; where it did not move it is where it was. Smaller ranks are filled up
-    with zeros, which changes no product."""
+    """(K, ...): a tensor after training in float64; where it did not move it is where it was. Smaller ranks are
+    filled up with zeros, which changes no product."""
     starts = [one.start[name] for one in seen]
     moved = [one.delta[name] if name in one.delta else torch.zeros_like(one.start[name]) for one in seen]
     return geometry.alike(starts).double() + geometry.alike(moved)

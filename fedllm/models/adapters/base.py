@@ -24,14 +24,14 @@ from fedllm.tensors.tree import Tree
 
 
 class Attached(Protocol):
-    """An adapter on a loaded base model. Leaves of a stack are (K, ...); an empty stack is the base model itself."""
+    """An adapter on a loaded base model. Tensors of a stack are (K, ...); an empty stack is the base model itself."""
 
     def initial_params(self, key: Key) -> Tree:
-        """Initial values of one client's leaves."""
+        """Initial values of one client's tensors."""
         ...
 
     def hidden(self, stack: Tree, batch: Batch) -> Tensor:
-        """(T, d): the decoder's last hidden state of each labelled token of the batch, without the output head; those
+        """(T, d): the decoder's last hidden state of each target token of the batch, without the output head; those
         of other tokens need not be there."""
         ...
 

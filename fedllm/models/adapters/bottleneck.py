@@ -112,9 +112,9 @@ class AttachedBottleneck(InLayers):
         return params
 
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
-        """The leaves by name: PEFT has no layout for them."""
+        """The tensors by name: PEFT has no layout for them."""
         write_weights(params, folder, base_name=base_name)
 
     def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """Not possible."""
-        raise ConfigError("a bottleneck adapter cannot be merged into weights; export --to peft writes its leaves")
+        raise ConfigError("a bottleneck adapter cannot be merged into weights; export --to peft writes its tensors")

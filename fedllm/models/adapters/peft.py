@@ -1,6 +1,6 @@
 """Any adapter of Hugging Face's peft by its name: `peft: {type: ia3, settings: {target_modules: [k_proj]}}`.
 
-The layers are peft's own. Its trained parameters are taken out as leaves and put in for each forward pass, so one
+The layers are peft's own. Its trained parameters are taken out as tensors and put in for each forward pass, so one
 client trains at a time, in one thread. Sequences are padded on the right. Where fedllm has an adapter of its own (LoRA,
 prompt tuning), that one is faster: it is stacked, and it generates with a cache.
 """
@@ -109,7 +109,7 @@ class Peft(Adapter):
 
 @dataclass(frozen=True, eq=False)
 class Wrapped:
-    """A peft model. `trained`: peft's name of each leaf. `added`: modules that are peft's and not the base model's."""
+    """A peft model. `trained`: peft's name of each tensor. `added`: modules of peft, not of the base model."""
 
     model: Any
     trained: Mapping[str, str]
@@ -140,7 +140,7 @@ class Wrapped:
         return Wrapped(model, trained, [module for module in model.modules() if id(module) not in own])
 
     def values(self) -> Mapping[str, Tensor]:
-        """The parameter of each leaf."""
+        """The parameter of each tensor."""
         found = dict(self.model.named_parameters())
         return {leaf: found[name] for leaf, name in self.trained.items()}
 

@@ -1,4 +1,4 @@
-"""Words of a tokenizer's vocabulary, for adapters that start with what a model knows."""
+"""Random tokens of a vocabulary, for adapters that start with what a model knows."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """LoRA beside sparse values of the same layers, for a stack of K clients over one frozen linear layer.
 
-    y = W x + s (B_k A_k + S_k) x        S_k (out, in): trained values at the layer's places, zero elsewhere
+    y = W x + s (B_k A_k + S_k) x        S_k (out, in): trained values at the layer's positions, zero elsewhere
 
-The places are the same for everybody (`sparse`). Both parts begin at zero. The stage `sparse_first` trains first one
-and then the other (SLoRA: Babakniya et al. 2023, arXiv 2308.06522).
+The positions are the same for everybody (`sparse_mask`). Both parts begin at zero. The stage `sparse_first` trains
+first one and then the other (SLoRA: Babakniya et al. 2023, arXiv 2308.06522).
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     W (out, in) = U S V^T        lora_B = U (out, rank)        lora_A = S V^T = U^T W (rank, in)
 
-Each component has one form (`factors.principal`). Libraries of linear algebra may still differ in the last digits, from
-one processor to the next; components of nearly equal singular values then differ by more, for they are mixed. Processes
-that share a cache folder share the file, and with it the bits.
+Each component has one form (`low_rank.top_singular`). Libraries of linear algebra may still differ in the last digits,
+from one processor to the next; components of nearly equal singular values then differ by more, for they are mixed.
+Processes that share a cache folder share the file, and with it the bits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The base model's own weights: all of them, those of its norms, or its biases.
 
-BitFit: Ben Zaken et al. 2022, arXiv:2106.10199. A leaf has its parameter's name and holds the weight itself, not a
-difference; a head that is tied to the embedding is one leaf. Leaves are float32 (float64 on a float64 base) and are
+BitFit: Ben Zaken et al. 2022, arXiv:2106.10199. A tensor has its parameter's name and holds the weight itself, not a
+difference; a head that is tied to the embedding is one tensor. Tensors are float32 (float64 on a float64 base) and are
 rounded to the base's dtype in the forward pass, so small steps are not lost. One client at a time, in one thread: a
 forward pass swaps the model's weights.
 """
@@ -62,7 +62,7 @@ class Norms(Weights):
 
 @dataclass(frozen=True)
 class BitFit(Weights):
-    """The biases. A model without biases has no leaf."""
+    """The biases. A model without biases has no tensor."""
 
     def attach(self, base: Base) -> Attached:
         """Nothing in the base model changes."""
@@ -78,7 +78,7 @@ def _attached(base: Base, names: Iterable[str]) -> AttachedWeights:
 
 @dataclass(frozen=True, eq=False)
 class AttachedWeights:
-    """Some of a loaded base model's own weights. `head_name`: the leaf that is the output head, if it can
+    """Some of a loaded base model's own weights. `head_name`: the tensor that is the output head, if it can
     train."""
 
     decoder: Decoder
@@ -108,7 +108,7 @@ class AttachedWeights:
         write_weights(params, folder, base_name=base_name)
 
     def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
-        """The leaves themselves, under all names that the model has for them."""
+        """The tensors themselves, under all names that the model has for them."""
         names = names_of(self.decoder.base.model)
         wide = {name: leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for name, leaf in params.items()}
         return {other: leaf for name, leaf in wide.items() for other in names[name]}

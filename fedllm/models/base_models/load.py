@@ -54,7 +54,7 @@ class Base:
 
     `folder`: what was loaded; None for a model of the hub and for one that is built in code (`materialise` writes it).
     `name`: what the experiment asked for. `title`: for people. `unpackable`: why its sequences run one at a time; None
-    if they share a row. `caching`: whether they then generate with a cache. (`architecture` finds out.)
+    if they share a row. `caching`: whether they then generate with a cache. (`model_probe` finds out.)
     `positions`: the most tokens of a sequence; None where there is no hard limit.
     """
 

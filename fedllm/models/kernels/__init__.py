@@ -1,7 +1,7 @@
 """Kernels in C for models in bfloat16 on a CPU: what PyTorch does in many small passes, in one.
 
 They are compiled on first use by the machine's C compiler. Where there is none, PyTorch's operations compute the same.
-`library` finds, compiles and loads; `kernels` and `products` are the functions, on tensors.
+`build` finds, compiles and loads; `ops` and `matmul` are the functions, on tensors.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ MOVED, REST = "moved", "moved_rest"
 
 
 def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[BaseDelta], scale: float) -> Tree:
-    """Leaves `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the shifts move."""
+    """Tensors `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the shifts move."""
     found: Tree = {}
     for name in sorted({name for shift in shifts for name in shift.layers()}):
         weight = layers[name].weight.detach()
@@ -49,7 +49,7 @@ def frozen(layer: nn.Linear, path: str, stack: Mapping[str, Tensor]) -> Frozen |
 def require_fit(shift: BaseDelta, layers: Mapping[str, nn.Linear]) -> None:
     """
     Raises:
-        ClientError: it names other layers, or has leaves of another shape.
+        ClientError: it names other layers, or has tensors of another shape.
     """
     for at, leaves in shift.steps.items():
         shapes = dict(_shapes(leaves, layers))

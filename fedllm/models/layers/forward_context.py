@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """One forward pass. `stack` leaves are (K, ...). `lengths` None: an ordinary padded batch of one client (K = 1);
+    """One forward pass. `stack` tensors are (K, ...). `lengths` None: an ordinary padded batch of one client (K = 1);
     else one row of sequences, `client_tokens[k]` of its tokens client k's. `shared`: as in a batch; those tokens of
     the sequences are not in the row. `wanted`: tokens of the row whose last states somebody needs, in order; None: all.
     `dropout`: a generator per client, or none. `recompute`: keep the inputs of the layers only."""

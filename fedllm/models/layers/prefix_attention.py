@@ -15,7 +15,7 @@ from fedllm.models.layers.forward_context import Forward
 
 
 def leaf_name(layer: int, part: str) -> str:
-    """The leaf of a layer's keys or values."""
+    """The tensor of a layer's keys or values."""
     return f"prefix.{layer}.{part}"
 
 

@@ -5,10 +5,10 @@
 
 The g query heads of a key head become g rows for each of its positions. Sequences are padded to a few lengths, and
 those of one length share a batched product. Padding repeats the sequence's first position: a causal mask hides it from
-every real one, and its dO is zero. Tokens that a row holds once for several sequences (see `once`) are keys in each of
-them and queries in the first; their dK and dV add up. The probabilities are kept for the gradient; on a CPU this beats
-torch's fused kernel, which computes them again, as long as they are few. In bfloat16 fedllm's own kernel does all that
-without padding, and leaves out what a mask would hide.
+every real one, and its dO is zero. Tokens that a row holds once for several sequences (see `shared_prefix`) are keys
+in each of them and queries in the first; their dK and dV add up. The probabilities are kept for the gradient; on a CPU
+this beats torch's fused kernel, which computes them again, as long as they are few. In bfloat16 fedllm's own kernel
+does all that without padding, and leaves out what a mask would hide.
 """
 
 from __future__ import annotations

@@ -400,7 +400,7 @@ def test_targets_and_ranks_that_fit_no_layer_are_refused() -> None:
         load(task(Lora(targets=("q_porj",))))
     with pytest.raises(ConfigError, match=r"rank is 33, above the size 32x64 of layer .*\.k_proj"):
         load(task(Lora(rank=33)))
-    with pytest.raises(CheckError, match=r"task.scope.freeze: '\*lora_a' fits no leaf"):
+    with pytest.raises(CheckError, match=r"task.scope.freeze: '\*lora_a' fits no tensor"):
         load(task(Lora(), scope=Scope(freeze=("*lora_a",)))).initial_params(KEY)
     with pytest.raises(CheckError, match="selects no tensor"):
         load(task(Lora(), scope=Scope(freeze=("*",)))).initial_params(KEY)
