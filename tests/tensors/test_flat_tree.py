@@ -185,7 +185,7 @@ def test_a_bundle_takes_no_other_leaves() -> None:
         made.clear,
     ]
     for act in acts:
-        with pytest.raises(TypeError, match=r"change dict\(bundle\) instead"):
+        with pytest.raises(TypeError, match=r"change dict\(tree\) instead"):
             act()
     for plain in (dict(made), {**made}, made | {"n9": one}, copy.copy(dict(made)), made.copy()):
         assert type(plain) is dict
