@@ -154,7 +154,7 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
         if failure := session.failure():
             session.fail(kind, failure)
         session.adapters()
-        session.comparisons()
+        session.train_baselines()
         session.finish(kind)
     return Result(folder.path, folder.read_summary(), session.state.params, session.state.base_delta)
 
@@ -222,10 +222,10 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
 @contextmanager
 def _session(plan: Plan, model: LoadedModel, population: Population) -> Iterator[RunSession]:
     """A session that writes the log. Ctrl-C leaves every complete round on the disk."""
-    ledger, experiment = TrafficMeter(), plan.experiment
+    traffic, experiment = TrafficMeter(), plan.experiment
     start = server_round.initial_state(experiment, model.initial_params(experiment.key))
-    with closing(Log(plan.folder.events, (ledger, *plan.listeners))) as log:
-        session = RunSession(experiment, plan.folder, model, population, log, ledger, start, plan.began)
+    with closing(Log(plan.folder.events, (traffic, *plan.listeners))) as log:
+        session = RunSession(experiment, plan.folder, model, population, log, traffic, start, plan.began)
         try:
             yield session
         except KeyboardInterrupt:

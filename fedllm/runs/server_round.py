@@ -34,7 +34,7 @@ class ObservedCall:
     emit: Emit
     round: int
     shown: bool  # False where the server must learn nothing but sums
-    witness: UpdateObserver | None = None  # is shown each update; keeps copies of what it needs
+    observe: UpdateObserver | None = None  # is shown each update; keeps copies of what it needs
     answered: list[str] = field(default_factory=list)
     scores: dict[str, Figures] = field(default_factory=dict)
 
@@ -46,8 +46,8 @@ class ObservedCall:
                 self.emit(ClientFailed(self.round, client, reply.reason, name))
             elif name in ("work", "evaluate"):
                 self._note(name, client, reply, perf_counter() - started)
-                if name == "work" and self.shown and self.witness is not None:
-                    self.witness(requests[client], reply)
+                if name == "work" and self.shown and self.observe is not None:
+                    self.observe(requests[client], reply)
             yield client, reply
             started = perf_counter()
 
@@ -87,14 +87,14 @@ def run_round(
     clients: Sequence[str],
     call: Call,
     emit: Emit,
-    witness: UpdateObserver | None = None,
+    observe: UpdateObserver | None = None,
 ) -> tuple[ServerState, RoundResult]:
-    """Sample, ask, add up, decode, step. `witness` sees each update, unless the server must learn nothing but sums."""
+    """Sample, ask, add up, decode, step. `observe` sees each update, unless the server must learn nothing but sums."""
     stages = experiment.pipeline
     cohort = experiment.federation.sample(clients, run.round, run.key.fold("cohort", run.round))
     emit(RoundStarted(run.round, tuple(cohort)))
     everyone = RoundContext(run.round, run.key, len(cohort), len(clients), experiment.rounds)
-    watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy, witness)
+    watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy, observe)
     requests = requests_for(experiment, run, cohort, everyone)
     total = experiment.aggregator.reduce(watch, requests)
     note = ""

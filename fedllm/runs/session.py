@@ -64,21 +64,21 @@ class RunSession:
     model: LoadedModel
     population: Population
     log: Log
-    ledger: TrafficMeter
+    traffic: TrafficMeter
     state: ServerState
     began: float
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.experiment.limits.keep_last)
         self.store = ClientStore(self.folder.memories)
-        self.comparison = Baselines(self.experiment, self.model, self.population, self.log)
+        self.baselines = Baselines(self.experiment, self.model, self.population, self.log)
         self.observer = RoundMonitor.of(self.experiment, self.model, self.population.clients)
 
     def begin(self, *, engine: str, name: str) -> None:
         """The events of the start, the base's scores, and checkpoint 0."""
         for event in self._opening(engine, name):
             self.log(event)
-        self._complete(self.state, [self.comparison.base()] if self._has_heldout() else [], save=True)
+        self._complete(self.state, [self.baselines.base()] if self._has_heldout() else [], save=True)
 
     def take_over(self, origin: Origin, listeners: Sequence[Emit], now: Inputs, *, engine: str, name: str) -> None:
         """Go on from what another run has come to: its log and its last checkpoint, with a start and base scores of
@@ -86,7 +86,7 @@ class RunSession:
         hand_over(origin, self.folder, self.experiment, self._opening(engine, name))
         self.resume(listeners)
         if self._has_heldout():
-            self.log(self.comparison.base())
+            self.log(self.baselines.base())
         for text in warnings(origin, self.experiment, now):
             self.log(Warned(text))
 
@@ -171,7 +171,7 @@ class RunSession:
         """What the rounds came to, on the disk before anything that could still go wrong."""
         write_adapters(self.experiment, self.folder, self.model, self.state)
 
-    def comparisons(self) -> None:
+    def train_baselines(self) -> None:
         """What `evaluation.compare` asks for and the log does not hold yet. One that fails is left out, whatever the
         reason: a baseline never costs a run its results."""
         done = {event.which for _, event in read(self.folder.events) if isinstance(event, Evaluated)}
@@ -181,7 +181,7 @@ class RunSession:
                 continue
             made: Event
             try:
-                made = self.comparison.local_only() if which == "local_only" else self.comparison.centralised()
+                made = self.baselines.local_only() if which == "local_only" else self.baselines.centralised()
             except Exception as error:
                 made = Warned(f"{which} has no figures: {reason(error)}")
             self.log(made)
@@ -209,13 +209,13 @@ class RunSession:
 
     def _round(self, call: Call) -> None:
         began, exp = perf_counter(), self.experiment
-        self.ledger.reset()
+        self.traffic.reset()
         observer = self.observer
         cohort = observer.cohort() if observer is not None else None
-        witness = partial(observer.seen, cohort) if observer is not None and cohort is not None else None
-        state, result = server_round.run_round(self.state, exp, self.population.clients, call, self.log, witness)
+        observe = partial(observer.seen, cohort) if observer is not None and cohort is not None else None
+        state, result = server_round.run_round(self.state, exp, self.population.clients, call, self.log, observe)
         state = replace(state, remembered={**state.remembered, **self.store.newest(result.cohort, state.round)})
-        sent, seconds = self.ledger.reset(), perf_counter() - began
+        sent, seconds = self.traffic.reset(), perf_counter() - began
         sent = replace(sent, tokens=result.tokens, computed=result.computed, seconds=seconds)
         state = replace(state, totals=state.totals.plus(sent))
         last = state.round == exp.rounds or bool(limit_reached(exp, state))
@@ -225,7 +225,7 @@ class RunSession:
             scored = self._evaluated(state, call)
             if isinstance(scored, Evaluated):
                 state = replace(state, best=best_of(state.best, scored, exp.evaluation))
-            state = replace(state, totals=state.totals.plus(self.ledger.reset()))
+            state = replace(state, totals=state.totals.plus(self.traffic.reset()))
             events.append(scored)
         finished = RoundFinished(
             round=self.state.round,

@@ -86,15 +86,15 @@ def requests(clients: str, round: int = 0, key: int = 0) -> dict[str, Request]:
     return {who: Request({}, (), replace(ctx, client=who, slot=slot)) for slot, who in enumerate(clients)}
 
 
-def told(relay: Dispatcher, name: str, asked: Mapping[str, Request]) -> list[tuple[str, str]]:
+def told(dispatcher: Dispatcher, name: str, asked: Mapping[str, Request]) -> list[tuple[str, str]]:
     """Each client's reply: the name of its leaf, or its failure's reason."""
     found = []
-    for client, reply in relay(name, asked):
+    for client, reply in dispatcher(name, asked):
         found.append((client, reply.reason if isinstance(reply, Failure) else next(iter(reply.parts["delta"].tree))))
     return found
 
 
-def relay_of(team: Team, *, stack: int = 1, talks: bool = False) -> tuple[Dispatcher, list[Event]]:
+def dispatcher_of(team: Team, *, stack: int = 1, talks: bool = False) -> tuple[Dispatcher, list[Event]]:
     events: list[Event] = []
     return Dispatcher(team, stack, talks, events.append), events
 
@@ -104,8 +104,8 @@ def works(clients: str) -> list[tuple[str, str]]:
 
 
 def test_stacks_are_cut_in_cohort_order_and_dealt_out_in_turn() -> None:
-    relay, events = relay_of(team := Team(), stack=2)
-    assert told(relay, "work", requests("abcde")) == works("abcde")
+    dispatcher, events = dispatcher_of(team := Team(), stack=2)
+    assert told(dispatcher, "work", requests("abcde")) == works("abcde")
     assert team.asked == [(0, "work", ("a", "b")), (1, "work", ("c", "d")), (0, "work", ("e",))]
     assert [(e.client, e.direction) for e in events if isinstance(e, MessageSent)] == [
         (who, way) for who in "abcde" for way in ("down", "up")
@@ -113,23 +113,23 @@ def test_stacks_are_cut_in_cohort_order_and_dealt_out_in_turn() -> None:
 
 
 def test_a_client_is_asked_where_it_was_asked_before() -> None:
-    relay, _ = relay_of(team := Team(), stack=2, talks=True)
+    dispatcher, _ = dispatcher_of(team := Team(), stack=2, talks=True)
     everyone = requests("abcdef")
-    told(relay, "keys", everyone)
-    told(relay, "work", {who: everyone[who] for who in "bdf"})  # whoever is missing moves nobody
+    told(dispatcher, "keys", everyone)
+    told(dispatcher, "work", {who: everyone[who] for who in "bdf"})  # whoever is missing moves nobody
     assert [place for place, _, _ in team.asked] == [0, 1, 0] * 2
 
 
 def test_only_so_many_stacks_are_under_way() -> None:
-    relay, _ = relay_of(team := Team())
-    assert len(told(relay, "work", requests("abcdefghijklmnop"))) == 16
+    dispatcher, _ = dispatcher_of(team := Team())
+    assert len(told(dispatcher, "work", requests("abcdefghijklmnop"))) == 16
     assert team.most == AHEAD * 2
 
 
 @pytest.mark.parametrize("losses", range(1, LOSSES))
 def test_a_lost_process_is_replaced_and_asked_again(losses: int) -> None:
-    relay, events = relay_of(team := Team({"c": losses}))
-    assert told(relay, "work", requests("abcdef")) == works("abcdef")
+    dispatcher, events = dispatcher_of(team := Team({"c": losses}))
+    assert told(dispatcher, "work", requests("abcdef")) == works("abcdef")
     notes = [event.text for event in events if isinstance(event, EngineAdjusted)]
     assert notes == ["a process was lost while it worked on c (it has ended); another one takes its place"] * losses
     assert team.asked.count((0, "work", ("c",))) == losses + 1
@@ -137,35 +137,35 @@ def test_a_lost_process_is_replaced_and_asked_again(losses: int) -> None:
 
 
 def test_clients_that_cost_three_processes_are_given_up_and_no_others() -> None:
-    relay, events = relay_of(team := Team({"c": 99}))
+    dispatcher, events = dispatcher_of(team := Team({"c": 99}))
     reason = f"{LOSSES} processes were lost while they worked on it (it has ended)"
-    assert told(relay, "work", requests("abcdefg")) == [*works("ab"), ("c", reason), *works("defg")]
+    assert told(dispatcher, "work", requests("abcdefg")) == [*works("ab"), ("c", reason), *works("defg")]
     assert sum(isinstance(event, EngineAdjusted) for event in events) == LOSSES
     assert team.asked.count((0, "work", ("c",))) == LOSSES
 
 
 def test_what_clients_agreed_on_is_lost_with_their_process() -> None:
-    relay, _ = relay_of(Team({"c": 0}), talks=True)
+    dispatcher, _ = dispatcher_of(Team({"c": 0}), talks=True)
     everyone = requests("abcd")
-    told(relay, "keys", everyone)
-    relay.team.hosts[0].deadly["c"] = 1
-    found = dict(told(relay, "work", everyone))
+    told(dispatcher, "keys", everyone)
+    dispatcher.team.hosts[0].deadly["c"] = 1
+    found = dict(told(dispatcher, "work", everyone))
     assert {who for who, text in found.items() if text == f"work {who}"} == {"a", "b", "d"}
     assert "agreed on" in found["c"]
-    later = dict(told(relay, "unmask", {who: everyone[who] for who in "abd"}))
+    later = dict(told(dispatcher, "unmask", {who: everyone[who] for who in "abd"}))
     assert "agreed on" in later["a"] and later["b"] == "unmask b" and later["d"] == "unmask d"
 
 
 def test_the_first_question_of_a_round_is_asked_again_even_where_sessions_matter() -> None:
-    relay, _ = relay_of(Team({"c": 1}), talks=True)
+    dispatcher, _ = dispatcher_of(Team({"c": 1}), talks=True)
     everyone = requests("abcd")
-    assert told(relay, "keys", everyone) == [(who, f"keys {who}") for who in "abcd"]
-    assert dict(told(relay, "work", everyone))["c"] == "work c"
-    assert told(relay, "keys", requests("abcd", round=1)) == [(who, f"keys {who}") for who in "abcd"]
+    assert told(dispatcher, "keys", everyone) == [(who, f"keys {who}") for who in "abcd"]
+    assert dict(told(dispatcher, "work", everyone))["c"] == "work c"
+    assert told(dispatcher, "keys", requests("abcd", round=1)) == [(who, f"keys {who}") for who in "abcd"]
 
 
 def test_what_is_wrong_with_a_process_ends_the_run() -> None:
-    relay, _ = relay_of(team := Team())
+    dispatcher, _ = dispatcher_of(team := Team())
     team.ask = lambda place, name, sent: ["the disk is full"]  # type: ignore[method-assign, assignment]
     with pytest.raises(RunError, match="the disk is full"):
-        told(relay, "work", requests("ab"))
+        told(dispatcher, "work", requests("ab"))

@@ -98,16 +98,18 @@ class Batched(Engine):
             costs, budget = MemoryEstimate.measured(site.model, site.fresh), self._budget(site)
             layouts = 0 if self._scarce else layout_bytes(site.model, budget)
             gate, (now, most) = MemoryBudget(budget - layouts), taken_bytes(site.model.device)
-            crew = WorkerPool(experiment.work, site.model, costs, gate)
-            crew.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
-            site.train = crew.train
+            trainers = WorkerPool(experiment.work, site.model, costs, gate)
+            trainers.admit(site.first_job(client) for client in site.population.clients[:LOOKED_AT])
+            site.train = trainers.train
             laid_out = kept_layouts() if layouts else nullcontext()
             with freeze_gc(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
-                shop = BatchedCalls(site, crew, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit)
+                calls = BatchedCalls(
+                    site, trainers, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit
+                )
                 try:
-                    yield with_heap_trim(shop.call)
+                    yield with_heap_trim(calls.call)
                 finally:
-                    crew.closing.set()
+                    trainers.closing.set()
                     pool.shutdown(cancel_futures=True)
 
     @property
@@ -148,7 +150,7 @@ class BatchedCalls:
     weights to come, and at most so far."""
 
     site: Site
-    crew: WorkerPool
+    trainers: WorkerPool
     pool: ThreadPoolExecutor
     workers: int
     stack: int
@@ -165,35 +167,35 @@ class BatchedCalls:
             yield from one_by_one(self.site, self.emit)(name, requests)
             return
         size, round = self.stack if SIDE_BY_SIDE[name] else 1, 0
-        hands, under_way = _cut(requests, BATCH_OF_STACKS * size), deque[PendingReply]()
+        batches, under_way = _cut(requests, BATCH_OF_STACKS * size), deque[PendingReply]()
         while True:
-            while len(under_way) <= self.workers * size and (hand := next(hands, None)):
-                under_way.extend(self._submitted(name, hand, size))
+            while len(under_way) <= self.workers * size and (batch := next(batches, None)):
+                under_way.extend(self._submitted(name, batch, size))
             if not under_way:
                 break
-            errand = under_way.popleft()
-            round, replies = errand.request.ctx.round, errand.stack.result()
-            while self.crew.notes:
-                self.emit(EngineAdjusted(round, self.crew.notes.pop(0)))
-            yield str(errand.request.ctx.client), receive(name, errand.request, replies[errand.place], self.emit)
+            pending = under_way.popleft()
+            round, replies = pending.request.ctx.round, pending.stack.result()
+            while self.trainers.notes:
+                self.emit(EngineAdjusted(round, self.trainers.notes.pop(0)))
+            yield str(pending.request.ctx.client), receive(name, pending.request, replies[pending.place], self.emit)
         if name == "work" and requests:
-            predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.crew.gate.peak)
+            predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.trainers.gate.peak)
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
-    def _submitted(self, name: str, hand: Sequence[Request], size: int) -> list[PendingReply]:
+    def _submitted(self, name: str, batch: Sequence[Request], size: int) -> list[PendingReply]:
         """In the order of the batch. Of clients of one stack, each takes its own reply."""
-        loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in hand]
-        errands: dict[int, PendingReply] = {}
+        loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in batch]
+        replies: dict[int, PendingReply] = {}
         for stack in balance(loads, size, self.fewest):
-            future = self.pool.submit(round_trip, self.site, name, [hand[at] for at in stack])
-            errands |= {at: PendingReply(hand[at], future, place) for place, at in enumerate(stack)}
-        return [errands[at] for at in range(len(hand))]
+            future = self.pool.submit(round_trip, self.site, name, [batch[at] for at in stack])
+            replies |= {at: PendingReply(batch[at], future, place) for place, at in enumerate(stack)}
+        return [replies[at] for at in range(len(batch))]
 
     def _start(self) -> None:
         self.started = True
         base = self.site.model.base.model
         peak = matmul_peak(self.pool, self.workers, base) if num_parameters(base) > 10**7 else None
-        self.emit(EngineStarted(self.workers, self.stack, self.crew.gate.budget, num_parameters(base), peak))
+        self.emit(EngineStarted(self.workers, self.stack, self.trainers.gate.budget, num_parameters(base), peak))
 
 
 def _cut(requests: Mapping[str, Request], size: int) -> Iterator[Sequence[Request]]:

@@ -87,8 +87,8 @@ class Dispatcher:
         under_way = deque(islice(todo, AHEAD * len(self.team.hosts)))
         while under_way:
             replies = self._replies(under_way)
-            errand = under_way.popleft()
-            for request, reply in zip(errand.requests, replies, strict=True):
+            pending = under_way.popleft()
+            for request, reply in zip(pending.requests, replies, strict=True):
                 yield str(request.ctx.client), receive(name, request, ReceivedReply.of(reply, name, request), self.emit)
             under_way.extend(islice(todo, 1))
 
@@ -100,45 +100,45 @@ class Dispatcher:
                 self.moment, self.homes = moment, {}
             sent = [serialization.serialize(request) for request in part]
             bound = self.talks and number in self.homes
-            errand = PendingStack(name, number, number % len(self.team.hosts), part, sent, bound)
-            self._send(errand)
-            yield errand
+            pending = PendingStack(name, number, number % len(self.team.hosts), part, sent, bound)
+            self._send(pending)
+            yield pending
 
-    def _send(self, errand: PendingStack) -> None:
-        host = self.team.hosts[errand.place]
-        if errand.bound and self.homes[errand.number] is not host:
-            errand.reason = "its process was lost, and with it what it had agreed on in this round"
-        if not errand.reason:
-            self.homes[errand.number] = host
-            errand.reference = self.team.ask(errand.place, errand.name, errand.sent)
+    def _send(self, pending: PendingStack) -> None:
+        host = self.team.hosts[pending.place]
+        if pending.bound and self.homes[pending.number] is not host:
+            pending.reason = "its process was lost, and with it what it had agreed on in this round"
+        if not pending.reason:
+            self.homes[pending.number] = host
+            pending.reference = self.team.ask(pending.place, pending.name, pending.sent)
 
     def _replies(self, under_way: Sequence[PendingStack]) -> list[Reply]:
         """Those of the first stack under way. Whatever a lost process had been asked for is asked of the next one."""
-        errand = under_way[0]
-        while not errand.reason:
+        pending = under_way[0]
+        while not pending.reason:
             try:
-                found = self.team.answer(errand.reference)
+                found = self.team.answer(pending.reference)
             except self.team.lost as error:
-                self._replaced(errand, str(error).partition("\n")[0].rstrip(". "))
+                self._replaced(pending, str(error).partition("\n")[0].rstrip(". "))
                 for other in under_way:
-                    if other.place == errand.place:
+                    if other.place == pending.place:
                         self._send(other)
                 continue
             if isinstance(found, str):
                 raise RunError(found)
-            return [Reply(*told, len(sent)) for told, sent in zip(found, errand.sent, strict=True)]
-        failures = (Failure(str(r.ctx.client), r.ctx.round, errand.reason) for r in errand.requests)
+            return [Reply(*told, len(sent)) for told, sent in zip(found, pending.sent, strict=True)]
+        failures = (Failure(str(r.ctx.client), r.ctx.round, pending.reason) for r in pending.requests)
         return [
             Reply(serialization.serialize(failure), None, len(sent))
-            for failure, sent in zip(failures, errand.sent, strict=True)
+            for failure, sent in zip(failures, pending.sent, strict=True)
         ]
 
-    def _replaced(self, errand: PendingStack, why: str) -> None:
+    def _replaced(self, pending: PendingStack, why: str) -> None:
         # an actor works in the order in which it was asked: the first stack is the one that it worked on
-        errand.losses += 1
-        names = ", ".join(str(request.ctx.client) for request in errand.requests)
+        pending.losses += 1
+        names = ", ".join(str(request.ctx.client) for request in pending.requests)
         text = f"a process was lost while it worked on {names} ({why}); another one takes its place"
-        self.emit(EngineAdjusted(errand.requests[0].ctx.round, text))
-        if errand.losses == LOSSES:
-            errand.reason = f"{LOSSES} processes were lost while they worked on it ({why})"
-        self.team.replace(errand.place)
+        self.emit(EngineAdjusted(pending.requests[0].ctx.round, text))
+        if pending.losses == LOSSES:
+            pending.reason = f"{LOSSES} processes were lost while they worked on it ({why})"
+        self.team.replace(pending.place)
