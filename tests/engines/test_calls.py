@@ -229,15 +229,15 @@ def pressed(at: int) -> Iterator[list[int]]:
 @pytest.mark.parametrize("stack", [2, 4])
 def test_ctrl_c_in_the_middle_of_a_stack(data: Path, tmp_path: Path, stack: int) -> None:
     """Stacks stop between two steps. Round 1 is run again from its start, with what the clients then remembered."""
-    made = replace(whole(data, work=replace(SGD, steps=40)), evaluation=Evaluation(metrics=("nll",), every=1))
+    made = replace(whole(data, work=replace(SGD, steps=12)), evaluation=Evaluation(metrics=("nll",), every=1))
     engine = Batched(stack=stack, workers=2)
     with pressed(at=-1) as counted:
         whole_run = fedllm.run(made, engine=engine, out=tmp_path / "whole", name="x")
-    first = 40 * 4  # of round 0, in which one client is lost
-    assert counted[0] == first + 40 * 3
-    with pressed(at=first + 30) as counted, pytest.raises(Interrupted, match="1 complete round is saved"):
+    first = 12 * 4  # of round 0, in which one client is lost
+    assert counted[0] == first + 12 * 3
+    with pressed(at=first + 8) as counted, pytest.raises(Interrupted, match="1 complete round is saved"):
         fedllm.run(made, engine=engine, out=tmp_path / "run", name="x")
-    assert first + 30 <= counted[0] < first + 40 * 3
+    assert first + 8 <= counted[0] < first + 12 * 3
     done = fedllm.run(made, engine=engine, out=tmp_path / "run", name="x", resume=True)
     assert tree.equal(done.params, whole_run.params)
     assert adapter_hash(done.folder) == adapter_hash(whole_run.folder)

@@ -124,8 +124,10 @@ def test_a_decoder_with_kernels(folder: Path, share: bool, monkeypatch: pytest.M
 
 
 def test_a_quantised_decoder_has_the_same_kernels(
-    folder: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert library().tiles  # found before the cache is another one, where they would be compiled again
+    monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
     called, function = set[str](), ctypes_calls._function
     monkeypatch.setattr(ctypes_calls, "_function", lambda name: (called.add(name), function(name))[1])
     losses, *_ = computed(folder, "bfloat16", batch_of(((40, 33), (50,)), 0, False), "int8")
