@@ -1,4 +1,4 @@
-"""Every error that fedllm raises at a user, and what its sentences are made of.
+"""Every error that fedllm raises at a user, and the helpers that word them.
 
     FedllmError(ValueError)
     |-- ConfigError        a file, key, name or value of an experiment

@@ -1,4 +1,4 @@
-"""The clients' side of a base model that moves: what was added to its frozen weights so far, and the model with it.
+"""The clients' side of frozen weights that move: what the server has added to them so far, and the model with it.
 
 All clients of a process share the base model, and with it what was added: a request brings what its client lacks, and
 of that the process takes what is new to it. It is kept on the disk by version, so that any round can be run again.
@@ -28,7 +28,7 @@ COPIES = 8  # of the layers' values in float32: the server's factors and sum, th
 
 @dataclass(eq=False)
 class BaseDeltaStore:
-    """Shifts by version, `shift-000003.safetensors`; with no folder they stay in this object.
+    """Base deltas by version, `shift-000003.safetensors`; with no folder they stay in this object.
 
     As many are kept as a resume may go back, `keep`.
     """

@@ -1,4 +1,4 @@
-"""Files that know their checksum, so that one flipped bit is found when they are read.
+"""Files that hold their own checksum, so that one flipped bit is found when they are read.
 
 A safetensors file has the SHA-256 of its tensors (`tree.digest`) in its metadata; a JSON file, that of its text among
 its own keys. A file without one, as earlier versions wrote it, is taken as it is.

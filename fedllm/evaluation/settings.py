@@ -1,4 +1,4 @@
-"""What is watched in a run, and from where on it is worth a warning."""
+"""Settings of evaluation and diagnostics: what is measured in a run, and the thresholds of the warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who talks when."""
+"""Schedules: which clients the server asks, and when a round ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedllm.messages.traits import Traits
 
 
 class Schedule:
-    """Who talks when. A frozen dataclass of settings."""
+    """Which clients the server asks, and when a round ends. A frozen dataclass of settings."""
 
     @property
     def traits(self) -> Traits:

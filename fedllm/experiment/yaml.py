@@ -1,4 +1,4 @@
-"""YAML as people mean it: the core schema of YAML 1.2, read with PyYAML's safe loader.
+"""The core schema of YAML 1.2, read with PyYAML's safe loader.
 
 1e-3 is a number        no, yes, on, off, 010 and 2024-05-01 are text        a key given twice is refused
 """

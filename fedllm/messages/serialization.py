@@ -240,7 +240,7 @@ def _unfolds(entries: Mapping[str, _Part], most: int, asked: Asked | None) -> No
 
 
 def _suits(part: str, forms: Mapping[str, LeafSpec], asked: Asked) -> None:
-    """Judge a part by what was asked for."""
+    """Check a part against what was asked for."""
     _demand(part in asked, f"it has a part '{part}', which nobody asked for")
     wanted = asked[part]
     if forms == wanted:

@@ -1,4 +1,4 @@
-"""The values that move: what a client is told, what it answers, and where it stands."""
+"""Requests, updates and failures: what a client is sent, and what it answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def not_known(call: str) -> Asked | None:
 class Request:
     """Server to client: parameters, one extra tree per stage, and the facts of the step.
 
-    shift: what the client has missed of what was added to the frozen weights.
+    base_delta: what the client has missed of what was added to the frozen weights.
     asks: what the reply to a call may hold; for the server's own use, which is not sent.
     """
 

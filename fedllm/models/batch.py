@@ -1,4 +1,4 @@
-"""Encoded examples, and batches of them for a stack of K clients: one row of what is needed of them, no padding."""
+"""Encoded examples, and batches of them for a stack of K clients: one row of tokens, without padding."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Decoder layers whose pass is one operation (`layer_pass`): which they are, and when they may be passed so.
+"""Decoder layers that run as one operation (`layers/decoder_layer.py`): which layers can, and in which passes.
 
-What it saves, a graph, modules and sums, is a twentieth of a local step. Layers of another form, and passes that need
-more, stay as they are.
+This saves a twentieth of a local step: the autograd graph, the modules and some sums. Layers of another form, and
+passes that need more, use the model's own layers.
 """
 
 from __future__ import annotations

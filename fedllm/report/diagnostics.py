@@ -1,4 +1,4 @@
-"""The chapter on what the server saw of the clients' updates: pictures, the same in numbers, and why there are none."""
+"""The section on what the server saw of the clients' updates: figures, the same in numbers, or why there are none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of a report. Each function takes the runs, one line or bar group a run, and returns the figures that
+"""The figures of a report. Each function takes the runs, one line or bar group a run, and returns the figures that
 their events can fill: none where nothing was recorded."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _client_losses(story: RunHistory) -> list[Trace]:
 
 def metrics(stories: Sequence[RunHistory]) -> list[Figure]:
     """A figure per metric. One run: the lines of a few groups (`exact_match/private`), the levels of the base model and
-    of the comparisons. Several runs: a line each, and the base model's level."""
+    of the baselines. Several runs: a line each, and the base model's level."""
     note = "{} is better. The shared model on held-out records."
     return [
         over_rounds(
@@ -98,7 +98,7 @@ def _levels(stories: Sequence[RunHistory], metric: str) -> list[Trace]:
 
 
 def clients(stories: Sequence[RunHistory]) -> list[Figure]:
-    """The final evaluation of every client, worst first: one run beside its comparisons, or several runs."""
+    """The final evaluation of every client, worst first: one run beside its baselines, or several runs."""
     events = [event for story in stories for event in story.evaluations.values()]
     names = dict.fromkeys(name for event in events for name in client_metrics(event) if "/" not in name)
     return [figure for name in names for figure in _client_bars(stories, name)]

@@ -1,4 +1,4 @@
-"""The pictures of `evaluation.by`: final figures of each group of records, in one figure per metric."""
+"""The figures of `evaluation.by`: final figures of each group of records, in one figure per metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chapters of a report: which figures and tables stand together."""
+"""The sections of a report: which figures and tables stand together."""
 
 from __future__ import annotations
 

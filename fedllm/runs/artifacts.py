@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter, the clients' own adapters and the summary."""
+"""What a run writes: the adapter, the clients' own adapters and the summary."""
 
 from __future__ import annotations
 

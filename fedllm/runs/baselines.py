@@ -1,4 +1,4 @@
-"""What a run is held against: the base model, each client alone, and the pooled data.
+"""Baselines, which a run is compared with: the base model, each client alone, and the pooled data.
 
     local_only    each client by itself: rounds x steps of its own batches, optimiser kept
     centralised   the pooled data: rounds x steps of batch size x cohort, optimiser kept

@@ -1,4 +1,6 @@
-"""What can be known of a run once its model and its data are: whether updates fit bandwidths, and records the model."""
+"""Checks before the first round that need the loaded model and the data: updates that fit bandwidths, records that fit
+the model.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a run is made from beside its settings: the content of its data files and of its base model.
 
 Neither is part of the experiment's hash, so the run folder keeps checksums of both (`about.inputs` in
-`experiment.yaml`), and a run whose inputs have changed since is not gone on with.
+`experiment.yaml`), and a run whose inputs have changed since is not resumed.
 
     data    SHA-256 of each file
     model   a checksum of weights, configuration and tokenizer, and the dtype in which it was loaded

@@ -34,7 +34,8 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished run. `params`: the shared tensors of its last round. `shift`: what was added to the frozen weights."""
+    """A finished run. `params`: the shared tensors of its last round. `shift`: what was added to the frozen weights
+    (the base delta)."""
 
     folder: Path
     summary: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""The lock of a run folder: one process at a time, and what the disk refuses in one sentence."""
+"""The lock of a run folder: one process at a time, and one sentence where the disk refuses it."""
 
 from __future__ import annotations
 

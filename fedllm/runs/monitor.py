@@ -1,4 +1,4 @@
-"""The observer of a run: what it sees of each round's updates, and the alarms that it raises."""
+"""The monitor of a run: what it sees of each round's updates, and the alarms that it raises."""
 
 from __future__ import annotations
 

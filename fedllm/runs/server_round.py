@@ -1,4 +1,4 @@
-"""The server's loop: one round, and the evaluation of its result."""
+"""The server's side of a round, and the evaluation of its result."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A session: one process's share of a run, from its first round or its newest checkpoint to its summary.
 
-A round's events are saved with its checkpoint (`pending`) before the log hears of them, so that a process that dies
-between the two leaves nothing out: the next one writes what the log lacks.
+A round's events are saved with its checkpoint (`pending`) before they are written to the log. So a process that
+dies between the two loses none of them: the next one writes what the log lacks.
 """
 
 from __future__ import annotations

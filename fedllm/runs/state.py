@@ -1,6 +1,6 @@
-"""State: the server's run and the clients' memories, saved atomically, enough to resume to the bit.
+"""The server's state: all that a run needs to go on to the bit, beside the clients' memories.
 
-Every file holds the SHA-256 of its content, which is compared when the file is read (`damage`).
+`checkpoints` saves it; `engines/client_store.py` holds the memories.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class ServerState:
     """The server's state after `round` complete rounds.
 
     `best` is (completed rounds, value) of the best evaluation so far; `pending` are events, as the log writes them,
-    that belong to the checkpoint and follow it in the log. `shift`: what was added to the frozen weights; `seen`: the
-    version of it that each client has, where it is not 0. `remembered`: the newest version of each client's memory,
+    that belong to the checkpoint and follow it in the log. `base_delta`: what was added to the frozen weights; `seen`:
+    the version of it that each client has, where it is not 0. `remembered`: the newest version of each client's memory,
     where it has one.
     """
 

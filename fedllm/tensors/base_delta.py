@@ -1,4 +1,4 @@
-"""The frozen side that moves: what the server has added to a model's frozen weights, by version.
+"""The base delta: what the server has added to a model's frozen weights, by version.
 
     W_v = W_0 + s sum_{u <= v} B_u A_u        s: the scale of the adapter; version v: what holds after v rounds
     sum_{u <= v} B_u A_u = [B_1 .. B_v] [A_1; ..; A_v]

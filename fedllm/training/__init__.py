@@ -1,1 +1,1 @@
-"""What clients do with their data."""
+"""Local training: what a client does between receiving and sending."""

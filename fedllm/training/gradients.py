@@ -1,8 +1,9 @@
 """Losses and gradients of a stack of clients, and which of them fail.
 
-A value that is not finite may reach other clients of the stack (a joint product multiplies it by zero). Whoever looks
-spoilt is computed alone; who is spoilt there has failed, stands still with zeros for weights, and the others are
-computed again, with the same shapes and the same draws: their bits are those of a stack in which nobody fails.
+A value that is not finite may reach other clients of the stack (a joint product multiplies it by zero). A client whose
+values are not finite is computed again, alone. If they are not finite there either, it has failed: its parameters
+become zeros and stay so, and the others are computed again, with the same shapes and the same draws: their bits are
+those of a stack in which nobody fails.
 """
 
 from __future__ import annotations

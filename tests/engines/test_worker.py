@@ -86,7 +86,7 @@ def test_what_another_process_cannot_see_is_named(experiment: Experiment, tmp_pa
 
 
 def test_python_of_ones_own_is_refused(experiment: Experiment) -> None:
-    with pytest.raises(ConfigError, match=r"test_host:Own is Python of your own.*use the engine serial or batched"):
+    with pytest.raises(ConfigError, match=r"test_worker:Own is Python of your own.*use the engine serial or batched"):
         to_text(replace(experiment, stages=(Own(), *experiment.stages)))
 
 

@@ -159,7 +159,7 @@ def test_another_content_under_the_same_name_is_made_anew(
         Baselines(experiment, changed, population, lambda event: None).centralised()
     fresh = type(model.adapter).initial_params
     monkeypatch.setattr(
-        type(model.adapter), "fresh", lambda self, key: {n: leaf + 1 for n, leaf in fresh(self, key).items()}
+        type(model.adapter), "initial_params", lambda self, key: {n: leaf + 1 for n, leaf in fresh(self, key).items()}
     )
     with pytest.raises(pytest.fail.Exception):
         comparison(experiment).centralised()

@@ -4,7 +4,8 @@ The last stack of a round is waited for with the other workers idle, and the tok
 differ by a fifth. The result depends on the clients of a batch of stacks alone, not on the workers.
 
 How many clients a full stack has depends on how short their batches are: a product of few rows is far from the
-processor's peak, and a call costs as much for few tokens as for many. More than it takes to mend that costs memory.
+processor's peak, and a call costs as much for few tokens as for many. Larger stacks than that only cost
+memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clients of another process: what it is told to begin with, and what it answers. Text and bytes, no objects."""
+"""A worker in another process: it is given the experiment as text and requests as bytes, and answers with bytes."""
 
 from __future__ import annotations
 

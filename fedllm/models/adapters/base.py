@@ -70,13 +70,13 @@ class Movable(Protocol):
     def fits(self, shift: BaseDelta) -> None:
         """
         Raises:
-            ClientError: the shift is not one of these layers.
+            ClientError: the base delta is not one of these layers.
         """
         ...
 
     @property
     def num_movable(self) -> int:
-        """Values of the frozen weights that a shift may move."""
+        """Values of the frozen weights that a base delta may move."""
         ...
 
     def moved(self, shift: BaseDelta) -> Tree:

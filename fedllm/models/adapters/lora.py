@@ -173,7 +173,7 @@ class AttachedLora(InLayers):
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
     def moved(self, shift: BaseDelta) -> Tree:
-        """The frozen weights with the shift in them."""
+        """The frozen weights with the base delta in them."""
         return moved(self.layers, [self._lack, shift], self.settings.scale)
 
     @property

@@ -1,6 +1,6 @@
 """Attention within each sequence of an unpadded row, registered as transformers' attention "fedllm".
 
-Every decoder that goes through transformers' attention interface can use it; `architecture.prepare` finds out. Outside
+Every decoder that goes through transformers' attention interface can use it; `model_probe.prepare` finds out. Outside
 of a packed pass (generation) it is transformers' own "sdpa".
 """
 

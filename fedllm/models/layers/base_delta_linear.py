@@ -24,7 +24,7 @@ MOVED, REST = "moved", "moved_rest"
 
 
 def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[BaseDelta], scale: float) -> Tree:
-    """Tensors `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the shifts move."""
+    """Tensors `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the base deltas move."""
     found: Tree = {}
     for name in sorted({name for shift in shifts for name in shift.layers()}):
         weight = layers[name].weight.detach()

@@ -1,4 +1,4 @@
-"""Cross entropy of labelled rows through the output head, chunk by chunk: the logits of all rows never exist at once.
+"""Cross entropy of target tokens through the output head, chunk by chunk: the logits of all rows never exist at once.
 
     nll_i = logsumexp(W h_i) - (W h_i)[y_i]          d nll_i / d h_i = W^T (softmax(W h_i) - onehot(y_i))
 
