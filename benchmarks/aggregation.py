@@ -22,7 +22,7 @@ from fedllm.rng import Key
 
 
 def shapes(values: int) -> list[int]:
-    """About 270 leaves, the largest a fifth of them all, as in a small language model."""
+    """About 270 tensors, the largest a fifth of them all, as in a small language model."""
     return [values // 5, *[values * 4 // 5 // 270] * 270]
 
 

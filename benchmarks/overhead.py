@@ -3,7 +3,7 @@
 The bare loop (bare.py) imports nothing of fedllm and works on the same model, tokens and dtype. Both take the same
 `--steps` steps in turn, `--pairs` times; the median of the ratios counts. `--pairs 0` leaves the steps out.
 
-The empty round is that of LoRA on all linear layers, which has the most leaves; that on q and v stands beside it.
+The empty round is that of LoRA on all linear layers, which has the most tensors; that on q and v stands beside it.
 """
 
 from __future__ import annotations

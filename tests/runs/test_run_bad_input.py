@@ -17,12 +17,11 @@ from rich.console import Console
 
 import fedllm
 from fedllm.cli.display import Display
-from fedllm.engines.base import Engine
+from fedllm.engines.registry import ENGINES
 from fedllm.errors import FedllmError, RunError
 from fedllm.events import ClientFailed, DataReported, RoundFinished, Warned
-from fedllm.experiment.catalog import NOUNS
 from fedllm.messages.context import ClientContext
-from fedllm.runs import state
+from fedllm.runs import checkpoints
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree, equal, finite
@@ -246,7 +245,7 @@ def test_verbs_and_engines_that_are_not_there_are_not_listed(here: Path, capsys:
     code, out, err = command(capsys, "run", "--help")
     assert (code, err) == (0, "")
     for engine in ("serial", "batched", "ray", "flare", "flower"):
-        assert (engine in out) == (engine in NOUNS[Engine])
+        assert (engine in out) == (engine in ENGINES)
     code, out, _ = command(capsys, "--help")
     verbs = {line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()}
     assert {"run", "check", "ls", "eval", "chat", "export", "report"} <= verbs
@@ -282,7 +281,7 @@ def test_a_missing_package_comes_with_its_install_line(
 def test_a_full_disk_is_one_sentence_and_can_be_resumed(
     here: Path, finished: fedllm.Result, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = state.write_durably
+    write = checkpoints.write_durably
 
     def full(path: Path, content: bytes) -> None:
         if "round-000002" in str(path):
@@ -290,7 +289,7 @@ def test_a_full_disk_is_one_sentence_and_can_be_resumed(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "write_durably", full)
+        patch.setattr(checkpoints, "write_durably", full)
         code, _, err = command(capsys, "run", "mine.yaml", "--out", "run")
     assert code == 2
     assert err.startswith("fedllm: ") and "No space left on device" in err and "Traceback" not in err

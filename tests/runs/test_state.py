@@ -22,7 +22,7 @@ from fedllm.engines.checksummed_files import read_facts, read_tree
 from fedllm.engines.client_store import ClientStore
 from fedllm.errors import RunError
 from fedllm.rng import Key
-from fedllm.runs import state
+from fedllm.runs import checkpoints as saving
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.state import ServerState, Totals
 from fedllm.tensors import tree
@@ -146,8 +146,8 @@ def breaking(function: Callable[..., object], fault: BaseException, after: int) 
 @pytest.mark.parametrize(
     ("where", "name", "after"),
     [
-        (state, "write_durably", 0),
-        (state, "write_durably", 1),
+        (saving, "write_durably", 0),
+        (saving, "write_durably", 1),
         (os, "replace", 0),
         (os, "fsync", 0),
         (os, "fsync", 2),
@@ -180,7 +180,7 @@ def test_a_killed_process_leaves_nothing_that_looks_like_a_checkpoint(
     checkpoints = Checkpoints(tmp_path, keep_last=1)
     checkpoints.save(at(1))
     with monkeypatch.context() as patch:
-        patch.setattr(state, "write_durably", breaking(state.write_durably, Crash(), 1))
+        patch.setattr(saving, "write_durably", breaking(saving.write_durably, Crash(), 1))
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Crash):
             checkpoints.save(at(2))
