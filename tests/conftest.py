@@ -59,7 +59,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is imported and collected stays. An engine that stacks clients would else have the garbage collector walk
-    through it at each of its starts (`heap.settled_objects`), which takes as long as a small run."""
+    through it at each of its starts (`engines.allocator.freeze_gc`), which takes as long as a small run."""
     gc.collect()
     gc.freeze()
 

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -27,30 +27,33 @@ POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "
 
 
 @pytest.fixture
-def masked(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """`fedllm.system` as it is where both modules are missing, and `os` has no `pread`."""
+def masked(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Files and figures of memory as they are where both modules are missing, and `os` has no `pread`."""
     for name in ("fcntl", "resource"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delattr(os, "pread", raising=False)
-    spec = importlib.util.spec_from_file_location("fedllm_system_masked", PACKAGE / "files.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.fcntl is None and module.resource is None
-    return module
+    found = {}
+    for path in ("files.py", "engines/process_memory.py"):
+        spec = importlib.util.spec_from_file_location("fedllm_masked", PACKAGE / path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found |= vars(module)
+    assert found["fcntl"] is None and found["resource"] is None
+    return SimpleNamespace(**found)
 
 
-def test_one_module_alone_asks_for_what_windows_lacks() -> None:
+def test_two_modules_alone_ask_for_what_windows_lacks() -> None:
     asking = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             asking |= {path.name for name in names if name.split(".")[0] in POSIX}
-    assert asking == {"files.py"}
+    assert asking == {"files.py", "process_memory.py"}
 
 
-def test_a_run_needs_neither(masked: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_needs_neither(masked: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits, and one process at a time in a folder, which holds no more than it does elsewhere."""
     monkeypatch.setenv("FEDLLM_CACHE", str(tmp_path / "cache"))
     experiment = small(write_records(tmp_path / "people.jsonl"), rounds=1)
@@ -72,7 +75,7 @@ def test_a_run_needs_neither(masked: ModuleType, tmp_path: Path, monkeypatch: py
     assert made.summary["peak_rss_bytes"] > 50 << 20
 
 
-def test_figures_of_memory_need_neither(masked: ModuleType) -> None:
+def test_figures_of_memory_need_neither(masked: SimpleNamespace) -> None:
     held = psutil.Process().memory_info().rss
     assert masked.peak_memory() == pytest.approx(held, rel=0.1)
     assert masked.address_space() is None
@@ -80,7 +83,7 @@ def test_figures_of_memory_need_neither(masked: ModuleType) -> None:
     assert files.peak_memory() >= files.held_memory()[0] > 50 << 20
 
 
-def test_threads_share_a_file_without_pread(masked: ModuleType, tmp_path: Path) -> None:
+def test_threads_share_a_file_without_pread(masked: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
     found: list[bool] = []
     with (tmp_path / "file").open("rb") as file:

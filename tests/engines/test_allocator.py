@@ -74,7 +74,7 @@ KEPT = """
 import ctypes, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from fedllm.engines.allocator import kept_memory
+from fedllm.engines.allocator import retain_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
@@ -91,7 +91,7 @@ def freed():
 
 with ThreadPoolExecutor(1) as pool:
     before = pool.submit(resident).result()
-    with kept_memory(emptied=sys.argv[1] == "True"):
+    with retain_freed_memory(emptied=sys.argv[1] == "True"):
         print(pool.submit(freed).result() - before)
     print(resident() - before)
 """

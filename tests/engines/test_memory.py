@@ -144,7 +144,7 @@ def test_what_a_pass_keeps_grows_with_its_tokens_and_recomputation_keeps_less(ad
 MEASURE = """
 import json, sys
 import torch
-from fedllm import loop
+from fedllm.runs import server_round
 from fedllm.engines.batched.engine import Batched
 from fedllm.events import MemoryMeasured
 from fedllm.training.sgd import Sgd

@@ -111,7 +111,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def loaded(folder: Path, adapter: Adapter) -> LoadedModel:
-    return load(Task(str(folder), adapter=base, dtype="float64", device="cpu"))
+    return load(Task(str(folder), adapter=adapter, dtype="float64", device="cpu"))
 
 
 def plain(folder: Path) -> Any:

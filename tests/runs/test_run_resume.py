@@ -26,6 +26,7 @@ from fedllm.events import (
     RunStarted,
 )
 from fedllm.runs import state
+from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.launch import Interrupted
 from tests.runs.small import (
     STATEFUL,
@@ -56,7 +57,7 @@ def assert_same(folder: Path, whole: fedllm.Result) -> None:
 
 
 def test_the_run_that_is_compared_with_has_state_and_memories(whole: fedllm.Result) -> None:
-    checkpoint = state.Checkpoints(whole.folder / "checkpoints", 2).load()
+    checkpoint = Checkpoints(whole.folder / "checkpoints", 2).load()
     assert checkpoint is not None
     assert [bool(tree) for tree in checkpoint.states] == [False, True, True, False, False]  # keep, scaffold, momentum
     memories = state.ClientStore(whole.folder / "checkpoints" / "clients").load("ann", 3, 5)
@@ -134,7 +135,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         patch.setattr(state, "write_durably", full)
         with pytest.raises(RunError, match="No space left on device"):
             fedllm.run(stateful(data), out=tmp_path / "run", name="small")
-    assert state.Checkpoints(tmp_path / "run" / "checkpoints", 2).rounds() == [0, 1]
+    assert Checkpoints(tmp_path / "run" / "checkpoints", 2).rounds() == [0, 1]
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     fedllm.run(stateful(data), out=tmp_path / "run", name="small", resume=True)
     assert_same(tmp_path / "run", whole)

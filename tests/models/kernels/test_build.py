@@ -158,7 +158,7 @@ def test_an_unknown_choice_names_the_nearest(monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_compiler
 def test_processes_that_begin_at_once_all_have_them(cache_folder: Path, short: Path) -> None:
-    code = "import pathlib; from fedllm.models.kernels import library as module\n"
+    code = "import pathlib; from fedllm.models.kernels import build as module\n"
     code += f"module.HERE = pathlib.Path({str(short)!r}); print(module.library().about)"
     variables = {**os.environ, "FEDLLM_CACHE": str(cache_folder)}
     many = [
