@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import fedllm
+from fedllm.engines import client_store
 from fedllm.errors import RunError
 from fedllm.events import (
     CheckpointSaved,
@@ -25,7 +26,7 @@ from fedllm.events import (
     RunFinished,
     RunStarted,
 )
-from fedllm.runs import state
+from fedllm.runs import checkpoints, state
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.launch import Interrupted
 from tests.runs.small import (
@@ -123,7 +124,7 @@ def test_a_crash_between_sparse_checkpoints_runs_their_rounds_again(data: Path, 
 def test_a_full_disk_leaves_the_last_checkpoint(
     data: Path, whole: fedllm.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = state.write_durably
+    write = checkpoints.write_durably
 
     def full(path: Path, content: bytes) -> None:
         if "round-000002" in str(path):
@@ -132,7 +133,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "write_durably", full)
+        patch.setattr(checkpoints, "write_durably", full)
         with pytest.raises(RunError, match="No space left on device"):
             fedllm.run(stateful(data), out=tmp_path / "run", name="small")
     assert Checkpoints(tmp_path / "run" / "checkpoints", 2).rounds() == [0, 1]
@@ -142,14 +143,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 
 
 def test_a_full_disk_is_no_failure_of_a_client(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = state.write_durably
+    write = client_store.write_durably
 
     def full(path: Path, content: bytes) -> None:
         if path.parent.name == "ben":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(state, "write_durably", full)
+    monkeypatch.setattr(client_store, "write_durably", full)
     with pytest.raises(RunError, match="No space left on device"):
         fedllm.run(stateful(data), out=tmp_path / "run")
     assert not [event for event in events(tmp_path / "run") if isinstance(event, RoundFinished)]
