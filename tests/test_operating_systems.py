@@ -16,6 +16,7 @@ import pytest
 import fedllm
 from fedllm import files
 from fedllm.data import lazy_records
+from fedllm.engines import process_memory
 from fedllm.engines.batched import memory
 from fedllm.errors import RunError
 from fedllm.events import RoundStarted
@@ -80,7 +81,7 @@ def test_figures_of_memory_need_neither(masked: SimpleNamespace) -> None:
     assert masked.peak_memory() == pytest.approx(held, rel=0.1)
     assert masked.address_space() is None
     assert masked.free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
-    assert files.peak_memory() >= files.held_memory()[0] > 50 << 20
+    assert process_memory.peak_memory() >= process_memory.held_memory()[0] > 50 << 20
 
 
 def test_threads_share_a_file_without_pread(masked: SimpleNamespace, tmp_path: Path) -> None:

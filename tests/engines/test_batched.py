@@ -246,7 +246,7 @@ real_low_rank, real_attention = lora.low_rank, attention.short_attention
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "wrong"), [(lora, "low_rank", swapped), (attention, "short_attention", crossing)]
+    ("module", "name", "wrong"), [(lora, "low_rank_linear", swapped), (attention, "short_attention", crossing)]
 )
 def test_a_wrong_engine_is_seen(
     serial: Any, data: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, wrong: Any

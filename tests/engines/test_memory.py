@@ -135,10 +135,10 @@ def test_room_is_given_back_after_an_error() -> None:
 def test_what_a_pass_keeps_grows_with_its_tokens_and_recomputation_keeps_less(adapter: Any) -> None:
     model = load(Task("tiny-llama", adapter=adapter, dtype="float32", device="cpu"))
     costs = MemoryEstimate.measured(model, model.initial_params(Key(0)))
-    short, long = costs.whole.of([40]), costs.whole.of([80])
+    short, long = costs.terms.whole.of([40]), costs.terms.whole.of([80])
     assert 1.5 * short < long < 4 * short
-    assert costs.recomputed.of([80]) < 0.7 * long
-    assert costs.layers == 2 and costs.head == (259 * 4, 259 * 4)
+    assert costs.terms.recomputed.of([80]) < 0.7 * long
+    assert costs.terms.layers == 2 and costs.terms.head == (259 * 4, 259 * 4)
 
 
 MEASURE = """

@@ -167,7 +167,7 @@ LIFE = """
 import os, signal, sys, threading, time
 from pathlib import Path
 import ray
-from fedllm import launch
+from fedllm.runs import launch
 from fedllm.engines.remote.ray import Ray
 from fedllm.events import RoundStarted
 from tests.doubles.kept import Kept, pid

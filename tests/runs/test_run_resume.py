@@ -26,7 +26,7 @@ from fedllm.events import (
     RunFinished,
     RunStarted,
 )
-from fedllm.runs import checkpoints, state
+from fedllm.runs import checkpoints
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.launch import Interrupted
 from tests.runs.small import (
@@ -61,7 +61,7 @@ def test_the_run_that_is_compared_with_has_state_and_memories(whole: fedllm.Resu
     checkpoint = Checkpoints(whole.folder / "checkpoints", 2).load()
     assert checkpoint is not None
     assert [bool(tree) for tree in checkpoint.states] == [False, True, True, False, False]  # keep, scaffold, momentum
-    memories = state.ClientStore(whole.folder / "checkpoints" / "clients").load("ann", 3, 5)
+    memories = client_store.ClientStore(whole.folder / "checkpoints" / "clients").load("ann", 3, 5)
     assert [bool(tree) for tree in memories] == [True, True, False, True, False]  # keep, scaffold, top_k
 
 
