@@ -242,7 +242,7 @@ def crossing(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], 
     return real_attention(query, key, value, (sum(lengths),), *args)
 
 
-real_low_rank, real_attention = lora.low_rank, attention.short_attention
+real_low_rank, real_attention = lora.low_rank_linear, attention.short_attention
 
 
 @pytest.mark.parametrize(
