@@ -2,6 +2,20 @@
 
 import fedllm
 run = fedllm.run(fedllm.load("my.yaml"), out="runs/x")
+
+Where things are; the keys of an experiment file name their packages:
+
+    task         models       base models, adapters (LoRA), layers, kernels, objectives, chat templates
+    federation   data         who the clients are, what they hold, who takes part
+    work         training     local training
+    stages       stages       methods on the way down and up: FedProx, SCAFFOLD, server optimisers, compression, LoRA
+    aggregator   aggregators  many updates to one
+    evaluation   evaluation   scores, diagnostics of rounds
+    the file     experiment   its record, names, methods, and `checks`: what does not go together is refused there
+    --engine     engines      where clients run: serial, batched, Ray; the client's side of a round
+    a run        runs         the server's side of a round, checkpoints, results
+    messages, tensors         what crosses, as objects and as bytes; named tensors and their algebra
+    report, cli               the page about a run; the command line
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@
 Each hook is the identity by default. A stage is a frozen dataclass whose fields are its settings;
 its state (server), memory (client, kept between rounds) and scratch (client, dies with the round)
 go in and come out as trees.
+
+Methods are in the folders beside this file. What may stand beside what, and in which order, is declared by `traits` and
+refused in `experiment/checks/check.py`.
 """
 
 from __future__ import annotations
