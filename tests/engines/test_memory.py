@@ -151,7 +151,7 @@ from fedllm.training.sgd import Sgd
 from tests.engines.cohort import experiment, sent
 settings = json.loads(sys.argv[1])
 told = []
-work = Sgd(lr=1e-3, steps=1, batch_size=settings["batch"], max_length=settings["length"])
+work = Sgd(lr=1e-3, steps=2, batch_size=settings["batch"], max_length=settings["length"])  # the second has moments
 made = experiment(settings["data"], model=settings["model"], dtype=settings["dtype"], work=work)
 engine = Batched(stack=settings["stack"], workers=settings["workers"])
 sent(engine, made, cohort=settings["cohort"], told=told, rounds=1)
