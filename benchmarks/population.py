@@ -59,7 +59,7 @@ def run(data: Path, engine: str, options: argparse.Namespace, *, steps: int, eva
     shards = {
         "data": str(data),
         "heldout": 1 / options.records,
-        "split": {"by": "user"},
+        "partition": {"by": "user"},
         "sampling": {"uniform": options.cohort},
     }
     overrides = [

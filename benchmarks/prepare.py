@@ -62,7 +62,7 @@ def experiment_of(options: argparse.Namespace, clients: Path) -> dict[str, Any]:
     task = {"model": options.model, "adapter": {"lora": lora}, "template": options.template, "dtype": "bfloat16"}
     return {
         "task": {**task, "device": options.device},
-        "federation": {"shards": {"data": str(clients), "heldout": 0.0, "split": {"by": "client"}}},
+        "federation": {"shards": {"data": str(clients), "heldout": 0.0, "partition": {"by": "client"}}},
         "work": {"sgd": {**sgd, "max_length": options.max_length}},
         "method": "fedavg",
         "evaluation": {"metrics": []},

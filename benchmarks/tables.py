@@ -42,13 +42,16 @@ WIDEST = "task.adapter.lora={rank: 64, alpha: 128}"
 TEN = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 PROFILES = ", ".join(f"client-{number:03}: {{rank: {rank}}}" for number, rank in enumerate(TEN))
 TEN_RANKS = ["federation.shards.clients=10", f"federation.shards.profiles={{{PROFILES}}}"]
-SPLIT = "federation.shards.split={{dirichlet: {{alpha: {alpha}, by: category, min_size: 16}}}}"
-SPLITS = {"iid": ["federation.shards.split=iid"], **{f"Dirichlet {a}": [SPLIT.format(alpha=a)] for a in ("1.0", "0.1")}}
+DIRICHLET = "federation.shards.partition={{dirichlet: {{alpha: {alpha}, by: category, min_size: 16}}}}"
+PARTITIONS = {
+    "iid": ["federation.shards.partition=iid"],
+    **{f"Dirichlet {a}": [DIRICHLET.format(alpha=a)] for a in ("1.0", "0.1")},
+}
 FULL = ["rounds=30", "work.sgd.steps=4", "evaluation.limit=null"]
 
 
 Cell = tuple[str, str, int]
-"""A row, a split and a seed."""
+"""A row, a partition and a seed."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ class Table:
     Args:
         rows: name to overrides of the recipe.
         columns: heads of the printed table.
-        splits: name to overrides; every row is run on each.
+        partitions: name to overrides; every row is run on each.
     """
 
     recipe: str
     rows: Mapping[str, Sequence[str]]
     columns: tuple[str, ...]
-    splits: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": []})
+    partitions: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": []})
 
 
 TABLES = {
@@ -95,7 +98,7 @@ TABLES = {
         "intents",
         {name: LORA[name] for name in SKEWED},
         ("nll", "bias", "mib_up", "mib_down", "seconds"),
-        SPLITS,
+        PARTITIONS,
     ),
     "ten-ranks": Table(
         "intents",
@@ -111,7 +114,7 @@ ROUNDED = {"nll": 3, "exact_match": 3, "bias": 3, "mib_up": 1, "mib_down": 1, "s
 
 def measured(table: Table, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one run."""
-    row, split, seed = cell
+    row, partition, seed = cell
     facts: dict[str, Any] = {"trainable": None}
     biases: list[float] = []
 
@@ -123,12 +126,14 @@ def measured(table: Table, cell: Cell, options: argparse.Namespace) -> dict[str,
 
     out = options.out / "run"
     shutil.rmtree(out, ignore_errors=True)
-    experiment = fedllm.load(table.recipe, [*table.rows[row], *table.splits[split], *options.set, f"seed={seed}"])
+    experiment = fedllm.load(
+        table.recipe, [*table.rows[row], *table.partitions[partition], *options.set, f"seed={seed}"]
+    )
     summary = fedllm.run(experiment, out=out, listeners=[note]).summary
     shutil.rmtree(out)
     return {
         "row": row,
-        "split": split,
+        "partition": partition,
         "seed": seed,
         **facts,
         **summary["eval"]["federated"],
@@ -145,13 +150,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def markdown(table: Table, found: Sequence[Mapping[str, Any]]) -> str:
-    """The table, a line a row and split."""
-    heads = ["method", *(["split"] if len(table.splits) > 1 else []), *table.columns]
+    """The table, a line a row and partition."""
+    heads = ["method", *(["partition"] if len(table.partitions) > 1 else []), *table.columns]
     lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
-    for split in table.splits:
+    for partition in table.partitions:
         for row in table.rows:
-            own = [one for one in found if one["row"] == row and one.get("split", "") == split]
-            names = [row, split][: len(heads) - len(table.columns)]
+            own = [one for one in found if one["row"] == row and one.get("partition", "") == partition]
+            names = [row, partition][: len(heads) - len(table.columns)]
             cells = [shown(name, [one.get(name) for one in own]) for name in table.columns]
             if own:
                 lines.append(f"| {' | '.join([*names, *cells])} |")
@@ -203,19 +208,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.table}.jsonl"
     found, failed = rows_of(path), dict[str, str]()
-    done = {(one["row"], one.get("split", ""), one["seed"]) for one in found}
-    for seed, split, row in itertools.product(options.seeds, table.splits, options.rows or table.rows):
-        if (row, split, seed) in done or row in failed:
+    done = {(one["row"], one.get("partition", ""), one["seed"]) for one in found}
+    for seed, partition, row in itertools.product(options.seeds, table.partitions, options.rows or table.rows):
+        if (row, partition, seed) in done or row in failed:
             continue
         try:
-            found.append(measured(table, (row, split, seed), options))
+            found.append(measured(table, (row, partition, seed), options))
         except FedllmError as error:
             failed[row] = str(error)
             print(f"{row}: left out: {error}", file=sys.stderr, flush=True)
             continue
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found[-1]) + "\n")
-        told = f"{row}, {split or 'seed'} {seed}: nll {found[-1]['nll']:.3f}, {found[-1]['seconds']:.0f} s"
+        told = f"{row}, {partition or 'seed'} {seed}: nll {found[-1]['nll']:.3f}, {found[-1]['seconds']:.0f} s"
         print(told, file=sys.stderr, flush=True)
     print(markdown(table, found))
     print(json.dumps({"benchmark": "tables", "table": options.table, "rows": found, "failed": failed}))

@@ -41,6 +41,8 @@ ELSEWHERE = {  # what others call a setting or a value -> what it is called here
     "num_rounds": ("rounds",),
     "num_clients": ("clients",),
     "dataset": ("data",),
+    "split": ("partition",),
+    "partitioner": ("partition",),
     "base_model": ("model",),
     "model_name_or_path": ("model",),
     "torch_dtype": ("dtype",),

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.data.federation import Federation
+from fedllm.data.partitioners.base import Partitioner
 from fedllm.data.sampling import Sampling
 from fedllm.data.shards import Shards
-from fedllm.data.splits.base import Split
 from fedllm.errors import ConfigError
 from fedllm.evaluation.settings import Evaluation
 from fedllm.experiment.catalog import NOUNS
@@ -99,8 +99,8 @@ def placed(component: Any) -> Experiment:
             return replace(PLAIN, work=component)
         case Federation():
             return replace(PLAIN, federation=component)
-        case Split():
-            return replace(PLAIN, federation=Shards("x", split=component))
+        case Partitioner():
+            return replace(PLAIN, federation=Shards("x", partition=component))
         case Sampling():
             return replace(PLAIN, federation=Shards("x", sampling=component))
         case Adapter():

@@ -48,7 +48,7 @@ MARKS = ("refused", "interrupted", "real model", "shown")
 UNSEEN = {"cd", "git", "pip", "scripts/quickstart", "scripts/test", "scripts/check", "bash", ".venv/bin/pytest"}
 SMALL: Mapping[str, Any] = {
     "task": {"model": "tiny-llama"},
-    "federation": {"shards": {"data": "quickstart", "heldout": "quickstart-test", "split": {"by": "organisation"}}},
+    "federation": {"shards": {"data": "quickstart", "heldout": "quickstart-test", "partition": {"by": "organisation"}}},
     "work": {"sgd": {"steps": 1}},
     "method": "fedavg",
 }

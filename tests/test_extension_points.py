@@ -54,7 +54,7 @@ def spec(folder: Path, clients: Sequence[str] = CLIENTS, **changes: Any) -> dict
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     return {
         "task": {"model": "tiny-llama", "adapter": {"lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}}},
-        "federation": {"shards": {"data": str(data), "split": {"by": "who"}, "heldout": str(data)}},
+        "federation": {"shards": {"data": str(data), "partition": {"by": "who"}, "heldout": str(data)}},
         "work": {"sgd": {"lr": 0.1, "steps": 2, "batch_size": 2, "max_length": 64}},
         "stages": ["by_examples", "rounding"],
         "evaluation": {"metrics": ["nll"], "every": 1, "limit": 2},

@@ -50,14 +50,14 @@ def test_a_call_goes_on_where_another_stopped(
 
 
 @pytest.mark.slow
-def test_splits_of_data_of_ones_own(
+def test_partitions_of_data_of_ones_own(
     tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], intents: Path
 ) -> None:
     words = ["--table", "skew", "--out", str(tmp_path / "out"), "--rows", "fedit", "--seeds", "0", *TINY]
     words += ["federation.shards.clients=3", "--data", str(intents)]
     assert tables.main(words) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:2] for line in printed[2:5]] == [["| fedit", split] for split in tables.SPLITS]
+    assert [line.split(" | ")[:2] for line in printed[2:5]] == [["| fedit", name] for name in tables.PARTITIONS]
     found = json.loads(printed[-1])["rows"]
     assert len({one["nll"] for one in found}) == 3 and len({one["mib_up"] for one in found}) == 1
     assert tables.main([*words[:-1], "nothing.jsonl", "--out", str(tmp_path / "other")]) == 1
@@ -69,7 +69,7 @@ def test_ten_clients_of_their_ranks(
     tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], intents: Path
 ) -> None:
     words = ["--table", "ten-ranks", "--out", str(tmp_path / "out"), "--rows", "zero_padding", "--seeds", "0"]
-    words += ["--data", str(intents), *TINY, "federation.shards.split=iid"]
+    words += ["--data", str(intents), *TINY, "federation.shards.partition=iid"]
     words += [f"federation.shards.profiles.client-{number:03}.rank={16 - number}" for number in range(10)]
     assert tables.main([*words, "task.adapter.lora.rank=16"]) == 0, capsys.readouterr().err
     (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
@@ -89,8 +89,8 @@ def test_the_table_by_hand(tables: ModuleType) -> None:
 @pytest.mark.parametrize("table", ["aggregation", "ranks", "tuning", "skew", "ten-ranks"])
 def test_every_row_is_an_experiment(tables: ModuleType, table: str) -> None:
     made = tables.TABLES[table]
-    pairs = [(row, split) for row in made.rows.values() for split in made.splits.values()]
-    assert len({repr(load(made.recipe, [*row, *split])) for row, split in pairs}) == len(pairs)
+    pairs = [(row, partition) for row in made.rows.values() for partition in made.partitions.values()]
+    assert len({repr(load(made.recipe, [*row, *partition])) for row, partition in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize(

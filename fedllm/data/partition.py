@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fedllm.data import flwr_partitioners
 from fedllm.data.flwr_partitioners import PartitionFunction, Value
-from fedllm.data.splits.base import Split, SplitInput
+from fedllm.data.partitioners.base import Partitioner, PartitionInput
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.rng import Key
 
@@ -34,28 +34,35 @@ class Report(NamedTuple):
 
 
 def partition(
-    records: Records, split: Split, *, clients: int | None, key: Key, run: PartitionFunction = flwr_partitioners.run
+    records: Records,
+    partitioner: Partitioner,
+    *,
+    clients: int | None,
+    key: Key,
+    run: PartitionFunction = flwr_partitioners.run,
 ) -> Partition:
-    """Spread records over clients: the same for the same records, split, number and key.
+    """Spread records over clients: the same for the same records, partitioner, number and key.
 
     Args:
-        clients: how many; None only where the split itself knows (`By`).
+        clients: how many; None only where the partitioner itself knows (`By`).
         run: runs a partitioner of flwr-datasets, by default in a process of its own.
 
     Raises:
         ConfigError: the number of clients is missing or below 1.
         DataError: a field is missing, the records do not suffice, or a client is left empty.
-        MissingExtra: the split needs flwr-datasets, which is not installed.
+        MissingExtra: the partitioner needs flwr-datasets, which is not installed.
     """
     if clients is not None and clients < 1:
         raise ConfigError(f"federation.shards.clients is {clients}; it must be 1 or more")
     if clients is not None and clients > len(records):
         raise DataError(f"there are {len(records)} records for {clients} clients; ask for fewer clients")
-    values = () if split.field is None else column(records, split.field)
-    groups = split.groups(SplitInput(len(records), values, clients, key), run)
+    values = () if partitioner.field is None else column(records, partitioner.field)
+    groups = partitioner.groups(PartitionInput(len(records), values, clients, key), run)
     for client, rows in groups.items():
         if not rows:
-            raise DataError(f"client '{client}' of {len(groups)} gets no records from {split}; {split.hint}")
+            raise DataError(
+                f"client '{client}' of {len(groups)} gets no records from {partitioner}; {partitioner.hint}"
+            )
     taken = [row for rows in groups.values() for row in rows]
     assert len(set(taken)) == len(taken), "a record was given to two clients"
     return Partition({client: tuple(sorted(rows)) for client, rows in groups.items()}, len(records) - len(taken))

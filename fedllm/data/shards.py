@@ -14,11 +14,11 @@ from fedllm.data.federation import Federation, Population
 from fedllm.data.heldout import hold_out
 from fedllm.data.lazy_records import open_records, view
 from fedllm.data.partition import Partition, partition, report
+from fedllm.data.partitioners.base import Partitioner
+from fedllm.data.partitioners.by import By
+from fedllm.data.partitioners.iid import Iid
 from fedllm.data.record_schema import Record
 from fedllm.data.sampling import All, Sampling
-from fedllm.data.splits.base import Split
-from fedllm.data.splits.by import By
-from fedllm.data.splits.iid import Iid
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.events import DataReported
 from fedllm.messages.context import Profile
@@ -46,10 +46,10 @@ class Shards(Federation):
 
     Args:
         data: packaged name, file (.jsonl, .jsonl.gz, .csv, .parquet), or hub id.
-        clients: how many; null: as many as the split finds.
+        clients: how many; null: as many as the partition finds.
         fields: canonical name to source field (`{prompt: instruction}`), or to a format (`"{instruction} {input}"`).
-        heldout: another source, split by the same natural key, or a fraction of each client's records.
-        label: the field that the partition report counts; null: the split's own.
+        heldout: another source, partitioned by the same natural key, or a fraction of each client's records.
+        label: the field that the partition report counts; null: the one that the partition looks at.
         failure_rate, failures: clients that are lost, for simulations.
         profiles: shell-style pattern over the clients' names to what is different there
             (`{"cargo*": {rank: 4, steps: 2}}`). Of several that fit a client the longest counts.
@@ -59,7 +59,7 @@ class Shards(Federation):
 
     data: str
     clients: int | None = None
-    split: Split = Iid()
+    partition: Partitioner = Iid()
     sampling: Sampling = All()
     fields: Mapping[str, str] = field(default_factory=dict)
     heldout: str | float = 0.1
@@ -70,7 +70,7 @@ class Shards(Federation):
     devices: Mapping[str, Profile] = field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash((self.data, self.clients, self.split, self.sampling, self.heldout))
+        return hash((self.data, self.clients, self.partition, self.sampling, self.heldout))
 
     def __post_init__(self) -> None:
         if self.clients is not None and self.clients < 1:
@@ -82,10 +82,10 @@ class Shards(Federation):
         self._check_devices()
 
     def load(self, key: Key) -> Population:
-        """Read, split, hold out; once per process, as long as the files stay as they are.
+        """Read, partition, hold out; once per process, as long as the files stay as they are.
 
         Raises:
-            FedllmError: the data cannot be had or split, or a setting does not fit the clients.
+            FedllmError: the data cannot be had or partitioned, or a setting does not fit the clients.
         """
         population = _load(self, key, (_stamp(self.data), _stamp(self.heldout)))
         self.sampling.draw(population.clients, key)
@@ -157,9 +157,9 @@ class Shards(Federation):
 @lru_cache(maxsize=4)
 def _load(shards: Shards, key: Key, stamps: tuple[object, ...]) -> Population:
     records = open_records(shards.data, fields=shards.fields)
-    parts = partition(records, shards.split, clients=shards.clients, key=key.fold("partition"))
+    parts = partition(records, shards.partition, clients=shards.clients, key=key.fold("partition"))
     train, heldout = _sides(shards, records, parts, key)
-    _, labels, divergence = report(records, parts, shards.label or shards.split.field)
+    _, labels, divergence = report(records, parts, shards.label or shards.partition.field)
     return Population(
         train=train,
         heldout=heldout,
@@ -198,9 +198,9 @@ def _sides(shards: Shards, records: Sequence[Record], parts: Partition, key: Key
 def _other(shards: Shards, source: str, train: Held, key: Key) -> Held:
     """The clients' shares of another source: all of it, or by the same natural key."""
     records = open_records(source, fields=shards.fields)
-    if not isinstance(shards.split, By):
+    if not isinstance(shards.partition, By):
         return dict.fromkeys(train, records)
-    parts = partition(records, shards.split, clients=None, key=key.fold("partition"))
+    parts = partition(records, shards.partition, clients=None, key=key.fold("partition"))
     strangers = parts.clients.keys() - train.keys()
     if strangers:
         raise DataError(f"{source} holds records of {sorted(strangers)[0]}, who is no client of {shards.data}")

@@ -12,16 +12,16 @@ from typing import Any
 from fedllm.aggregators.base import Aggregator
 from fedllm.aggregators.sum import Sum
 from fedllm.data.federation import Federation
+from fedllm.data.partitioners.base import Partitioner
+from fedllm.data.partitioners.by import By
+from fedllm.data.partitioners.dirichlet import Dirichlet
+from fedllm.data.partitioners.iid import Iid
+from fedllm.data.partitioners.pathological import Pathological
+from fedllm.data.partitioners.shard import Shard
+from fedllm.data.partitioners.size_skew import SizeSkew
 from fedllm.data.records import PACKAGED
 from fedllm.data.sampling import All, PoissonSampling, Sampling, UniformSampling
 from fedllm.data.shards import Shards
-from fedllm.data.splits.base import Split
-from fedllm.data.splits.by import By
-from fedllm.data.splits.dirichlet import Dirichlet
-from fedllm.data.splits.iid import Iid
-from fedllm.data.splits.pathological import Pathological
-from fedllm.data.splits.shard import Shard
-from fedllm.data.splits.size_skew import SizeSkew
 from fedllm.experiment.schedules import Schedule, Synchronous
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.bottleneck import Bottleneck
@@ -95,7 +95,7 @@ NOUNS: Mapping[type, Table] = {
     Aggregator: {"sum": Sum},
     Work: {"sgd": Sgd},
     Federation: {"shards": Shards},
-    Split: {
+    Partitioner: {
         "iid": Iid,
         "dirichlet": Dirichlet,
         "by": By,

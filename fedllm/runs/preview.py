@@ -51,7 +51,7 @@ def preview(experiment: Experiment, path: Path) -> list[tuple[str, str]]:
     ]
     moving = moving_line(experiment, cohort)
     lines += [("frozen", moving)] if moving is not None else []
-    lines += [("warning", f"the split leaves out {data.left_out} records")] if data.left_out else []
+    lines += [("warning", f"the partition leaves out {data.left_out} records")] if data.left_out else []
     lines += [("warning", text) for text in advice(experiment, population)]
     return lines
 

@@ -282,7 +282,7 @@ def failed(folder: Folder, failure: str) -> RunError:
 
 def _warnings(report: DataReported, max_length: int) -> list[str]:
     told = {
-        f"the split leaves out {report.left_out} records": report.left_out,
+        f"the partition leaves out {report.left_out} records": report.left_out,
         f"{report.cut} records are cut to {max_length} tokens, the work's max_length": report.cut,
         f"{report.dropped} records keep no target token in {max_length} tokens and are not used": report.dropped,
     }

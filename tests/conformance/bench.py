@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import ClientOutage, Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.base import Engine
 from fedllm.engines.client import Prepared, Site
 from fedllm.engines.client_store import ClientStore
@@ -102,7 +102,7 @@ class Bench:
         failures = tuple(ClientOutage(who, round) for round in lost for who, _ in sizes)
         return Experiment(
             task=self.task,
-            federation=Shards(str(data), split=By("who"), heldout=0.0, failures=failures, profiles=profiles),
+            federation=Shards(str(data), partition=By("who"), heldout=0.0, failures=failures, profiles=profiles),
             work=WORK,
             stages=tuple(stages),
             evaluation=Evaluation(metrics=()),

@@ -132,7 +132,7 @@ def test_no_more_is_read_than_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_population_reads_its_clients_on_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": f"{who} {row}", "who": who} for row in range(20) for who in "abc"]
-    shards = {"data": write(tmp_path, rows), "heldout": 0.25, "split": {"by": "who"}}
+    shards = {"data": write(tmp_path, rows), "heldout": 0.25, "partition": {"by": "who"}}
     experiment = fedllm.build(
         {"task": {"model": "m"}, "federation": {"shards": shards}, "work": {"sgd": {"steps": 1}}, "method": "fedavg"}
     )
@@ -189,11 +189,11 @@ def test_joined_is_end_to_end() -> None:
 GROWTH = """
 import json, sys, tracemalloc
 from fedllm.data.shards import Shards
-from fedllm.data.splits import By
+from fedllm.data.partitioners import By
 from fedllm.rng import Key
 eager = []
 tracemalloc.start()
-population = Shards(data=sys.argv[1], split=By("who")).load(Key(0))
+population = Shards(data=sys.argv[1], partition=By("who")).load(Key(0))
 held, _ = tracemalloc.get_traced_memory()
 eager = [list(records) for records in (*population.train.values(), *population.heldout.values())]
 print(json.dumps([held, tracemalloc.get_traced_memory()[0] - held]))

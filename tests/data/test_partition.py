@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from fedllm.data import hub_worker
 from fedllm.data.flwr_partitioners import Groups, PartitionJob
 from fedllm.data.partition import Partition, column, divergence, partition, report
+from fedllm.data.partitioners import By, Dirichlet, Iid, Pathological, Shard, SizeSkew, client_name
+from fedllm.data.partitioners.base import Partitioner, numbered
 from fedllm.data.record_schema import Record
-from fedllm.data.splits import By, Dirichlet, Iid, Pathological, Shard, SizeSkew, client_name
-from fedllm.data.splits.base import Split, numbered
 from fedllm.errors import ConfigError, DataError
 from fedllm.rng import Key
 
@@ -39,11 +39,11 @@ def records(count: int, labels: int = 10) -> list[Record]:
     return [{"text": str(row), "label": f"label {row % labels}"} for row in range(count)]
 
 
-def spread(rows: list[Record], split: Split, *, clients: int | None = None, key: Key = KEY) -> Partition:
-    return partition(rows, split, clients=clients, key=key, run=here)
+def spread(rows: list[Record], partitioner: Partitioner, *, clients: int | None = None, key: Key = KEY) -> Partition:
+    return partition(rows, partitioner, clients=clients, key=key, run=here)
 
 
-SPLITS: list[Split] = [
+PARTITIONERS: list[Partitioner] = [
     Iid(),
     By("label"),
     Dirichlet(0.5, "label"),
@@ -61,16 +61,18 @@ SPLITS: list[Split] = [
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
-    split=st.sampled_from(SPLITS),
+    partitioner=st.sampled_from(PARTITIONERS),
     labels=st.lists(st.integers(0, 4), min_size=2, max_size=60) | st.lists(st.text(min_size=1, max_size=3), min_size=2),
     clients=st.integers(1, 5),
     seed=st.integers(0, 2**64 - 1),
 )
-@example(split=Pathological("label", 2), labels=["0", "\0"], clients=1, seed=0)
-def test_disjoint_and_complete_or_counted(split: Split, labels: list[int | str], clients: int, seed: int) -> None:
+@example(partitioner=Pathological("label", 2), labels=["0", "\0"], clients=1, seed=0)
+def test_disjoint_and_complete_or_counted(
+    partitioner: Partitioner, labels: list[int | str], clients: int, seed: int
+) -> None:
     rows: list[Record] = [{"text": "", "label": label} for label in labels]
     try:
-        found = spread(rows, split, clients=None if isinstance(split, By) else clients, key=Key(seed))
+        found = spread(rows, partitioner, clients=None if isinstance(partitioner, By) else clients, key=Key(seed))
     except DataError:
         assume(False)
     taken = sorted(row for held in found.clients.values() for row in held)
@@ -78,18 +80,18 @@ def test_disjoint_and_complete_or_counted(split: Split, labels: list[int | str],
     assert set(taken) <= set(range(len(rows)))
     assert len(taken) + found.left_out == len(rows)
     assert all(held == tuple(sorted(held)) and held for held in found.clients.values())
-    if not isinstance(split, By):
+    if not isinstance(partitioner, By):
         assert list(found.clients) == [f"client-{number:03}" for number in range(clients)]
-    if not isinstance(split, Shard | Pathological):
+    if not isinstance(partitioner, Shard | Pathological):
         assert found.left_out == 0
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_seeded(split: Split) -> None:
-    clients = None if isinstance(split, By) else 4
-    first, again, other = (spread(records(200), split, clients=clients, key=Key(seed)) for seed in (1, 1, 2))
+@pytest.mark.parametrize("partitioner", PARTITIONERS, ids=str)
+def test_seeded(partitioner: Partitioner) -> None:
+    clients = None if isinstance(partitioner, By) else 4
+    first, again, other = (spread(records(200), partitioner, clients=clients, key=Key(seed)) for seed in (1, 1, 2))
     assert first == again
-    assert (first == other) == isinstance(split, By), "another key spreads differently, except by a natural field"
+    assert (first == other) == isinstance(partitioner, By), "another key spreads differently, except by a natural field"
 
 
 def test_iid_is_the_partitioner_of_flwr_datasets_on_shuffled_rows() -> None:
@@ -238,7 +240,7 @@ def test_an_unknown_field_names_its_neighbour() -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "clients", "sentence"),
+    ("partitioner", "clients", "sentence"),
     [
         (Iid(), 13, "there are 12 records for 13 clients; ask for fewer"),
         (By("label"), 5, "'label' makes 4 clients, but federation.shards.clients is 5; set it to 4 or leave it out"),
@@ -256,9 +258,9 @@ def test_an_unknown_field_names_its_neighbour() -> None:
         (Shard("label", size=9), 4, r"Shard\(.*over 4 clients; lower shards, size"),
     ],
 )
-def test_what_cannot_be_spread(split: Split, clients: int | None, sentence: str) -> None:
+def test_what_cannot_be_spread(partitioner: Partitioner, clients: int | None, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence) as caught:
-        spread(records(12, labels=4), split, clients=clients)
+        spread(records(12, labels=4), partitioner, clients=clients)
     assert ". " not in str(caught.value), "one sentence"
 
 

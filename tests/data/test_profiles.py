@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import fedllm
+from fedllm.data.partitioners import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits import By
 from fedllm.errors import CheckError, ConfigError
 from fedllm.experiment.config_file import dump, experiment_hash
 from fedllm.messages.context import Profile
@@ -20,7 +20,7 @@ SLOW, FAST = Profile(steps=1, batch_size=1), Profile(steps=4, lr=0.5)
 
 
 def handbook(**profiles: Profile) -> Shards:
-    return Shards("quickstart", heldout=0.0, split=By("organisation"), profiles=profiles)
+    return Shards("quickstart", heldout=0.0, partition=By("organisation"), profiles=profiles)
 
 
 def test_the_longest_pattern_that_fits_counts_whatever_the_order() -> None:
@@ -35,7 +35,7 @@ def test_the_longest_pattern_that_fits_counts_whatever_the_order() -> None:
 
 
 def classed(profiles: dict[str, Profile], **devices: Profile) -> Shards:
-    return Shards("quickstart", heldout=0.0, split=By("organisation"), profiles=profiles, devices=devices)
+    return Shards("quickstart", heldout=0.0, partition=By("organisation"), profiles=profiles, devices=devices)
 
 
 def test_a_class_of_devices_says_what_a_profile_leaves_open() -> None:
@@ -76,7 +76,7 @@ def test_two_patterns_of_one_length_that_fit_one_client_are_refused() -> None:
 def test_the_nearest_of_many_clients_is_not_a_list_of_all(tmp_path: Path) -> None:
     rows = [f'{{"text": "a", "who": "user-{who:04}"}}' for who in range(300)]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    shards = Shards(str(tmp_path / "t.jsonl"), heldout=0.0, split=By("who"), profiles={"x*": FAST})
+    shards = Shards(str(tmp_path / "t.jsonl"), heldout=0.0, partition=By("who"), profiles={"x*": FAST})
     with pytest.raises(ConfigError, match=r"known: user-0000, .*user-0049 and 250 more$"):
         shards.load(Key(0))
 

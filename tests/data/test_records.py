@@ -310,7 +310,7 @@ def test_jsonl_brings_no_table_library_along(tmp_path: Path) -> None:
 import sys
 from fedllm.data.partition import partition, report
 from fedllm.data.records import read_records
-from fedllm.data.splits import By, Iid
+from fedllm.data.partitioners import By, Iid
 from fedllm.rng import Key
 records = read_records({source!r})
 assert list(partition(records, By("user"), clients=None, key=Key(0)).clients) == ["a", "b"]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.base import Engine
 from fedllm.engines.client import Site
 from fedllm.engines.serial import Serial
@@ -124,7 +124,7 @@ def experiment(
     **settings: Any,
 ) -> Experiment:
     """Two rounds of the five clients."""
-    federation = Devices(str(data), split=By("who"), heldout=0.0, ranks=tuple((ranks or {}).items()))
+    federation = Devices(str(data), partition=By("who"), heldout=0.0, ranks=tuple((ranks or {}).items()))
     return Experiment(
         task=Task(settings.pop("model", "tiny-llama"), adapter=adapter, dtype=dtype, device=device),
         federation=settings.pop("federation", federation),

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import fedllm
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import ClientOutage
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.batched.load_balancing import BATCH_OF_STACKS
 from fedllm.engines.serial import Serial
@@ -58,7 +58,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def federation(data: Path, **settings: Any) -> Devices:
-    return Devices(str(data), split=By("who"), **{"heldout": str(data), **settings})
+    return Devices(str(data), partition=By("who"), **{"heldout": str(data), **settings})
 
 
 class Counted(dict[str, Request]):
@@ -120,7 +120,7 @@ class Absent(Devices):
 
 
 def test_an_empty_round(data: Path, tmp_path: Path) -> None:
-    made = experiment(data, federation=Absent(str(data), split=By("who"), heldout=0.0))
+    made = experiment(data, federation=Absent(str(data), partition=By("who"), heldout=0.0))
     result = fedllm.run(made, engine=Batched(stack=2, workers=2), out=tmp_path / "run")
     rounds = [event for event in events(result.folder) if isinstance(event, RoundFinished)]
     assert [(event.clients, event.note) for event in rounds] == [(0, "nobody was drawn"), (5, "")]

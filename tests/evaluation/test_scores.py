@@ -240,7 +240,7 @@ def test_a_record_that_is_no_multiple_choice_is_found_before_a_model_is_loaded()
 def test_by_a_missing_field_is_refused() -> None:
     spec = {
         "task": {"model": "tiny-llama"},
-        "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+        "federation": {"shards": {"data": "quickstart", "partition": {"by": "organisation"}}},
         "work": {"sgd": {"steps": 1}},
         "method": "fedavg",
         "evaluation": {"by": "kin"},

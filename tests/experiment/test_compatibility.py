@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.base import Engine
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
@@ -105,7 +105,7 @@ class Bench:
         return replace(
             experiment,
             task=replace(experiment.task, adapter=adapter),
-            federation=Shards(str(data), split=By("who"), heldout=0.0, profiles=profiles or {}),
+            federation=Shards(str(data), partition=By("who"), heldout=0.0, profiles=profiles or {}),
             evaluation=Evaluation(metrics=()),
             rounds=3 if experiment.task.scope.alternate else 2,
             seed=3,

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedllm.aggregators.base import Aggregator
+from fedllm.data.partitioners.by import By
+from fedllm.data.partitioners.iid import Iid
 from fedllm.data.sampling import All, UniformSampling
 from fedllm.data.shards import ClientOutage, Shards
-from fedllm.data.splits.by import By
-from fedllm.data.splits.iid import Iid
 from fedllm.engines.base import Engine
 from fedllm.errors import ConfigError
 from fedllm.evaluation.settings import Evaluation
@@ -46,7 +46,7 @@ from tests.strategies import PLAIN, components, experiments, placed
 
 FILE = """\
 task: {model: tiny-llama, adapter: {lora: {rank: 4, alpha: 8}}}
-federation: {shards: {data: quickstart, heldout: quickstart-test, split: {by: organisation}}}
+federation: {shards: {data: quickstart, heldout: quickstart-test, partition: {by: organisation}}}
 work: {sgd: {optimizer: adamw, lr: 1e-2, steps: 2, batch_size: 4, max_length: 256}}
 method: fedprox
 evaluation: {metrics: [nll, exact_match], by: kind, compare: [local_only, centralised]}
@@ -54,7 +54,7 @@ rounds: 3
 """
 BY_HAND = Experiment(
     task=Task("tiny-llama", adapter=Lora(rank=4, alpha=8)),
-    federation=Shards("quickstart", heldout="quickstart-test", split=By("organisation")),
+    federation=Shards("quickstart", heldout="quickstart-test", partition=By("organisation")),
     work=Sgd(optimizer="adamw", lr=0.01, steps=2, batch_size=4, max_length=256),
     stages=(Prox(), ByExamples()),
     evaluation=Evaluation(metrics=("nll", "exact_match"), by="kind", compare=("local_only", "centralised")),
@@ -267,7 +267,9 @@ WRONG = [
     (shards(profiles={"a": {"lr": float("inf")}}), "federation.shards.profiles.a.lr is inf; it must be 0 or more and"),
     (shards(profiles={"a": 4}), "federation.shards.profiles.a must be a mapping, not 4"),
     (shards(profiles=["a"]), "federation.shards.profiles must be a mapping, not ['a']"),
-    (shards(split={"dirichlet": {"by": "y"}}), "'federation.shards.split.dirichlet.alpha' is missing; set it"),
+    (shards(partition={"dirichlet": {"by": "y"}}), "'federation.shards.partition.dirichlet.alpha' is missing; set it"),
+    (shards(partition="idd"), "federation.shards.partition: unknown partitioner 'idd'; did you mean 'iid'?"),
+    (shards(split="iid"), "unknown key 'federation.shards.split'; did you mean 'partition'?"),
     ({"stages": "prox"}, "stages must be a list, not 'prox'"),
     ({"stages": ["uniform", "proxy"]}, "stages[1]: unknown stage 'proxy'; did you mean 'prox'?"),
     ({"stages": ["uniform", {"top_k": 2}]}, "stages[1].top_k.fraction is 2.0; it must be above 0 and at most 1"),
@@ -401,8 +403,8 @@ def test_a_value_that_holds_itself_is_refused():
         ("task.objective=lm", lambda e: e.task.objective, Lm()),
         ("task.scope.freeze=!*lora_A", lambda e: e.task.scope, Scope(freeze=("!*lora_A",))),
         ("task.scope.share=*lora_A", lambda e: e.task.scope, Scope(share=("*lora_A",))),
-        ("federation.shards.split={iid: {}}", lambda e: e.federation.split, Iid()),
-        ("federation.shards.split.by.min_size=3", lambda e: e.federation.split, By("organisation", 3)),
+        ("federation.shards.partition={iid: {}}", lambda e: e.federation.partition, Iid()),
+        ("federation.shards.partition.by.min_size=3", lambda e: e.federation.partition, By("organisation", 3)),
         ("federation.shards.sampling.uniform=2", lambda e: e.federation.sampling, UniformSampling(2)),
         ("federation.shards.sampling.uniform.cohort=3", lambda e: e.federation.sampling, UniformSampling(3)),
         ("federation.shards.fields.prompt=q", lambda e: e.federation.fields, {"prompt": "q"}),

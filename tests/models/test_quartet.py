@@ -11,8 +11,8 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import ConfigError, ModelError
@@ -197,7 +197,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, adapter: Adapter, **settings) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.3)
+    federation = Shards(str(data), partition=By("who"), heldout=0.3)
     return experiment(data, adapter=adapter, stages=(ByExamples(),), federation=federation, **settings)
 
 
@@ -240,7 +240,7 @@ def test_it_goes_with_a_quantised_base(adapter: Adapter, data: Path, tmp_path: P
 def test_settings_that_cannot_be_are_refused(adapter: dict[str, object], message: str) -> None:
     spec = {
         "task": {"model": "tiny-llama", "adapter": adapter},
-        "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+        "federation": {"shards": {"data": "quickstart", "partition": {"by": "organisation"}}},
         "work": {"sgd": {"steps": 1}},
         "method": "fedavg",
     }

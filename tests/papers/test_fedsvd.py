@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
@@ -157,7 +157,7 @@ def test_clients_of_unequal_ranks_move_the_first_columns_of_b(data: Path, tmp_pa
     """Beside lora_pad: the components are the largest ones, and the mean stays that of the products."""
     profiles = {"ann": Profile(rank=4), "ben": Profile(rank=1), "c*": Profile(rank=2), "dot": Profile(rank=3)}
     exp = made(data, HOLD, stages=(LoraSvd(), LoraPad(), ByExamples()))
-    exp = replace(exp, federation=Shards(str(data), split=By("who"), heldout=0.0, profiles=profiles))
+    exp = replace(exp, federation=Shards(str(data), partition=By("who"), heldout=0.0, profiles=profiles))
     check_profiles(exp, {client: exp.federation.profile(client) for client in CLIENTS})
     params, sent = course(exp, tmp_path / "run")
     ranks = {client: exp.federation.profile(client).rank or 4 for client in CLIENTS}

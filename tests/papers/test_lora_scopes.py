@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, scope: Scope, work: Work = ADAMW, stages: tuple[Stage, ...] = (ByExamples(),)) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.0)
+    federation = Shards(str(data), partition=By("who"), heldout=0.0)
     settings = {"rounds": ROUNDS, "limits": Limits(keep_last=9), "federation": federation}
     plain = experiment(data, work=work, stages=stages, **settings)
     return replace(plain, task=replace(plain.task, scope=scope))

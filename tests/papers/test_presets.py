@@ -77,7 +77,7 @@ ADAPTERS = {"full": Full(), "fed_sb": LoraXs(), "federa": Lora(init="singular"),
 SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
 PARTS = {
     "task": {"model": "tiny-llama"},
-    "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+    "federation": {"shards": {"data": "quickstart", "partition": {"by": "organisation"}}},
     "work": {"sgd": {"steps": 1}},
 }
 
@@ -188,7 +188,7 @@ def two_rounds(method, folder, data, **task):
     """The global weights of two clients of unequal size after two rounds."""
     spec = {
         "task": {"model": "tiny-llama", **task},
-        "federation": {"shards": {"data": str(data), "heldout": 0.0, "split": {"by": "who"}}},
+        "federation": {"shards": {"data": str(data), "heldout": 0.0, "partition": {"by": "who"}}},
         "work": {"sgd": {"lr": 0.05, "steps": 2, "batch_size": 2, "max_length": 32}},
         "evaluation": {"metrics": []},
         "rounds": 2,

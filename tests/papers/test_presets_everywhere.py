@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(method: str, data: Path) -> Experiment:
     spec = {
         "task": {"model": "tiny-llama", "dtype": "float64", "adapter": ADAPTERS.get(method, {"lora": LORA})},
-        "federation": {"shards": {"data": str(data), "heldout": 0.0, "split": {"by": "who"}}},
+        "federation": {"shards": {"data": str(data), "heldout": 0.0, "partition": {"by": "who"}}},
         "work": {"sgd": {"lr": 0.05, "steps": 2, "batch_size": 2, "max_length": 48}},
         "evaluation": {"metrics": []},
         "limits": {"keep_last": 9},

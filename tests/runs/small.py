@@ -62,7 +62,7 @@ def spec(data: Path | str, **changes: Any) -> dict[str, Any]:
             "device": "cpu",
             "dtype": "float32",
         },
-        "federation": {"shards": {"data": str(data), "heldout": str(data), "split": {"by": "who"}}},
+        "federation": {"shards": {"data": str(data), "heldout": str(data), "partition": {"by": "who"}}},
         "work": {"sgd": {"lr": 0.1, "steps": 2, "batch_size": 2, "max_length": 48}},
         "stages": ["by_examples"],
         "evaluation": {"metrics": ["nll"], "every": 1, "limit": 2},

@@ -36,7 +36,7 @@ def experiment(cache_folder: Path, tmp_path: Path) -> Experiment:
     return build(
         {
             "task": {"model": "tiny-llama", "dtype": "float64", "adapter": {"lora": {"rank": 2, "alpha": 4}}},
-            "federation": {"shards": {"data": str(data), "heldout": str(data), "split": {"by": "org"}}},
+            "federation": {"shards": {"data": str(data), "heldout": str(data), "partition": {"by": "org"}}},
             "work": {"sgd": {"optimizer": "adamw", "lr": 1e-2, "steps": STEPS, "batch_size": 2, "max_length": 200}},
             "method": "fedavg",
             "rounds": ROUNDS,

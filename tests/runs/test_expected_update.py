@@ -39,7 +39,7 @@ MARKS = {"l.lora_A": (F32, (2,)), "l.lora_B": (F32, (2,))}
 
 SPEC: Mapping[str, Any] = {
     "task": {"model": "tiny-llama", "adapter": {"lora": {"rank": 2}}},
-    "federation": {"shards": {"data": "quickstart", "clients": 3, "split": "iid"}},
+    "federation": {"shards": {"data": "quickstart", "clients": 3, "partition": "iid"}},
     "work": {"sgd": {"steps": 1}},
     "rounds": 3,
 }

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, ModelError
@@ -212,7 +212,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shards(data: Path) -> Shards:
     """Clients that another process can build, too."""
-    return Shards(str(data), split=By("who"), heldout=0.0)
+    return Shards(str(data), partition=By("who"), heldout=0.0)
 
 
 def test_what_is_sent_is_rank_squared_a_layer_whatever_its_width(data: Path) -> None:

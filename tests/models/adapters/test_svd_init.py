@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
@@ -107,7 +107,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, **settings) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.3)
+    federation = Shards(str(data), partition=By("who"), heldout=0.3)
     return experiment(data, adapter=LORA, stages=(ByExamples(),), federation=federation, **settings)
 
 
@@ -161,7 +161,7 @@ def test_a_start_is_one_of_two() -> None:
 def test_a_file_that_says_otherwise_is_refused(adapter: object, message: str) -> None:
     spec = {
         "task": {"model": "tiny-llama", "adapter": adapter},
-        "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+        "federation": {"shards": {"data": "quickstart", "partition": {"by": "organisation"}}},
         "work": {"sgd": {"steps": 1}},
         "method": "federa",
     }

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, ModelError
@@ -173,7 +173,7 @@ def test_a_kept_file_that_is_damaged_is_named(folder: Path, cache_folder: Path) 
 
 
 def made(data: Path, **settings) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.3)
+    federation = Shards(str(data), partition=By("who"), heldout=0.3)
     exp = experiment(data, federation=federation, stages=(ByExamples(),), adapter=Lora(rank=4, alpha=8), **settings)
     return replace(exp, task=replace(exp.task, quantize="int8"))
 
@@ -241,7 +241,7 @@ def test_a_stage_that_moves_them_is_refused(data: Path) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     spec = {
         "task": {"model": "tiny-llama", "quantize": "int9"},
-        "federation": {"shards": {"data": "quickstart", "split": {"by": "organisation"}}},
+        "federation": {"shards": {"data": "quickstart", "partition": {"by": "organisation"}}},
         "work": {"sgd": {"steps": 1}},
         "method": "fedit",
     }

@@ -290,7 +290,7 @@ def test_a_run_whose_client_cannot_send_ends_before_it_starts(tmp_path: Path, ca
 
 RUN = """
 task: {model: tiny-llama, adapter: {lora: {rank: 4, alpha: 8}}}
-federation: {shards: {data: quickstart, split: {by: organisation}}}
+federation: {shards: {data: quickstart, partition: {by: organisation}}}
 work: {sgd: {lr: 0.1, steps: 1, batch_size: 2, max_length: 32}}
 method: haflq
 evaluation: {metrics: []}

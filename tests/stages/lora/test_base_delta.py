@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import ClientOutage, Shards
-from fedllm.data.splits.by import By
 from fedllm.engines import base_model_versions
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.client import Site
@@ -147,7 +147,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(data: Path, stages: Sequence[Stage], *, lost: Sequence[ClientOutage] = (), **settings) -> Experiment:
     unequal = any(Fact.ONE_SHAPE in stage.traits.gives for stage in stages)
     federation = Shards(
-        str(data), split=By("who"), heldout=0.3, profiles=PROFILES if unequal else {}, failures=tuple(lost)
+        str(data), partition=By("who"), heldout=0.3, profiles=PROFILES if unequal else {}, failures=tuple(lost)
     )
     settings = {"rounds": 4, "adapter": ADAPTER, "limits": Limits(keep_last=9), **settings}
     return experiment(data, stages=tuple(stages), federation=federation, **settings)

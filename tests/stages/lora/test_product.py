@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedllm.aggregators.sum import Sum
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import ClientOutage, Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
@@ -162,7 +162,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, *stages: Stage, **settings) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.0, profiles=PROFILES, **settings)
+    federation = Shards(str(data), partition=By("who"), heldout=0.0, profiles=PROFILES, **settings)
     return experiment(data, stages=stages, rounds=3, limits=Limits(keep_last=9), federation=federation)
 
 

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import ClientOutage, Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError
 from fedllm.events import Event, MessageSent
@@ -108,7 +108,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(data: Path, stages: Sequence[Stage] = STAGES, *, lost: Sequence[ClientOutage] = (), **settings) -> Experiment:
-    federation = Shards(str(data), split=By("who"), heldout=0.3, failures=tuple(lost))
+    federation = Shards(str(data), partition=By("who"), heldout=0.3, failures=tuple(lost))
     settings = {"rounds": 4, "adapter": ADAPTER, "limits": Limits(keep_last=9), **settings}
     return experiment(data, stages=tuple(stages), federation=federation, **settings)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.remote.ray import RayActors
 from fedllm.engines.serial import Serial
@@ -196,7 +196,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(data: Path, *stages: Stage, rounds: int = 3, **settings) -> Experiment:
     profiles = CAPPED if any(Fact.FITTED in stage.traits.gives for stage in stages) else PROFILES
-    federation = Shards(str(data), split=By("who"), heldout=0.0, profiles=profiles)
+    federation = Shards(str(data), partition=By("who"), heldout=0.0, profiles=profiles)
     return experiment(data, stages=stages, rounds=rounds, limits=Limits(keep_last=9), federation=federation, **settings)
 
 

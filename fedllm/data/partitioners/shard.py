@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.data.flwr_partitioners import PartitionFunction
-from fedllm.data.splits.base import Split, SplitInput, at_least
+from fedllm.data.partitioners.base import Partitioner, PartitionInput, at_least
 from fedllm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Shard(Split):
+class Shard(Partitioner):
     """`shards` shards for each client, of `size` records; with one of the two the other follows from the data.
 
     What fills no shard, or is more than the clients take, is left out.
@@ -25,7 +25,7 @@ class Shard(Split):
 
     def __post_init__(self) -> None:
         if self.shards is None and self.size is None:
-            raise ConfigError("federation.shards.split.shard needs shards, size or both")
+            raise ConfigError("federation.shards.partition.shard needs shards, size or both")
         at_least(1 if self.shards is None else self.shards, 1, "shard.shards")
         at_least(1 if self.size is None else self.size, 1, "shard.size")
 
@@ -34,7 +34,7 @@ class Shard(Split):
         """The label."""
         return self.by
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`ShardPartitioner`."""
         settings = {"num_shards_per_partition": self.shards, "shard_size": self.size, "seed": rows.seed()}
         return self._through(rows, run, "ShardPartitioner", partition_by="value", **settings)

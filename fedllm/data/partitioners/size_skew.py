@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedllm.data.flwr_partitioners import PartitionFunction
-from fedllm.data.splits.base import Split, SplitInput
+from fedllm.data.partitioners.base import Partitioner, PartitionInput
 
 
 @dataclass(frozen=True)
-class SizeSkew(Split):
+class SizeSkew(Partitioner):
     """Client i of 1..n holds a share in proportion to i ("linear"), i^2 ("square") or e^i ("exponential")."""
 
     kind: Literal["linear", "square", "exponential"] = "linear"
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`LinearPartitioner`, `SquarePartitioner` or `ExponentialPartitioner`."""
         return self._through(rows, run, f"{self.kind.capitalize()}Partitioner")

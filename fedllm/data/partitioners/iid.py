@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from fedllm.data.flwr_partitioners import PartitionFunction
-from fedllm.data.splits.base import Split, SplitInput, numbered
+from fedllm.data.partitioners.base import Partitioner, PartitionInput, numbered
 
 
 @dataclass(frozen=True)
-class Iid(Split):
+class Iid(Partitioner):
     """Shuffled, then cut into runs whose lengths differ by one at most."""
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """The first `count % clients` clients hold one record more."""
         clients, order = rows.number(), rows.order()
         size, rest = divmod(rows.count, clients)

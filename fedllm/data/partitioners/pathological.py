@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fedllm.data.flwr_partitioners import PartitionFunction
-from fedllm.data.splits.base import Split, SplitInput, at_least
+from fedllm.data.partitioners.base import Partitioner, PartitionInput, at_least
 
 
 @dataclass(frozen=True)
-class Pathological(Split):
+class Pathological(Partitioner):
     """Exactly `classes` labels for each client. `assignment` "random" may leave labels, and their records, out."""
 
     by: str
@@ -27,7 +27,7 @@ class Pathological(Split):
         """The label."""
         return self.by
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`PathologicalPartitioner`."""
         settings = {"class_assignment_mode": self.assignment, "seed": rows.seed()}
         arguments = {"partition_by": "value", "num_classes_per_partition": self.classes, **settings}

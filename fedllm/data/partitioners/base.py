@@ -1,4 +1,4 @@
-"""Splits: how records are spread over clients.
+"""Partitioners: how records are spread over clients.
 
     Iid          shuffled, then cut into equal runs
     Dirichlet    each label's records spread by its own draw from Dirichlet(alpha)    arXiv:1905.12022
@@ -8,8 +8,8 @@
     Shard        sorted by label, cut into shards, the shards given out               arXiv:1602.05629
 
 `Iid` and `By` give what `IidPartitioner` (on shuffled rows) and `NaturalIdPartitioner` of flwr-datasets give; the
-others run that package's own partitioners. A split is a frozen dataclass of settings; records and key come as
-`SplitInput`.
+others run that package's own partitioners. A partitioner is a frozen dataclass of settings; records and key come
+as `PartitionInput`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from fedllm.rng import Key
 
 
 @dataclass(frozen=True)
-class SplitInput:
-    """What a split may know: how many records, the values of its field, the number of clients asked for, the key."""
+class PartitionInput:
+    """What a partitioner may know: how many records, the values of its field, the number of clients, the key."""
 
     count: int
     values: tuple[Value, ...]
@@ -47,31 +47,31 @@ class SplitInput:
             ConfigError: none is set.
         """
         if self.clients is None:
-            raise ConfigError("federation.shards.clients is missing; only the split 'by' does without it")
+            raise ConfigError("federation.shards.clients is missing; only the partitioner 'by' does without it")
         return self.clients
 
     def seed(self) -> int:
-        """The seed of a partitioner."""
+        """The seed of a partitioner of flwr-datasets."""
         return self.key.fold("partitioner").seed32()
 
 
 @dataclass(frozen=True)
-class Split:
+class Partitioner:
     """Settings of one way to spread records."""
 
     hint: ClassVar[str] = "ask for fewer clients"  # what to change when the records cannot be spread
 
     @property
     def field(self) -> str | None:
-        """The field of the records that the split looks at."""
+        """The field of the records that the partitioner looks at."""
         return None
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """Each client's rows. `run` runs a partitioner of flwr-datasets."""
         raise NotImplementedError
 
     def _through(
-        self, rows: SplitInput, run: PartitionFunction, partitioner: str, **arguments: Any
+        self, rows: PartitionInput, run: PartitionFunction, partitioner: str, **arguments: Any
     ) -> dict[str, list[int]]:
         """Run a partitioner on the shuffled rows."""
         clients, order = rows.number(), rows.order()
@@ -95,6 +95,6 @@ def numbered(groups: Sequence[list[int]]) -> dict[str, list[int]]:
 
 
 def at_least(value: int, least: int, key: str) -> None:
-    """Refuse a setting that is too small; `key` is its place below `federation.shards.split`."""
+    """Refuse a setting that is too small; `key` is its place below `federation.shards.partition`."""
     if value < least:
-        raise ConfigError(f"federation.shards.split.{key} is {value}; it must be {least} or more")
+        raise ConfigError(f"federation.shards.partition.{key} is {value}; it must be {least} or more")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedllm.data.flwr_partitioners import PartitionFunction
-from fedllm.data.splits.base import Split, SplitInput, at_least
+from fedllm.data.partitioners.base import Partitioner, PartitionInput, at_least
 from fedllm.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Dirichlet(Split):
+class Dirichlet(Partitioner):
     """Label skew: small `alpha`, few labels per client. `by` names the label; drawn anew until each has `min_size`."""
 
     alpha: float
@@ -23,14 +23,14 @@ class Dirichlet(Split):
     def __post_init__(self) -> None:
         at_least(self.min_size, 1, "dirichlet.min_size")
         if not 0 < self.alpha < float("inf"):
-            raise ConfigError(f"federation.shards.split.dirichlet.alpha is {self.alpha}; it must be more than 0")
+            raise ConfigError(f"federation.shards.partition.dirichlet.alpha is {self.alpha}; it must be more than 0")
 
     @property
     def field(self) -> str:
         """The label."""
         return self.by
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """`DirichletPartitioner`."""
         settings = {"alpha": float(self.alpha), "min_partition_size": self.min_size, "seed": rows.seed()}
         return self._through(rows, run, "DirichletPartitioner", partition_by="value", **settings)

@@ -1,4 +1,4 @@
-"""The natural split: one client for each value of a field. What `NaturalIdPartitioner` of flwr-datasets gives."""
+"""The natural partition: one client for each value of a field. What `NaturalIdPartitioner` of flwr-datasets gives."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.data.flwr_partitioners import PartitionFunction, Value
-from fedllm.data.splits.base import Split, SplitInput, at_least
+from fedllm.data.partitioners.base import Partitioner, PartitionInput, at_least
 from fedllm.errors import DataError
 
 NAME_LENGTH = 64
 
 
 @dataclass(frozen=True)
-class By(Split):
+class By(Partitioner):
     """One client for each value of field `by`, named after it; values of fewer than `min_size` records are left out."""
 
     by: str
@@ -29,7 +29,7 @@ class By(Split):
         """The client key."""
         return self.by
 
-    def groups(self, rows: SplitInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
+    def groups(self, rows: PartitionInput, run: PartitionFunction) -> Mapping[str, Sequence[int]]:
         """In the order of the values."""
         found: dict[Value, list[int]] = {}
         for row, value in enumerate(rows.values):
