@@ -28,7 +28,7 @@ COPIES = 8  # of the layers' values in float32: the server's factors and sum, th
 
 @dataclass(eq=False)
 class BaseDeltaStore:
-    """Base deltas by version, `shift-000003.safetensors`; with no folder they stay in this object.
+    """Base deltas by version, `base_delta-000003.safetensors`; with no folder they stay in this object.
 
     As many are kept as a resume may go back, `keep`.
     """
@@ -50,20 +50,20 @@ class BaseDeltaStore:
             return self.held[known[-1]]
         path = self._path(known[-1])
         trees = read_tree(path, "without it the clients here cannot take part; bring it back from a copy")
-        versions = {int(name.partition("/")[0].removeprefix("shift")) for name in trees}
+        versions = {int(name.partition("/")[0].removeprefix("delta")) for name in trees}
         return BaseDelta.of(trees, sorted(versions))
 
-    def save(self, shift: BaseDelta) -> None:
+    def save(self, base_delta: BaseDelta) -> None:
         """Keep a version; forget those that no resume needs.
 
         Raises:
             RunError: the disk is full or not writable; earlier versions are untouched.
         """
-        version = shift.version
+        version = base_delta.version
         if self.folder is None:
-            self.held[version] = shift
+            self.held[version] = base_delta
         else:
-            self._write(self._path(version), shift)
+            self._write(self._path(version), base_delta)
         old = [known for known in self._versions() if known <= version - self.keep]
         for known in old[:-1]:  # the newest of them is what the oldest checkpoint goes on from
             if self.folder is None:
@@ -71,11 +71,11 @@ class BaseDeltaStore:
             else:
                 self._path(known).unlink(missing_ok=True)
 
-    def _write(self, path: Path, shift: BaseDelta) -> None:
+    def _write(self, path: Path, base_delta: BaseDelta) -> None:
         part = path.with_suffix(f".{os.getpid()}")  # processes may share the folder
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(part, written(shift.joined_trees()))
+            write_durably(part, written(base_delta.joined_trees()))
             os.replace(part, path)
         except OSError as error:
             raise not_written(path, error, RESUME) from error
@@ -83,11 +83,11 @@ class BaseDeltaStore:
     def _versions(self) -> list[int]:
         if self.folder is None:
             return sorted(self.held)
-        return sorted(int(path.stem.removeprefix("shift-")) for path in self.folder.glob("shift-*.safetensors"))
+        return sorted(int(path.stem.rpartition("-")[2]) for path in self.folder.glob("base_delta-*.safetensors"))
 
     def _path(self, version: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"shift-{version:06d}.safetensors"
+        return self.folder / f"base_delta-{version:06d}.safetensors"
 
 
 @dataclass(eq=False)

@@ -57,13 +57,13 @@ class Site:
     model: LoadedModel
     population: Population
     store: ClientStore
-    shifts: BaseDeltaStore = field(default_factory=lambda: BaseDeltaStore(None))
+    base_deltas: BaseDeltaStore = field(default_factory=lambda: BaseDeltaStore(None))
     sessions: dict[str, ClientSession] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.train: Callable[[Sequence[ClientJob], LoadedModel], Sequence[Outcome]] = self._train
         self.model = self.model.with_constants(self.experiment.key)
-        self.shift = BaseModelVersions(self.model, self.shifts)
+        self.base_versions = BaseModelVersions(self.model, self.base_deltas)
         self.lock = Lock()  # clients may be answered side by side
         self.talks = bool(self.experiment.aggregator.handlers())
         self.stages = self.experiment.pipeline
@@ -130,7 +130,7 @@ class Site:
         return self._prepared(request, self.examples(str(request.ctx.client)))
 
     def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
-        client, ctx, model = str(request.ctx.client), request.ctx, self.shift.model(request)
+        client, ctx, model = str(request.ctx.client), request.ctx, self.base_versions.model(request)
         memories = self.store.load(client, ctx.round, len(self.stages))
         local = ClientContext(ctx, initial_params=self.fresh)
         params, arrival = receive_all(self.stages, request.params, request.extras, memories, local)

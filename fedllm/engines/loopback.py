@@ -60,7 +60,7 @@ def serve(site: Site, name: str, sent: Iterable[bytes]) -> Iterator[Reply]:
     for data in sent:
         request = serialization.deserialize(data)
         assert isinstance(request, Request)
-        requests.append(site.shift.taken(request))
+        requests.append(site.base_versions.taken(request))
         sizes.append(len(data))
         del data, request
     for answer, size in zip(site.answers(name, requests), sizes, strict=True):

@@ -1,7 +1,7 @@
 """Requests, updates and failures as bytes, and back. No pickle: a safetensors file (`safetensors_io`).
 
 Its text is JSON: the kind of message, the facts of the step, weights and wire formats of the parts. Tensor keys of a
-request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `shift3/LEAF` for what version 3 of the frozen
+request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `delta3/LEAF` for what version 3 of the frozen
 weights adds; of an update: `part0/LEAF` for the first part of the header. A packed tensor is stored as `part0/LEAF`
 (codes, or values) and `scale0/LEAF` or `index0/LEAF`.
 """
@@ -57,12 +57,12 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Request:
-    """A request without its values. `extras`: how many tensors each has. `shift`: versions of the base delta, `after`
+    """A request without its values. `extras`: how many tensors each has. `steps`: versions of the base delta, `after`
     which one."""
 
     ctx: RoundContext
     extras: list[Count]
-    shift: list[Count] = field(default_factory=list)
+    steps: list[Count] = field(default_factory=list)
     after: Count = 0
     kind: Literal["request"] = "request"
 
@@ -97,7 +97,7 @@ def serialize(message: Message) -> bytes:
         case Request():
             trees["params"] = message.params
             trees |= {f"extra{place}": extra for place, extra in enumerate(message.extras)}
-            trees |= {f"shift{version}": step for version, step in message.base_delta.steps.items()}
+            trees |= {f"delta{version}": step for version, step in message.base_delta.steps.items()}
             extras, steps = [len(extra) for extra in message.extras], list(message.base_delta.steps)
             header = _Request(message.ctx, extras, steps, message.base_delta.after)
         case Update():
@@ -144,7 +144,7 @@ def part_bytes(message: Message) -> dict[str, int]:
         sizes = {
             "params": tree.num_bytes(message.params),
             "extras": sum(map(tree.num_bytes, message.extras)),
-            "shift": message.base_delta.num_bytes,
+            "base_delta": message.base_delta.num_bytes,
         }
         return {name: size for name, size in sizes.items() if size}
     if isinstance(message, Update):
@@ -204,10 +204,10 @@ def _read(header: _Header, trees: defaultdict[str, Tree], size: int, asked: Aske
         case _Request():
             extras = tuple(trees[f"extra{place}"] for place in range(len(header.extras)))
             _demand([len(extra) for extra in extras] == header.extras, "its extras have other tensors than it says")
-            params, shift = trees["params"], _shift(header, trees)
-            known = len(params) + sum(header.extras) + sum(map(len, shift.steps.values()))
+            params, base_delta = trees["params"], _base_delta(header, trees)
+            known = len(params) + sum(header.extras) + sum(map(len, base_delta.steps.values()))
             _demand(known == held, "it holds values that belong to no tree")
-            return Request(params, extras, header.ctx, shift)
+            return Request(params, extras, header.ctx, base_delta)
         case _Update():
             entries = header.parts.values()
             _unfolds(header.parts, MOST_VALUES_PER_BYTE * size, asked)
@@ -256,10 +256,10 @@ def _written(dtype: torch.dtype, shape: Sequence[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def _shift(header: _Request, trees: Mapping[str, Tree]) -> BaseDelta:
-    rising = all(low < high for low, high in pairwise([header.after, *header.shift]))
+def _base_delta(header: _Request, trees: Mapping[str, Tree]) -> BaseDelta:
+    rising = all(low < high for low, high in pairwise([header.after, *header.steps]))
     _demand(rising, "the versions of its base delta do not rise")
-    return BaseDelta({version: trees[f"shift{version}"] for version in header.shift}, header.after)
+    return BaseDelta({version: trees[f"delta{version}"] for version in header.steps}, header.after)
 
 
 def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:

@@ -62,7 +62,7 @@ FRAGILE = Fact.LOCAL_UNITS | Fact.SUM_OF_DELTAS | Fact.BOUNDED | Fact.INTEGERS |
 # Names for several facts that a stage of a kind needs, keeps or loses.
 PER_ENTRY = Fact.FIXED_BASIS | Fact.ENTRIES | Fact.DIFFERENCE  # needs: it keeps something for each entry
 BOTH_FACTORS = Fact.FACTORS | Fact.SHAPE | Fact.ALL_TENSORS | Fact.BOTH_TRAIN  # needs: it works on lora_A and lora_B
-MOVED_BASE = Fact.PLAIN_MEAN | Fact.WRITABLE_BASE  # needs: its decode makes the part "shift" for the frozen weights
+MOVED_BASE = Fact.PLAIN_MEAN | Fact.WRITABLE_BASE  # needs: its decode makes a part "base_delta"
 CONTROL = PER_ENTRY | Fact.LOCAL_UNITS | Fact.GRADIENTS | Fact.SERVER_STATE  # needs: it corrects the local steps
 SAME_DELTA = Fact.LOCAL_UNITS | Fact.SUM_OF_DELTAS  # keeps: its encode leaves the values of the delta as they are
 OWN_STEP = Fact.PLAIN_MEAN | Fact.ONLY_STEP  # loses: its decode takes another step than the mean

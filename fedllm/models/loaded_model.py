@@ -84,12 +84,12 @@ class LoadedModel:
         own = self.adapter.moved(BaseDelta()) if isinstance(self.adapter, Movable) else {}
         return replace(self, constants={**frozen, **own})
 
-    def with_base_delta(self, shift: BaseDelta) -> LoadedModel:
+    def with_base_delta(self, base_delta: BaseDelta) -> LoadedModel:
         """This model with what was added to its frozen weights."""
-        if not shift.steps:
+        if not base_delta.steps:
             return self
         assert isinstance(self.adapter, Movable), "an adapter whose frozen side does not move"
-        return replace(self, constants={**self.constants, **self.adapter.moved(shift)})
+        return replace(self, constants={**self.constants, **self.adapter.moved(base_delta)})
 
     def initial_params(self, key: Key) -> Tree:
         """The initial value of every tensor that trains.

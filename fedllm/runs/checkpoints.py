@@ -43,7 +43,7 @@ class Checkpoints:
             "totals": asdict(run.totals),
             "best": run.best,
             "pending": list(run.pending),
-            "shift": list(run.base_delta.steps),
+            "base_delta": list(run.base_delta.steps),
             "seen": dict(run.seen),
             "remembered": dict(run.remembered),
         }
@@ -76,7 +76,7 @@ class Checkpoints:
                 totals=Totals(**facts["totals"]),
                 best=tuple(facts["best"]) if facts["best"] else None,
                 pending=facts["pending"],
-                base_delta=BaseDelta.of(trees, facts["shift"]),
+                base_delta=BaseDelta.of(trees, facts["base_delta"]),
                 seen=facts["seen"],
                 remembered=facts.get("remembered", {}),
             )

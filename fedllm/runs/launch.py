@@ -34,13 +34,13 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished run. `params`: the shared tensors of its last round. `shift`: what was added to the frozen weights
-    (the base delta)."""
+    """A finished run. `params`: the shared tensors of its last round. `base_delta`: what was added to the frozen
+    weights."""
 
     folder: Path
     summary: Mapping[str, Any]
     params: Tree
-    shift: BaseDelta = BaseDelta()
+    base_delta: BaseDelta = BaseDelta()
 
 
 class Interrupted(Exception):

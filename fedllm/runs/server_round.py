@@ -112,14 +112,14 @@ def run_round(
         tokens=int(counts.get("tokens", 0)),
         computed=int(counts.get("computed", 0)),
         note=note,
-        added=_tree(total, "shift"),
+        added=_tree(total, "base_delta"),
     )
     return after, result
 
 
 def _moved(run: ServerState, total: Update, watch: ObservedCall) -> dict[str, Any]:
     """The frozen weights after the round, and what those who answered have of them."""
-    added = _tree(total, "shift")
+    added = _tree(total, "base_delta")
     seen = {**run.seen, **dict.fromkeys(watch.answered, run.base_delta.version)} if run.base_delta.version else run.seen
     return {"base_delta": run.base_delta.stepped(run.round + 1, added) if added else run.base_delta, "seen": seen}
 

@@ -142,7 +142,7 @@ def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
     assert sent.parts.keys() - site.experiment.work.traits.makes == makes, "it makes other parts than it declares"
     run = bench.run(case.trip()).after[1]
     total, _ = decode_all(site.stages, wire_copy(sent), run.params, run.states, RoundContext(1, Key(0), 2, 2))
-    left = total.parts.keys() - ({"shift"} if Fact.WRITABLE_BASE in case.stage.traits.needs else set())
+    left = total.parts.keys() - ({"base_delta"} if Fact.WRITABLE_BASE in case.stage.traits.needs else set())
     assert left == site.experiment.work.traits.makes, "its decode leaves a part of its own"
 
 

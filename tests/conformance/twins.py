@@ -345,7 +345,7 @@ class LoraResidualTurned(LoraResidual):
 
     def decode(self, total, params, state, ctx):
         total, state = super().decode(total, params, state, ctx)
-        part = total.parts.get("shift")
+        part = total.parts.get("base_delta")
         if part is None:
             return total, state
         pairs = {layer: low_rank.pair(part.tree, layer) for layer in low_rank.layers(part.tree)}
@@ -354,7 +354,7 @@ class LoraResidualTurned(LoraResidual):
             size_out, size_in = len(b), a.shape[1]
             product = (b @ a).T.reshape(size_out, size_in)
             turned |= low_rank.layer_leaves(layer, product, torch.eye(size_in, dtype=a.dtype))
-        return total.having("shift", replace(part, tree=turned)), state
+        return total.having("base_delta", replace(part, tree=turned)), state
 
 
 class LoraResidualLost(LoraResidual):
@@ -362,8 +362,9 @@ class LoraResidualLost(LoraResidual):
 
     def decode(self, total, params, state, ctx):
         total, state = super().decode(total, params, state, ctx)
-        part = total.parts.get("shift")
-        return (total if part is None else total.having("shift", replace(part, tree=tree.zeros_like(part.tree)))), state
+        part = total.parts.get("base_delta")
+        nothing = None if part is None else replace(part, tree=tree.zeros_like(part.tree))
+        return (total if nothing is None else total.having("base_delta", nothing)), state
 
 
 class SparseFirstForgets(SparseFirst):
@@ -371,8 +372,9 @@ class SparseFirstForgets(SparseFirst):
 
     def decode(self, total, params, state, ctx):
         total, state = super().decode(total, params, state, ctx)
-        part = total.parts.get("shift")
-        return (total if part is None else total.having("shift", replace(part, tree=tree.zeros_like(part.tree)))), state
+        part = total.parts.get("base_delta")
+        nothing = None if part is None else replace(part, tree=tree.zeros_like(part.tree))
+        return (total if nothing is None else total.having("base_delta", nothing)), state
 
 
 class SparseFirstTwice(SparseFirst):

@@ -446,8 +446,8 @@ def i32(*values: int) -> Tensor:
 REQUEST, MOVING, UPDATE, FAILURE = EXAMPLES
 LIES: Mapping[str, tuple[serialization.Message, Callable[[dict[str, Any], Tree], object]]] = {
     "kind": (UPDATE, at("kind", value="request")),
-    "versions that do not rise": (MOVING, at("shift", value=[2])),
-    "a version without its leaves": (MOVING, at("shift", value=[4])),
+    "versions that do not rise": (MOVING, at("steps", value=[2])),
+    "a version without its leaves": (MOVING, at("steps", value=[4])),
     "no kind": (UPDATE, lambda header, tensors: header.pop("kind")),
     "no parts": (UPDATE, lambda header, tensors: header.pop("parts")),
     "part left out": (UPDATE, lambda header, tensors: header["parts"].pop("counts")),

@@ -47,7 +47,7 @@ def made(method: str, data: Path) -> Experiment:
 
 def came_to(result: launch.Result) -> Tree:
     """The shared leaves, and what was added to the frozen weights."""
-    return {**result.params, **result.shift.joined_trees()}
+    return {**result.params, **result.base_delta.joined_trees()}
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_what_it_makes_it_takes_out_again(stage):
     sent = course.sent[-1].parts
     zeros = Update({name: Part(tree.zeros_like(sent[name].tree), 0.0) for name in ("delta", *stage.traits.makes)})
     total, _ = decode_all(stages, zeros, course.params, course.states, CTX)
-    assert total.parts.keys() - ({"shift"} if Fact.WRITABLE_BASE in stage.traits.needs else set()) == {"delta"}
+    assert total.parts.keys() - ({"base_delta"} if Fact.WRITABLE_BASE in stage.traits.needs else set()) == {"delta"}
 
 
 @every_stage

@@ -70,7 +70,7 @@ def model(round: Round) -> Tree:
     """What each layer adds to its weight of before the round: the product, and what joined the frozen weight."""
     total = round.total()
     after = tree.add(round.server, total.parts["delta"].tree)
-    added = BaseDelta({1: total.parts["shift"].tree}) if "shift" in total.parts else BaseDelta()
+    added = BaseDelta({1: total.parts["base_delta"].tree}) if "base_delta" in total.parts else BaseDelta()
     return {layer: product(after, layer) + (added.dense(layer) if layer in added.layers() else 0) for layer in LAYERS}
 
 
@@ -133,8 +133,8 @@ def test_merging_begins_anew_whoever_is_lost() -> None:
 def test_merging_sends_no_slot_for_a_lost_client_where_the_product_was_zero() -> None:
     round = a_round(LoraMerge())
     start = {name: torch.zeros_like(leaf) if name.endswith("B") else leaf for name, leaf in round.server.items()}
-    shift = replace(round, server=start).total().parts["shift"].tree
-    assert {len(leaf) for name, leaf in shift.items() if name.endswith("A")} == {2 * RANK}
+    base_delta = replace(round, server=start).total().parts["base_delta"].tree
+    assert {len(leaf) for name, leaf in base_delta.items() if name.endswith("A")} == {2 * RANK}
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.5])

@@ -33,19 +33,19 @@ def step(version: int, rank: int) -> tree.Tree:
 
 def moved(rounds: Sequence[int]) -> tuple[list[BaseDelta], list[dict[str, Tensor]]]:
     """The server after each round, and the dense sums."""
-    shifts, sums = [BaseDelta()], [{layer: torch.zeros(size).double() for layer, size in LAYERS.items()}]
+    base_deltas, sums = [BaseDelta()], [{layer: torch.zeros(size).double() for layer, size in LAYERS.items()}]
     for version, rank in enumerate(rounds, 1):
         added = step(version, rank)
-        shifts.append(shifts[-1].stepped(version, added) if rank else shifts[-1])
+        base_deltas.append(base_deltas[-1].stepped(version, added) if rank else base_deltas[-1])
         product = {layer: torch.matmul(*low_rank.pair(added, layer)) for layer in LAYERS}
         sums.append({layer: sums[-1][layer] + product[layer] for layer in LAYERS})
-    return shifts, sums
+    return base_deltas, sums
 
 
-def same(shift: BaseDelta, sums: dict[str, Tensor]) -> bool:
-    if not shift.layers():
+def same(base_delta: BaseDelta, sums: dict[str, Tensor]) -> bool:
+    if not base_delta.layers():
         return all(float(whole.abs().max()) == 0 for whole in sums.values())
-    return all(torch.allclose(shift.dense(layer), whole, atol=1e-12) for layer, whole in sums.items())
+    return all(torch.allclose(base_delta.dense(layer), whole, atol=1e-12) for layer, whole in sums.items())
 
 
 @given(ranks)
@@ -56,29 +56,30 @@ def test_the_sum_is_that_of_the_products(rounds: list[int]) -> None:
 @given(ranks, st.data())
 def test_a_client_that_comes_now_and_then_has_the_same_sum(rounds: list[int], data: st.DataObject) -> None:
     """It is sent what it lacks over the wire; its site may have more of it from another client."""
-    shifts, sums = moved(rounds)
+    base_deltas, sums = moved(rounds)
     seen, held = 0, BaseDelta()
-    for shift, total in zip(shifts, sums, strict=True):
+    for base_delta, total in zip(base_deltas, sums, strict=True):
         if data.draw(st.booleans()):
-            held = held.joined(over_the_wire(shift.since(held.version)))  # another client of the site
+            held = held.joined(over_the_wire(base_delta.since(held.version)))  # another client of the site
         if data.draw(st.booleans()):
-            sent = over_the_wire(shift.since(seen))
-            assert sent.after == seen and sent.version == (shift.version if shift.version > seen else seen)
-            held, seen = held.joined(sent), shift.version
-            assert held.version == shift.version and same(held, total)
+            sent = over_the_wire(base_delta.since(seen))
+            assert sent.after == seen and sent.version == (base_delta.version if base_delta.version > seen else seen)
+            held, seen = held.joined(sent), base_delta.version
+            assert held.version == base_delta.version and same(held, total)
 
 
-def over_the_wire(shift: BaseDelta) -> BaseDelta:
-    back = serialization.deserialize(serialization.serialize(Request({}, (), RoundContext(0, Key(0), 1, 1), shift)))
+def over_the_wire(base_delta: BaseDelta) -> BaseDelta:
+    request = Request({}, (), RoundContext(0, Key(0), 1, 1), base_delta)
+    back = serialization.deserialize(serialization.serialize(request))
     assert isinstance(back, Request)
     return back.base_delta
 
 
 @given(ranks, st.data())
 def test_what_is_sent_is_the_factors_or_the_layer_whichever_is_less(rounds: list[int], data: st.DataObject) -> None:
-    shift = moved(rounds)[0][-1]
+    base_delta = moved(rounds)[0][-1]
     seen = data.draw(st.integers(0, len(rounds)))
-    sent = shift.since(seen)
+    sent = base_delta.since(seen)
     for layer, (size_out, size_in) in LAYERS.items():
         leaves = [leaf for part in sent.steps.values() for name, leaf in part.items() if name.startswith(f"{layer}.")]
         missed = sum(rounds[seen:]) * (size_out + size_in)
@@ -87,15 +88,15 @@ def test_what_is_sent_is_the_factors_or_the_layer_whichever_is_less(rounds: list
 
 @given(ranks)
 def test_the_server_keeps_at_most_twice_the_layers(rounds: list[int]) -> None:
-    shift = moved(rounds)[0][-1]
-    assert shift.num_bytes < 2 * 8 * sum(n * m for n, m in LAYERS.values())
+    base_delta = moved(rounds)[0][-1]
+    assert base_delta.num_bytes < 2 * 8 * sum(n * m for n, m in LAYERS.values())
 
 
 @given(ranks)
 def test_folded_into_an_adapter_it_is_a_part_of_its_product(rounds: list[int]) -> None:
-    shifts, sums = moved(rounds)
+    base_deltas, sums = moved(rounds)
     own = step(99, 2)
-    found = shifts[-1].folded({**own, "other": torch.ones(1)})
+    found = base_deltas[-1].folded({**own, "other": torch.ones(1)})
     for layer, whole in sums[-1].items():
         expected = torch.matmul(*low_rank.pair(own, layer)) + whole
         assert torch.allclose(torch.matmul(*low_rank.pair(found, layer)), expected, atol=1e-12)
@@ -104,11 +105,12 @@ def test_folded_into_an_adapter_it_is_a_part_of_its_product(rounds: list[int]) -
 
 def test_a_layer_becomes_dense_when_its_factors_are_as_large() -> None:
     """4 x 6 = 24 values: ranks of 1 and 1 take 20, the third reaches 24. By hand."""
-    shifts, _ = moved([1, 1, 1])
-    forms = [{name for leaves in shift.steps.values() for name in leaves if name[0] == "a"} for shift in shifts]
+    base_deltas, _ = moved([1, 1, 1])
+    forms = [{name for leaves in one.steps.values() for name in leaves if name[0] == "a"} for one in base_deltas]
     assert forms == [set(), {"a.lora_A", "a.lora_B"}, {"a.lora_A", "a.lora_B"}, {"a.lora_A", "a.lora_B", "a.lora_BA"}]
-    assert [at for at, leaves in shifts[3].steps.items() if "a.lora_BA" in leaves] == [1], "the oldest, the newest stay"
-    assert "a.lora_BA" not in shifts[3].since(1).steps[3] and "a.lora_BA" in shifts[3].since(0).steps[3]
+    last = base_deltas[3]
+    assert [at for at, leaves in last.steps.items() if "a.lora_BA" in leaves] == [1], "the oldest, the newest stay"
+    assert "a.lora_BA" not in last.since(1).steps[3] and "a.lora_BA" in last.since(0).steps[3]
 
 
 def test_versions_of_a_request_rise() -> None:

@@ -132,7 +132,7 @@ class Batched(Engine):
     def _budget(self, site: Site) -> int:
         if self.memory_budget is not None:
             return parse_bytes(self.memory_budget)
-        return int(USABLE * max(0, free_bytes(site.model.device) - site.shift.reserve(site.stages)))
+        return int(USABLE * max(0, free_bytes(site.model.device) - site.base_versions.reserve(site.stages)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,7 +67,7 @@ class Attached(Protocol):
 class Movable(Protocol):
     """An adapter on a base model whose frozen weights a server may move."""
 
-    def fits(self, shift: BaseDelta) -> None:
+    def fits(self, base_delta: BaseDelta) -> None:
         """
         Raises:
             ClientError: the base delta is not one of these layers.
@@ -79,7 +79,7 @@ class Movable(Protocol):
         """Values of the frozen weights that a base delta may move."""
         ...
 
-    def moved(self, shift: BaseDelta) -> Tree:
+    def moved(self, base_delta: BaseDelta) -> Tree:
         """Constants that stand in for the frozen weights."""
         ...
 

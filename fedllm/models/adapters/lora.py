@@ -163,18 +163,18 @@ class AttachedLora(InLayers):
             params[f"{name}.lora_B"] = torch.zeros(out_size, rank, dtype=dtype)
         return params
 
-    def fits(self, shift: BaseDelta) -> None:
+    def fits(self, base_delta: BaseDelta) -> None:
         """As many rows and columns as the layers have."""
-        require_fit(shift, self.layers)
+        require_fit(base_delta, self.layers)
 
     @property
     def num_movable(self) -> int:
         """Of all layers that are extended."""
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
-    def moved(self, shift: BaseDelta) -> Tree:
+    def moved(self, base_delta: BaseDelta) -> Tree:
         """The frozen weights with the base delta in them."""
-        return moved(self.layers, [self._lack, shift], self.settings.scale)
+        return moved(self.layers, [self._lack, base_delta], self.settings.scale)
 
     @property
     def _lack(self) -> BaseDelta:

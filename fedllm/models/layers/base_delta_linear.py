@@ -23,13 +23,13 @@ from fedllm.tensors.tree import Tree
 MOVED, REST = "moved", "moved_rest"
 
 
-def moved(layers: Mapping[str, nn.Linear], shifts: Sequence[BaseDelta], scale: float) -> Tree:
+def moved(layers: Mapping[str, nn.Linear], base_deltas: Sequence[BaseDelta], scale: float) -> Tree:
     """Tensors `LAYER.moved` (out, in), and `LAYER.moved_rest` in 16 bits, of the layers that the base deltas move."""
     found: Tree = {}
-    for name in sorted({name for shift in shifts for name in shift.layers()}):
+    for name in sorted({name for delta in base_deltas for name in delta.layers()}):
         weight = layers[name].weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        added = sum(shift.dense(name).to(weight.device, wide) for shift in shifts if name in shift.layers())
+        added = sum(delta.dense(name).to(weight.device, wide) for delta in base_deltas if name in delta.layers())
         whole = weight.to(wide) + scale * added
         first = whole.to(weight.dtype)
         found[f"{name}.{MOVED}"] = first
@@ -46,12 +46,12 @@ def frozen(layer: nn.Linear, path: str, stack: Mapping[str, Tensor]) -> Frozen |
     return Frozen(whole[0], layer.bias, None if rest is None else rest[0])
 
 
-def require_fit(shift: BaseDelta, layers: Mapping[str, nn.Linear]) -> None:
+def require_fit(base_delta: BaseDelta, layers: Mapping[str, nn.Linear]) -> None:
     """
     Raises:
         ClientError: it names other layers, or has tensors of another shape.
     """
-    for at, leaves in shift.steps.items():
+    for at, leaves in base_delta.steps.items():
         shapes = dict(_shapes(leaves, layers))
         for name, leaf in leaves.items():
             if not leaf.is_floating_point() or shapes.get(name) != leaf.shape:

@@ -30,7 +30,8 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True)
 class LoraMerge(Stage):
-    """Parts "rows" and "columns": the factors of each client (`blocks`). Part "shift", the server's: what is merged.
+    """Parts "rows" and "columns": the factors of each client (`blocks`). Part "base_delta", the server's: what is
+    merged.
 
     The server needs the factors of all clients, and the stack shows them to every client. No settings give FedAvg: the
     mean of the products is none of the factors.
@@ -76,4 +77,4 @@ class LoraMerge(Stage):
             step |= low_rank.layer_leaves(layer, -b, (drawn / math.sqrt(a.shape[1])).to(a) - a)
         for name in self.traits.makes:
             total = total.without(name)
-        return total.having("delta", replace(part, tree=step)).having("shift", Part(merged, 0.0)), state
+        return total.having("delta", replace(part, tree=step)).having("base_delta", Part(merged, 0.0)), state

@@ -30,7 +30,7 @@ from fedllm.tensors.tree import Tree
 @dataclass(frozen=True)
 class LoraResidual(Stage):
     """Parts "rows" and "columns": the factors of each client (`blocks`). Part "shares": (cohort,), the p_k. Part
-    "shift", the server's: the residual.
+    "base_delta", the server's: the residual.
 
     The server needs the factors of all clients, so whoever sees the sum sees each. No settings give FedAvg: the
     residual is its error.
@@ -73,7 +73,7 @@ class LoraResidual(Stage):
             residual |= low_rank.layer_leaves(layer, gap[0].to(old_b), gap[1].to(old_a))
         for name in self.traits.makes:
             total = total.without(name)
-        return total.having("delta", replace(part, tree=step)).having("shift", Part(residual, 0.0)), state
+        return total.having("delta", replace(part, tree=step)).having("base_delta", Part(residual, 0.0)), state
 
 
 def _means_and_gap(columns: Tensor, rows: Tensor, shares: Tensor) -> tuple[low_rank.Pair, low_rank.Pair]:

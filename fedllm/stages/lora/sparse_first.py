@@ -26,8 +26,8 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True)
 class SparseFirst(Stage):
-    """Part "shift", the server's: what the factors cannot hold. No settings give FedAvg, which trains both at once;
-    `SparseFirst(rounds=0)` is FedIT.
+    """Part "base_delta", the server's: what the factors cannot hold. No settings give FedAvg, which trains both at
+    once; `SparseFirst(rounds=0)` is FedIT.
 
     Args:
         rounds: of sparse tuning, R. leftover: `kept` in the frozen weights, or `dropped`.
@@ -54,7 +54,7 @@ class SparseFirst(Stage):
         part = total.parts.get("delta")
         if part is None or ctx.round != self.rounds - 1:
             return total, state
-        step, shift = dict(part.tree), dict[str, Tree]()
+        step, base_delta = dict(part.tree), dict[str, Tree]()
         for name in [name for name in params if name.endswith(f".{low_rank.SPARSE}")]:
             layer = name.removesuffix(f".{low_rank.SPARSE}")
             old_b, old_a = low_rank.pair(params, layer)
@@ -65,8 +65,8 @@ class SparseFirst(Stage):
             whole = sparse_mask.scatter(layer, values, (len(old_b), old_a.shape[1]))
             b, a = (leaf.to(old_b) for leaf in low_rank.balanced_svd(*low_rank.top_singular(whole, len(old_a)), 1.0))
             step |= {name: -params[name], **low_rank.layer_leaves(layer, b - old_b, a - old_a)}
-            shift[layer] = {name: values, **low_rank.layer_leaves(layer, -b, a)}
+            base_delta[layer] = {name: values, **low_rank.layer_leaves(layer, -b, a)}
         total = total.having("delta", replace(part, tree=step))
-        left = {name: leaf for leaves in shift.values() for name, leaf in leaves.items()}
+        left = {name: leaf for leaves in base_delta.values() for name, leaf in leaves.items()}
         kept = left and self.leftover == "kept"
-        return (total.having("shift", Part(left, 0.0)) if kept else total), state
+        return (total.having("base_delta", Part(left, 0.0)) if kept else total), state

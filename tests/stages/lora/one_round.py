@@ -88,7 +88,8 @@ class Round:
         total = Sum().reduce(call, {})
         ctx = RoundContext(0, Key(0), len(self.after), len(self.after))
         total, _ = decode_all(self.trip(), total, self.server, self.nothing(), ctx)
-        assert total.parts.keys() - ({"shift"} if Fact.WRITABLE_BASE in self.stage.traits.needs else set()) == {"delta"}
+        moves_base = Fact.WRITABLE_BASE in self.stage.traits.needs
+        assert total.parts.keys() - ({"base_delta"} if moves_base else set()) == {"delta"}
         return total
 
 

@@ -62,7 +62,7 @@ def comes_to(round: Round, layer: str) -> Tensor:
     """What a layer computes with after the round: the product of its factors, and what joins its frozen weight."""
     total = round.total()
     after = tree.add(round.server, total.parts["delta"].tree)
-    return product(after, layer) + product(total.parts["shift"].tree, layer)
+    return product(after, layer) + product(total.parts["base_delta"].tree, layer)
 
 
 def of_rank(rank: int, stage: Stage) -> Round:
@@ -91,7 +91,7 @@ def test_the_factored_residual_is_the_dense_one_and_not_its_transpose(layer: str
     round = of_rank(8, LoraResidual())
     after = round.result()
     dense = mean_of_products(round, layer) - product(after, layer)
-    b, a = (leaf.double() for leaf in low_rank.pair(round.total().parts["shift"].tree, layer))
+    b, a = (leaf.double() for leaf in low_rank.pair(round.total().parts["base_delta"].tree, layer))
     assert off(b @ a, dense) < 1e-5 and len(a) == 3 * 8
     turned = (b @ a).T.reshape(dense.shape)
     assert off(turned, dense) > 1
@@ -99,15 +99,15 @@ def test_the_factored_residual_is_the_dense_one_and_not_its_transpose(layer: str
 
 def test_clients_that_agree_leave_no_residual() -> None:
     one = drawn(8, 5)
-    shift = Round(drawn(8, 0), [one] * 3, LoraResidual()).total().parts["shift"].tree
+    base_delta = Round(drawn(8, 0), [one] * 3, LoraResidual()).total().parts["base_delta"].tree
     for layer in LAYERS:
-        assert float(product(shift, layer).norm()) < 1e-6 * float(product(one, layer).norm())
+        assert float(product(base_delta, layer).norm()) < 1e-6 * float(product(one, layer).norm())
 
 
 def test_the_stack_is_as_high_as_the_ranks_together() -> None:
-    shift = a_round(LoraMerge()).total().parts["shift"].tree
+    base_delta = a_round(LoraMerge()).total().parts["base_delta"].tree
     for layer, (size_out, size_in) in LAYERS.items():
-        b, a = low_rank.pair(shift, layer)
+        b, a = low_rank.pair(base_delta, layer)
         assert b.shape == (size_out, 4 + 8 + 16) and a.shape == (4 + 8 + 16, size_in)
 
 
@@ -118,9 +118,9 @@ def test_the_stack_is_as_high_as_the_ranks_together() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_two_terms_hold_in_bfloat16_what_one_loses(layer: str, size: float) -> None:
     linear = nn.Linear(*LAYERS[layer][::-1], bias=False).to(torch.bfloat16).requires_grad_(False)
-    shift = BaseDelta({1: tree.scale(drawn(8, 1), size**0.5)})
+    base_delta = BaseDelta({1: tree.scale(drawn(8, 1), size**0.5)})
     exact = linear.weight.double() + 2.0 * size * product(drawn(8, 1), layer)
-    mine = {name: leaf for name, leaf in shift.steps[1].items() if name.startswith(layer)}
+    mine = {name: leaf for name, leaf in base_delta.steps[1].items() if name.startswith(layer)}
     found = moved({layer: linear}, [BaseDelta(), BaseDelta({1: mine})], 2.0)
     first, rest = found[f"{layer}.moved"].double(), found[f"{layer}.moved_rest"].double()
     assert found[f"{layer}.moved"].dtype == torch.bfloat16
@@ -155,7 +155,7 @@ def made(data: Path, stages: Sequence[Stage], *, lost: Sequence[ClientOutage] = 
 
 def effective(result: launch.Result) -> tree.Tree:
     """By layer, what its products come to."""
-    found = result.shift.folded(result.params)
+    found = result.base_delta.folded(result.params)
     return {layer: product(found, layer) for layer in low_rank.layers(found)}
 
 
@@ -165,7 +165,7 @@ def test_stacks_give_the_same(method: str, data: Path, tmp_path: Path) -> None:
     exp = made(data, TRIPS[method])
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial")
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched")
-    assert serial.shift.version == 4
+    assert serial.base_delta.version == 4
     tolerance = 1e-9 if "quantize" not in method else 1e-3  # another last digit is another step of the grid
     for layer, found in effective(serial).items():
         assert off(effective(batched)[layer], found) < tolerance
@@ -178,7 +178,7 @@ def test_clients_train_on_the_weights_that_moved(method: str, data: Path, tmp_pa
     result = launch.run(exp, engine=Serial(), out=tmp_path / "run")
     site = Site.of(exp, None)
     ctx = RoundContext(2, exp.key, 5, 5, client="ann", profile=exp.federation.profile("ann"))
-    request = Request(result.params, tuple({} for _ in exp.pipeline), ctx, result.shift)
+    request = Request(result.params, tuple({} for _ in exp.pipeline), ctx, result.base_delta)
     moved, still = (site.answer("work", one) for one in (request, replace(request, base_delta=BaseDelta())))
     assert not tree.equal(moved.parts["rows"].tree, still.parts["rows"].tree)  # type: ignore[union-attr]
 
@@ -197,7 +197,7 @@ def test_a_client_is_sent_what_it_has_missed(data: Path, tmp_path: Path) -> None
 
     def note(event: Event) -> None:
         if isinstance(event, MessageSent) and event.direction == "down" and event.call == "work":
-            sent[event.round, event.client] = event.parts.get("shift", 0)
+            sent[event.round, event.client] = event.parts.get("base_delta", 0)
 
     exp = made(data, TRIPS["flora"], lost=[ClientOutage("ben", 1)], dtype="float32")
     launch.run(exp, engine=Serial(), out=tmp_path / "run", listeners=[note])
@@ -223,8 +223,8 @@ def test_what_a_run_leaves_computes_as_its_clients_do(method: str, rounds: int, 
     result = launch.run(exp, engine=Serial(), out=tmp_path / "run")
     run, tokens = open_run(tmp_path / "run"), torch.tensor([[5, 9, 2, 7, 3]])
     ones = torch.ones_like(tokens)
-    shifted = run.model.with_base_delta(result.shift)
-    stack = {**shifted.constants, **result.params}
+    moved_model = run.model.with_base_delta(result.base_delta)
+    stack = {**moved_model.constants, **result.params}
     expected, _ = run.model.adapter.logits(stack, tokens, ones, None)
     folded, _ = run.model.adapter.logits(run.params, tokens, ones, None)
     assert off(folded, expected) < 1e-9
@@ -298,7 +298,7 @@ def test_a_shift_that_does_not_fit_is_the_clients_failure(leaves: tree.Tree, dat
     site = Site.of(made(data, TRIPS["flora"]), None)
     ctx = RoundContext(1, Key(0), 5, 5, client="ann")
     request = Request(site.fresh, ({}, {}), ctx, BaseDelta({1: leaves}))
-    assert site.shift.taken(request) is request
+    assert site.base_versions.taken(request) is request
     answer = site.answer("work", request)
     assert "version 1 of the frozen weights holds" in answer.reason  # type: ignore[union-attr]
 
@@ -311,10 +311,10 @@ def test_what_a_request_brings_is_kept_once_for_all_that_wait(data: Path, monkey
     requests = [
         Request(site.fresh, ({}, {}), RoundContext(1, Key(0), 5, 5, client=name), added) for name in ("ann", "bob")
     ]
-    waiting = [site.shift.taken(request) for request in requests]
+    waiting = [site.base_versions.taken(request) for request in requests]
     assert [(request.base_delta.steps, request.base_delta.version) for request in waiting] == [({}, 1)] * 2
-    assert site.shift.model(waiting[1]) is site.shift.model(requests[0])
-    assert torch.equal(site.shift.moved[0].dense(layer), torch.ones(64, 64))
+    assert site.base_versions.model(waiting[1]) is site.base_versions.model(requests[0])
+    assert torch.equal(site.base_versions.moved[0].dense(layer), torch.ones(64, 64))
     assert len(given) == 1, "memory is given back when the weights move, and not for each client"
 
 
@@ -322,12 +322,12 @@ def test_a_site_that_lacks_an_earlier_version_says_so(data: Path) -> None:
     site = Site.of(made(data, TRIPS["flora"]), None)
     request = Request(site.fresh, ({}, {}), RoundContext(3, Key(0), 5, 5, client="ann"), BaseDelta({3: {}}, after=2))
     with pytest.raises(ClientError, match="adds to version 2 of the frozen weights, which is not kept here"):
-        site.shift.model(request)
+        site.base_versions.model(request)
 
 
 def test_other_adapters_do_not_move(data: Path) -> None:
     site = Site.of(made(data, (ByExamples(),), adapter=Full()), None)
     request = Request(site.fresh, ({},), RoundContext(3, Key(0), 5, 5, client="ann"), BaseDelta({3: {}}))
     with pytest.raises(ClientError, match="the adapter here does not move; use lora"):
-        site.shift.model(request)
+        site.base_versions.model(request)
     assert load(site.experiment.task).with_base_delta(BaseDelta()).constants == {}

@@ -63,7 +63,7 @@ def switched(stage: SparseFirst, size: tuple[int, int] = (192, 576)) -> tuple[Te
     }
     total = Update({"delta": Part({"w.lora_sparse": moved}, 3.0)})
     after, _ = stage.decode(total, params, {}, RoundContext(stage.rounds - 1, Key(0), 2, 2))
-    left = after.parts["shift"].tree if "shift" in after.parts else {}
+    left = after.parts["base_delta"].tree if "base_delta" in after.parts else {}
     return sparse_mask.scatter("w", start + moved, size), tree.add(params, after.parts["delta"].tree), left
 
 
@@ -144,8 +144,8 @@ def test_sparse_values_travel_first_and_factors_then(finished: tuple[Path, list[
 def test_what_is_left_is_sent_once_as_values_and_factors(finished: tuple[Path, list[MessageSent]]) -> None:
     _, wires = finished
     sent = 4 * (sum(COUNTS) + sum(FACTORS))
-    assert [parts(wires, round, "down").get("shift", 0) for round in range(4)] == [0, 0, sent, 0]
-    assert parts(wires, 3, "down", "ben")["shift"] == sent, "who has missed it is sent it later"
+    assert [parts(wires, round, "down").get("base_delta", 0) for round in range(4)] == [0, 0, sent, 0]
+    assert parts(wires, 3, "down", "ben")["base_delta"] == sent, "who has missed it is sent it later"
 
 
 def test_the_model_does_not_change_at_the_switch(data: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
     whole = launch.run(exp, engine=Serial(), out=tmp_path / "whole")
     resumed = in_pieces(exp, tmp_path / "cut")
     assert tree.equal(dict(resumed.params), dict(whole.params))
-    assert tree.equal(resumed.shift.joined_trees(), whole.shift.joined_trees())
+    assert tree.equal(resumed.base_delta.joined_trees(), whole.base_delta.joined_trees())
 
 
 @pytest.mark.parametrize("rounds", [1, 4])  # before the switch, and behind it
@@ -223,7 +223,7 @@ def test_unequal_ranks_are_refused(data: Path) -> None:
 
 def test_a_server_optimiser_may_stand_behind(data: Path, tmp_path: Path) -> None:
     exp = made(data, (SparseFirst(rounds=2), Momentum(), Uniform()))
-    assert launch.run(exp, engine=Serial(), out=tmp_path / "run").shift.version == 2
+    assert launch.run(exp, engine=Serial(), out=tmp_path / "run").base_delta.version == 2
 
 
 def test_rounds_below_zero_are_refused() -> None:
