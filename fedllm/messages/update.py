@@ -63,9 +63,9 @@ class Update:
         """This update with one part set."""
         return replace(self, parts={**self.parts, name: part})
 
-    def without(self, name: str) -> Update:
-        """This update with one part taken out."""
-        return replace(self, parts={key: part for key, part in self.parts.items() if key != name})
+    def without(self, *names: str) -> Update:
+        """This update with these parts taken out."""
+        return replace(self, parts={key: part for key, part in self.parts.items() if key not in names})
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedllm.errors import RunError, require
+from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.traits import BOTH_FACTORS, DELTA, Fact, Traits
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import Update
 from fedllm.stages.base import Stage
 from fedllm.stages.lora import stacked_factors
 from fedllm.tensors import low_rank
@@ -59,31 +59,18 @@ class LoraFair(Stage):
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """The client's factors at its slot, and a one there."""
-        part = update.parts.get("delta")
-        if part is None:
-            return update, memory
-        update, _ = stacked_factors.stack_factors(update, part, scratch, local)
-        return update.having("shares", Part({"share": stacked_factors.one_hot_slot(local.ctx)}, exact=True)), memory
+        return stacked_factors.stack_with_share(update, scratch, local), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the factors of all to the mean of A and the corrected mean of B."""
-        part, rows = total.parts.get("delta"), total.parts.get("rows")
-        if part is None or rows is None:
+        part = total.parts.get("delta")
+        if part is None or "rows" not in total.parts:
             return total, state
-        columns, shares = total.parts["columns"].tree, total.parts["shares"].tree["share"]
         step = dict(part.tree)
-        for layer, weighed in rows.tree.items():
-            old_b, old_a = low_rank.pair(params, layer)
-            if not bool(torch.isfinite(weighed).all() and torch.isfinite(columns[layer]).all()):
-                raise RunError(f"round {ctx.round}, {layer}: the clients' factors are not finite; lower work.sgd.lr")
-            all_a, all_b = stacked_factors.with_lost(
-                weighed.double(), columns[layer].double(), (old_b, old_a), part.answered
-            )
-            new_b, new_a = corrected(all_b.T, all_a, stacked_factors.with_rest(shares, part.answered), self.penalty)
+        for layer, (old_b, old_a), rows, columns, shares in stacked_factors.layer_stacks(total, params, ctx):
+            new_b, new_a = corrected(columns.T, rows, shares, self.penalty)
             step |= low_rank.layer_leaves(layer, new_b.to(old_b) - old_b, new_a.to(old_a) - old_a)
-        for name in self.traits.makes:
-            total = total.without(name)
-        return total.having("delta", replace(part, tree=step)), state
+        return total.without(*self.traits.makes).having("delta", replace(part, tree=step)), state
 
 
 def corrected(columns: Tensor, rows: Tensor, shares: Tensor, penalty: float) -> low_rank.Pair:

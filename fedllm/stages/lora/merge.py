@@ -75,6 +75,5 @@ class LoraMerge(Stage):
             merged |= low_rank.layer_leaves(layer, whole[there].T, weighed[there])
             drawn = torch.rand(a.shape, generator=ctx.rng(f"{layer}.lora_A"), dtype=torch.float64) * 2 - 1
             step |= low_rank.layer_leaves(layer, -b, (drawn / math.sqrt(a.shape[1])).to(a) - a)
-        for name in self.traits.makes:
-            total = total.without(name)
+        total = total.without(*self.traits.makes)
         return total.having("delta", replace(part, tree=step)).having("base_delta", Part(merged, 0.0)), state

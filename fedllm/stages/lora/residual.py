@@ -49,30 +49,19 @@ class LoraResidual(Stage):
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """The client's factors at its slot, and a one there."""
-        part = update.parts.get("delta")
-        if part is None:
-            return update, memory
-        update, _ = stacked_factors.stack_factors(update, part, scratch, local)
-        return update.having("shares", Part({"share": stacked_factors.one_hot_slot(local.ctx)}, exact=True)), memory
+        return stacked_factors.stack_with_share(update, scratch, local), memory
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """From the factors of all to their means and the residual."""
-        part, rows = total.parts.get("delta"), total.parts.get("rows")
-        if part is None or rows is None:
+        part = total.parts.get("delta")
+        if part is None or "rows" not in total.parts:
             return total, state
-        columns, shares = total.parts["columns"].tree, total.parts["shares"].tree["share"]
         step, residual = dict(part.tree), dict[str, Tensor]()
-        for layer, weighed in rows.tree.items():
-            old_b, old_a = low_rank.pair(params, layer)
-            low_rank.require_finite(f"round {ctx.round}, {layer}", weighed, columns[layer])
-            all_a, all_b = stacked_factors.with_lost(
-                weighed.double(), columns[layer].double(), (old_b, old_a), part.answered
-            )
-            (b, a), gap = _means_and_gap(all_b, all_a, stacked_factors.with_rest(shares, part.answered))
+        for layer, (old_b, old_a), rows, columns, shares in stacked_factors.layer_stacks(total, params, ctx):
+            (b, a), gap = _means_and_gap(columns, rows, shares)
             step |= low_rank.layer_leaves(layer, b.to(old_b) - old_b, a.to(old_a) - old_a)
             residual |= low_rank.layer_leaves(layer, gap[0].to(old_b), gap[1].to(old_a))
-        for name in self.traits.makes:
-            total = total.without(name)
+        total = total.without(*self.traits.makes)
         return total.having("delta", replace(part, tree=step)).having("base_delta", Part(residual, 0.0)), state
 
 

@@ -92,6 +92,4 @@ class LoraStack(Stage):
             a, b = stacked_factors.with_lost(a, columns[layer], (old_b, old_a), part.answered)
             new_b, new_a = low_rank.truncated(b.T, a, len(old_a), f"round {ctx.round}, {layer}")
             step |= low_rank.layer_leaves(layer, new_b - old_b, new_a - old_a)
-        for name in self.traits.makes:
-            total = total.without(name)
-        return total.having("delta", replace(part, tree=step)), state
+        return total.without(*self.traits.makes).having("delta", replace(part, tree=step)), state

@@ -9,7 +9,9 @@ Zeros fill the other slots; they are not sent. Whoever sees the sum sees each cl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +49,43 @@ def stack_factors(update: Update, part: Part, start: Tree, local: ClientContext)
     return update.having("columns", Part(columns, 0.0, _windows(columns, windows))), holders
 
 
-def one_hot_slot(ctx: RoundContext) -> Tensor:
-    """(cohort,): a one at the client's slot; weighed and added up, the share of each client."""
-    mine = torch.zeros(ctx.cohort, dtype=torch.float64)
-    mine[ctx.slot] = 1
-    return mine
+def stack_with_share(update: Update, start: Tree, local: ClientContext) -> Update:
+    """`stack_factors`, and in a part "shares" (cohort,) a one at the client's slot: weighed and added up, the p_k."""
+    part = update.parts.get("delta")
+    if part is None:
+        return update
+    update, _ = stack_factors(update, part, start, local)
+    mine = torch.zeros(local.ctx.cohort, dtype=torch.float64)
+    mine[local.ctx.slot] = 1
+    return update.having("shares", Part({"share": mine}, exact=True))
+
+
+class LayerStack(NamedTuple):
+    """A layer's factors of all clients, in float64; `start`: those that all began with, B (out, rank), A (rank, in).
+
+    rows (K rank, in): the p_k A_k; columns (K rank, out): the transposed B_k; shares (K,): the p_k.
+    """
+
+    layer: str
+    start: low_rank.Pair
+    rows: Tensor
+    columns: Tensor
+    shares: Tensor
+
+
+def layer_stacks(total: Update, params: Tree, ctx: RoundContext) -> Iterator[LayerStack]:
+    """Layer by layer what the sum of `stack_with_share` holds; if clients were lost, with one more slot (`with_lost`).
+
+    Raises:
+        RunError: a value is not finite.
+    """
+    rows, columns, shares = (total.parts[name].tree for name in ("rows", "columns", "shares"))
+    answered = total.parts["delta"].answered
+    for layer in rows:
+        start = low_rank.pair(params, layer)
+        low_rank.require_finite(f"round {ctx.round}, {layer}", rows[layer], columns[layer])
+        a, b = with_lost(rows[layer].double(), columns[layer].double(), start, answered)
+        yield LayerStack(layer, start, a, b, _with_rest(shares["share"], answered))
 
 
 def with_lost(rows: Tensor, columns: Tensor, start: low_rank.Pair, answered: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +100,7 @@ def with_lost(rows: Tensor, columns: Tensor, start: low_rank.Pair, answered: flo
     return torch.cat([rows, (1 - answered) * a.to(rows)]), torch.cat([columns, b.T.to(columns)])
 
 
-def with_rest(shares: Tensor, answered: float) -> Tensor:
+def _with_rest(shares: Tensor, answered: float) -> Tensor:
     """The p_k (K,) beside the stack of `with_lost`."""
     return shares if answered == 1 else torch.cat([shares, shares.new_tensor([1 - answered])])
 
