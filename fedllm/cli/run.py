@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fedllm.experiment.config_file import find, load
 from fedllm.report.page import write_report
 from fedllm.runs.folder import Folder, default_folder
 from fedllm.runs.launch import Interrupted, run
+
+PAGE = "report.html"
 
 
 def run_file(
@@ -38,44 +41,55 @@ def run_file(
     experiment = load(file, overrides)
     folder = out or default_folder(experiment, name, continues)
     status = Folder(folder).status(experiment)
-    page, console = folder / "report.html", Console()
     again = _line(file, overrides, engine=engine, out=out, continues=continues)
     if status == "unfinished" and not resume:
         raise RunError(f"{folder} holds this experiment, unfinished; go on with:  {again}")
-    try:
-        with Display() as display:
-            result = run(
-                experiment,
-                engine=engine,
-                out=folder,
-                resume=resume,
-                continues=continues,
-                name=name,
-                listeners=(display,),
-                began=began,
-            )
-    except Interrupted as stopped:
-        print(f"fedllm: {stopped}; go on with:\n  {again}", file=sys.stderr)
-        sys.exit(130)
-    except RunError:
-        if Folder(folder).finished and status != "finished":  # without a result, of which the page can tell more
-            print(_reported(folder, page))
-        raise
-    told = f"Report: {page}" if status == "finished" and page.is_file() else _reported(folder, page)
-    if status == "finished":
-        print("This run is finished; its figures:")
-    print_summary(result.summary, console)
-    print(f"\n{told}")
+    with _reporting_on_stop(folder, again, was_finished=status == "finished"), Display() as display:
+        result = run(
+            experiment,
+            engine=engine,
+            out=folder,
+            resume=resume,
+            continues=continues,
+            name=name,
+            listeners=(display,),
+            began=began,
+        )
+    _show(result.summary, folder, was_finished=status == "finished")
     for step in next_steps(experiment, result.summary, folder) if alone else ():
         print(step)
     sys.stdout.flush()
     return result.summary
 
 
-def _reported(folder: Path, page: Path) -> str:
-    """Write the page and say where, or why not: a run is not lost for its report."""
+@contextmanager
+def _reporting_on_stop(folder: Path, again: str, *, was_finished: bool) -> Iterator[None]:
+    """Print what a run that stops leaves behind: after Ctrl-C the line that goes on, after an error its report."""
     try:
-        return f"Report: {write_report([folder], page)}"
+        yield
+    except Interrupted as stopped:
+        print(f"fedllm: {stopped}; go on with:\n  {again}", file=sys.stderr)
+        sys.exit(130)
+    except RunError:
+        if Folder(folder).finished and not was_finished:  # without a result, of which the report can tell more
+            print(_reported(folder))
+        raise
+
+
+def _show(summary: Mapping[str, Any], folder: Path, *, was_finished: bool) -> None:
+    """Print the figures and where the report is; a run that was finished before keeps the report that it has."""
+    page = folder / PAGE
+    told = f"Report: {page}" if was_finished and page.is_file() else _reported(folder)
+    if was_finished:
+        print("This run is finished; its figures:")
+    print_summary(summary, Console())
+    print(f"\n{told}")
+
+
+def _reported(folder: Path) -> str:
+    """Write the report and say where, or why not: a run is not lost for its report."""
+    try:
+        return f"Report: {write_report([folder], folder / PAGE)}"
     except Exception as error:
         return f"There is no report: {reason(error)}. Once that is mended:  fedllm report {shlex.quote(str(folder))}"
 
