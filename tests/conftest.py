@@ -90,7 +90,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayActors]:
+def ray_actors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayActors]:
     """Two actors of a Ray with one more core, for as many runs as need them; skipped where Ray is not installed."""
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:

@@ -187,7 +187,7 @@ def test_page_runs(
     page: Path, tmp_path: Path, docs_cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if "--engine '{ray:" in page.read_text("utf-8"):
-        request.getfixturevalue("team")  # an actor joins the Ray of the other tests
+        request.getfixturevalue("ray_actors")  # an actor joins the Ray of the other tests
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDLLM_CACHE", str(docs_cache))
     monkeypatch.setenv("COLUMNS", "100")

@@ -29,23 +29,25 @@ _CURVES = {
 }
 
 
-def figures(stories: Sequence[RunHistory]) -> list[Figure]:
+def figures(histories: Sequence[RunHistory]) -> list[Figure]:
     """All pictures of the chapter; for one run with few clients also each client's drift."""
     curves = [
-        over_rounds(title, note, traces, legend=len(stories) > 1)
+        over_rounds(title, note, traces, legend=len(histories) > 1)
         for field, (title, note) in _CURVES.items()
         if (
             traces := [
-                trace for place, story in enumerate(stories) for trace in _curve(story, field, _shade(stories, place))
+                trace
+                for place, history in enumerate(histories)
+                for trace in _curve(history, field, _shade(histories, place))
             ]
         )
     ]
-    return [*_drift(stories), *curves[:1], *_bias(stories), *curves[1:], *_cosines(stories)]
+    return [*_drift(histories), *curves[:1], *_bias(histories), *curves[1:], *_cosines(histories)]
 
 
-def numbers(story: RunHistory) -> Html:
+def numbers(history: RunHistory) -> Html:
     """Every round in numbers."""
-    found = story.of(Diagnosed)
+    found = history.of(Diagnosed)
     fields = (
         "drift",
         "cosine",
@@ -59,47 +61,47 @@ def numbers(story: RunHistory) -> Html:
     shown = [name for name in fields if any(vars(event)[name] is not None for event in found)]
     rows = [[str(event.round + 1), *(figure(vars(event)[name]) for name in shown)] for event in found]
     head = ["round", *(name.replace("_", " ") for name in shown)]
-    return table(f"What the updates of {story.label} showed, round by round", head, rows) if rows else Html("")
+    return table(f"What the updates of {history.label} showed, round by round", head, rows) if rows else Html("")
 
 
-def absence(story: RunHistory) -> str:
+def absence(history: RunHistory) -> str:
     """Why a run shows nothing; empty if it does, or if its log does not tell."""
-    started = story.last(RunStarted)
-    if story.of(Diagnosed) or started is None or "diagnostics" not in started.settings.get("evaluation", {}):
+    started = history.last(RunStarted)
+    if history.of(Diagnosed) or started is None or "diagnostics" not in started.settings.get("evaluation", {}):
         return ""
     if started.settings["evaluation"]["diagnostics"] is None:
         return "Not computed: evaluation.diagnostics is null."
     if started.settings.get("demands", {}).get("secrecy"):
         return "Not computed: the server may learn nothing but sums of updates (demands.secrecy)."
-    if any(not event.note for event in story.of(RoundFinished)):
+    if any(not event.note for event in history.of(RoundFinished)):
         return "Not computed: the updates are hidden from the server, or are integers that no stage has converted back."
     return ""
 
 
-def _shade(stories: Sequence[RunHistory], place: int) -> str:
-    return SHADE["federated"] if len(stories) == 1 else colour(place)
+def _shade(histories: Sequence[RunHistory], place: int) -> str:
+    return SHADE["federated"] if len(histories) == 1 else colour(place)
 
 
-def _curve(story: RunHistory, field: str, shade: str, *, name: str = "", dash: str = "solid") -> list[Trace]:
+def _curve(history: RunHistory, field: str, shade: str, *, name: str = "", dash: str = "solid") -> list[Trace]:
     """A line of one field by rounds; none where no round has it."""
     trace = line(
-        name or story.label, {e.round + 1: vars(e)[field] for e in story.of(Diagnosed)}, shade=shade, dash=dash
+        name or history.label, {e.round + 1: vars(e)[field] for e in history.of(Diagnosed)}, shade=shade, dash=dash
     )
     return [trace] if trace["x"] else []
 
 
-def _drift(stories: Sequence[RunHistory]) -> list[Figure]:
-    traces = _client_drifts(stories[0]) if len(stories) == 1 else []
-    for place, story in enumerate(stories):
-        name = "mean" if len(stories) == 1 else story.label
-        traces += _curve(story, "drift", _shade(stories, place), name=name)
+def _drift(histories: Sequence[RunHistory]) -> list[Figure]:
+    traces = _client_drifts(histories[0]) if len(histories) == 1 else []
+    for place, history in enumerate(histories):
+        name = "mean" if len(histories) == 1 else history.label
+        traces += _curve(history, "drift", _shade(histories, place), name=name)
     note = "How far clients went in a round: the norm of each update, as the server received it."
-    return [over_rounds("Drift", note, traces, from_zero=True, legend=len(stories) > 1)] if traces else []
+    return [over_rounds("Drift", note, traces, from_zero=True, legend=len(histories) > 1)] if traces else []
 
 
-def _client_drifts(story: RunHistory) -> list[Trace]:
+def _client_drifts(history: RunHistory) -> list[Trace]:
     seen: dict[str, dict[int, float | None]] = {}
-    for event in story.of(Diagnosed):
+    for event in history.of(Diagnosed):
         for client, drift in event.clients.items():
             seen.setdefault(client, {})[event.round + 1] = drift
     if len(seen) > _FEW:
@@ -108,28 +110,28 @@ def _client_drifts(story: RunHistory) -> list[Trace]:
     return [line(client, points, shade=colour(place + 1), thin=True) for place, (client, points) in shades]
 
 
-def _bias(stories: Sequence[RunHistory]) -> list[Figure]:
+def _bias(histories: Sequence[RunHistory]) -> list[Figure]:
     """One run: beside what the mean of the factors would lose."""
     traces: list[Trace] = []
-    for place, story in enumerate(stories):
-        name = "this run" if len(stories) == 1 else story.label
-        traces += _curve(story, "bias", _shade(stories, place), name=name)
-    if len(stories) == 1:
-        traces += _curve(stories[0], "bias_of_means", SHADE["base"], name="mean of the factors", dash=DASHES[1])
+    for place, history in enumerate(histories):
+        name = "this run" if len(histories) == 1 else history.label
+        traces += _curve(history, "bias", _shade(histories, place), name=name)
+    if len(histories) == 1:
+        traces += _curve(histories[0], "bias_of_means", SHADE["base"], name="mean of the factors", dash=DASHES[1])
     note = "What the aggregation loses of the mean of the clients' products B A, relative to it."
     return [over_rounds("Aggregation bias", note, traces, from_zero=True, legend=True)] if traces else []
 
 
-def _cosines(stories: Sequence[RunHistory]) -> list[Figure]:
+def _cosines(histories: Sequence[RunHistory]) -> list[Figure]:
     """The newest matrix of each run."""
     found: list[Figure] = []
-    for story in stories:
-        event = next((event for event in reversed(story.of(Diagnosed)) if any(map(finite, event.cosines))), None)
+    for history in histories:
+        event = next((event for event in reversed(history.of(Diagnosed)) if any(map(finite, event.cosines))), None)
         if event is None:
             continue
         names = list(event.clients)
         values = dict(zip(combinations(range(len(names)), 2), event.cosines, strict=True))
-        title = f"Cosines in round {event.round + 1}" + ("" if len(stories) == 1 else f", {story.label}")
+        title = f"Cosines in round {event.round + 1}" + ("" if len(histories) == 1 else f", {history.label}")
         note = "Between the updates of each pair of clients: blue together, red against each other."
         found.append(squared(title, note, matrix(names, _full(len(names), values)), rows=names))
     return found

@@ -15,24 +15,24 @@ _MIB = 2**20
 FEW = 12  # lines or labels that an eye can still tell apart
 
 
-def loss(stories: Sequence[RunHistory]) -> list[Figure]:
+def loss(histories: Sequence[RunHistory]) -> list[Figure]:
     """Training loss of each round; for one run with few clients also each client's own."""
     traces: list[Trace] = []
-    if len(stories) == 1:
-        traces += _client_losses(stories[0])
-    for place, story in enumerate(stories):
-        name = "all clients" if traces and len(stories) == 1 else story.label
-        shade = SHADE["federated"] if len(stories) == 1 else colour(place)
-        traces.append(line(name, {e.round + 1: e.loss for e in story.of(RoundFinished)}, shade=shade))
+    if len(histories) == 1:
+        traces += _client_losses(histories[0])
+    for place, history in enumerate(histories):
+        name = "all clients" if traces and len(histories) == 1 else history.label
+        shade = SHADE["federated"] if len(histories) == 1 else colour(place)
+        traces.append(line(name, {e.round + 1: e.loss for e in history.of(RoundFinished)}, shade=shade))
     if not any(trace["x"] for trace in traces):
         return []
     note = "Mean over each round's clients of the loss during local training; what an aggregator hides is missing."
-    return [over_rounds("Training loss", note, traces, legend=len(stories) > 1)]
+    return [over_rounds("Training loss", note, traces, legend=len(histories) > 1)]
 
 
-def _client_losses(story: RunHistory) -> list[Trace]:
+def _client_losses(history: RunHistory) -> list[Trace]:
     seen: dict[str, dict[int, float | None]] = {}
-    for event in story.of(ClientFinished):
+    for event in history.of(ClientFinished):
         if finite(event.loss):
             seen.setdefault(event.client, {})[event.round + 1] = event.loss
     if len(seen) > FEW:
@@ -42,7 +42,7 @@ def _client_losses(story: RunHistory) -> list[Trace]:
     ]
 
 
-def metrics(stories: Sequence[RunHistory]) -> list[Figure]:
+def metrics(histories: Sequence[RunHistory]) -> list[Figure]:
     """A figure per metric. One run: the lines of a few groups (`exact_match/private`), the levels of the base model and
     of the baselines. Several runs: a line each, and the base model's level."""
     note = "{} is better. The shared model on held-out records."
@@ -51,17 +51,17 @@ def metrics(stories: Sequence[RunHistory]) -> list[Figure]:
             labelled(metric),
             note.format(better(metric).capitalize()),
             traces,
-            levels=_levels(stories, metric),
-            legend=len(stories) > 1,
+            levels=_levels(histories, metric),
+            legend=len(histories) > 1,
         )
-        for metric, groups in families(stories).items()
-        if (traces := _curves(stories, metric, groups))
+        for metric, groups in families(histories).items()
+        if (traces := _curves(histories, metric, groups))
     ]
 
 
-def families(stories: Sequence[RunHistory]) -> dict[str, list[str]]:
+def families(histories: Sequence[RunHistory]) -> dict[str, list[str]]:
     """The metrics of all evaluations, and for each the groups that `evaluation.by` splits it into."""
-    names = dict.fromkeys(name for story in stories for event in story.of(Evaluated) for name in event.metrics)
+    names = dict.fromkeys(name for history in histories for event in history.of(Evaluated) for name in event.metrics)
     found: dict[str, list[str]] = {}
     for name in names:
         metric, split, group = name.removeprefix(OWN).partition("/")
@@ -71,25 +71,27 @@ def families(stories: Sequence[RunHistory]) -> dict[str, list[str]]:
     return found
 
 
-def _curves(stories: Sequence[RunHistory], metric: str, groups: Sequence[str]) -> list[Trace]:
-    if len(stories) > 1:
-        curves = [(story.label, story.curve(metric), colour(place)) for place, story in enumerate(stories)]
+def _curves(histories: Sequence[RunHistory], metric: str, groups: Sequence[str]) -> list[Trace]:
+    if len(histories) > 1:
+        curves = [(history.label, history.curve(metric), colour(place)) for place, history in enumerate(histories)]
     else:
         shown = groups if len(groups) <= FEW else []
-        curves = [("federated", stories[0].curve(metric), SHADE["federated"])]
-        curves += [(name, stories[0].curve(f"{metric}/{name}"), colour(place + 4)) for place, name in enumerate(shown)]
+        curves = [("federated", histories[0].curve(metric), SHADE["federated"])]
+        curves += [
+            (name, histories[0].curve(f"{metric}/{name}"), colour(place + 4)) for place, name in enumerate(shown)
+        ]
     return [line(title, dict(points), shade=shade) for title, points, shade in curves if points]
 
 
-def _levels(stories: Sequence[RunHistory], metric: str) -> list[Trace]:
+def _levels(histories: Sequence[RunHistory], metric: str) -> list[Trace]:
     """One run: of all that it is compared with. Several: of the base models, one line where they score the same."""
-    if len(stories) == 1:
+    if len(histories) == 1:
         return [
             level(COMPARED[which], value, shade=SHADE[which])
-            for which, event in stories[0].evaluations.items()
+            for which, event in histories[0].evaluations.items()
             if which != "federated" and finite(value := event.metrics.get(metric))
         ]
-    bases = [(place, story.label, story.evaluations.get("base")) for place, story in enumerate(stories)]
+    bases = [(place, history.label, history.evaluations.get("base")) for place, history in enumerate(histories)]
     found = [(place, label, event.metrics.get(metric)) for place, label, event in bases if event]
     scores = [(place, label, value) for place, label, value in found if finite(value)]
     if len({value for _, _, value in scores}) == 1:
@@ -97,18 +99,18 @@ def _levels(stories: Sequence[RunHistory], metric: str) -> list[Trace]:
     return [level(f"{label} {COMPARED['base']}", value, shade=colour(place)) for place, label, value in scores]
 
 
-def clients(stories: Sequence[RunHistory]) -> list[Figure]:
+def clients(histories: Sequence[RunHistory]) -> list[Figure]:
     """The final evaluation of every client, worst first: one run beside its baselines, or several runs."""
-    events = [event for story in stories for event in story.evaluations.values()]
+    events = [event for history in histories for event in history.evaluations.values()]
     names = dict.fromkeys(name for event in events for name in client_metrics(event) if "/" not in name)
-    return [figure for name in names for figure in _client_bars(stories, name)]
+    return [figure for name in names for figure in _client_bars(histories, name)]
 
 
-def _client_bars(stories: Sequence[RunHistory], metric: str) -> list[Figure]:
-    if len(stories) == 1:
-        groups = [(COMPARED[which], SHADE[which], event) for which, event in stories[0].evaluations.items()]
+def _client_bars(histories: Sequence[RunHistory], metric: str) -> list[Figure]:
+    if len(histories) == 1:
+        groups = [(COMPARED[which], SHADE[which], event) for which, event in histories[0].evaluations.items()]
     else:
-        found = [(story.label, colour(place), story.evaluations) for place, story in enumerate(stories)]
+        found = [(history.label, colour(place), history.evaluations) for place, history in enumerate(histories)]
         groups = [(name, shade, event["federated"]) for name, shade, event in found if "federated" in event]
     scores = [(name, shade, client_scores(event, metric)) for name, shade, event in groups]
     scores = [group for group in scores if group[2]]
@@ -119,7 +121,7 @@ def _client_bars(stories: Sequence[RunHistory], metric: str) -> list[Figure]:
     rows = worst_first(metric, everyone, order)
     traces = [bars(name, rows, found, shade=shade) for name, shade, found in scores]
     note = f"Each client's own held-out records, worst client first ({better(metric)} is better)."
-    return [by_rows(f"{metric} by client", note, traces, rows=rows, legend=len(stories) > 1)]
+    return [by_rows(f"{metric} by client", note, traces, rows=rows, legend=len(histories) > 1)]
 
 
 def better(metric: str) -> str:
@@ -133,38 +135,38 @@ def worst_first(metric: str, names: Iterable[str], scores: Mapping[str, float]) 
     return sorted(names, key=lambda name: sign * scores[name] if name in scores else float("inf"))
 
 
-def traffic(stories: Sequence[RunHistory]) -> list[Figure]:
+def traffic(histories: Sequence[RunHistory]) -> list[Figure]:
     """Bytes of each round, and of all rounds so far where there are several."""
     each = "Serialised messages of the round's clients, headers included."
-    several = any(len(story.of(RoundFinished)) > 1 for story in stories)
-    added = _directions(stories, "Bytes so far", "The same, added up.", accumulate) if several else []
-    return [*_directions(stories, "Bytes per round", each, iter), *added]
+    several = any(len(history.of(RoundFinished)) > 1 for history in histories)
+    added = _directions(histories, "Bytes so far", "The same, added up.", accumulate) if several else []
+    return [*_directions(histories, "Bytes per round", each, iter), *added]
 
 
 def _directions(
-    stories: Sequence[RunHistory], title: str, note: str, turn: Callable[[list[int]], Iterable[int]]
+    histories: Sequence[RunHistory], title: str, note: str, turn: Callable[[list[int]], Iterable[int]]
 ) -> list[Figure]:
     traces: list[Trace] = []
-    for place, story in enumerate(stories):
-        finished = story.of(RoundFinished)
+    for place, history in enumerate(histories):
+        finished = history.of(RoundFinished)
         sides = {"up": [e.bytes_up for e in finished], "down": [e.bytes_down for e in finished]}
         for side, (direction, values) in enumerate(sides.items()):
             points = {e.round + 1: value / _MIB for e, value in zip(finished, turn(values), strict=True)}
-            name = direction if len(stories) == 1 else f"{story.label} {direction}"
-            shade = colour(side if len(stories) == 1 else place)
+            name = direction if len(histories) == 1 else f"{history.label} {direction}"
+            shade = colour(side if len(histories) == 1 else place)
             if points:
                 traces.append(line(name, dict(points), shade=shade, dash=DASHES[side]))
-    legend = len(stories) > 1
+    legend = len(histories) > 1
     return [over_rounds(title, note, traces, unit="MiB", from_zero=True, legend=legend)] if traces else []
 
 
-def parts(stories: Sequence[RunHistory]) -> list[Figure]:
+def parts(histories: Sequence[RunHistory]) -> list[Figure]:
     """What the bytes were spent on: one bar per run and direction, cut into parts and headers."""
     rows: list[str] = []
     spent: dict[str, dict[str, float]] = {}
-    for story in stories:
-        for (direction, part), amount in bytes_by_part(story).items():
-            row = direction if len(stories) == 1 else f"{story.label} {direction}"
+    for history in histories:
+        for (direction, part), amount in bytes_by_part(history).items():
+            row = direction if len(histories) == 1 else f"{history.label} {direction}"
             rows = rows if row in rows else [*rows, row]
             spent.setdefault(part, {})[row] = amount / _MIB
     if not rows:
@@ -174,11 +176,11 @@ def parts(stories: Sequence[RunHistory]) -> list[Figure]:
     return [by_rows("Bytes by part", note, traces, rows=rows, unit="MiB", stacked=True)]
 
 
-def bytes_by_part(story: RunHistory) -> dict[tuple[str, str], int]:
+def bytes_by_part(history: RunHistory) -> dict[tuple[str, str], int]:
     """Bytes by (direction, part); what is no part's is the headers'. Evaluations are left out; up comes first, then the
     largest."""
     spent: dict[tuple[str, str], int] = {}
-    for event in story.of(MessageSent):
+    for event in history.of(MessageSent):
         if event.call == "evaluate":
             continue
         rest = event.bytes - sum(event.parts.values())
@@ -215,9 +217,9 @@ def partition(data: DataReported) -> list[Figure]:
     return [by_rows("Records by client", note, traces, rows=rows, unit="records", stacked=True)]
 
 
-def seconds(stories: Sequence[RunHistory]) -> list[Figure]:
+def seconds(histories: Sequence[RunHistory]) -> list[Figure]:
     """Wall-clock time of each round."""
-    timed = [(story.label, {e.round + 1: e.seconds for e in story.of(RoundFinished)}) for story in stories]
+    timed = [(history.label, {e.round + 1: e.seconds for e in history.of(RoundFinished)}) for history in histories]
     if not any(values for _, values in timed):
         return []
     if len(timed) == 1:
@@ -225,4 +227,4 @@ def seconds(stories: Sequence[RunHistory]) -> list[Figure]:
     else:
         traces = [line(name, dict(values), shade=colour(place)) for place, (name, values) in enumerate(timed)]
     note = "From drawing the cohort to the merged model."
-    return [over_rounds("Time per round", note, traces, unit="seconds", from_zero=True, legend=len(stories) > 1)]
+    return [over_rounds("Time per round", note, traces, unit="seconds", from_zero=True, legend=len(histories) > 1)]

@@ -35,9 +35,9 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render(stories: Sequence[RunHistory]) -> str:
+def render(histories: Sequence[RunHistory]) -> str:
     """The whole page."""
-    chosen = [(title, body) for title, body in sections(stories) if body]
+    chosen = [(title, body) for title, body in sections(histories) if body]
     library = _plotly()
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -49,11 +49,11 @@ def render(stories: Sequence[RunHistory]) -> str:
         Html('<meta charset="utf-8">'),
         Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        el("title", _title(stories)),
+        el("title", _title(histories)),
         el("style", Html(STYLE)),
     ]
     body = [
-        el("header", *_opening(stories), el("nav", *links, attrs={"aria-label": "Sections"})),
+        el("header", *_opening(histories), el("nav", *links, attrs={"aria-label": "Sections"})),
         el("noscript", el("p.kind", "The figures need JavaScript; every number is in the tables.")),
         el("main", *chapters),
         el("footer", "Made by fedllm from the run's own event log. Rounds are counted from 1."),
@@ -78,40 +78,40 @@ def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _title(stories: Sequence[RunHistory]) -> str:
-    names = [_name(story) for story in stories]
-    models = list(dict.fromkeys(story.model for story in stories))
+def _title(histories: Sequence[RunHistory]) -> str:
+    names = [_name(history) for history in histories]
+    models = list(dict.fromkeys(history.model for history in histories))
     return f"{', '.join(dict.fromkeys(names))} \N{EM DASH} {', '.join(models)}"
 
 
-def _name(story: RunHistory) -> str:
-    started = story.last(RunStarted)
-    return started.name if started else story.label
+def _name(history: RunHistory) -> str:
+    started = history.last(RunStarted)
+    return started.name if started else history.label
 
 
-def _opening(stories: Sequence[RunHistory]) -> list[Html]:
-    models = " and ".join(dict.fromkeys(story.model for story in stories))
-    if len(stories) > 1:
-        names = " and ".join([", ".join(story.label for story in stories[:-1]), stories[-1].label])
-        return [el("p.kind", f"fedllm report, {len(stories)} runs"), el("h1", models), el("p.lede", names)]
-    story = stories[0]
-    started = story.last(RunStarted)
-    facts = [models, tables.ending(story)]
+def _opening(histories: Sequence[RunHistory]) -> list[Html]:
+    models = " and ".join(dict.fromkeys(history.model for history in histories))
+    if len(histories) > 1:
+        names = " and ".join([", ".join(history.label for history in histories[:-1]), histories[-1].label])
+        return [el("p.kind", f"fedllm report, {len(histories)} runs"), el("h1", models), el("p.lede", names)]
+    history = histories[0]
+    started = history.last(RunStarted)
+    facts = [models, tables.ending(history)]
     if started:
         facts += [f"{figure(started.clients)} clients", f"{figure(started.trainable)} trainable parameters"]
         facts += [f"{started.engine} engine", f"experiment {started.experiment_hash[:8]}"]
     lede = el("p.lede", " \N{MIDDLE DOT} ".join(facts))
-    return [el("p.kind", "fedllm report"), el("h1", _name(story)), lede, _key_figures(story)]
+    return [el("p.kind", "fedllm report"), el("h1", _name(history)), lede, _key_figures(history)]
 
 
-def _key_figures(story: RunHistory) -> Html:
-    found = story.evaluations
+def _key_figures(history: RunHistory) -> Html:
+    found = history.evaluations
     items: list[tuple[str, str, str]] = []
     if "federated" in found:
         metrics = found["federated"].metrics
         for name in [name for name in metrics if "/" not in name][:2]:
             before = found["base"].metrics.get(name) if "base" in found else None
             items.append((labelled(name), figure(metrics[name]), "" if before is None else f"base {figure(before)}"))
-    costs = tables.costs(story)
+    costs = tables.costs(history)
     wanted = ("sent up", "sent down", "time", "tokens per second", "share of the matrix peak", "epsilon")
     return pairs(items + [(name, costs[name], "") for name in wanted if name in costs])

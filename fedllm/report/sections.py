@@ -14,23 +14,23 @@ from fedllm.report.run_history import RunHistory
 Section = tuple[str, Html]
 
 
-def sections(stories: Sequence[RunHistory]) -> list[Section]:
+def sections(histories: Sequence[RunHistory]) -> list[Section]:
     """All chapters in order; one that has nothing to show is empty."""
-    several = len(stories) > 1
-    cost = None if several else tables.cost(stories[0])
-    overview = tables.overview(stories) if several else Html("")
-    sent = _figures([*figures.traffic(stories), *figures.parts(stories)], tables.spending(stories))
+    several = len(histories) > 1
+    cost = None if several else tables.cost(histories[0])
+    overview = tables.overview(histories) if several else Html("")
+    sent = _figures([*figures.traffic(histories), *figures.parts(histories)], tables.spending(histories))
     return [
-        ("Results", joined([overview, tables.headline(stories)])),
-        ("Training", _figures([*figures.loss(stories), *figures.metrics(stories), *groups.by_group(stories)])),
-        ("Clients", _clients(stories)),
-        ("Updates", _updates(stories)),
+        ("Results", joined([overview, tables.headline(histories)])),
+        ("Training", _figures([*figures.loss(histories), *figures.metrics(histories), *groups.by_group(histories)])),
+        ("Clients", _clients(histories)),
+        ("Updates", _updates(histories)),
         ("Communication", sent),
-        ("Data", _data(stories)),
-        ("Time", joined([_figures(figures.seconds(stories), cost), *_numbers(stories)])),
-        ("Failures and warnings", joined([_troubles(story, named=several) for story in stories])),
-        ("Settings", _settings(stories)),
-        ("Reproduce and cite", _reproduce(stories)),
+        ("Data", _data(histories)),
+        ("Time", joined([_figures(figures.seconds(histories), cost), *_numbers(histories)])),
+        ("Failures and warnings", joined([_troubles(history, named=several) for history in histories])),
+        ("Settings", _settings(histories)),
+        ("Reproduce and cite", _reproduce(histories)),
     ]
 
 
@@ -49,39 +49,39 @@ def _figures(drawn: Sequence[Figure], beside: Html | None = None) -> Html:
     return el("div.figures", *cells) if cells else Html("")
 
 
-def _troubles(story: RunHistory, *, named: bool) -> Html:
-    return joined([el("h3", story.label) if named else Html(""), tables.troubles(story)])
+def _troubles(history: RunHistory, *, named: bool) -> Html:
+    return joined([el("h3", history.label) if named else Html(""), tables.troubles(history)])
 
 
-def _numbers(stories: Sequence[RunHistory]) -> list[Html]:
-    found = [(story.label, tables.rounds(story)) for story in stories]
+def _numbers(histories: Sequence[RunHistory]) -> list[Html]:
+    found = [(history.label, tables.rounds(history)) for history in histories]
     return [folded(f"Every round of {label} in numbers", body) for label, body in found if body]
 
 
-def _clients(stories: Sequence[RunHistory]) -> Html:
-    several = len(stories) > 1
-    gains = [] if several else [tables.gains(stories[0])]
-    split = [] if several else groups.by_client_and_group(stories[0])
-    return joined([*gains, _figures([*figures.clients(stories), *split]), *tables.worst(stories)])
+def _clients(histories: Sequence[RunHistory]) -> Html:
+    several = len(histories) > 1
+    gains = [] if several else [tables.gains(histories[0])]
+    split = [] if several else groups.by_client_and_group(histories[0])
+    return joined([*gains, _figures([*figures.clients(histories), *split]), *tables.worst(histories)])
 
 
-def _updates(stories: Sequence[RunHistory]) -> Html:
+def _updates(histories: Sequence[RunHistory]) -> Html:
     """What the server saw of them, round by round."""
-    several = len(stories) > 1
-    told = [(story.label, text) for story in stories if (text := diagnostics.absence(story))]
-    found = [(story.label, body) for story in stories if (body := diagnostics.numbers(story))]
+    several = len(histories) > 1
+    told = [(history.label, text) for history in histories if (text := diagnostics.absence(history))]
+    found = [(history.label, body) for history in histories if (body := diagnostics.numbers(history))]
     return joined(
         [
             *(el("p", f"{label}: {text}" if several else text) for label, text in told),
-            _figures(diagnostics.figures(stories)),
+            _figures(diagnostics.figures(histories)),
             *(folded(f"What the updates of {label} showed in numbers", body) for label, body in found),
         ]
     )
 
 
-def _data(stories: Sequence[RunHistory]) -> Html:
+def _data(histories: Sequence[RunHistory]) -> Html:
     """One block per distinct partition."""
-    found = [(story.label, data) for story in stories if (data := story.last(DataReported))]
+    found = [(history.label, data) for history in histories if (data := history.last(DataReported))]
     distinct: list[tuple[list[str], DataReported]] = []
     for label, data in found:
         same = next((labels for labels, other in distinct if other == data), None)
@@ -98,21 +98,21 @@ def _data(stories: Sequence[RunHistory]) -> Html:
     )
 
 
-def _settings(stories: Sequence[RunHistory]) -> Html:
-    several = len(stories) > 1
+def _settings(histories: Sequence[RunHistory]) -> Html:
+    several = len(histories) > 1
     texts = [
-        folded(f"All settings of {story.label}" if several else "All settings, every default written out",
-               el("pre", story.settings))
-        for story in stories
-        if story.settings
+        folded(f"All settings of {history.label}" if several else "All settings, every default written out",
+               el("pre", history.settings))
+        for history in histories
+        if history.settings
     ]  # fmt: skip
-    return joined([tables.differences(stories) if several else Html(""), *texts, tables.versions(stories)])
+    return joined([tables.differences(histories) if several else Html(""), *texts, tables.versions(histories)])
 
 
-def _reproduce(stories: Sequence[RunHistory]) -> Html:
-    started = [found for story in stories if (found := story.last(RunStarted))]
+def _reproduce(histories: Sequence[RunHistory]) -> Html:
+    started = [found for history in histories if (found := history.last(RunStarted))]
     hashes = ", ".join(dict.fromkeys(found.experiment_hash[:8] for found in started))
-    where = "In the run's folder" if len(stories) == 1 else "In each run's folder"
+    where = "In the run's folder" if len(histories) == 1 else "In each run's folder"
     versions = dict.fromkeys(str(found.versions["fedllm"]) for found in started if "fedllm" in found.versions)
     return joined(
         [

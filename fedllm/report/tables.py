@@ -27,25 +27,25 @@ _MEANS = (
 )
 
 
-def headline(stories: Sequence[RunHistory]) -> Html:
+def headline(histories: Sequence[RunHistory]) -> Html:
     """Every metric of the base model, of local training, of the federation and of pooled data."""
-    found = [story.figures for story in stories]
+    found = [history.figures for history in histories]
     metrics = list(dict.fromkeys(name for models in found for scores in models.values() for name in scores))
     if not metrics:
         return el("p", "Nothing was evaluated.")
     models = list(dict.fromkeys(model for one in found for model in one))
-    if len(stories) == 1:
+    if len(histories) == 1:
         head = ["metric", *models]
         rows = [[labelled(name), *(figure(found[0][model].get(name)) for model in models)] for name in metrics]
     else:
-        head = ["metric", "model", *(story.label for story in stories)]
+        head = ["metric", "model", *(history.label for history in histories)]
         rows = [
             [labelled(name), model, *(figure(one.get(model, {}).get(name)) for one in found)]
             for name in metrics
             for model in models
             if any(name in one.get(model, {}) for one in found)
         ]
-    return joined([*_whole_first("Final figures", head, rows), _notes(stories)])
+    return joined([*_whole_first("Final figures", head, rows), _notes(histories)])
 
 
 def _whole_first(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Html]:
@@ -61,75 +61,75 @@ def _folded_rows(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]
     return [folded(caption, table(caption, head, rows))] if rows else []
 
 
-def _notes(stories: Sequence[RunHistory]) -> Html:
+def _notes(histories: Sequence[RunHistory]) -> Html:
     """What each evaluation says of itself; runs that say the same share a line."""
     said: dict[tuple[str, str], list[str]] = {}
-    for story in stories:
-        for which, event in story.evaluations.items():
+    for history in histories:
+        for which, event in history.evaluations.items():
             after = f" after round {event.round}" if which == "federated" else ""
             if event.note or after:
-                said.setdefault((which, after + (f": {event.note}" if event.note else "")), []).append(story.label)
+                said.setdefault((which, after + (f": {event.note}" if event.note else "")), []).append(history.label)
     lines = [
-        el("li", el("b", COMPARED[which]), text, f" ({', '.join(names)})" if len(names) < len(stories) else "")
+        el("li", el("b", COMPARED[which]), text, f" ({', '.join(names)})" if len(names) < len(histories) else "")
         for (which, text), names in sorted(said.items(), key=lambda item: list(COMPARED).index(item[0][0]))
     ]
     lines.insert(0, el("li", el("b", "per token, per record"), f": {_MEANS}"))
-    if any("local-only" in story.figures for story in stories):
+    if any("local-only" in history.figures for history in histories):
         lines.append(el("li", el("b", "local-only"), " is the mean over the clients of what their models score"))
-    if any(model.endswith(", own") for story in stories for model in story.figures):
+    if any(model.endswith(", own") for history in histories for model in history.figures):
         text = ": each client's model on its own held-out records; else on everybody's"
         lines.append(el("li", el("b", "own"), text))
     return el("ul.notes", *lines) if lines else Html("")
 
 
-def overview(stories: Sequence[RunHistory]) -> Html:
+def overview(histories: Sequence[RunHistory]) -> Html:
     """One column per run: what it is, what it cost."""
-    described = [_described(story) for story in stories]
+    described = [_described(history) for history in histories]
     names = list(dict.fromkeys(name for items in described for name in items))
     rows = [[name, *(items.get(name, NOTHING) for items in described)] for name in names]
-    return table("The runs side by side", ["", *(story.label for story in stories)], rows, figures=False)
+    return table("The runs side by side", ["", *(history.label for history in histories)], rows, figures=False)
 
 
-def _described(story: RunHistory) -> dict[str, str]:
-    started = story.last(RunStarted)
+def _described(history: RunHistory) -> dict[str, str]:
+    started = history.last(RunStarted)
     known = {
-        "base model": story.model,
-        "engine": _engine(story),
+        "base model": history.model,
+        "engine": _engine(history),
         "clients": figure(started.clients) if started else NOTHING,
         "trainable parameters": figure(started.trainable) if started else NOTHING,
         "experiment hash": started.experiment_hash[:8] if started else NOTHING,
-        "end": ending(story),
+        "end": ending(history),
     }
-    return {**known, **costs(story)}
+    return {**known, **costs(history)}
 
 
-def _engine(story: RunHistory) -> str:
+def _engine(history: RunHistory) -> str:
     """Which engine ran, and why."""
-    started, chosen = story.last(RunStarted), story.last(EngineChosen)
+    started, chosen = history.last(RunStarted), history.last(EngineChosen)
     if chosen is not None:
         return f"{chosen.engine} ({chosen.reason})"
     return started.engine if started else NOTHING
 
 
-def ending(story: RunHistory) -> str:
+def ending(history: RunHistory) -> str:
     """How the run ended, in a few words."""
-    started, finished = story.last(RunStarted), story.last(RunFinished)
+    started, finished = history.last(RunStarted), history.last(RunFinished)
     planned = f" of {started.rounds}" if started else ""
     if finished is None:
-        return f"not finished: {len(story.of(RoundFinished))}{planned} rounds"
+        return f"not finished: {len(history.of(RoundFinished))}{planned} rounds"
     return f"{finished.rounds}{planned} rounds" + (f": {finished.note}" if finished.note else "")
 
 
-def costs(story: RunHistory) -> dict[str, str]:
+def costs(history: RunHistory) -> dict[str, str]:
     """Bytes, time, speed, memory and privacy of a run; what nobody measured is left out."""
-    rounds, summary = story.of(RoundFinished), story.summary
-    time, tokens = story.total("seconds"), story.total("tokens")
+    rounds, summary = history.of(RoundFinished), history.summary
+    time, tokens = history.total("seconds"), history.total("tokens")
     pace = summary.get("seconds_per_round") or (fmean(event.seconds for event in rounds) if rounds else None)
     speed = summary.get("tokens_per_second") or (tokens / time if tokens and time else None)
-    scoring = sum(event.bytes for event in story.of(MessageSent) if event.call == "evaluate")
+    scoring = sum(event.bytes for event in history.of(MessageSent) if event.call == "evaluate")
     items: dict[str, Any] = {
-        "sent up": (size, story.total("bytes_up")),
-        "sent down": (size, story.total("bytes_down")),
+        "sent up": (size, history.total("bytes_up")),
+        "sent down": (size, history.total("bytes_down")),
         "sent for evaluation": (size, summary.get("evaluation_bytes", scoring or None)),
         "time": (duration, time),
         "time per round": (duration, pace),
@@ -143,21 +143,21 @@ def costs(story: RunHistory) -> dict[str, str]:
     return {name: spell(value) for name, (spell, value) in items.items() if value is not None}
 
 
-def cost(story: RunHistory) -> Html:
+def cost(history: RunHistory) -> Html:
     """`costs` as a table."""
-    items = costs(story)
+    items = costs(history)
     return table("What it took", ["", "whole run"], [list(item) for item in items.items()]) if items else Html("")
 
 
-def worst(stories: Sequence[RunHistory]) -> list[Html]:
+def worst(histories: Sequence[RunHistory]) -> list[Html]:
     """How the clients fare: the worst one, the mean, the best; of several runs under the federated model alone. Groups
     that only one client has are left out."""
     rows = []
-    for story in stories:
-        for which, event in story.evaluations.items():
-            if len(stories) > 1 and which != "federated":
+    for history in histories:
+        for which, event in history.evaluations.items():
+            if len(histories) > 1 and which != "federated":
                 continue
-            name = COMPARED[which] if len(stories) == 1 else story.label
+            name = COMPARED[which] if len(histories) == 1 else history.label
             for metric in client_metrics(event):
                 found = client_scores(event, metric)
                 if len(found) > ("/" in metric):
@@ -166,7 +166,7 @@ def worst(stories: Sequence[RunHistory]) -> list[Html]:
     rows.sort(key=lambda row: order.index(row[0]))
     head = [
         "metric",
-        "model" if len(stories) == 1 else "run",
+        "model" if len(histories) == 1 else "run",
         "worst client",
         "worst",
         "mean of clients",
@@ -183,9 +183,9 @@ def _spread(metric: str, found: Mapping[str, float]) -> list[str]:
     return [names[0], figure(found[first]), figure(fmean(found.values())), figure(found[last]), names[1]]
 
 
-def gains(story: RunHistory) -> Html:
+def gains(history: RunHistory) -> Html:
     """For how many clients the federation beats training alone."""
-    alone, together = story.evaluations.get("local_only"), story.evaluations.get("federated")
+    alone, together = history.evaluations.get("local_only"), history.evaluations.get("federated")
     if alone is None or together is None:
         return Html("")
     counts = [(name, _gains(name, alone, together)) for name in together.metrics if "/" not in name]
@@ -201,14 +201,14 @@ def _gains(metric: str, alone: Evaluated, together: Evaluated) -> list[float]:
     return [sign * (after[client] - before[client]) for client in before if client in after]
 
 
-def spending(stories: Sequence[RunHistory]) -> Html:
+def spending(histories: Sequence[RunHistory]) -> Html:
     """Bytes by direction and part."""
     rows = []
-    for story in stories:
-        spent = bytes_by_part(story)
+    for history in histories:
+        spent = bytes_by_part(history)
         sums = {side: sum(n for (direction, _), n in spent.items() if direction == side) for side, _ in spent}
         for (side, part), amount in spent.items():
-            name = side if len(stories) == 1 else f"{story.label} {side}"
+            name = side if len(histories) == 1 else f"{history.label} {side}"
             rows.append([name, part, size(amount), share(amount, sums[side])])
     return table("Share of each part", ["direction", "part", "bytes", "share"], rows) if rows else Html("")
 
@@ -230,11 +230,11 @@ def records(data: DataReported) -> Html:
     return table("What became of the records", ["", "count"], rows)
 
 
-def troubles(story: RunHistory) -> Html:
+def troubles(history: RunHistory) -> Html:
     """Lost clients and warnings."""
-    failed = [list(loss) for loss in story.lost]
-    warned = list(dict.fromkeys(event.text for event in story.of(Warned)))
-    notes = [f"Round {event.round + 1}: {event.note}" for event in story.of(RoundFinished) if event.note]
+    failed = [list(loss) for loss in history.lost]
+    warned = list(dict.fromkeys(event.text for event in history.of(Warned)))
+    notes = [f"Round {event.round + 1}: {event.note}" for event in history.of(RoundFinished) if event.note]
     shown: list[Html] = []
     if failed:
         lost = table(f"Lost clients ({len(failed)})", ["when", "client", "reason"], failed)
@@ -244,10 +244,10 @@ def troubles(story: RunHistory) -> Html:
     return joined(shown) if shown else el("p", "No client was lost, and there were no warnings.")
 
 
-def rounds(story: RunHistory) -> Html:
+def rounds(history: RunHistory) -> Html:
     """Every round in numbers."""
-    finished = story.of(RoundFinished)
-    curves = {name: story.curve(name) for event in story.of(Evaluated) for name in event.metrics}
+    finished = history.of(RoundFinished)
+    curves = {name: history.curve(name) for event in history.of(Evaluated) for name in event.metrics}
     curves = {name: points for name, points in curves.items() if points}
     rows = [
         [
@@ -263,21 +263,21 @@ def rounds(story: RunHistory) -> Html:
         for event in finished
     ]
     head = ["round", "clients", "loss", *curves, "up", "down", "tokens", "time"]
-    return table(f"{story.label}, round by round", head, rows) if rows else Html("")
+    return table(f"{history.label}, round by round", head, rows) if rows else Html("")
 
 
-def versions(stories: Sequence[RunHistory]) -> Html:
+def versions(histories: Sequence[RunHistory]) -> Html:
     """The software that ran."""
-    found = [started.versions if (started := story.last(RunStarted)) else {} for story in stories]
+    found = [started.versions if (started := history.last(RunStarted)) else {} for history in histories]
     names = list(dict.fromkeys(name for versions in found for name in versions))
     rows = [[name, *(str(versions.get(name, NOTHING)) for versions in found)] for name in names]
-    head = ["", *(["version"] if len(stories) == 1 else [story.label for story in stories])]
+    head = ["", *(["version"] if len(histories) == 1 else [history.label for history in histories])]
     return table("Versions", head, rows, figures=False) if rows else Html("")
 
 
-def differences(stories: Sequence[RunHistory]) -> Html:
+def differences(histories: Sequence[RunHistory]) -> Html:
     """The settings in which the runs differ, one column per run."""
-    flat = [_flat(started.settings) if (started := story.last(RunStarted)) else {} for story in stories]
+    flat = [_flat(started.settings) if (started := history.last(RunStarted)) else {} for history in histories]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     rows = [
         [key, *(settings.get(key, NOTHING) for settings in flat)]
@@ -286,7 +286,7 @@ def differences(stories: Sequence[RunHistory]) -> Html:
     ]
     if not rows:
         return el("p", "All settings are equal.")
-    return table("Settings that differ", ["setting", *(story.label for story in stories)], rows, figures=False)
+    return table("Settings that differ", ["setting", *(history.label for history in histories)], rows, figures=False)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

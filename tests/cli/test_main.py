@@ -27,7 +27,7 @@ from fedllm.experiment.methods import METHODS
 from fedllm.models.base_models.load import ALIASES
 from fedllm.models.base_models.tiny_llama import tiny_model
 from fedllm.stages.base import Stage
-from tests.runs.small import adapter_hash, command, events, rounds_run_again, small, story
+from tests.runs.small import adapter_hash, command, events, history, rounds_run_again, small
 
 Captured = pytest.CaptureFixture[str]
 
@@ -82,8 +82,8 @@ def test_ctrl_c_prints_the_line_that_resumes(here: Path, capsys: Captured, monke
     assert rounds_run_again(here / "two words") == []
     assert command(capsys, "run", *words[:2], "--out", "whole")[0] == 0
     assert adapter_hash(here / "two words") == adapter_hash(here / "whole")
-    named = [{key: value for key, value in event.items() if key != "name"} for event in story(here / "two words")]
-    assert named == [{key: value for key, value in event.items() if key != "name"} for event in story(here / "whole")]
+    named = [{key: value for key, value in event.items() if key != "name"} for event in history(here / "two words")]
+    assert named == [{key: value for key, value in event.items() if key != "name"} for event in history(here / "whole")]
 
 
 def test_ctrl_c_before_the_run_begins_leaves_nothing(

@@ -1,4 +1,4 @@
-"""Two clients of unequal size who train a tiny model in float64, and the same clients without any of fedllm's trip.
+"""Two clients of unequal size who train a tiny model in float64, and the same clients without any of fedllm's stages.
 
 `Bench.run` is the real thing: check, engine, wire, loop, checkpoints. `descend` and `trained` are the local work
 alone, for textbook loops beside it. Everything is remembered, so a run that several checks need is made once.

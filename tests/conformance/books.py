@@ -1,4 +1,4 @@
-"""Methods as their papers write them: loops over flat vectors, with nothing of fedllm's trip.
+"""Methods as their papers write them: loops over flat vectors, with nothing of fedllm's stages.
 
 A `Book` is FedAvg; each method overrides what it does otherwise. `play` is the loop.
 """
@@ -87,7 +87,7 @@ def play(book: Book, bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
 
 @cache
 def fedavg(bench: Bench, sizes: Sizes = UNEQUAL) -> list[Tensor]:
-    """FedAvg with the local work itself, so that nothing but the trip can differ: equal to the bit."""
+    """FedAvg with the local work itself, so that nothing but the pipeline can differ: equal to the bit."""
     x, after = bench.fresh(), []
     for r in range(ROUNDS):
         total = sum(bench.trained(k, r, x, sizes) * float(n) for k, n in sizes)

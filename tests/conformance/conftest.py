@@ -18,12 +18,12 @@ def bench(tmp_path_factory) -> Bench:
 @pytest.fixture(scope="session")
 def other(request, tmp_path_factory) -> Bench:
     """On another engine, one client a stack."""
-    engine = Batched(stack=1) if request.param == "batched" else Kept(request.getfixturevalue("team"))
+    engine = Batched(stack=1) if request.param == "batched" else Kept(request.getfixturevalue("ray_actors"))
     return Bench(tmp_path_factory.mktemp(request.param), engine)
 
 
 @pytest.fixture(scope="session")
 def stacked(request, tmp_path_factory) -> Bench:
     """On another engine, both clients in one stack."""
-    engine = Batched(stack=2) if request.param == "batched" else Kept(request.getfixturevalue("team"), stack=2)
+    engine = Batched(stack=2) if request.param == "batched" else Kept(request.getfixturevalue("ray_actors"), stack=2)
     return Bench(tmp_path_factory.mktemp(f"{request.param}-stacks"), engine)

@@ -30,7 +30,7 @@ def neutral_is_fedavg(case: Case, bench: Bench) -> None:
     """To the bit, at neutral settings."""
     if case.neutral is None:
         return
-    course = bench.run(case.trip(case.neutral), sizes=case.sizes)
+    course = bench.run(case.pipeline(case.neutral), sizes=case.sizes)
     for run, expected in zip(course.after[1:], fedavg(bench, case.sizes), strict=True):
         assert torch.equal(flat(run.params), expected), "at its neutral settings a run is not FedAvg to the bit"
 
@@ -39,13 +39,13 @@ def settings_matter(case: Case, bench: Bench) -> None:
     """At other settings a run differs."""
     if case.stage == case.neutral and case.sizes == UNEQUAL:
         return  # FedAvg itself
-    moved = apart(come_to(bench.run(case.trip()).after[-1]), fedavg(bench)[-1])
+    moved = apart(come_to(bench.run(case.pipeline()).after[-1]), fedavg(bench)[-1])
     assert moved > 1e-4, f"at other settings a run is FedAvg all the same ({moved:.1e})"
 
 
 def equals_its_paper(case: Case, bench: Bench) -> None:
     """Round by round, in the last digits of float64; or, of a stage that rounds, to its grid in the first round."""
-    course = bench.run(case.trip())
+    course = bench.run(case.pipeline())
     if case.book is None:
         assert case.rounding is not None, "a case needs the paper's loop, or the rounding that the stage declares"
         start, exact = bench.fresh(), fedavg(bench)[0]
@@ -81,7 +81,7 @@ def is_a_value(case: Case, bench: Bench) -> None:
 
 def evaluation_passes(case: Case, bench: Bench) -> None:
     """Scores travel as they are; an evaluation changes neither memory nor state."""
-    site, prepared = bench.visit(case.trip())
+    site, prepared = bench.visit(case.pipeline())
     scores = {"sum/nll": torch.tensor(8.0, dtype=torch.float64), "count/nll": torch.tensor(4.0, dtype=torch.float64)}
     local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
     sent, memories = encode_all(
@@ -89,7 +89,7 @@ def evaluation_passes(case: Case, bench: Bench) -> None:
     )
     assert sent.parts.keys() == {"metrics"}, f"an evaluation sends {sorted(sent.parts)}"
     assert all(map(tree.equal, memories, prepared.memories)), "an evaluation changes what a client remembers"
-    run = bench.run(case.trip()).after[1]
+    run = bench.run(case.pipeline()).after[1]
     total, states = decode_all(site.stages, sent, run.params, run.states, RoundContext(1, Key(0), 2, 2))
     assert total.parts.keys() == {"metrics"} and tree.equal(total.parts["metrics"].tree, scores), "scores are changed"
     assert all(map(tree.equal, states, run.states)), "an evaluation changes the server's state"
@@ -97,16 +97,16 @@ def evaluation_passes(case: Case, bench: Bench) -> None:
 
 def empty_rounds_are_harmless(case: Case, bench: Bench) -> None:
     """Nobody answers: in the first round nothing moves, in a later one nothing becomes NaN."""
-    first = bench.run(case.trip(), lost=(0,))
+    first = bench.run(case.pipeline(), lost=(0,))
     assert tree.equal(first.after[0].params, first.after[1].params), "an empty first round moves the parameters"
-    for course in (first, bench.run(case.trip(), lost=(1,))):
+    for course in (first, bench.run(case.pipeline(), lost=(1,))):
         assert all(tree.finite(held) for run in course.after for held in (run.params, *run.states)), "not finite"
 
 
 def resumes_to_the_bit(case: Case, bench: Bench) -> None:
     """From every round: one run, stopped and resumed at each."""
-    whole = bench.run(case.trip())
-    resumed = bench.start(bench.experiment(case.trip()), in_pieces=True)
+    whole = bench.run(case.pipeline())
+    resumed = bench.start(bench.experiment(case.pipeline()), in_pieces=True)
     for one, two in zip(whole.after, resumed.after, strict=True):
         same = torch.equal(come_to(one), come_to(two)) and all(map(tree.equal, one.states, two.states))
         assert same and one.seen == two.seen, f"stopped and resumed, it goes another way before round {two.round}"
@@ -117,7 +117,7 @@ def shares_no_storage(case: Case, bench: Bench) -> None:
 
     Behind the stage every client weighs 1, which hands tensors on as they are.
     """
-    site, prepared = bench.visit(replace(case, weigher=Uniform()).trip())
+    site, prepared = bench.visit(replace(case, weigher=Uniform()).pipeline())
     sent, memories = sent_by(site, prepared)
     kept = [*memories, *prepared.memories, *prepared.arrival.scratch, prepared.job.initial, site.fresh]
     shared = storages(part.tree for part in sent.parts.values()) & storages(kept)
@@ -126,7 +126,7 @@ def shares_no_storage(case: Case, bench: Bench) -> None:
 
 def survives_the_wire(case: Case, bench: Bench) -> None:
     """What is sent arrives with the same bits."""
-    sent, _ = sent_by(*bench.visit(case.trip()))
+    sent, _ = sent_by(*bench.visit(case.pipeline()))
     back = serialization.deserialize(serialization.serialize(sent))
     assert isinstance(back, Update) and back.parts.keys() == sent.parts.keys()
     for name, part in sent.parts.items():
@@ -136,11 +136,11 @@ def survives_the_wire(case: Case, bench: Bench) -> None:
 
 def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
     """The parts beyond the work's own are those that it declares, and its own decode removes them."""
-    site, prepared = bench.visit(case.trip())
+    site, prepared = bench.visit(case.pipeline())
     sent, _ = sent_by(site, prepared)
     makes = {part for stage in site.stages for part in stage.traits.makes}
     assert sent.parts.keys() - site.experiment.work.traits.makes == makes, "it makes other parts than it declares"
-    run = bench.run(case.trip()).after[1]
+    run = bench.run(case.pipeline()).after[1]
     total, _ = decode_all(site.stages, wire_copy(sent), run.params, run.states, RoundContext(1, Key(0), 2, 2))
     left = total.parts.keys() - ({"base_delta"} if Fact.WRITABLE_BASE in case.stage.traits.needs else set())
     assert left == site.experiment.work.traits.makes, "its decode leaves a part of its own"
@@ -148,7 +148,7 @@ def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
 
 def declares_its_shape(case: Case, bench: Bench) -> None:
     """A delta is shaped like the parameters, or the stage says that it is not."""
-    site, prepared = bench.visit(case.trip())
+    site, prepared = bench.visit(case.pipeline())
     delta = sent_by(site, prepared)[0].parts["delta"].tree
     shapes = {name: leaf.shape for name, leaf in site.fresh.items()}
     shaped = bool(delta) and all(leaf.shape == shapes.get(name) for name, leaf in delta.items())

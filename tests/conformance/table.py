@@ -57,7 +57,7 @@ class Case:
     weigher: Stage = ByExamples()
     needs: tuple[Stage, ...] = ()
 
-    def trip(self, stage: Stage | None = None) -> tuple[Stage, ...]:
+    def pipeline(self, stage: Stage | None = None) -> tuple[Stage, ...]:
         """A list of stages around the case's own, or around `stage`."""
         chosen = self.stage if stage is None else stage
         others = () if chosen.traits.bracket is Bracket.WEIGH else (self.weigher,)

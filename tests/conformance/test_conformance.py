@@ -54,7 +54,7 @@ def test_stage_on_other_engines(other, stage, check):
 
 @pytest.mark.parametrize(("other", "stage"), ON, indirect=["other"])
 def test_engines_go_the_same_way_to_the_bit(stage, other, bench):
-    reference, course = (place.of(CASES[stage].stage).run(CASES[stage].trip()) for place in (bench, other))
+    reference, course = (place.of(CASES[stage].stage).run(CASES[stage].pipeline()) for place in (bench, other))
     for one, two in zip(reference.after, course.after, strict=True):
         assert torch.equal(come_to(one), come_to(two)) and all(map(tree.equal, one.states, two.states))
     assert memories(reference) == memories(course)
@@ -64,7 +64,7 @@ def test_engines_go_the_same_way_to_the_bit(stage, other, bench):
     ("stacked", "stage"), [on for on in ON if on[0] == "batched" or on[1] in KINDS], indirect=["stacked"]
 )
 def test_stacks_differ_from_one_client_at_a_time_in_the_last_digits(stage, stacked, bench):
-    reference, course = (place.of(CASES[stage].stage).run(CASES[stage].trip()) for place in (bench, stacked))
+    reference, course = (place.of(CASES[stage].stage).run(CASES[stage].pipeline()) for place in (bench, stacked))
     for one, two in zip(reference.after, course.after, strict=True):
         start = flat(reference.after[0].params)
         start = torch.cat([start, start.new_zeros(len(come_to(one)) - len(start))])

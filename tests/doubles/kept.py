@@ -21,25 +21,25 @@ from fedllm.messages.call import Call
 class Kept(Engine):
     """The engine."""
 
-    team: RayActors
+    actors: RayActors
     stack: int = 1
 
     @contextmanager
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> Iterator[Call]:
         """As the Ray engine, once its actors are there."""
-        with one_thread(), self.team.serving(experiment, folder, self.stack, emit) as call:
+        with one_thread(), self.actors.serving(experiment, folder, self.stack, emit) as call:
             yield call
 
 
 # What a test has an actor do, with Ray's `__ray_call__`.
 
 
-def pid(host: RemoteWorker) -> int:
+def pid(worker: RemoteWorker) -> int:
     """The process."""
     return os.getpid()
 
 
-def learn_doubles(host: RemoteWorker) -> None:
+def learn_doubles(worker: RemoteWorker) -> None:
     """Let experiments of this actor name the doubles."""
     from tests.doubles.processes import know_doubles
 

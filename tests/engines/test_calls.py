@@ -42,7 +42,7 @@ from fedllm.tensors import tree
 from fedllm.training.sgd import Sgd
 from tests.doubles.masks import Masked, Rounding
 from tests.engines.cohort import CLIENTS, SGD, Devices, Watched, begun, experiment, same, sent, write_records
-from tests.runs.small import adapter_hash, events, figures, story
+from tests.runs.small import adapter_hash, events, figures, history
 
 LOST = (ClientOutage("cid", 0), ClientOutage("ann", 1), ClientOutage("dot", 1))
 
@@ -143,11 +143,11 @@ def whole(data: Path, **settings: Any) -> Any:
 
 
 def test_stacks_of_one_tell_the_story_of_the_serial_engine(data: Path, tmp_path: Path) -> None:
-    """Messages and their bytes per client, losses, scores, rounds, and the summary that the ledger adds up."""
+    """Messages and their bytes per client, losses, scores, rounds, and the summary that the traffic meter adds up."""
     made = whole(data)
     serial = fedllm.run(made, engine="serial", out=tmp_path / "serial", name="x")
     batched = fedllm.run(made, engine=Batched(stack=1, workers=3), out=tmp_path / "batched", name="x")
-    told = [[record for record in story(run.folder) if record["event"] != "run_started"] for run in (serial, batched)]
+    told = [[record for record in history(run.folder) if record["event"] != "run_started"] for run in (serial, batched)]
     assert told[0] == told[1]
     assert tree.equal(serial.params, batched.params)
     assert adapter_hash(serial.folder) == adapter_hash(batched.folder)
@@ -163,8 +163,8 @@ def test_larger_stacks_send_the_same_bytes_and_score_the_same(data: Path, tmp_pa
         for place, engine in enumerate((Serial(), Batched(stack=3, workers=2)))
     ]
     logs = [events(run.folder) for run in runs]
-    wires = [[event for event in log if isinstance(event, MessageSent)] for log in logs]
-    assert len(wires[0]) > 30 and wires[0] == wires[1]
+    messages = [[event for event in log if isinstance(event, MessageSent)] for log in logs]
+    assert len(messages[0]) > 30 and messages[0] == messages[1]
     for name in ("bytes_up", "bytes_down", "tokens_trained", "rounds"):
         assert runs[0].summary[name] == runs[1].summary[name]
     failed = [[event for event in log if isinstance(event, ClientFailed)] for log in logs]
@@ -242,7 +242,7 @@ def test_ctrl_c_in_the_middle_of_a_stack(data: Path, tmp_path: Path, stack: int)
     assert tree.equal(done.params, whole_run.params)
     assert adapter_hash(done.folder) == adapter_hash(whole_run.folder)
     assert figures(done.folder) == figures(whole_run.folder)
-    assert story(done.folder) == story(whole_run.folder)
+    assert history(done.folder) == history(whole_run.folder)
 
 
 def test_a_run_goes_on_with_another_engine(data: Path, tmp_path: Path) -> None:

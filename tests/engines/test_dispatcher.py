@@ -42,11 +42,11 @@ class Process:
 
 
 @dataclass
-class Team:
-    """Processes of this one."""
+class Group:
+    """Processes of this one, as a `WorkerGroup`."""
 
     deadly: dict[str, int] = field(default_factory=dict)
-    hosts: list[Process] = field(init=False)
+    workers: list[Process] = field(init=False)
     lost: tuple[type[Exception], ...] = (Lost,)
     parameters: int = 7
     asked: list[tuple[int, str, tuple[str, ...]]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Team:
     most: int = 0
 
     def __post_init__(self) -> None:
-        self.hosts = [Process(self.deadly) for _ in range(2)]
+        self.workers = [Process(self.deadly) for _ in range(2)]
 
     def ask(self, place: int, name: str, sent: Sequence[bytes]) -> list[Answer | None]:
         """Asked in this order."""
@@ -63,7 +63,7 @@ class Team:
         self.asked.append((place, name, clients))
         self.open += 1
         self.most = max(self.most, self.open)
-        return self.hosts[place].take(name, clients)
+        return self.workers[place].take(name, clients)
 
     def answer(self, reference: list[Answer | None]) -> Answer:
         """What the process said."""
@@ -74,7 +74,7 @@ class Team:
 
     def replace(self, place: int) -> None:
         """Another one."""
-        self.hosts[place] = Process(self.deadly)
+        self.workers[place] = Process(self.deadly)
 
 
 def update(text: str) -> Update:
@@ -94,9 +94,9 @@ def told(dispatcher: Dispatcher, name: str, asked: Mapping[str, Request]) -> lis
     return found
 
 
-def dispatcher_of(team: Team, *, stack: int = 1, talks: bool = False) -> tuple[Dispatcher, list[Event]]:
+def dispatcher_of(group: Group, *, stack: int = 1, talks: bool = False) -> tuple[Dispatcher, list[Event]]:
     events: list[Event] = []
-    return Dispatcher(team, stack, talks, events.append), events
+    return Dispatcher(group, stack, talks, events.append), events
 
 
 def works(clients: str) -> list[tuple[str, str]]:
@@ -104,51 +104,51 @@ def works(clients: str) -> list[tuple[str, str]]:
 
 
 def test_stacks_are_cut_in_cohort_order_and_dealt_out_in_turn() -> None:
-    dispatcher, events = dispatcher_of(team := Team(), stack=2)
+    dispatcher, events = dispatcher_of(group := Group(), stack=2)
     assert told(dispatcher, "work", requests("abcde")) == works("abcde")
-    assert team.asked == [(0, "work", ("a", "b")), (1, "work", ("c", "d")), (0, "work", ("e",))]
+    assert group.asked == [(0, "work", ("a", "b")), (1, "work", ("c", "d")), (0, "work", ("e",))]
     assert [(e.client, e.direction) for e in events if isinstance(e, MessageSent)] == [
         (who, way) for who in "abcde" for way in ("down", "up")
     ]
 
 
 def test_a_client_is_asked_where_it_was_asked_before() -> None:
-    dispatcher, _ = dispatcher_of(team := Team(), stack=2, talks=True)
+    dispatcher, _ = dispatcher_of(group := Group(), stack=2, talks=True)
     everyone = requests("abcdef")
     told(dispatcher, "keys", everyone)
     told(dispatcher, "work", {who: everyone[who] for who in "bdf"})  # whoever is missing moves nobody
-    assert [place for place, _, _ in team.asked] == [0, 1, 0] * 2
+    assert [place for place, _, _ in group.asked] == [0, 1, 0] * 2
 
 
 def test_only_so_many_stacks_are_under_way() -> None:
-    dispatcher, _ = dispatcher_of(team := Team())
+    dispatcher, _ = dispatcher_of(group := Group())
     assert len(told(dispatcher, "work", requests("abcdefghijklmnop"))) == 16
-    assert team.most == AHEAD * 2
+    assert group.most == AHEAD * 2
 
 
 @pytest.mark.parametrize("losses", range(1, LOSSES))
 def test_a_lost_process_is_replaced_and_asked_again(losses: int) -> None:
-    dispatcher, events = dispatcher_of(team := Team({"c": losses}))
+    dispatcher, events = dispatcher_of(group := Group({"c": losses}))
     assert told(dispatcher, "work", requests("abcdef")) == works("abcdef")
     notes = [event.text for event in events if isinstance(event, EngineAdjusted)]
     assert notes == ["a process was lost while it worked on c (it has ended); another one takes its place"] * losses
-    assert team.asked.count((0, "work", ("c",))) == losses + 1
-    assert team.asked.count((1, "work", ("d",))) == 1
+    assert group.asked.count((0, "work", ("c",))) == losses + 1
+    assert group.asked.count((1, "work", ("d",))) == 1
 
 
 def test_clients_that_cost_three_processes_are_given_up_and_no_others() -> None:
-    dispatcher, events = dispatcher_of(team := Team({"c": 99}))
+    dispatcher, events = dispatcher_of(group := Group({"c": 99}))
     reason = f"{LOSSES} processes were lost while they worked on it (it has ended)"
     assert told(dispatcher, "work", requests("abcdefg")) == [*works("ab"), ("c", reason), *works("defg")]
     assert sum(isinstance(event, EngineAdjusted) for event in events) == LOSSES
-    assert team.asked.count((0, "work", ("c",))) == LOSSES
+    assert group.asked.count((0, "work", ("c",))) == LOSSES
 
 
 def test_what_clients_agreed_on_is_lost_with_their_process() -> None:
-    dispatcher, _ = dispatcher_of(Team({"c": 0}), talks=True)
+    dispatcher, _ = dispatcher_of(Group({"c": 0}), talks=True)
     everyone = requests("abcd")
     told(dispatcher, "keys", everyone)
-    dispatcher.team.hosts[0].deadly["c"] = 1
+    dispatcher.group.workers[0].deadly["c"] = 1
     found = dict(told(dispatcher, "work", everyone))
     assert {who for who, text in found.items() if text == f"work {who}"} == {"a", "b", "d"}
     assert "agreed on" in found["c"]
@@ -157,7 +157,7 @@ def test_what_clients_agreed_on_is_lost_with_their_process() -> None:
 
 
 def test_the_first_question_of_a_round_is_asked_again_even_where_sessions_matter() -> None:
-    dispatcher, _ = dispatcher_of(Team({"c": 1}), talks=True)
+    dispatcher, _ = dispatcher_of(Group({"c": 1}), talks=True)
     everyone = requests("abcd")
     assert told(dispatcher, "keys", everyone) == [(who, f"keys {who}") for who in "abcd"]
     assert dict(told(dispatcher, "work", everyone))["c"] == "work c"
@@ -165,7 +165,7 @@ def test_the_first_question_of_a_round_is_asked_again_even_where_sessions_matter
 
 
 def test_what_is_wrong_with_a_process_ends_the_run() -> None:
-    dispatcher, _ = dispatcher_of(team := Team())
-    team.ask = lambda place, name, sent: ["the disk is full"]  # type: ignore[method-assign, assignment]
+    dispatcher, _ = dispatcher_of(group := Group())
+    group.ask = lambda place, name, sent: ["the disk is full"]  # type: ignore[method-assign, assignment]
     with pytest.raises(RunError, match="the disk is full"):
         told(dispatcher, "work", requests("ab"))

@@ -29,7 +29,7 @@ from fedllm.models.loaded_model import load
 from fedllm.stages.base import Stage
 from tests.doubles.kept import Kept, learn_doubles, pid
 from tests.doubles.processes import DOUBLES
-from tests.runs.small import Stop, StopAt, adapter_hash, events, figures, small, stateful, story, write_records
+from tests.runs.small import Stop, StopAt, adapter_hash, events, figures, history, small, stateful, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,22 +77,24 @@ def told(folder: Path) -> list[dict[str, Any]]:
     """The log, without what an engine says of itself."""
     own = ("engine_chosen", "engine_started", "engine_adjusted", "engine_stopped")
     return [
-        {k: v for k, v in record.items() if k != "engine"} for record in story(folder) if record["event"] not in own
+        {k: v for k, v in record.items() if k != "engine"} for record in history(folder) if record["event"] not in own
     ]
 
 
-def test_one_client_a_stack_gives_the_serial_bits(data: Path, serial: Path, team: RayActors, tmp_path: Path) -> None:
-    found = run(stateful(data, rounds=2), Kept(team), tmp_path)
+def test_one_client_a_stack_gives_the_serial_bits(
+    data: Path, serial: Path, ray_actors: RayActors, tmp_path: Path
+) -> None:
+    found = run(stateful(data, rounds=2), Kept(ray_actors), tmp_path)
     same(found, serial)
     (started,) = (event for event in events(found) if isinstance(event, EngineStarted))
     assert (started.workers, started.stack, started.memory_budget, started.peak) == (2, 1, None, None)
     assert started.parameters == load(stateful(data).task).base.model.num_parameters()
 
 
-def test_stacks_give_the_serial_digits(data: Path, team: RayActors, tmp_path: Path) -> None:
+def test_stacks_give_the_serial_digits(data: Path, ray_actors: RayActors, tmp_path: Path) -> None:
     experiment = stateful(data, rounds=1, task__dtype="float64")
     found = {}
-    for name, engine in {"serial": "serial", "ray": Kept(team, stack=2)}.items():
+    for name, engine in {"serial": "serial", "ray": Kept(ray_actors, stack=2)}.items():
         result = fedllm.run(experiment, engine=engine, out=tmp_path / name)
         found[name] = {leaf: value.double() for leaf, value in result.params.items()}
     start = load(experiment.task).initial_params(experiment.key)
@@ -104,20 +106,20 @@ def test_stacks_give_the_serial_digits(data: Path, team: RayActors, tmp_path: Pa
 
 
 def test_a_secure_sum_of_several_conversations(
-    data: Path, team: RayActors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, ray_actors: RayActors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
     for noun, table in DOUBLES.items():
         for name, cls in table.items():
             monkeypatch.setitem(catalog.NOUNS[noun], name, cls)  # type: ignore[arg-type]
-    ray.get([host.__ray_call__.remote(learn_doubles) for host in team.hosts])
+    ray.get([worker.__ray_call__.remote(learn_doubles) for worker in ray_actors.workers])
     stages = ["scaffold", {"top_k": {"fraction": 0.3}}, "uniform", "rounding"]
     plain = small(data, rounds=2, stages=stages)
     assert isinstance(plain.federation, Shards)
     plain = replace(plain, federation=replace(plain.federation, failures=(ClientOutage("ben", 1, "work"),)))
     secret = override(plain, ["aggregator=masked", "demands.secrecy=true"])
     reference = run(plain, "serial", tmp_path / "plain")
-    found = run(secret, Kept(team), tmp_path / "masked")
+    found = run(secret, Kept(ray_actors), tmp_path / "masked")
     assert adapter_hash(found) == adapter_hash(reference)
     assert saved(found) == saved(reference)
     assert figures(found)["eval"]["federated"]["nll"] == figures(reference)["eval"]["federated"]["nll"]
@@ -125,34 +127,36 @@ def test_a_secure_sum_of_several_conversations(
     assert lost == ["ben"]
 
 
-def test_a_lost_actor_is_replaced_and_changes_no_bit(data: Path, serial: Path, team: RayActors, tmp_path: Path) -> None:
+def test_a_lost_actor_is_replaced_and_changes_no_bit(
+    data: Path, serial: Path, ray_actors: RayActors, tmp_path: Path
+) -> None:
     """It is stopped when round 1 begins, so that it holds requests, and killed a moment later."""
     ray = pytest.importorskip("ray")
-    process, other = ray.get([host.__ray_call__.remote(pid) for host in team.hosts])
+    process, other = ray.get([worker.__ray_call__.remote(pid) for worker in ray_actors.workers])
 
     def kill(event: Event) -> None:
         if isinstance(event, RoundStarted) and event.round == 1:
             os.kill(process, signal.SIGSTOP)
             threading.Timer(0.3, os.kill, (process, signal.SIGKILL)).start()
 
-    found = run(stateful(data, rounds=2), Kept(team), tmp_path, kill)
+    found = run(stateful(data, rounds=2), Kept(ray_actors), tmp_path, kill)
     same(found, serial)
     (note,) = (event for event in events(found) if isinstance(event, EngineAdjusted))
     assert note.round == 1 and "lost while it worked on ann" in note.text and "another one takes its place" in note.text
-    new, same_one = ray.get([host.__ray_call__.remote(pid) for host in team.hosts])
+    new, same_one = ray.get([worker.__ray_call__.remote(pid) for worker in ray_actors.workers])
     assert same_one == other and new not in (process, other)
 
 
-def test_a_run_on_ray_is_resumed_to_the_bit(data: Path, serial: Path, team: RayActors, tmp_path: Path) -> None:
+def test_a_run_on_ray_is_resumed_to_the_bit(data: Path, serial: Path, ray_actors: RayActors, tmp_path: Path) -> None:
     second = StopAt(lambda event: isinstance(event, RoundStarted) and event.round == 1)
     with pytest.raises(Stop):
-        run(stateful(data, rounds=2), Kept(team), tmp_path, second)
-    found = fedllm.run(stateful(data, rounds=2), engine=Kept(team), out=tmp_path / "run", resume=True).folder
+        run(stateful(data, rounds=2), Kept(ray_actors), tmp_path, second)
+    found = fedllm.run(stateful(data, rounds=2), engine=Kept(ray_actors), out=tmp_path / "run", resume=True).folder
     assert adapter_hash(found) == adapter_hash(serial)
     assert saved(found) == saved(serial)
 
 
-def test_an_actor_that_cannot_write_ends_the_run(data: Path, team: RayActors, tmp_path: Path) -> None:
+def test_an_actor_that_cannot_write_ends_the_run(data: Path, ray_actors: RayActors, tmp_path: Path) -> None:
     def block(event: Event) -> None:
         if isinstance(event, RoundStarted):
             clients = tmp_path / "run" / "checkpoints" / "clients"
@@ -160,7 +164,7 @@ def test_an_actor_that_cannot_write_ends_the_run(data: Path, team: RayActors, tm
             clients.write_text("no folder")
 
     with pytest.raises(RunError, match="could not be written"):
-        run(stateful(data, rounds=1), Kept(team), tmp_path, block)
+        run(stateful(data, rounds=1), Kept(ray_actors), tmp_path, block)
 
 
 LIFE = """
@@ -187,9 +191,9 @@ def lives(process):
         return False
 
 try:
-    with Ray(actors=1).started() as team:
-        process = ray.get(team.hosts[0].__ray_call__.remote(pid))
-        launch.run(stateful(data, rounds=2), engine=Kept(team), out=out, listeners=[press])
+    with Ray(actors=1).started() as actors:
+        process = ray.get(actors.workers[0].__ray_call__.remote(pid))
+        launch.run(stateful(data, rounds=2), engine=Kept(actors), out=out, listeners=[press])
 except launch.Interrupted as stopped:
     patience = time.monotonic() + 60  # the system ends it in its own time
     while lives(process) and time.monotonic() < patience:
@@ -225,7 +229,7 @@ def test_settings_are_read() -> None:
     assert engine_of("{ray: {stack: 4, actors: 2, address: auto}}") == Ray(4, 2, None, "auto")
 
 
-def test_more_actors_than_there_is_room_for(data: Path, team: RayActors, tmp_path: Path) -> None:
+def test_more_actors_than_there_is_room_for(data: Path, ray_actors: RayActors, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"actors is 999, but with 3 cores and 0 GPUs.* room for 3; lower"):
         run(small(data), Ray(actors=999), tmp_path)
     assert not (tmp_path / "run").exists()

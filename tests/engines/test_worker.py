@@ -44,13 +44,13 @@ def asked(experiment: Experiment, site: Site) -> Request:
 
 
 def test_a_host_answers_as_a_site_of_this_process(experiment: Experiment, tmp_path: Path) -> None:
-    host = RemoteWorker()
+    worker = RemoteWorker()
     (tmp_path / "memories").mkdir()
-    count = host.initialize(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
+    count = worker.initialize(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
     site = Site.of(experiment, None)
     assert count == site.model.base.model.num_parameters()
     request = asked(experiment, site)
-    ((data, parts),) = host.answers("work", [serialization.serialize(request)])
+    ((data, parts),) = worker.answers("work", [serialization.serialize(request)])
     answer = site.answer("work", request)
     assert data == serialization.serialize(answer)
     assert parts == serialization.part_bytes(answer)
@@ -62,26 +62,26 @@ def test_a_host_answers_as_a_site_of_this_process(experiment: Experiment, tmp_pa
 
 
 def test_a_host_keeps_the_model_of_the_same_task_alone(experiment: Experiment, tmp_path: Path) -> None:
-    host = RemoteWorker()
+    worker = RemoteWorker()
     (tmp_path / "memories").mkdir()
     models = []
     wider = replace(experiment, task=replace(experiment.task, dtype="float64"))
     for other in (experiment, replace(experiment, seed=1), wider):
-        host.initialize(to_text(other), str(tmp_path), str(tmp_path / "memories"))
-        assert host.site is not None and host.site.experiment == other
-        models.append(host.site.model.base)
+        worker.initialize(to_text(other), str(tmp_path), str(tmp_path / "memories"))
+        assert worker.site is not None and worker.site.experiment == other
+        models.append(worker.site.model.base)
     assert models[0] is models[1] is not models[2]
 
 
 def test_what_another_process_cannot_see_is_named(experiment: Experiment, tmp_path: Path) -> None:
-    host, nowhere = RemoteWorker(), str(tmp_path / "nowhere")
+    worker, nowhere = RemoteWorker(), str(tmp_path / "nowhere")
     for place, folder in ((nowhere, str(tmp_path)), (str(tmp_path), nowhere)):
-        told = host.initialize(to_text(experiment), place, folder)
+        told = worker.initialize(to_text(experiment), place, folder)
         assert isinstance(told, str) and nowhere in told and "under one path" in told
-        assert host.answers("work", []) == told
+        assert worker.answers("work", []) == told
     data = json.loads(to_text(experiment))
     data["federation"]["shards"]["data"] = nowhere
-    told = host.initialize(json.dumps(data), str(tmp_path), str(tmp_path))
+    told = worker.initialize(json.dumps(data), str(tmp_path), str(tmp_path))
     assert isinstance(told, str) and nowhere in told
 
 
@@ -91,15 +91,15 @@ def test_python_of_ones_own_is_refused(experiment: Experiment) -> None:
 
 
 def test_memory_that_runs_out_is_a_sentence(experiment: Experiment, tmp_path: Path) -> None:
-    host = RemoteWorker()
+    worker = RemoteWorker()
     (tmp_path / "memories").mkdir()
-    host.initialize(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
-    assert host.site is not None
-    request = serialization.serialize(asked(experiment, host.site))
+    worker.initialize(to_text(experiment), str(tmp_path), str(tmp_path / "memories"))
+    assert worker.site is not None
+    request = serialization.serialize(asked(experiment, worker.site))
 
     def full(jobs: object, model: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    host.site.train = full  # type: ignore[assignment]
-    told = host.answers("work", [request])
+    worker.site.train = full  # type: ignore[assignment]
+    told = worker.answers("work", [request])
     assert isinstance(told, str) and "CUDA out of memory" in told and "lower the engine's stack" in told

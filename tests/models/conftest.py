@@ -10,5 +10,5 @@ from tests.wide import widen
 @pytest.fixture(autouse=True)
 def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not where other processes compute the same, which no patch reaches."""
-    if "team" not in request.fixturenames:
+    if "ray_actors" not in request.fixturenames:
         widen(monkeypatch)

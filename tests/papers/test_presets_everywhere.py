@@ -64,9 +64,9 @@ def serial(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ray_agrees_to_the_bit(
-    method: str, data: Path, tmp_path: Path, team: RayActors, serial: Callable[[str], Tree]
+    method: str, data: Path, tmp_path: Path, ray_actors: RayActors, serial: Callable[[str], Tree]
 ) -> None:
-    found = launch.run(made(method, data), engine=Kept(team), out=tmp_path / "ray")
+    found = launch.run(made(method, data), engine=Kept(ray_actors), out=tmp_path / "ray")
     assert tree.equal(came_to(found), serial(method))
 
 

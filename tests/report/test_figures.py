@@ -27,19 +27,19 @@ from fedllm.report.run_history import RunHistory
 MakeEvents = Callable[..., list[Event]]
 
 
-def story(events: list[Event], label: str = "run") -> RunHistory:
+def history(events: list[Event], label: str = "run") -> RunHistory:
     return RunHistory(label, tuple(events), {}, "")
 
 
-def everything(stories: list[RunHistory]) -> list[Figure]:
+def everything(histories: list[RunHistory]) -> list[Figure]:
     drawn = [
-        draw(stories)
+        draw(histories)
         for draw in (
             *(figures.loss, figures.metrics, figures.clients, figures.traffic, figures.parts, figures.seconds),
             *(diagnostics.figures, groups.by_group),
         )
     ]
-    data = [data for one in stories if (data := one.last(DataReported))]
+    data = [data for one in histories if (data := one.last(DataReported))]
     return [figure for some in drawn for figure in some] + [figure for one in data for figure in figures.partition(one)]
 
 
@@ -53,7 +53,7 @@ def trace(figure: Figure, name: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_plotly_takes_every_figure(events: MakeEvents, count: int) -> None:
-    drawn = everything([story(events(rounds=6), f"run {place}") for place in range(count)])
+    drawn = everything([history(events(rounds=6), f"run {place}") for place in range(count)])
     assert len(drawn) >= 10
     for figure in drawn:
         go.Figure(figure.data)  # validates names and values
@@ -61,7 +61,7 @@ def test_plotly_takes_every_figure(events: MakeEvents, count: int) -> None:
 
 def test_loss_of_rounds_and_of_clients(events: MakeEvents) -> None:
     made = events(rounds=8)
-    (figure,) = figures.loss([story(made)])
+    (figure,) = figures.loss([history(made)])
     assert names(figure) == ["archive", "clinic", "library", "workshop", "all clients"]
     rounds = [event for event in made if isinstance(event, RoundFinished)]
     assert trace(figure, "all clients")["x"] == list(range(1, 9))
@@ -71,11 +71,11 @@ def test_loss_of_rounds_and_of_clients(events: MakeEvents) -> None:
 
 def test_hidden_losses_draw_nothing() -> None:
     hidden = [ClientFinished(0, "a", None, None, 1.0), RoundFinished(0, 1, None, 1, 1, 0, 1.0)]
-    assert figures.loss([story(hidden)]) == []
+    assert figures.loss([history(hidden)]) == []
 
 
 def test_metric_families_of_one_run_and_of_two(events: MakeEvents) -> None:
-    one = story(events(rounds=10))
+    one = history(events(rounds=10))
     nll, match = figures.metrics([one])
     assert (nll.title, names(nll)) == ("nll, per token", ["federated", "base", "local-only", "centralised"])
     assert trace(nll, "federated")["x"] == [5, 10]
@@ -85,16 +85,16 @@ def test_metric_families_of_one_run_and_of_two(events: MakeEvents) -> None:
     assert [figure.title for figure in both] == ["nll, per token", "exact_match, per record"]
     assert [names(figure) for figure in both] == [["run", "other", "base"]] * 2  # the base models score the same
     assert trace(both[0], "base")["y"] == [one.evaluations["base"].metrics["nll"]] * 2
-    apart = figures.metrics([one, story(events(rounds=5, speed=0.5), "other"), story([], "empty")])
+    apart = figures.metrics([one, history(events(rounds=5, speed=0.5), "other"), history([], "empty")])
     assert names(apart[0]) == ["run", "other", "base"]
     lower = [
         replace(e, metrics={"nll": 1.0}) if isinstance(e, Evaluated) and e.which == "base" else e for e in one.events
     ]
-    assert names(figures.metrics([one, story(lower, "lower")])[0])[2:] == ["run base", "lower base"]
+    assert names(figures.metrics([one, history(lower, "lower")])[0])[2:] == ["run base", "lower base"]
 
 
 def test_the_round_axis_begins_and_ends_at_points(events: MakeEvents) -> None:
-    (nll, _) = figures.metrics([story(events(rounds=10))])  # evaluated after rounds 5 and 10
+    (nll, _) = figures.metrics([history(events(rounds=10))])  # evaluated after rounds 5 and 10
     first, last = nll.layout["xaxis"]["range"]
     assert 4.5 < first < 5 and 10 < last < 10.5
     assert trace(nll, "base")["x"] == [first, last]
@@ -102,17 +102,17 @@ def test_the_round_axis_begins_and_ends_at_points(events: MakeEvents) -> None:
 
 def test_a_single_round_shows_points(events: MakeEvents) -> None:
     made = events(rounds=1)
-    for figure in everything([story(made)]):
+    for figure in everything([history(made)]):
         lines = [one for one in figure.traces if one["type"] == "scatter" and one["line"]["dash"] != "dot"]
         assert all(one["mode"] == "lines+markers" for one in lines)
-    (figure,) = figures.loss([story(made)])
+    (figure,) = figures.loss([history(made)])
     assert len(figure.traces) == 5 and figure.layout["xaxis"]["range"] == [0.5, 1.5]
-    assert [figure.title for figure in figures.traffic([story(made)])] == ["Bytes per round"]
+    assert [figure.title for figure in figures.traffic([history(made)])] == ["Bytes per round"]
 
 
 def test_runs_side_by_side_always_have_a_legend(events: MakeEvents) -> None:
     """Also where one of them has nothing to show: a lone line does not say whose it is."""
-    for figure in everything([story(events(rounds=2), "one"), story([], "two")]):
+    for figure in everything([history(events(rounds=2), "one"), history([], "two")]):
         if figure.traces[0]["type"] == "scatter":
             assert figure.layout["showlegend"]
 
@@ -120,7 +120,7 @@ def test_runs_side_by_side_always_have_a_legend(events: MakeEvents) -> None:
 def test_clients_stand_worst_first_whichever_way_is_better(events: MakeEvents) -> None:
     scores = {"a": {"nll": 1.0, "accuracy": 0.1}, "b": {"nll": 3.0, "accuracy": 0.9}, "c": {"nll": 2.0}}
     event = Evaluated("federated", 3, {"nll": 2.0, "accuracy": 0.5}, scores)
-    nll, accuracy = figures.clients([story([event])])
+    nll, accuracy = figures.clients([history([event])])
     assert nll.traces[0]["customdata"] == ["b", "c", "a"]
     assert nll.traces[0]["x"] == [3.0, 2.0, 1.0]
     assert nll.layout["yaxis"]["ticktext"] == ["b", "c", "a"]
@@ -135,7 +135,7 @@ def test_groups_share_one_figure(events: MakeEvents) -> None:
     split = {"nll": 2.0, **{f"nll/{place}": 1.0 + place for place in range(9)}}
     settings = {"evaluation": {"by": "kind"}}
     started = RunStarted("a", "5e90c1d7", "serial", "model", 1, 2, 10, settings, {})
-    run = story([started, Evaluated("base", 0, {"nll": 9.0, "nll/0": 7.0}), Evaluated("federated", 1, split)])
+    run = history([started, Evaluated("base", 0, {"nll": 9.0, "nll/0": 7.0}), Evaluated("federated", 1, split)])
     (figure,) = groups.by_group([run])
     assert figure.title == "nll, per token, by kind"
     assert names(figure) == ["base", "federated"]
@@ -149,29 +149,29 @@ def test_groups_share_one_figure(events: MakeEvents) -> None:
 
 def test_clients_are_split_by_group_where_they_have_several() -> None:
     clients = {"a": {"nll": 1.0, "nll/x": 0.5, "nll/y": 1.5}, "b": {"nll": 3.0, "nll/y": 3.0}}
-    (figure,) = groups.by_client_and_group(story([Evaluated("federated", 1, SPLIT, clients)]))
+    (figure,) = groups.by_client_and_group(history([Evaluated("federated", 1, SPLIT, clients)]))
     assert figure.layout["yaxis"]["ticktext"] == ["b", "a"]
     assert (trace(figure, "x")["customdata"], trace(figure, "x")["x"]) == (["a"], [0.5])
     assert trace(figure, "y")["x"] == [3.0, 1.5]
     own = {"a": {"nll": 1.0, "nll/x": 1.0}, "b": {"nll": 3.0, "nll/y": 3.0}}  # split by the field of the clients
-    assert groups.by_client_and_group(story([Evaluated("federated", 1, SPLIT, own)])) == []
+    assert groups.by_client_and_group(history([Evaluated("federated", 1, SPLIT, own)])) == []
 
 
 def test_bytes_are_added_up_in_mebibytes() -> None:
     rounds = [RoundFinished(place, 1, 1.0, 2**20, 3 * 2**20, 1, 1.0) for place in range(3)]
-    each, added = figures.traffic([story(list(rounds))])
+    each, added = figures.traffic([history(list(rounds))])
     assert trace(each, "up")["y"] == [1.0, 1.0, 1.0]
     assert trace(added, "down")["y"] == [3.0, 6.0, 9.0]
 
 
 def test_what_is_no_part_is_header() -> None:
-    wires = [
+    messages = [
         MessageSent(0, "work", "a", "down", 100, {"params": 90}),
         MessageSent(1, "evaluate", "a", "down", 100, {"params": 90}),
         MessageSent(0, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
         MessageSent(1, "work", "a", "up", 50, {"delta": 40, "metrics": 4}),
     ]
-    assert list(figures.bytes_by_part(story(list(wires))).items()) == [
+    assert list(figures.bytes_by_part(history(list(messages))).items()) == [
         (("up", "delta"), 80),
         (("up", "headers"), 12),
         (("up", "metrics"), 8),
@@ -194,7 +194,7 @@ def test_partition_stacks_labels_and_joins_the_rare_ones() -> None:
 
 
 def test_nothing_is_drawn_from_nothing() -> None:
-    assert everything([story([])]) == []
+    assert everything([history([])]) == []
     assert figures.partition(DataReported({}, {})) == []
 
 
@@ -211,7 +211,7 @@ def test_points_that_are_not_finite_are_left_out(events: MakeEvents) -> None:
     ]
     scores = {"nll": math.inf, "exact_match": 0.5}
     broken.append(Evaluated("federated", 5, scores, {"archive": {"nll": math.nan}, "clinic": {"nll": 2.0}}))
-    drawn = everything([story(broken)])
+    drawn = everything([history(broken)])
     assert trace(drawn[0], "all clients")["x"] == [1, 2, 4, 5]
     for figure in drawn:
         json.loads(figure.json(), parse_constant=pytest.fail)
@@ -237,5 +237,5 @@ def test_plain_text_is_escaped_and_shortened() -> None:
 def test_two_long_names_stay_two_rows() -> None:
     rows = [f"{'x' * 40}{place}{'y' * 40}" for place in range(2)]
     event = Evaluated("federated", 1, {"nll": 1.0}, {row: {"nll": 1.0} for row in rows})
-    (figure,) = figures.clients([story([event])])
+    (figure,) = figures.clients([history([event])])
     assert figure.traces[0]["y"] == [0, 1]

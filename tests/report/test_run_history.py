@@ -71,25 +71,25 @@ def test_effective_agrees_with_a_walk_backwards(events: list[RoundFinished | Res
 
 
 def test_story_reads_curves_and_totals(events: Callable[..., list[Event]], folder: Write) -> None:
-    story = load(folder("archives-5e90c1d7", events(rounds=10)))
-    assert story.label == "archives-5e90c1d7"
-    assert story.model == "SmolLM2-135M-Instruct"
-    assert list(story.evaluations) == ["base", "local_only", "federated", "centralised"]
-    assert list(story.curve("nll")) == [5, 10]
-    assert story.evaluations["federated"].note.startswith("mean over clients")
+    history = load(folder("archives-5e90c1d7", events(rounds=10)))
+    assert history.label == "archives-5e90c1d7"
+    assert history.model == "SmolLM2-135M-Instruct"
+    assert list(history.evaluations) == ["base", "local_only", "federated", "centralised"]
+    assert list(history.curve("nll")) == [5, 10]
+    assert history.evaluations["federated"].note.startswith("mean over clients")
     # 4 clients in 9 rounds and 3 in one
-    assert story.total("bytes_down") == 39 * 1_850_000
-    assert story.total("tokens") == 39 * 2_560
-    assert "rank: 8" in story.settings
+    assert history.total("bytes_down") == 39 * 1_850_000
+    assert history.total("tokens") == 39 * 2_560
+    assert "rank: 8" in history.settings
 
 
 def test_summary_and_experiment_win_where_they_are(events: Callable[..., list[Event]], folder: Write) -> None:
     path = folder("a", events(), {"seconds": 7.5, "bytes_up": None})
     (path / "experiment.yaml").write_text("rounds: 20  # as written\n")
-    story = load(path)
-    assert story.total("seconds") == 7.5
-    assert story.total("bytes_up") == 79 * 1_860_000
-    assert story.settings == "rounds: 20  # as written\n"
+    history = load(path)
+    assert history.total("seconds") == 7.5
+    assert history.total("bytes_up") == 79 * 1_860_000
+    assert history.settings == "rounds: 20  # as written\n"
 
 
 def test_a_loss_is_one_of_a_round_or_of_an_evaluation(folder: Write) -> None:
@@ -99,8 +99,8 @@ def test_a_loss_is_one_of_a_round_or_of_an_evaluation(folder: Write) -> None:
         ClientFailed(1, "a", "y", "evaluate"),
         RoundStarted(1, ("a",)),
     ]
-    story = load(folder("a", [*events, ClientFailed(1, "a", "z")]))
-    assert story.lost == [("round 1", "a", "x"), ("evaluation after round 1", "a", "y"), ("round 2", "a", "z")]
+    history = load(folder("a", [*events, ClientFailed(1, "a", "z")]))
+    assert history.lost == [("round 1", "a", "x"), ("evaluation after round 1", "a", "y"), ("round 2", "a", "z")]
 
 
 def test_bytes_of_an_evaluation_last_as_long_as_it() -> None:
@@ -111,14 +111,14 @@ def test_bytes_of_an_evaluation_last_as_long_as_it() -> None:
 
 def test_values_that_are_not_finite_are_no_points(folder: Write) -> None:
     scores = {"a": {"nll": float("nan")}, "b": {"nll": 1.0}, "c": {}}
-    story = load(folder("a", [Evaluated("federated", 1, {"nll": float("nan")}, scores)]))
-    assert story.curve("nll") == {}
-    assert client_scores(story.evaluations["federated"], "nll") == {"b": 1.0}
+    history = load(folder("a", [Evaluated("federated", 1, {"nll": float("nan")}, scores)]))
+    assert history.curve("nll") == {}
+    assert client_scores(history.evaluations["federated"], "nll") == {"b": 1.0}
 
 
 def test_equal_names_are_told_apart_by_their_paths(folder: Write) -> None:
     one, two, three = folder("x/run", []), folder("y/run", []), folder("z", [])
-    assert [story.label for story in load_all([one, two, three])] == [str(one), str(two), "z"]
+    assert [history.label for history in load_all([one, two, three])] == [str(one), str(two), "z"]
 
 
 def test_errors_name_the_file(tmp_path: Path, folder: Write) -> None:

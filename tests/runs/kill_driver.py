@@ -22,7 +22,7 @@ import torch
 import fedllm
 from fedllm.events import CheckpointSaved, Evaluated, Event, RoundFinished, RunFinished, to_json
 from fedllm.runs.event_log import Log
-from tests.runs.small import adapter_hash, events, figures, rounds_run_again, story
+from tests.runs.small import adapter_hash, events, figures, history, rounds_run_again
 
 OTHERS = 8
 SEAMS = (Evaluated, RoundFinished, CheckpointSaved, RunFinished)
@@ -69,8 +69,8 @@ def kill(settings: dict[str, Any], out: Path, about: dict[str, Any], fault: Faul
 
 def seen(folder: Path) -> dict[str, Any]:
     """What the runs are compared by."""
-    told = json.loads(json.dumps(story(folder)))
-    found = {"adapter": adapter_hash(folder), "figures": figures(folder), "story": told}
+    told = json.loads(json.dumps(history(folder)))
+    found = {"adapter": adapter_hash(folder), "figures": figures(folder), "history": told}
     return {**found, "again": rounds_run_again(folder)}
 
 

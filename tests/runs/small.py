@@ -103,7 +103,7 @@ def events(folder: Path) -> list[Event]:
     return [event for _, event in read(folder / "events.jsonl")]
 
 
-def story(folder: Path) -> list[dict[str, Any]]:
+def history(folder: Path) -> list[dict[str, Any]]:
     """The events that count, without times, marks of a resume, and what each process says of itself."""
     kept = [event for event in effective(events(folder)) if not isinstance(event, OF_A_PROCESS)]
     return [{key: value for key, value in to_json(event).items() if key != "seconds"} for event in kept]

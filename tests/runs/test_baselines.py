@@ -45,7 +45,7 @@ def experiment(cache_folder: Path, tmp_path: Path) -> Experiment:
     )
 
 
-def comparison(experiment: Experiment, events: list[Event] | None = None) -> Baselines:
+def baselines_of(experiment: Experiment, events: list[Event] | None = None) -> Baselines:
     population = experiment.federation.load(experiment.key)
     return Baselines(experiment, load(experiment.task), population, (events if events is not None else []).append)
 
@@ -73,7 +73,7 @@ def textbook(experiment: Experiment, clients: list[str], *, lr: float, times: in
 
 def test_local_only_is_each_client_alone_with_its_optimiser_kept(experiment: Experiment) -> None:
     events: list[Event] = []
-    made = comparison(experiment, events).local_only()
+    made = baselines_of(experiment, events).local_only()
     for client in ("a", "b"):
         expected = textbook(experiment, [client], lr=1e-2, times=1)
         assert made.clients[client]["nll"] == pytest.approx(expected, rel=1e-9)
@@ -107,15 +107,15 @@ def test_a_client_that_cannot_be_trained_is_left_out(experiment: Experiment, mon
 
     monkeypatch.setattr(Baselines, "_cached", trained)
     monkeypatch.setattr(Population, "clients", ("a", "b", "c"))
-    made = comparison(experiment).local_only()
+    made = baselines_of(experiment).local_only()
     assert made.metrics == {"nll": 4.0, "own/nll": 3.0, "own/nll/x": 1.0}
     assert made.note == "lr 0.01; of 2 of 3 clients: nll, own/nll; of 1 of 3 clients: own/nll/x"
     with pytest.raises(RunError, match="its loss is nan"):
-        comparison(experiment).centralised()
+        baselines_of(experiment).centralised()
 
 
 def test_centralised_is_the_pooled_data_with_batches_of_a_whole_cohort(experiment: Experiment) -> None:
-    made = comparison(experiment).centralised()
+    made = baselines_of(experiment).centralised()
     assert made.metrics["nll"] == pytest.approx(textbook(experiment, ["a", "b"], lr=1e-2, times=2), rel=1e-9)
     assert made.metrics["nll"] != pytest.approx(textbook(experiment, ["a", "b"], lr=1e-2, times=1), rel=1e-6)
 
@@ -123,33 +123,33 @@ def test_centralised_is_the_pooled_data_with_batches_of_a_whole_cohort(experimen
 def test_the_best_of_the_rates_is_chosen_and_named(experiment: Experiment) -> None:
     rates = (1e-5, 1e-2)
     tuned = replace(experiment, evaluation=replace(experiment.evaluation, compare_lr=rates))
-    made = comparison(tuned).centralised()
+    made = baselines_of(tuned).centralised()
     losses = {lr: textbook(experiment, ["a", "b"], lr=lr, times=2) for lr in rates}
     best = min(losses, key=lambda lr: losses[lr])
     assert made.note == f"lr {best:g}"
     assert made.metrics["nll"] == pytest.approx(losses[best], rel=1e-9)
 
 
-def test_a_comparison_is_made_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = comparison(experiment).local_only()
+def test_a_baseline_is_computed_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = baselines_of(experiment).local_only()
     monkeypatch.setattr(Baselines, "_train", lambda *_: pytest.fail("trained again"))
     other_method = replace(experiment, evaluation=replace(experiment.evaluation, every=1))
-    assert comparison(other_method).local_only() == first  # how often a run evaluates does not matter to it
+    assert baselines_of(other_method).local_only() == first  # how often a run evaluates does not matter to it
     changed = replace(experiment, work=replace(experiment.work, lr=3e-3))
     with pytest.raises(pytest.fail.Exception):
-        comparison(changed).local_only()
+        baselines_of(changed).local_only()
     monkeypatch.setattr(LoadedModel, "backend", {"kernels": "others"})
     with pytest.raises(pytest.fail.Exception):
-        comparison(experiment).local_only()
+        baselines_of(experiment).local_only()
 
 
 def test_another_content_under_the_same_name_is_made_anew(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the base model, and of what the adapter begins with."""
-    comparison(experiment).centralised()
+    baselines_of(experiment).centralised()
     monkeypatch.setattr(Baselines, "_train", lambda *_: pytest.fail("trained again"))
-    comparison(experiment).centralised()
+    baselines_of(experiment).centralised()
     model, population = load(experiment.task), experiment.federation.load(experiment.key)
     other = copy.deepcopy(model.base.model)
     with torch.no_grad():
@@ -162,18 +162,18 @@ def test_another_content_under_the_same_name_is_made_anew(
         type(model.adapter), "initial_params", lambda self, key: {n: leaf + 1 for n, leaf in fresh(self, key).items()}
     )
     with pytest.raises(pytest.fail.Exception):
-        comparison(experiment).centralised()
+        baselines_of(experiment).centralised()
 
 
 def test_a_damaged_cache_costs_time_alone(experiment: Experiment) -> None:
-    first = comparison(experiment).centralised()
+    first = baselines_of(experiment).centralised()
     for path in (cache_dir() / "compare").glob("*.json"):
         path.write_text("{")
-    assert comparison(experiment).centralised() == first
+    assert baselines_of(experiment).centralised() == first
 
 
 def test_base_scores_are_those_of_the_model_without_an_adapter(experiment: Experiment) -> None:
-    made = comparison(experiment).base()
+    made = baselines_of(experiment).base()
     model, population = load(experiment.task), experiment.federation.load(experiment.key)
     for client, records in population.heldout.items():
         losses = torch.cat(model.sequence_nll({}, [model.encode(record, 200) for record in records]))

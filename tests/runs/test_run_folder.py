@@ -19,7 +19,7 @@ from fedllm.experiment.record import Experiment
 from fedllm.report.run_history import effective
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.folder import Folder, default_folder
-from tests.runs.small import SIZES, Stop, StopAt, adapter_hash, events, small, spec, story
+from tests.runs.small import SIZES, Stop, StopAt, adapter_hash, events, history, small, spec
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_a_start_that_was_cut_off_begins_anew(data: Path, tmp_path: Path, finish
         fedllm.run(small(data), out=tmp_path, name="small", listeners=[StopAt(lambda event: True, 1)])
     assert Checkpoints(tmp_path / "checkpoints", 2).rounds() == []
     fedllm.run(small(data), out=tmp_path, name="small", resume=True)
-    assert story(tmp_path) == story(finished.folder)
+    assert history(tmp_path) == history(finished.folder)
     assert len([event for event in events(tmp_path) if isinstance(event, RunStarted)]) == 1
 
 

@@ -25,7 +25,7 @@ from fedllm.runs import launch, server_round
 from fedllm.runs.baselines import Baselines
 from fedllm.runs.folder import Folder
 from fedllm.runs.loaded_run import open_run
-from tests.runs.small import Stop, StopAt, adapter_hash, command, events, figures, small, stateful, story
+from tests.runs.small import Stop, StopAt, adapter_hash, command, events, figures, history, small, stateful
 
 
 def stopped(experiment: Any, out: Path, *, round: int = 2) -> Path:
@@ -160,14 +160,14 @@ def test_changed_inputs_are_named(own: Any, change: Any, name: str) -> None:
         file.touch()  # other times, the same content
     fedllm.run(own, out=out, listeners=[heard.append])
     assert heard == []
-    before = (figures(out), story(out))
+    before = (figures(out), history(out))
     change()
     fedllm.run(own, out=out, listeners=[heard.append])
     (told,) = heard
     assert isinstance(told, Warned) and f"{name} changed; its figures are of what was there before" in told.text
     with pytest.raises(RunError, match=rf"since the run in unfinished began, .*{name} changed.* put back"):
         fedllm.run(own, out=copied, resume=True)
-    assert (figures(out), story(out)) == before
+    assert (figures(out), history(out)) == before
 
 
 @pytest.mark.parametrize(

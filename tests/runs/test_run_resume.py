@@ -36,11 +36,11 @@ from tests.runs.small import (
     adapter_hash,
     events,
     figures,
+    history,
     rounds_run_again,
     small,
     spec,
     stateful,
-    story,
 )
 
 
@@ -53,7 +53,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> fedllm.Result
 def assert_same(folder: Path, whole: fedllm.Result) -> None:
     assert adapter_hash(folder) == adapter_hash(whole.folder)
     assert figures(folder) == figures(whole.folder)
-    assert story(folder) == story(whole.folder)
+    assert history(folder) == history(whole.folder)
     assert rounds_run_again(folder) == []
 
 
@@ -199,7 +199,7 @@ def test_killed_between_any_two_events(killed: dict[str, Any]) -> None:
     assert min(counts) == 0 and max(counts) == whole["events"] - 1
     for kill in kills:
         assert kill["signal"] == 9, f"{kill['name']}: the run was not killed"
-        for key in ("adapter", "figures", "story"):
+        for key in ("adapter", "figures", "history"):
             assert kill[key] == whole[key], f"{kill['name']}: another {key}"
         assert kill["again"] == [], f"{kill['name']}: completed rounds were run again"
 

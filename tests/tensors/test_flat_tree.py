@@ -1,4 +1,4 @@
-"""Bundles: the same bits as leaf by leaf, whoever shares memory with whom, and how many calls a round makes."""
+"""Flat trees: the same bits as leaf by leaf, whoever shares memory with whom, and how many calls a round makes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def copied(leaves: Tree) -> Tree:
 
 
 def small(*values: float, dtype: torch.dtype = torch.float32) -> Tree:
-    """A bundle of one value a leaf."""
+    """A flat tree of one value a leaf."""
     made = flatten({f"n{place}": torch.tensor([value], dtype=dtype) for place, value in enumerate(values)})
     assert isinstance(made, FlatTree)
     return made
@@ -162,7 +162,7 @@ def test_trees_that_gain_nothing_stay_as_they_are(monkeypatch: pytest.MonkeyPatc
     assert flatten(once) is once
 
 
-def test_a_bundle_is_a_copy_and_its_leaves_are_its_blocks() -> None:
+def test_a_flat_tree_is_a_copy_and_its_leaves_are_its_blocks() -> None:
     leaves = {"a": torch.ones(2).requires_grad_(), "b": torch.ones(2, 2).T}
     made = flatten(leaves)
     assert isinstance(made, FlatTree) and not made["a"].requires_grad
@@ -172,7 +172,7 @@ def test_a_bundle_is_a_copy_and_its_leaves_are_its_blocks() -> None:
     assert not made["b"].any()
 
 
-def test_a_bundle_takes_no_other_leaves() -> None:
+def test_a_flat_tree_takes_no_other_leaves() -> None:
     made, one = small(1, 2), torch.ones(1)
     acts: list[Callable[[], Any]] = [
         lambda: made.__setitem__("n0", one),
@@ -208,7 +208,7 @@ def test_only_the_same_leaves_of_the_same_kind_are_alike() -> None:
     assert not one.alike(one.stacked())
 
 
-def test_results_are_bundles_and_share_no_memory_but_where_they_must() -> None:
+def test_results_are_flat_trees_and_share_no_memory_but_where_they_must() -> None:
     one, other = small(1, 2), small(3, 4)
     before = tree.digest(one), tree.digest(other)
     made = [
@@ -234,16 +234,16 @@ def test_results_are_bundles_and_share_no_memory_but_where_they_must() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_finite_sees_every_leaf_of_a_bundle(bad: float) -> None:
+def test_finite_sees_every_leaf_of_a_flat_tree(bad: float) -> None:
     assert not tree.finite(small(1, bad, 2)) and not tree.finite(small(bad, -bad, 2))
 
 
-def test_leaves_whose_sum_overflows_are_not_finite_in_a_bundle_either() -> None:
+def test_leaves_whose_sum_overflows_are_not_finite_in_a_flat_tree_either() -> None:
     high, low = torch.full((4,), 6e4, dtype=torch.float16), torch.full((4,), -6e4, dtype=torch.float16)
     assert not torch.isfinite(high.sum()) and torch.isfinite(torch.cat([high, low]).sum())  # together they cancel
-    for bundle_it in (dict, flatten):
-        assert not tree.finite(bundle_it({"a": high, "b": low}))
-        assert tree.finite(bundle_it({"a": high[:1], "b": high[1:2]}))  # though their squares overflow
+    for make in (dict, flatten):
+        assert not tree.finite(make({"a": high, "b": low}))
+        assert tree.finite(make({"a": high[:1], "b": high[1:2]}))  # though their squares overflow
 
 
 def test_separate_copies_what_overlaps_and_nothing_else() -> None:
@@ -259,7 +259,7 @@ def test_separate_copies_what_overlaps_and_nothing_else() -> None:
     assert parts["middle"].tolist() == [2, 3] and parts["end"].tolist() == [8, 9]
 
 
-def test_messages_and_checkpoints_of_bundles_are_those_of_plain_trees(tmp_path: Path) -> None:
+def test_messages_and_checkpoints_of_flat_trees_are_those_of_plain_trees(tmp_path: Path) -> None:
     one = small(1, 2, 3)
     update = Update({"delta": Part(one, 2.0), "more": Part(one, 0.0)})
     plainly = Update({name: replace(part, tree=copied(part.tree)) for name, part in update.parts.items()})
@@ -276,7 +276,7 @@ def test_messages_and_checkpoints_of_bundles_are_those_of_plain_trees(tmp_path: 
     assert loaded is not None and isinstance(loaded.params, FlatTree) and tree.equal(loaded.params, one)
 
 
-def test_the_sum_of_bundles_and_plain_trees() -> None:
+def test_the_sum_of_flat_trees_and_plain_trees() -> None:
     def call(name: str, asked: Mapping[str, Request]) -> Replies:
         for place, kind in enumerate((flatten, flatten, dict, flatten)):
             yield str(place), Update({"delta": Part(kind(dict(small(place, 10 * place))), 1.0)})
@@ -341,7 +341,7 @@ def test_an_empty_round_makes_less_than_one_call_a_leaf(
     assert two_rounds(setting, 1)[1] > 5 * len(params)  # so they are counted
 
 
-def test_rounds_in_bundles_have_the_bits_of_rounds_leaf_by_leaf(
+def test_rounds_in_flat_trees_have_the_bits_of_rounds_leaf_by_leaf(
     tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting, results = experiment_of(write_records(tmp_path / "people.jsonl")), []
@@ -378,7 +378,7 @@ def test_views_are_made_when_they_are_asked_for_and_once(monkeypatch: pytest.Mon
         doubled["other"]
 
 
-def test_bundles_are_compared_and_shown_by_their_leaves() -> None:
+def test_flat_trees_are_compared_and_shown_by_their_leaves() -> None:
     one, two, other = small(1.0, 2.0), small(1.0, 2.0), small(1.0, 3.0)
     assert one == two and one == dict(two) and dict(one) == two
     assert one != other and one != dict(other) and dict(one) != other and one != {}
@@ -387,15 +387,15 @@ def test_bundles_are_compared_and_shown_by_their_leaves() -> None:
 
 COPIES: Mapping[str, Callable[[Any], Mapping[str, torch.Tensor]]] = {
     "dict": dict,
-    "unpacked": lambda bundle: {**bundle},
-    "keywords": lambda bundle: dict(**bundle),
-    "or": lambda bundle: bundle | {},
-    "or from the right": lambda bundle: {} | bundle,
-    "or in place": lambda bundle: {}.__ior__(bundle),
-    "update": lambda bundle: [found := {}, found.update(bundle)][0],
-    "copy": lambda bundle: bundle.copy(),
-    "items": lambda bundle: dict(bundle.items()),
-    "values": lambda bundle: dict(zip(bundle, bundle.values(), strict=True)),
+    "unpacked": lambda flat: {**flat},
+    "keywords": lambda flat: dict(**flat),
+    "or": lambda flat: flat | {},
+    "or from the right": lambda flat: {} | flat,
+    "or in place": lambda flat: {}.__ior__(flat),
+    "update": lambda flat: [found := {}, found.update(flat)][0],
+    "copy": lambda flat: flat.copy(),
+    "items": lambda flat: dict(flat.items()),
+    "values": lambda flat: dict(zip(flat, flat.values(), strict=True)),
     "a shallow copy": copy.copy,
     "a deep copy": copy.deepcopy,
 }

@@ -30,7 +30,7 @@ Answer = list[tuple[bytes, Mapping[str, int] | None]] | str  # replies, or what 
 class WorkerGroup(Protocol):
     """Processes by place. `lost`: the exceptions that say that one is. `parameters`: of their base model."""
 
-    hosts: list[Any]
+    workers: list[Any]
     parameters: int
     lost: tuple[type[Exception], ...]
 
@@ -64,9 +64,9 @@ class PendingStack:
 
 @dataclass(eq=False)
 class Dispatcher:
-    """Answers calls with the processes of a team. `talks`: sessions matter, as clients are asked more than once."""
+    """Answers calls with the processes of a group. `talks`: sessions matter, as clients are asked more than once."""
 
-    team: WorkerGroup
+    group: WorkerGroup
     stack: int
     talks: bool
     emit: Emit
@@ -82,9 +82,9 @@ class Dispatcher:
         """
         if not self.started:
             self.started = True
-            self.emit(EngineStarted(len(self.team.hosts), self.stack, None, self.team.parameters, None))
-        todo = self._errands(name, requests)
-        under_way = deque(islice(todo, AHEAD * len(self.team.hosts)))
+            self.emit(EngineStarted(len(self.group.workers), self.stack, None, self.group.parameters, None))
+        todo = self._pending_stacks(name, requests)
+        under_way = deque(islice(todo, AHEAD * len(self.group.workers)))
         while under_way:
             replies = self._replies(under_way)
             pending = under_way.popleft()
@@ -92,33 +92,33 @@ class Dispatcher:
                 yield str(request.ctx.client), receive(name, request, ReceivedReply.of(reply, name, request), self.emit)
             under_way.extend(islice(todo, 1))
 
-    def _errands(self, name: str, requests: Mapping[str, Request]) -> Iterator[PendingStack]:
-        for number, group in groupby(requests.values(), key=lambda request: request.ctx.slot // self.stack):
-            part = list(group)
+    def _pending_stacks(self, name: str, requests: Mapping[str, Request]) -> Iterator[PendingStack]:
+        for number, asked in groupby(requests.values(), key=lambda request: request.ctx.slot // self.stack):
+            part = list(asked)
             moment = (part[0].ctx.round, part[0].ctx.key)
             if moment != self.moment:
                 self.moment, self.homes = moment, {}
             sent = [serialization.serialize(request) for request in part]
             bound = self.talks and number in self.homes
-            pending = PendingStack(name, number, number % len(self.team.hosts), part, sent, bound)
+            pending = PendingStack(name, number, number % len(self.group.workers), part, sent, bound)
             self._send(pending)
             yield pending
 
     def _send(self, pending: PendingStack) -> None:
-        host = self.team.hosts[pending.place]
-        if pending.bound and self.homes[pending.number] is not host:
+        worker = self.group.workers[pending.place]
+        if pending.bound and self.homes[pending.number] is not worker:
             pending.reason = "its process was lost, and with it what it had agreed on in this round"
         if not pending.reason:
-            self.homes[pending.number] = host
-            pending.reference = self.team.ask(pending.place, pending.name, pending.sent)
+            self.homes[pending.number] = worker
+            pending.reference = self.group.ask(pending.place, pending.name, pending.sent)
 
     def _replies(self, under_way: Sequence[PendingStack]) -> list[Reply]:
         """Those of the first stack under way. Whatever a lost process had been asked for is asked of the next one."""
         pending = under_way[0]
         while not pending.reason:
             try:
-                found = self.team.answer(pending.reference)
-            except self.team.lost as error:
+                found = self.group.answer(pending.reference)
+            except self.group.lost as error:
                 self._replaced(pending, str(error).partition("\n")[0].rstrip(". "))
                 for other in under_way:
                     if other.place == pending.place:
@@ -141,4 +141,4 @@ class Dispatcher:
         self.emit(EngineAdjusted(pending.requests[0].ctx.round, text))
         if pending.losses == LOSSES:
             pending.reason = f"{LOSSES} processes were lost while they worked on it ({why})"
-        self.team.replace(pending.place)
+        self.group.replace(pending.place)

@@ -76,7 +76,7 @@ class Ray(Engine):
         """
         _text(experiment)  # before anything starts
         device = experiment.task.device
-        with one_thread(), self.started(device) as team, team.serving(experiment, folder, self.stack, emit) as call:
+        with one_thread(), self.started(device) as actors, actors.serving(experiment, folder, self.stack, emit) as call:
             yield call
 
     @contextmanager
@@ -84,11 +84,11 @@ class Ray(Engine):
         """The actors, until closed, for tasks on a device. They may serve several experiments, one after another."""
         ray = _imported()
         with self._connected(ray):
-            team = RayActors(ray, *self._share(ray.cluster_resources(), device))
+            actors = RayActors(ray, *self._share(ray.cluster_resources(), device))
             try:
-                yield team
+                yield actors
             finally:
-                team.close()
+                actors.close()
 
     @contextmanager
     def _connected(self, ray: Any) -> Iterator[None]:
@@ -146,7 +146,7 @@ class RayActors:
         )
         self._charge: tuple[str, ...] = ()
         self.parameters = 0
-        self.hosts = [self._host() for _ in range(actors)]
+        self.workers = [self._worker() for _ in range(actors)]
 
     @contextmanager
     def serving(self, experiment: Experiment, folder: Path | None, stack: int, emit: Emit) -> Iterator[Call]:
@@ -160,7 +160,7 @@ class RayActors:
             memories.mkdir(parents=True, exist_ok=True)  # an actor that does not see it does not share the disk
             self._charge = (_text(experiment), os.getcwd(), str(memories))
             try:
-                begun = self._ray.get([host.initialize.remote(*self._charge) for host in self.hosts])
+                begun = self._ray.get([worker.initialize.remote(*self._charge) for worker in self.workers])
             except self.lost as error:
                 raise RunError(
                     f"a Ray actor was lost before it had loaded {experiment.task.model} ({_brief(error)})"
@@ -173,7 +173,7 @@ class RayActors:
 
     def ask(self, place: int, name: str, sent: Sequence[bytes]) -> Any:
         """Ray's reference to an answer to come. An actor answers in the order in which it is asked."""
-        return self.hosts[place].answers.remote(name, list(sent))
+        return self.workers[place].answers.remote(name, list(sent))
 
     def answer(self, reference: Any) -> Answer:
         """Wait for it. Raises one of `lost` if the actor was."""
@@ -182,16 +182,16 @@ class RayActors:
 
     def replace(self, place: int) -> None:
         """A new actor, which begins where the old one did. The old one, should it live, is ended first."""
-        self._ray.kill(self.hosts[place])
-        self.hosts[place] = self._host()
-        self.hosts[place].initialize.remote(*self._charge)  # its trouble is its answer to what follows
+        self._ray.kill(self.workers[place])
+        self.workers[place] = self._worker()
+        self.workers[place].initialize.remote(*self._charge)  # its trouble is its answer to what follows
 
     def close(self) -> None:
         """End the processes."""
-        for host in self.hosts:
-            self._ray.kill(host)
+        for worker in self.workers:
+            self._ray.kill(worker)
 
-    def _host(self) -> Any:
+    def _worker(self) -> Any:
         return self._kind.options(num_cpus=1, num_gpus=self._gpus).remote()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""LoRA beside sparse values: the formula left to autograd, places that everybody draws alike, stacks, and refusals."""
+"""LoRA beside sparse values: the formula left to autograd, positions that everybody draws alike, stacks, refusals."""
 
 from __future__ import annotations
 

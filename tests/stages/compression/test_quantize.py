@@ -66,9 +66,9 @@ def test_values_lie_on_the_grid_within_one_step_and_their_codes_come_back(case, 
         wire_format.pack_bits(codes.reshape(-1)[: leaf.numel()], bits), bits, leaf.numel()
     )
     assert torch.equal(wire_format.values(wire_format.quantization_blocks(squeezed, block), scales, leaf.shape), made)
-    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
-    assert isinstance(arrived, Update)
-    assert tree.equal(arrived.parts["delta"].tree, part.tree)
+    received = serialization.deserialize(serialization.serialize(Update({"delta": part})))
+    assert isinstance(received, Update)
+    assert tree.equal(received.parts["delta"].tree, part.tree)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -144,9 +144,9 @@ def test_a_sparse_part_stays_sparse_with_its_zeros(bits):
     assert not part.tree["w"][before == 0].any()
     if bits == 1:
         assert bool((part.tree["w"][before != 0] != 0).all())
-    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
-    assert isinstance(arrived, Update)
-    assert tree.equal(arrived.parts["delta"].tree, part.tree)
+    received = serialization.deserialize(serialization.serialize(Update({"delta": part})))
+    assert isinstance(received, Update)
+    assert tree.equal(received.parts["delta"].tree, part.tree)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -160,9 +160,9 @@ def test_only_the_window_is_rounded_and_sent(bits):
     assert int(part.tree["w"].count_nonzero()) == int(alone.tree["w"].count_nonzero()) > 0, "zeros elsewhere"
     sizes = [serialization.part_bytes(Update({"delta": made})) for made in (part, alone)]
     assert sizes[0] == sizes[1] == {"delta": -(-150 * bits // 8) + 8 * 3}
-    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
-    assert isinstance(arrived, Update)
-    assert tree.equal(arrived.parts["delta"].tree, part.tree)
+    received = serialization.deserialize(serialization.serialize(Update({"delta": part})))
+    assert isinstance(received, Update)
+    assert tree.equal(received.parts["delta"].tree, part.tree)
 
 
 def test_a_product_of_two_parts_is_right_in_the_mean():
@@ -189,9 +189,9 @@ def test_half_precision_becomes_float32_so_that_the_codes_survive():
     leaf = torch.linspace(-1, 1, 300).to(torch.bfloat16)
     part = rounded(Quantize(bits=8), leaf)
     assert part.tree["w"].dtype == torch.float32
-    arrived = serialization.deserialize(serialization.serialize(Update({"delta": part})))
-    assert isinstance(arrived, Update)
-    assert tree.equal(arrived.parts["delta"].tree, part.tree)
+    received = serialization.deserialize(serialization.serialize(Update({"delta": part})))
+    assert isinstance(received, Update)
+    assert tree.equal(received.parts["delta"].tree, part.tree)
 
 
 def test_a_run_at_8_bits_stays_within_the_declared_rounding():

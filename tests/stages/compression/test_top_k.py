@@ -104,9 +104,9 @@ def test_the_wire_carries_positions_and_values_alone():
     part, _ = sent(TopK(fraction=0.05), {"w": torch.arange(1.0, 201.0).reshape(10, 20)}, {})
     message = Update({"delta": Part(part.tree, 1.0, part.wire_format)})
     assert serialization.part_bytes(message) == {"delta": 10 * (4 + 4)}
-    arrived = serialization.deserialize(serialization.serialize(message))
-    assert isinstance(arrived, Update)
-    assert tree.equal(arrived.parts["delta"].tree, part.tree)
+    received = serialization.deserialize(serialization.serialize(message))
+    assert isinstance(received, Update)
+    assert tree.equal(received.parts["delta"].tree, part.tree)
 
 
 def test_an_empty_delta_passes():

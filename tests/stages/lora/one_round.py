@@ -51,19 +51,19 @@ class Round:
     weigher: Stage = ByExamples()
     lost: Sequence[int] = ()
 
-    def trip(self) -> tuple[Stage, ...]:
+    def pipeline(self) -> tuple[Stage, ...]:
         return (self.stage, self.weigher, *self.behind)
 
     def sent(self, k: int) -> Update:
         ctx = RoundContext(0, Key(0), len(self.after), len(self.after), client=str(k), slot=k, profile=self.profile(k))
-        params, extras = broadcast_all(self.trip(), self.server, self.nothing(), ctx)
+        params, extras = broadcast_all(self.pipeline(), self.server, self.nothing(), ctx)
         request = serialization.deserialize(serialization.serialize(Request(params, extras, ctx)))
         assert isinstance(request, Request)
-        scratch = tuple(stage.receive(request.params, {}, {}, ClientContext(ctx))[1] for stage in self.trip())
+        scratch = tuple(stage.receive(request.params, {}, {}, ClientContext(ctx))[1] for stage in self.pipeline())
         delta = tree.sub(self.after[k], request.params)
         local = ClientContext(ctx, {"examples": self.examples[k]}, initial_params=self.server)
         arrival = Received(scratch, tuple(frozenset() for _ in scratch))
-        update, _ = encode_all(self.trip(), Update({"delta": Part(delta)}), arrival, self.nothing(), local)
+        update, _ = encode_all(self.pipeline(), Update({"delta": Part(delta)}), arrival, self.nothing(), local)
         return update
 
     def profile(self, k: int) -> Profile:
@@ -72,7 +72,7 @@ class Round:
 
     def nothing(self) -> tuple[Tree, ...]:
         """No states, no memories."""
-        return tuple({} for _ in self.trip())
+        return tuple({} for _ in self.pipeline())
 
     def result(self) -> Tree:
         """The server's parameters after the round; every message goes over the wire."""
@@ -87,7 +87,7 @@ class Round:
 
         total = Sum().reduce(call, {})
         ctx = RoundContext(0, Key(0), len(self.after), len(self.after))
-        total, _ = decode_all(self.trip(), total, self.server, self.nothing(), ctx)
+        total, _ = decode_all(self.pipeline(), total, self.server, self.nothing(), ctx)
         moves_base = Fact.WRITABLE_BASE in self.stage.traits.needs
         assert total.parts.keys() - ({"base_delta"} if moves_base else set()) == {"delta"}
         return total

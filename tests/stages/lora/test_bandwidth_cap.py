@@ -51,7 +51,7 @@ def capped(*bandwidths: int | None, ranks: Sequence[int] = (16,), cap: LoraCap =
     return Round(server, after, KEEP, EXAMPLES[: len(ranks)], (cap,), bandwidths)
 
 
-def places(part: Part) -> dict[str, set[int]]:
+def positions(part: Part) -> dict[str, set[int]]:
     """Of each factor the components that are on the wire."""
     windows = part.wire_format.windows
     assert all(
@@ -91,7 +91,7 @@ def test_the_numbers_above_are_those_of_the_layers() -> None:
 def test_the_highest_precision_at_which_all_components_fit(bandwidth: int, bits: int) -> None:
     sent = capped(bandwidth).sent(0)
     assert sent.parts["delta"].wire_format.bits == (None if bits == 32 else bits)
-    assert all(found == set(range(16)) for found in places(sent.parts["delta"]).values())
+    assert all(found == set(range(16)) for found in positions(sent.parts["delta"]).values())
     assert serialization.part_bytes(sent) == {"delta": WHOLE[bits], "holders": MARKS}
 
 
@@ -115,7 +115,7 @@ def test_the_components_that_moved_most_and_fit(bandwidth: int, bits: int) -> No
         if size() > bandwidth - MARKS:
             expected[layer].remove(j)
     sent = round.sent(0)
-    assert places(sent.parts["delta"]) == {
+    assert positions(sent.parts["delta"]) == {
         f"{layer}.{f}": expected[layer] for layer in LAYERS for f in ("lora_A", "lora_B")
     }
     assert 0 < sum(map(len, expected.values())) < 32
@@ -131,9 +131,9 @@ def test_what_goes_over_the_wire_is_within_the_bandwidth(bandwidth: int) -> None
         data = serialization.serialize(sent)
         values = len(data) - 8 - int.from_bytes(data[:8], "little")
         assert values == sum(serialization.part_bytes(sent).values()) <= bandwidth
-        assert all(found <= set(range(rank)) for found in places(sent.parts["delta"]).values())
+        assert all(found <= set(range(rank)) for found in positions(sent.parts["delta"]).values())
         for name, marks in sent.parts["holders"].tree.items():
-            assert set(marks.nonzero().flatten().tolist()) == places(sent.parts["delta"])[name]
+            assert set(marks.nonzero().flatten().tolist()) == positions(sent.parts["delta"])[name]
         assert_same_bits(serialization.deserialize(data), sent)
 
 
@@ -188,7 +188,7 @@ def index(axis: int, listed: list[int]) -> list[Any]:
 
 def test_each_component_is_the_mean_over_those_who_sent_it() -> None:
     round = capped(60_000, 200_000, 30_000, ranks=RANKS, cap=LoraCap((32,)))
-    found, sent = round.result(), [places(round.sent(k).parts["delta"]) for k in range(3)]
+    found, sent = round.result(), [positions(round.sent(k).parts["delta"]) for k in range(3)]
     seen = set()
     for name, j in ((name, j) for name in found for j in range(16)):
         having = [k for k in range(3) if j in sent[k][name]]

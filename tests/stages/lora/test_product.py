@@ -149,7 +149,7 @@ def test_adam_acts_on_the_mean_of_the_products(layer: str) -> None:
 
 # Whole runs.
 
-TRIPS: Mapping[str, tuple[Stage, ...]] = {
+PIPELINES: Mapping[str, tuple[Stage, ...]] = {
     "product": (LoraProduct("product"), ByExamples()),
     "behind": (LoraProduct(), Adam(server_lr=0.01), Prox(0.1), TopK(0.3), Uniform()),
 }
@@ -166,10 +166,10 @@ def made(data: Path, *stages: Stage, **settings) -> Experiment:
     return experiment(data, stages=stages, rounds=3, limits=Limits(keep_last=9), federation=federation)
 
 
-@pytest.mark.parametrize("trip", ["product", "behind"])
-def test_stacks_give_the_same_and_a_run_resumes(trip: str, data: Path, tmp_path: Path) -> None:
-    """To the bit from every round. The plain trip, and Ray: tests/conformance."""
-    exp = made(data, *TRIPS[trip])
+@pytest.mark.parametrize("pipeline", ["product", "behind"])
+def test_stacks_give_the_same_and_a_run_resumes(pipeline: str, data: Path, tmp_path: Path) -> None:
+    """To the bit from every round. The plain pipeline, and Ray: tests/conformance."""
+    exp = made(data, *PIPELINES[pipeline])
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
     batched = launch.run(exp, engine=Batched(stack=3), out=tmp_path / "batched").params
     for layer in low_rank.layers(serial):

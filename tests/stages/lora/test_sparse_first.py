@@ -128,24 +128,24 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, [event for event in events if isinstance(event, MessageSent) and event.call == "work"]
 
 
-def parts(wires: Sequence[MessageSent], round: int, direction: str, client: str = "ann") -> dict[str, int]:
-    (found,) = (e for e in wires if (e.round, e.direction, e.client) == (round, direction, client))
+def parts(messages: Sequence[MessageSent], round: int, direction: str, client: str = "ann") -> dict[str, int]:
+    (found,) = (e for e in messages if (e.round, e.direction, e.client) == (round, direction, client))
     return dict(found.parts)
 
 
 def test_sparse_values_travel_first_and_factors_then(finished: tuple[Path, list[MessageSent]]) -> None:
-    _, wires = finished
+    _, messages = finished
     for round in (0, 1):
-        assert parts(wires, round, "up")["delta"] == 4 * sum(COUNTS) == parts(wires, round, "down")["params"]
+        assert parts(messages, round, "up")["delta"] == 4 * sum(COUNTS) == parts(messages, round, "down")["params"]
     for round in (2, 3):
-        assert parts(wires, round, "up")["delta"] == 4 * sum(FACTORS) == parts(wires, round, "down")["params"]
+        assert parts(messages, round, "up")["delta"] == 4 * sum(FACTORS) == parts(messages, round, "down")["params"]
 
 
 def test_what_is_left_is_sent_once_as_values_and_factors(finished: tuple[Path, list[MessageSent]]) -> None:
-    _, wires = finished
+    _, messages = finished
     sent = 4 * (sum(COUNTS) + sum(FACTORS))
-    assert [parts(wires, round, "down").get("base_delta", 0) for round in range(4)] == [0, 0, sent, 0]
-    assert parts(wires, 3, "down", "ben")["base_delta"] == sent, "who has missed it is sent it later"
+    assert [parts(messages, round, "down").get("base_delta", 0) for round in range(4)] == [0, 0, sent, 0]
+    assert parts(messages, 3, "down", "ben")["base_delta"] == sent, "who has missed it is sent it later"
 
 
 def test_the_model_does_not_change_at_the_switch(data: Path, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_bytes_are_those_of_the_clients_own_ranks(stage: Stage) -> None:
         assert sum(held.values()) == 4 * rank * sizes, "rank x (in + out) float32 a layer"
         assert marks <= 4 * 16 * 2 * len(LAYERS)
         ctx = RoundContext(0, Key(0), 3, 3, client=str(k), profile=Profile(rank=rank))
-        params, _ = broadcast_all(round.trip(), round.server, ({}, {}), ctx)
+        params, _ = broadcast_all(round.pipeline(), round.server, ({}, {}), ctx)
         assert tree.num_bytes(params) == 4 * rank * sizes
 
 
@@ -211,11 +211,11 @@ def test_stacks_give_the_same(method: str, data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["hetlora", "haflq"])
-def test_ray_gives_the_same(method: str, data: Path, tmp_path: Path, team: RayActors) -> None:
+def test_ray_gives_the_same(method: str, data: Path, tmp_path: Path, ray_actors: RayActors) -> None:
     """Ranks that clients remember, and picked components; the others send what these do."""
     exp = made(data, *TRIPS[method], rounds=2)
     serial = launch.run(exp, engine=Serial(), out=tmp_path / "serial").params
-    assert tree.equal(dict(launch.run(exp, engine=Kept(team), out=tmp_path / "ray").params), dict(serial))
+    assert tree.equal(dict(launch.run(exp, engine=Kept(ray_actors), out=tmp_path / "ray").params), dict(serial))
 
 
 def test_a_run_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:

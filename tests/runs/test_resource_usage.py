@@ -37,12 +37,12 @@ def sent(folder: Path, direction: str, call: str = "work") -> list[MessageSent]:
 def test_each_message_is_its_values_and_its_header(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payloads: list[bytes] = []
 
-    def packed(message: serialization.Message) -> bytes:
-        payloads.append(pack(message))
+    def recorded(message: serialization.Message) -> bytes:
+        payloads.append(serialize(message))
         return payloads[-1]
 
-    pack = serialization.serialize
-    monkeypatch.setattr(serialization, "serialize", packed)
+    serialize = serialization.serialize
+    monkeypatch.setattr(serialization, "serialize", recorded)
     fedllm.run(small(data, rounds=2), out=tmp_path / "run", engine="serial")  # one message after another
     messages = [event for event in events(tmp_path / "run") if isinstance(event, MessageSent)]
     assert len(messages) == len(payloads) == 2 * 2 * (3 + 3)  # rounds x directions x (work and evaluate of 3 clients)
@@ -150,14 +150,14 @@ def test_a_limit_that_the_last_round_meets_has_ended_nothing(data: Path, tmp_pat
     assert [event.note for event in events(tmp_path / "run") if isinstance(event, RunFinished)] == [""]
 
 
-def test_ledger_adds_by_direction_and_empties() -> None:
-    ledger = TrafficMeter()
+def test_traffic_meter_adds_by_direction_and_empties() -> None:
+    meter = TrafficMeter()
     for size, call, direction in ((1, "work", "up"), (20, "work", "down"), (300, "evaluate", "up"), (7, "keys", "up")):
-        ledger(MessageSent(0, call, "a", direction, size, {}))
-    ledger(Resumed(3))
-    taken = ledger.reset()
+        meter(MessageSent(0, call, "a", direction, size, {}))
+    meter(Resumed(3))
+    taken = meter.reset()
     assert (taken.bytes_up, taken.bytes_down, taken.evaluation_bytes) == (8, 20, 300)
-    assert ledger.reset() == type(taken)()
+    assert meter.reset() == type(taken)()
 
 
 def test_time_between_processes_is_not_counted() -> None:
