@@ -50,7 +50,7 @@ class BaseDeltaStore:
             return self.held[known[-1]]
         path = self._path(known[-1])
         trees = read_tree(path, "without it the clients here cannot take part; bring it back from a copy")
-        versions = {int(name.partition("/")[0].removeprefix("delta")) for name in trees}
+        versions = {int(name.partition("/")[0].removeprefix("steps")) for name in trees}
         return BaseDelta.of(trees, sorted(versions))
 
     def save(self, base_delta: BaseDelta) -> None:

@@ -1,7 +1,7 @@
 """Requests, updates and failures as bytes, and back. No pickle: a safetensors file (`safetensors_io`).
 
 Its text is JSON: the kind of message, the facts of the step, weights and wire formats of the parts. Tensor keys of a
-request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `delta3/LEAF` for what version 3 of the frozen
+request: `params/LEAF`, `extra0/LEAF` for the first stage's extra and `steps3/LEAF` for what version 3 of the frozen
 weights adds; of an update: `part0/LEAF` for the first part of the header. A packed tensor is stored as `part0/LEAF`
 (codes, or values) and `scale0/LEAF` or `index0/LEAF`.
 """
@@ -97,7 +97,7 @@ def serialize(message: Message) -> bytes:
         case Request():
             trees["params"] = message.params
             trees |= {f"extra{place}": extra for place, extra in enumerate(message.extras)}
-            trees |= {f"delta{version}": step for version, step in message.base_delta.steps.items()}
+            trees |= {f"steps{version}": step for version, step in message.base_delta.steps.items()}
             extras, steps = [len(extra) for extra in message.extras], list(message.base_delta.steps)
             header = _Request(message.ctx, extras, steps, message.base_delta.after)
         case Update():
@@ -259,7 +259,7 @@ def _written(dtype: torch.dtype, shape: Sequence[int]) -> str:
 def _base_delta(header: _Request, trees: Mapping[str, Tree]) -> BaseDelta:
     rising = all(low < high for low, high in pairwise([header.after, *header.steps]))
     _demand(rising, "the versions of its base delta do not rise")
-    return BaseDelta({version: trees[f"delta{version}"] for version in header.steps}, header.after)
+    return BaseDelta({version: trees[f"steps{version}"] for version in header.steps}, header.after)
 
 
 def _part(place: int, entry: _Part, trees: Mapping[str, Tree]) -> Part:

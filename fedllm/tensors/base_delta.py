@@ -69,13 +69,13 @@ class BaseDelta:
         return BaseDelta(_thinned({at: leaves for at, leaves in sorted(found.items()) if leaves}), self.after)
 
     def joined_trees(self) -> Tree:
-        """All leaves as one tree: `delta3/LEAF` of version 3."""
-        return tree.add_prefix(**{f"delta{at}": leaves for at, leaves in self.steps.items()})
+        """All leaves as one tree: `steps3/LEAF` of version 3."""
+        return tree.add_prefix(**{f"steps{at}": leaves for at, leaves in self.steps.items()})
 
     @staticmethod
     def of(joined: Mapping[str, Tensor], versions: Sequence[int], after: int = 0) -> BaseDelta:
         """From what `joined_trees` made."""
-        return BaseDelta({at: tree.select_prefix(joined, f"delta{at}") for at in versions}, after)
+        return BaseDelta({at: tree.select_prefix(joined, f"steps{at}") for at in versions}, after)
 
     @property
     def num_bytes(self) -> int:
