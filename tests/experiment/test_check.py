@@ -642,7 +642,7 @@ def test_every_fact_is_spoken_of_by_a_component_of_the_catalog():
 @pytest.mark.parametrize("fact", Fact)
 def test_a_word_of_the_party_stands_in_place_of_the_rows(fact):
     def party(name: str, needs: Fact = NONE, loses: Fact = NONE) -> Party:
-        return Party("", name, Traits(), needs, loses, words={fact: f"says why ({name})"})
+        return Party(name, Traits(needs=needs, loses=loses), words={fact: f"says why ({name})"})
 
     sentence = str(Conflict(fact, party("one", fact), party("two", NONE, fact)))
     assert sentence.startswith("one says why (one), but two says why (two); ")

@@ -110,7 +110,7 @@ def _parts(experiment: Experiment, stages: Sequence[Party]) -> None:
                 )
         makers |= dict.fromkeys(makes, name)
         taken |= takes | makes  # a stage's own decode takes what it makes
-        if Fact.FIXED_DENOMINATOR in stage.needs:  # a privacy claim rests on its bound
+        if Fact.FIXED_DENOMINATOR in stage.traits.needs:  # a privacy claim rests on its bound
             bound = name
             for part in sorted(makers.keys() - takes):
                 raise CheckError(

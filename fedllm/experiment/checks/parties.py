@@ -1,10 +1,10 @@
-"""Parties: all that have a say in an experiment, with their traits in effect. Stages, the task, the work, the schedule,
-the aggregator, the demands, and a client's profile."""
+"""Parties: all that have a say in an experiment. Stages, the task, the work, the schedule, the aggregator, the demands,
+and a client's profile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 
@@ -22,16 +22,14 @@ class Party:
     """One of them.
 
     Args:
+        traits: those that it declares, and what follows from them and from what it is.
         key: of the experiment file, where `name` does not begin with it.
-        needs, loses: those that are declared, and those that follow from what it is.
         words: what a sentence says of it in place of the row's words, by fact.
     """
 
-    key: str
     name: str
     traits: Traits
-    needs: Fact
-    loses: Fact
+    key: str = ""
     encodes: bool = False
     receives: bool = False
     words: Mapping[Fact, str] = field(default_factory=dict)
@@ -42,13 +40,13 @@ def parties(experiment: Experiment) -> list[Party]:
     work, schedule, aggregator = experiment.work, experiment.schedule, experiment.aggregator
     found = [
         *_of_task(experiment.task),
-        _party(f"work {config_name(work)}", work.traits),
-        _party(f"schedule {config_name(schedule)}", schedule.traits),
+        Party(f"work {config_name(work)}", work.traits),
+        Party(f"schedule {config_name(schedule)}", schedule.traits),
         *_stages(experiment),
-        _party(f"aggregator {config_name(aggregator)}", aggregator.traits),
+        Party(f"aggregator {config_name(aggregator)}", aggregator.traits),
     ]
     if experiment.demands.secrecy:
-        found.append(_party("demands.secrecy", Traits(needs=Fact.HIDDEN)))
+        found.append(Party("demands.secrecy", Traits(needs=Fact.HIDDEN)))
     return found
 
 
@@ -72,8 +70,8 @@ def client(name: str, profile: Profile, task: Task) -> Party:
         needs |= Fact.FITTED
         text = f"has a bandwidth of {profile.bandwidth} bytes a round"
         words = {Fact.FITTED: text, Fact.EQUAL_COMPONENTS: text, **words}
-    loses = Fact.EQUAL_COMPONENTS if needs else NONE
-    return Party("federation", f"client {name}", Traits(needs=needs, loses=loses), needs, loses, words=words)
+    traits = Traits(needs=needs, loses=Fact.EQUAL_COMPONENTS if needs else NONE)
+    return Party(f"client {name}", traits, "federation", words=words)
 
 
 def _of_task(task: Task) -> Iterator[Party]:
@@ -89,24 +87,19 @@ def _of_task(task: Task) -> Iterator[Party]:
     if adapter.needs_weights:
         own = " with init: singular" if isinstance(adapter, Lora) else ""
         words[Fact.WRITABLE_BASE] = f"is {name}{own} and changes the matrices of the base model"
-    yield _party(
-        "task.adapter", Traits(needs=Fact.WRITABLE_BASE if adapter.needs_weights else NONE, loses=loses), words
-    )
+    needs = Fact.WRITABLE_BASE if adapter.needs_weights else NONE
+    yield Party("task.adapter", Traits(needs=needs, loses=loses), words=words)
     if task.scope.freeze:
-        yield _party("task.scope.freeze", Traits(loses=Fact.BOTH_TRAIN | Fact.ANY_RANK))
+        yield Party("task.scope.freeze", Traits(loses=Fact.BOTH_TRAIN | Fact.ANY_RANK))
     if task.scope.alternate:
-        yield _party("task.scope.alternate", Traits(loses=Fact.BOTH_TRAIN))
+        yield Party("task.scope.alternate", Traits(loses=Fact.BOTH_TRAIN))
     if task.quantize is not None:
         words = {Fact.WRITABLE_BASE: f"holds them in {task.quantize}"}
-        yield _party("task.quantize", Traits(loses=Fact.WRITABLE_BASE), words)
+        yield Party("task.quantize", Traits(loses=Fact.WRITABLE_BASE), words=words)
 
 
 def _rank(task: Task) -> int | None:
     return task.adapter.rank if isinstance(task.adapter, Lora) else None
-
-
-def _party(name: str, traits: Traits, words: Mapping[Fact, str] | None = None) -> Party:
-    return Party("", name, traits, traits.needs, traits.loses, words=words or {})
 
 
 def _stage(name: str, stage: Stage) -> Party:
@@ -122,4 +115,4 @@ def _stage(name: str, stage: Stage) -> Party:
     if traits.bracket is Bracket.ADVERSARY:  # an attack does what it likes
         keeps |= Fact.SUM_OF_DELTAS
     loses = traits.loses | (FRAGILE & ~keeps if encodes else NONE)
-    return Party("stages", name, traits, needs, loses, encodes, receives)
+    return Party(name, replace(traits, needs=needs, loses=loses), "stages", encodes, receives)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 from fedllm.experiment.checks.parties import Party
 from fedllm.messages.traits import Bracket, Fact
@@ -61,14 +63,18 @@ class Conflict:
 
 def conflicts(parties: Sequence[Party]) -> Iterator[Conflict]:
     """What parties need and others lose, or nobody gives, in the order of the table."""
-    for fact, row in ROWS.items():
+    needed, lost, given = (
+        reduce(or_, (getattr(party.traits, kind) for party in parties)) for kind in ("needs", "loses", "gives")
+    )
+    missing = needed & MUST_BE_GIVEN & ~given
+    for fact in needed & lost | missing:
         for place, needer in enumerate(parties):
-            if fact not in needer.needs:
+            if fact not in needer.traits.needs:
                 continue
             for at, loser in enumerate(parties):
-                if fact in loser.loses and at != place and row.where(place, at, needer, loser):
+                if fact in loser.traits.loses and at != place and ROWS[fact].where(place, at, needer, loser):
                     yield Conflict(fact, needer, loser)
-            if row.gives and not any(fact in party.traits.gives for party in parties):
+            if fact in missing:
                 yield Conflict(fact, needer, None)
 
 
@@ -86,7 +92,7 @@ def _behind(needer: int, loser: int, one: Party, other: Party) -> bool:
 
 def _in_its_space(needer: int, loser: int, one: Party, other: Party) -> bool:
     """Behind a loser that takes the delta into another shape stands what works on that shape."""
-    return needer < loser or Fact.SHAPE not in other.loses
+    return needer < loser or Fact.SHAPE not in other.traits.loses
 
 
 def _at_its_size(needer: int, loser: int, one: Party, other: Party) -> bool:
@@ -96,19 +102,19 @@ def _at_its_size(needer: int, loser: int, one: Party, other: Party) -> bool:
 
 
 def _put_behind(needer: Party, loser: Party) -> str:
-    return APART if Fact.SUM_OF_DELTAS in needer.needs else "put {loser} behind {needer}"
+    return APART if Fact.SUM_OF_DELTAS in needer.traits.needs else "put {loser} behind {needer}"
 
 
 def _or_on_products(needer: Party, loser: Party) -> str:
-    if Fact.GRADIENTS in needer.needs:  # its local steps are on factors
+    if Fact.GRADIENTS in needer.traits.needs:  # its local steps are on factors
         return APART
-    if Fact.SHAPE in loser.loses and not loser.traits.makes:
+    if Fact.SHAPE in loser.traits.loses and not loser.traits.makes:
         return APART + ", or put {needer} behind {loser}"
     return APART + ", or list lora_product in place of {loser} and before {needer}"
 
 
 def _or_behind(needer: Party, loser: Party) -> str:
-    return APART if Fact.SHAPE in needer.loses else "put {loser} behind {needer}, or " + APART
+    return APART if Fact.SHAPE in needer.traits.loses else "put {loser} behind {needer}, or " + APART
 
 
 def _uniform(needer: Party, loser: Party) -> str:
@@ -180,3 +186,4 @@ ROWS: dict[Fact, Row] = {
                          "adds up others"),
     Fact.SERVER_STATE: Row(_anywhere, "keeps a state on the server from round to round", "has no server"),
 }  # fmt: skip
+MUST_BE_GIVEN = reduce(or_, (fact for fact, row in ROWS.items() if row.gives))
