@@ -12,7 +12,7 @@ from functools import reduce
 from operator import or_
 
 from fedllm.experiment.checks.parties import Party
-from fedllm.messages.traits import Bracket, Fact
+from fedllm.messages.traits import NONE, Bracket, Fact
 
 Text = str | Callable[[Party, Party], str]  # of the needer and the loser; "{needer}" and "{loser}" are their names
 Where = Callable[[int, int, Party, Party], bool]  # places of needer and loser, and the two
@@ -64,7 +64,7 @@ class Conflict:
 def conflicts(parties: Sequence[Party]) -> Iterator[Conflict]:
     """What parties need and others lose, or nobody gives, in the order of the table."""
     needed, lost, given = (
-        reduce(or_, (getattr(party.traits, kind) for party in parties)) for kind in ("needs", "loses", "gives")
+        reduce(or_, (getattr(party.traits, kind) for party in parties), NONE) for kind in ("needs", "loses", "gives")
     )
     missing = needed & MUST_BE_GIVEN & ~given
     for fact in needed & lost | missing:

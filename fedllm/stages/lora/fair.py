@@ -33,7 +33,7 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True)
 class LoraFair(Stage):
-    """Parts "rows" and "columns": the factors of each client (`blocks`). Part "shares": (cohort,), the p_k.
+    """Parts "rows" and "columns": the factors of each client (`stacked_factors`). Part "shares": (cohort,), the p_k.
 
     The server needs the factors of all clients, so whoever sees the sum sees each.
 

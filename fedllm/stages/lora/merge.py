@@ -30,8 +30,8 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True)
 class LoraMerge(Stage):
-    """Parts "rows" and "columns": the factors of each client (`blocks`). Part "base_delta", the server's: what is
-    merged.
+    """Parts "rows" and "columns": the factors of each client (`stacked_factors`). Part "base_delta", the server's:
+    what is merged.
 
     The server needs the factors of all clients, and the stack shows them to every client. No settings give FedAvg: the
     mean of the products is none of the factors.

@@ -29,8 +29,8 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True)
 class LoraResidual(Stage):
-    """Parts "rows" and "columns": the factors of each client (`blocks`). Part "shares": (cohort,), the p_k. Part
-    "base_delta", the server's: the residual.
+    """Parts "rows" and "columns": the factors of each client (`stacked_factors`). Part "shares": (cohort,), the p_k.
+    Part "base_delta", the server's: the residual.
 
     The server needs the factors of all clients, so whoever sees the sum sees each. No settings give FedAvg: the
     residual is its error.

@@ -117,7 +117,7 @@ def _windows(leaves: Tree, windows: dict[str, Box]) -> WireFormat:
 
 
 def factors_of_client(update: Update, start: Tree, ctx: RoundContext) -> Tree:
-    """The delta of one client's factors, from what `stacked` made of it and a weigher multiplied.
+    """The delta of one client's factors, from what `stack_factors` made of it and a weigher multiplied.
 
     Args:
         start: what the client was sent. ctx: that of its request.
