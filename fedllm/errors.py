@@ -8,6 +8,7 @@
     |-- WireError          bytes that do not hold what they claim
     |-- ClientError        one client failed (client, round, step)
     |-- RunError           a run folder, a checkpoint, a resume, a limit that was reached
+    |-- PrivacyError       a privacy guarantee that cannot be given, or not be computed
     `-- MissingExtra       an optional dependency, with its install line
 
 Each message is one sentence: what is wrong, where, and what to do.
@@ -87,6 +88,10 @@ class ClientError(FedllmError):
 
 class RunError(FedllmError):
     """A run folder, a checkpoint, a resume or a limit."""
+
+
+class PrivacyError(FedllmError):
+    """A guarantee of differential privacy that cannot be given, or not be computed."""
 
 
 class MissingExtra(FedllmError):

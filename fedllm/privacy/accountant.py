@@ -1,0 +1,214 @@
+"""Epsilon and delta of a ledger, by Google's dp-accounting: the one file that imports it.
+
+Privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380)
+wherever they know the release; they are rounded upwards, so that epsilon is an upper bound. Renyi divergences (RDP;
+Mironov 2017, arXiv 1702.07476) for a cohort of fixed size, for which dp-accounting has no PLD.
+
+Noise is handed over as std / C for PLD, also under replace-one, where the library doubles the distance itself. Its RDP
+of a Gaussian knows nothing of neighbours, so under replace-one it is handed std / (2 C) here. Halving for PLD, or not
+halving for RDP, is a factor of about 2 in epsilon.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from math import inf
+from typing import Any, Literal, Protocol
+
+from fedllm.errors import MissingExtra, PrivacyError
+from fedllm.privacy.composition import Ledger, Steps, loss_span, smallest_deviation, steps_of
+from fedllm.privacy.releases import Relation, Release
+
+INTERVAL = 1e-4  # width of a bin of the privacy loss: dp-accounting's own default
+PER_DEVIATION = 10  # bins for the standard deviation of one step's loss, at least
+MOST_BINS = 2**20  # for the loss of a whole ledger, about
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """(epsilon, delta) for neighbours of `relation`; `version`: of dp-accounting."""
+
+    epsilon: float
+    delta: float
+    relation: Relation
+    accountant: Literal["pld", "rdp"]
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def epsilon(releases: Ledger, delta: float) -> Guarantee:
+    """The smallest epsilon of all releases together, at `delta`. It is infinite where a release has no noise.
+
+    Args:
+        releases: how often each release was made. Of sums under a `RotationScheme` it is the number of rounds, of which
+            one client is in some; of all others, each counts.
+        delta: above 0 and below 1.
+
+    Raises:
+        PrivacyError: releases of different units or neighbours, a count below 0, a delta that is none.
+        MissingExtra: dp-accounting is not installed.
+    """
+    check_delta(delta)
+    steps = steps_of(releases)
+    return _guarantee(steps, _loss(steps, _interval(steps)).epsilon(delta), delta)
+
+
+def delta_of(releases: Ledger, epsilon: float) -> Guarantee:
+    """The smallest delta of all releases together, at `epsilon` of 0 or more.
+
+    Raises:
+        PrivacyError, MissingExtra: as `epsilon`.
+    """
+    if not 0 <= epsilon < inf:
+        raise PrivacyError(f"epsilon is {epsilon!r}; it must be a number of 0 or more")
+    steps = steps_of(releases)
+    return _guarantee(steps, epsilon, _loss(steps, _interval(steps)).delta(epsilon))
+
+
+def epsilons(by_round: Sequence[Ledger], delta: float, rounds: Sequence[int]) -> list[float]:
+    """Epsilon after each of `rounds`: after 0 it is that of nothing, after n that of `by_round[:n]` together.
+
+    The loss of one step is computed once for all of them, so that some 20 rounds take seconds.
+
+    Raises:
+        PrivacyError, MissingExtra: as `epsilon`.
+    """
+    check_delta(delta)
+    widest = _interval(steps_of(_together(by_round, max(rounds, default=0))))
+    return [_loss(steps_of(_together(by_round, number)), widest).epsilon(delta) for number in rounds]
+
+
+def worst(ledgers: Mapping[str, Ledger], delta: float) -> tuple[str, Guarantee]:
+    """The client whose ledger has the largest epsilon, and that; of equal ones the first by name.
+
+    Raises:
+        PrivacyError, MissingExtra: as `epsilon`.
+    """
+    found = {client: epsilon(ledger, delta) for client, ledger in sorted(ledgers.items())}
+    client = max(found, key=lambda name: found[name].epsilon)
+    return client, found[client]
+
+
+def check_delta(delta: float) -> None:
+    """Raises PrivacyError: `delta` is not above 0 and below 1."""
+    if not 0 < delta < 1:
+        raise PrivacyError(f"delta is {delta!r}; it must be above 0 and below 1, and well below 1 / clients")
+
+
+def _together(by_round: Sequence[Ledger], rounds: int) -> Ledger:
+    total = Counter[Release]()
+    for ledger in by_round[:rounds]:
+        total.update(ledger)
+    return total
+
+
+def _guarantee(steps: Steps, epsilon: float, delta: float) -> Guarantee:
+    return Guarantee(
+        epsilon,
+        delta,
+        steps.relation,
+        "rdp" if steps.fixed_size else "pld",
+        f"dp-accounting {version('dp-accounting')}",
+    )
+
+
+def _interval(steps: Steps) -> float:
+    """The width of a bin: small against one step's loss, so that rounding upwards costs little, and large enough for
+    the loss of all steps to fit into `MOST_BINS`."""
+    if steps.noiseless:
+        return INTERVAL
+    return max(min(INTERVAL, smallest_deviation(steps) / PER_DEVIATION), loss_span(steps) / MOST_BINS)
+
+
+class _Loss(Protocol):
+    """What epsilon and delta are read from."""
+
+    def epsilon(self, delta: float) -> float: ...
+    def delta(self, epsilon: float) -> float: ...
+
+
+@dataclass(frozen=True)
+class _Noiseless:
+    def epsilon(self, delta: float) -> float:
+        return inf
+
+    def delta(self, epsilon: float) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    pld: Any  # dp_accounting's PrivacyLossDistribution
+
+    def epsilon(self, delta: float) -> float:
+        return float(self.pld.get_epsilon_for_delta(delta))
+
+    def delta(self, epsilon: float) -> float:
+        return float(self.pld.get_delta_for_epsilon(epsilon))
+
+
+@dataclass(frozen=True)
+class _Renyi:
+    accountant: Any  # dp_accounting's RdpAccountant
+
+    def epsilon(self, delta: float) -> float:
+        return float(self.accountant.get_epsilon(delta))
+
+    def delta(self, epsilon: float) -> float:
+        return float(self.accountant.get_delta(epsilon))
+
+
+def _loss(steps: Steps, interval: float) -> _Loss:
+    if steps.noiseless:
+        return _Noiseless()
+    return _Renyi(_renyi(steps)) if steps.fixed_size else _Distribution(_distribution(steps, interval))
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting.pld
+        import dp_accounting.rdp
+    except ImportError as error:
+        raise MissingExtra("dp-accounting", "privacy") from error
+    return dp_accounting
+
+
+@lru_cache(maxsize=64)
+def _step(noise: float, rate: float, relation: Relation, interval: float) -> Any:
+    """The privacy loss distribution of one Gaussian step; under replace-one the library doubles the distance."""
+    relations = _library().NeighboringRelation
+    return _library().pld.privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=noise,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=relations.REPLACE_ONE if relation == "replace-one" else relations.ADD_OR_REMOVE_ONE,
+    )
+
+
+def _distribution(steps: Steps, interval: float) -> Any:
+    """The privacy loss distribution of all steps."""
+    total = _library().pld.privacy_loss_distribution.identity(interval)
+    if steps.precision:
+        total = total.compose(_step(steps.precision**-0.5, 1.0, steps.relation, interval))
+    for (noise, rate), count in steps.poisson.items():
+        total = total.compose(_step(noise, rate, steps.relation, interval).self_compose(count))
+    return total
+
+
+def _renyi(steps: Steps) -> Any:
+    """An RDP accountant of all steps. All neighbours are 2 C apart, so it is handed half of each noise."""
+    library = _library()
+    accountant = library.rdp.RdpAccountant(neighboring_relation=library.NeighboringRelation.REPLACE_ONE)
+    for (noise, population, cohort), count in steps.fixed_size.items():
+        event = library.SampledWithoutReplacementDpEvent(population, cohort, library.GaussianDpEvent(noise / 2))
+        accountant.compose(event, count)
+    if steps.precision:
+        accountant.compose(library.GaussianDpEvent(steps.precision**-0.5 / 2))
+    return accountant

@@ -1,0 +1,115 @@
+"""A ledger as the independent Gaussian steps that one client, or one example, has to fear: arithmetic, no library.
+
+Gaussian steps without chance add up in 1 / noise^2, in any order and however they depend on each other (Dong, Roth and
+Su 2022, arXiv 1905.02383, corollary 3.3): they are one Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from fedllm.errors import PrivacyError
+from fedllm.privacy.releases import Relation, Release
+from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme
+
+Ledger = Mapping[Release, int]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Independent steps; noise is std / C throughout.
+
+    Args:
+        relation: of all of them.
+        precision: the sum of 1 / noise^2 over the steps without chance.
+        poisson: how many steps by (noise, rate).
+        fixed_size: how many steps by (noise, population, cohort).
+    """
+
+    relation: Relation
+    precision: float = 0.0
+    poisson: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    fixed_size: Mapping[tuple[float, int, int], int] = field(default_factory=dict)
+
+    @property
+    def noiseless(self) -> bool:
+        """Some step has no noise at all."""
+        noises = [*(noise for noise, _ in self.poisson), *(noise for noise, _, _ in self.fixed_size)]
+        return self.precision == math.inf or 0 in noises
+
+
+def steps_of(releases: Ledger) -> Steps:
+    """The steps of a ledger.
+
+    Raises:
+        PrivacyError: a count below 0, or releases that differ in their units or neighbours.
+    """
+    made = {release: count for release, count in releases.items() if count}
+    for release, count in made.items():
+        if count < 0:
+            raise PrivacyError(f"a release of kind '{release.kind}' was made {count} times; a count must be 0 or more")
+    _check_alike("units", (release.unit for release in made))
+    _check_alike("neighbours", (release.relation for release in made))
+    precision, poisson, fixed_size = 0.0, Counter[tuple[float, float]](), Counter[tuple[float, int, int]]()
+    for release, count in _of_one_client(made):
+        noise, scheme, steps = release.noise_multiplier, release.scheme, count * release.steps
+        if not steps:
+            continue
+        if isinstance(scheme, FixedSizeScheme):
+            fixed_size[noise, scheme.population, scheme.cohort] += steps
+        elif isinstance(scheme, PoissonScheme) and scheme.rate < 1:
+            poisson[noise, scheme.rate] += steps
+        else:
+            precision += steps * noise**-2 if noise else math.inf
+    relation: Relation = next((release.relation for release in made), "add-remove")
+    return Steps(relation, precision, poisson, fixed_size)
+
+
+def _check_alike(what: str, found: Iterable[str]) -> None:
+    values = set(found)
+    if len(values) > 1:
+        names = ", ".join(sorted(values))
+        raise PrivacyError(f"one ledger has releases of different {what} ({names}); account for each by itself")
+
+
+def _of_one_client(releases: Ledger) -> Iterator[tuple[Release, int]]:
+    """Each release with how many of them one client is in. Of sums under rotation it is in as many as the shortest
+    separation allows, and they are taken to be the least noisy ones."""
+    rotated = [release for release in releases if release.kind == "gaussian" and separation(release)]
+    yield from ((release, count) for release, count in releases.items() if release not in rotated)
+    shortest = min((separation(release) for release in rotated), default=1)
+    left = RotationScheme(shortest).participations(sum(releases[release] for release in rotated)) if rotated else 0
+    for release in sorted(rotated, key=lambda release: release.noise_multiplier):
+        taken = min(left, releases[release])
+        left -= taken
+        yield release, taken
+
+
+def separation(release: Release) -> int:
+    """The least number of rounds between two of one client; 0 where no rotation keeps one."""
+    return release.scheme.min_separation if isinstance(release.scheme, RotationScheme) else 0
+
+
+def loss_span(steps: Steps) -> float:
+    """About how far the privacy loss of all steps reaches: its mean plus 8 standard deviations, or 8 times as far as
+    one step's loss does, which is composed in bins as well.
+
+    A step of rate q and noise z has a mean loss of at most q / (2 z^2) and at most q^2 (exp(1 / z^2) - 1), its
+    chi-squared divergence; a sum of losses of mean m has a variance of about 2 m.
+    """
+    doubled = 2.0 if steps.relation == "replace-one" else 1.0
+    mean = steps.precision * doubled**2 / 2
+    reach = 0.0
+    for (noise, rate), count in steps.poisson.items():
+        inverse = (doubled / noise) ** 2
+        mean += count * rate * min(rate * math.expm1(min(inverse, 50.0)), inverse / 2)
+        reach = max(reach, inverse / 2 + 8 * math.sqrt(inverse))
+    return max(mean + 8 * math.sqrt(2 * mean), 8 * reach)
+
+
+def smallest_deviation(steps: Steps) -> float:
+    """About the smallest standard deviation of one sampled step's loss: rate / noise; infinite where there is none."""
+    return min((rate / noise for noise, rate in steps.poisson), default=math.inf)
