@@ -20,12 +20,14 @@ from math import inf
 from typing import Any, Literal, Protocol
 
 from fedllm.errors import MissingExtra, PrivacyError
-from fedllm.privacy.composition import Ledger, Steps, loss_span, smallest_deviation, steps_of
+from fedllm.privacy.composition import Ledger, Steps, loss_span, smallest_deviation, steps_of, undominated
 from fedllm.privacy.releases import Relation, Release
 
 INTERVAL = 1e-4  # width of a bin of the privacy loss: dp-accounting's own default
-PER_DEVIATION = 10  # bins for the standard deviation of one step's loss, at least
-MOST_BINS = 2**20  # for the loss of a whole ledger, about
+FINEST = 5e-6  # below it the library's differences of probabilities are rounding errors
+PER_DEVIATION = 5  # bins for the standard deviation of one step's loss
+MOST_BINS = 2**18  # for the loss of a whole ledger, about
+BINS_ALONE = 2**15  # of a Gaussian alone: nothing is composed, and epsilon is exact at each bin's edge
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,16 @@ def epsilons(by_round: Sequence[Ledger], delta: float, rounds: Sequence[int]) ->
 def worst(ledgers: Mapping[str, Ledger], delta: float) -> tuple[str, Guarantee]:
     """The client whose ledger has the largest epsilon, and that; of equal ones the first by name.
 
+    Epsilon is computed only of clients whose steps are not plainly covered by another one's.
+
     Raises:
-        PrivacyError, MissingExtra: as `epsilon`.
+        PrivacyError, MissingExtra: as `epsilon`; no client at all, or clients of different units or neighbours.
     """
-    found = {client: epsilon(ledger, delta) for client, ledger in sorted(ledgers.items())}
+    check_delta(delta)
+    if not ledgers:
+        raise PrivacyError("there is no client whose epsilon could be the largest; account for one at least")
+    steps = {client: steps_of(ledger) for client, ledger in sorted(ledgers.items())}
+    found = {client: epsilon(ledgers[client], delta) for client in undominated(steps)}
     client = max(found, key=lambda name: found[name].epsilon)
     return client, found[client]
 
@@ -124,7 +132,10 @@ def _interval(steps: Steps) -> float:
     the loss of all steps to fit into `MOST_BINS`."""
     if steps.noiseless:
         return INTERVAL
-    return max(min(INTERVAL, smallest_deviation(steps) / PER_DEVIATION), loss_span(steps) / MOST_BINS)
+    if not steps.poisson:
+        return max(INTERVAL, loss_span(steps) / BINS_ALONE)
+    fine = max(smallest_deviation(steps) / PER_DEVIATION, FINEST)
+    return max(min(INTERVAL, fine), loss_span(steps) / MOST_BINS)
 
 
 class _Loss(Protocol):

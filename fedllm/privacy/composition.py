@@ -106,10 +106,41 @@ def loss_span(steps: Steps) -> float:
     for (noise, rate), count in steps.poisson.items():
         inverse = (doubled / noise) ** 2
         mean += count * rate * min(rate * math.expm1(min(inverse, 50.0)), inverse / 2)
-        reach = max(reach, inverse / 2 + 8 * math.sqrt(inverse))
+        unsampled = inverse / 2 + 8 * math.sqrt(inverse)
+        reach = max(reach, math.log1p(rate * math.expm1(unsampled)) if unsampled < 500 else unsampled)
     return max(mean + 8 * math.sqrt(2 * mean), 8 * reach)
 
 
 def smallest_deviation(steps: Steps) -> float:
     """About the smallest standard deviation of one sampled step's loss: rate / noise; infinite where there is none."""
     return min((rate / noise for noise, rate in steps.poisson), default=math.inf)
+
+
+def undominated(clients: Mapping[str, Steps]) -> list[str]:
+    """Clients among whom is one of the largest epsilon, at any delta; of equal ones the first.
+
+    Raises:
+        PrivacyError: clients with different neighbours, whose epsilons cannot be compared.
+    """
+    _check_alike("neighbours", (steps.relation for steps in clients.values()))
+    kept: list[str] = []
+    for name, steps in clients.items():
+        if not any(covers(clients[other], steps) for other in kept):
+            kept = [*(other for other in kept if not covers(steps, clients[other])), name]
+    return kept
+
+
+def covers(large: Steps, small: Steps) -> bool:
+    """True if each step of `small` can be paired with a step of `large` of its own, of no more noise and no smaller
+    rate, and so costs no more. False may also mean that no such pairs were found."""
+    if any(small.fixed_size.get(key, 0) > large.fixed_size.get(key, 0) for key in small.fixed_size):
+        return False
+    free = Counter(large.poisson)
+    for (noise, rate), count in sorted(small.poisson.items(), key=lambda step: (step[0][0], -step[0][1])):
+        for other in [other for other in free if other[0] <= noise and other[1] >= rate]:
+            taken = min(count, free[other])
+            free[other] -= taken
+            count -= taken
+        if count:
+            return False
+    return small.precision <= large.precision
