@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from math import inf
+from math import inf, sqrt
 from typing import Any, Literal, Protocol
 
 from fedllm.errors import MissingExtra, PrivacyError
@@ -27,7 +27,6 @@ INTERVAL = 1e-4  # width of a bin of the privacy loss: dp-accounting's own defau
 FINEST = 5e-6  # below it the library's differences of probabilities are rounding errors
 PER_DEVIATION = 5  # bins for the standard deviation of one step's loss
 MOST_BINS = 2**18  # for the loss of a whole ledger, about
-BINS_ALONE = 2**15  # of a Gaussian alone: nothing is composed, and epsilon is exact at each bin's edge
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,6 @@ def _interval(steps: Steps) -> float:
     the loss of all steps to fit into `MOST_BINS`."""
     if steps.noiseless:
         return INTERVAL
-    if not steps.poisson:
-        return max(INTERVAL, loss_span(steps) / BINS_ALONE)
     fine = max(smallest_deviation(steps) / PER_DEVIATION, FINEST)
     return max(min(INTERVAL, fine), loss_span(steps) / MOST_BINS)
 
@@ -152,6 +149,21 @@ class _Noiseless:
 
     def delta(self, epsilon: float) -> float:
         return 1.0
+
+
+@dataclass(frozen=True)
+class _Gaussian:
+    """The distribution of a Gaussian alone has a closed form (Balle and Wang 2018, arXiv 1805.06530, theorem 8);
+    `distance`: of neighbours, in standard deviations."""
+
+    distance: float
+
+    def epsilon(self, delta: float) -> float:
+        return float(_library().get_epsilon_gaussian(1 / self.distance, delta))
+
+    def delta(self, epsilon: float) -> float:
+        loss = _library().pld.privacy_loss_mechanism.GaussianPrivacyLoss(1 / self.distance)
+        return float(loss.get_delta_for_epsilon(epsilon))
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,11 @@ class _Renyi:
 def _loss(steps: Steps, interval: float) -> _Loss:
     if steps.noiseless:
         return _Noiseless()
-    return _Renyi(_renyi(steps)) if steps.fixed_size else _Distribution(_distribution(steps, interval))
+    if steps.fixed_size:
+        return _Renyi(_renyi(steps))
+    if steps.precision and not steps.poisson:
+        return _Gaussian(sqrt(steps.precision) * (2 if steps.relation == "replace-one" else 1))
+    return _Distribution(_distribution(steps, interval))
 
 
 def _library() -> Any:
