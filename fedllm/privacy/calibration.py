@@ -11,7 +11,7 @@ from fedllm.privacy.composition import Ledger
 
 CLOSE = 0.995  # of the target; promised is 0.99
 NARROW = 1.002  # two noises this near each other are one
-LEAST, MOST = 2.0**-7, 2.0**20  # noise multipliers that are tried
+LEAST, MOST = 2.0**-5, 2.0**20  # noise multipliers that are tried
 
 
 def noise_multiplier(target_epsilon: float, delta: float, releases_of: Callable[[float], Ledger]) -> float:
