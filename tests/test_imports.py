@@ -40,11 +40,11 @@ FORBIDDEN = {
     "report": {"files", "tensors", "rng"},  # a page is made from the event log alone
     "cli": {"tensors", "messages", "models", "data", "training", "stages", "aggregators", "engines"},
 }
-WITHOUT = {"privacy": {"torch"}}  # not even through another file
+WITHOUT = {"privacy": {"torch", "random", "numpy.random"}}  # not even through another file
 
 # Optional or heavy packages: each is imported in one file, or nowhere outside of the folder named here.
-SINGLE_FILE = {"datasets", "flwr", "flwr_datasets", "nvflare", "plotly", "pyarrow", "ray"}
-SINGLE_FOLDER = {"peft": "models"}
+SINGLE_FILE = {"datasets", "dp_accounting", "flwr", "flwr_datasets", "nvflare", "plotly", "pyarrow", "ray"}
+SINGLE_FOLDER = {"peft": "models", "dp_accounting": "privacy"}
 CODE_LOADERS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {
     *("eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.serialization.load", "torch.jit.load"),
@@ -98,8 +98,16 @@ def purity_faults(modules: Mapping[str, Module]) -> Iterator[str]:
     """Modules that reach what they must do without."""
     for module in modules.values():
         for banned in sorted(WITHOUT.get(module.top, ())):
-            if any(is_inside(name, banned) for name in closure(module.name, modules)):
+            names = closure(module.name, modules) | used_by(module)
+            if any(is_inside(name, banned) for name in names):
                 yield f"{module.name} needs {banned}; {module.top} must do without."
+
+
+def used_by(module: Module) -> set[str]:
+    """Dotted names that a module reads, such as `numpy.random.normal` of `np.random.normal`, or gives another name."""
+    known_as = aliases_of(module)
+    nodes = (node for node in ast.walk(module.source) if isinstance(node, ast.Attribute))
+    return {dotted(node, known_as) for node in nodes} | set(known_as.values())
 
 
 def dependency_faults(modules: Mapping[str, Module]) -> Iterator[str]:
@@ -258,6 +266,23 @@ BAD = {
         {"fedllm/privacy/event.py": "", "fedllm/privacy/__init__.py": "from torch import Tensor"},
         "fedllm.privacy.event needs torch",
     ),
+    "seeded noise": ({"fedllm/privacy/noise.py": "import random"}, "needs random; privacy must do without"),
+    "seeded noise by numpy": (
+        {"fedllm/privacy/noise.py": "import numpy as np\nnp.random.default_rng(1)"},
+        "needs numpy.random; privacy must do without",
+    ),
+    "seeded noise by another name": (
+        {"fedllm/privacy/noise.py": "from numpy import random as r\nr.normal()"},
+        "needs numpy.random; privacy must do without",
+    ),
+    "two accountants": (
+        {
+            "fedllm/privacy/a.py": "import dp_accounting.pld",
+            "fedllm/privacy/b.py": "def f():\n    from dp_accounting import rdp",
+        },
+        "dp_accounting is imported in 2 files",
+    ),
+    "an accountant elsewhere": ({"fedllm/runs/ledger.py": "import dp_accounting"}, "only privacy may"),
     "datasets twice": (
         {"fedllm/models/a.py": "import datasets", "fedllm/data/b.py": "from datasets.x import y"},
         "datasets is imported in 2 files",
@@ -296,7 +321,7 @@ def test_good_modules_pass() -> None:
         "fedllm/stages/base.py": "from fedllm.tensors.tree import Tree\nfrom fedllm.tensors import tree",
         "fedllm/stages/x/prox.py": "from ..base import Stage\nfrom fedllm.privacy.event import Gaussian",
         "fedllm/privacy/__init__.py": "",
-        "fedllm/privacy/event.py": "import math\nfrom fedllm.privacy.accountant import Ledger",
+        "fedllm/privacy/event.py": "import math\nimport numpy as np\nfrom fedllm.privacy.accountant import Ledger",
         "fedllm/privacy/accountant.py": "from fedllm.errors import CheckError",
         "fedllm/errors.py": "",
         "fedllm/models/loaded_model.py": "import peft\nmodel.eval()\nload(trust_remote_code=False)\nyaml.safe_load(1)",
