@@ -207,7 +207,7 @@ def _library() -> Any:
     return dp_accounting
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # some megabytes each
 def _step(noise: float, rate: float, relation: Relation, interval: float) -> Any:
     """The privacy loss distribution of one Gaussian step; under replace-one the library doubles the distance."""
     relations = _library().NeighboringRelation

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from scipy.stats import norm
 
 from fedllm.errors import MissingExtra, PrivacyError
 from fedllm.privacy import accountant
-from fedllm.privacy.accountant import Guarantee, delta_of, epsilon, epsilons, worst
+from fedllm.privacy.accountant import delta_of, epsilon, epsilons, worst
 from fedllm.privacy.releases import Kind, Release
-from fedllm.privacy.schemes import EveryRound, FixedSizeScheme, PoissonScheme, RotationScheme
+from fedllm.privacy.schemes import EveryRound, FixedSizeScheme, PoissonScheme, RotationScheme, Scheme
 
 ROUNDED = 6e-5  # figures of four digits, and the bins
 # rate, noise, steps, delta, epsilon by Google's PLD, by Opacus's PRV (which adds its own error of 0.01)
@@ -275,5 +277,20 @@ def test_the_library_computes_the_divergences_it_was_chosen_for() -> None:
     assert list(other._rdp) == pytest.approx([6.7058e-4, 1.08549e-3, 2.18076e-3, 2.38460e-2, 1.674163e2], rel=1e-4)
 
 
-def test_guarantees_are_values() -> None:
-    assert Guarantee(1.0, 1e-5, "add-remove", "pld", "x") == Guarantee(1.0, 1e-5, "add-remove", "pld", "x")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "privacy-accounting.md"
+SCHEMES: dict[str, Scheme] = {
+    "PoissonScheme": PoissonScheme(20 / 200),
+    "RotationScheme": RotationScheme(10),
+    "FixedSizeScheme": FixedSizeScheme(200, 20),
+    "EveryRound": EveryRound(),
+}
+
+
+def test_the_table_of_the_page_on_accounting() -> None:
+    rows = re.findall(r"\| `(\w+)` \| ([\w-]+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert {row[0] for row in rows} == set(SCHEMES)
+    for name, relation, printed, noise in rows:
+        found = epsilon({Release("gaussian", 2.0, SCHEMES[name]): 50}, 1e-5)
+        assert (found.relation, f"{found.epsilon:.2f}") == (relation, printed)
+        there = epsilon({Release("gaussian", float(noise), SCHEMES[name]): 50}, 1e-5)
+        assert there.epsilon == pytest.approx(8, rel=0.02)
