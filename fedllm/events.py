@@ -163,6 +163,22 @@ class RoundFinished(Event):
 
 
 @dataclass(frozen=True)
+class PrivacySpent(Event):
+    """What all rounds so far have spent of the privacy of one `unit`, a client or an example: (epsilon, delta), None
+    without noise. `noise_multiplier`: noise over clip. `signal_to_noise`: of this round's sum, its 2-norm over that of
+    its noise, estimated from the noised sum; None where clients add the noise."""
+
+    round: int
+    mechanism: str
+    unit: str
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float
+    clip: float
+    signal_to_noise: float | None = None
+
+
+@dataclass(frozen=True)
 class Diagnosed(Event):
     """A round's clients and the aggregation, as the server sees them (docs/explanation/diagnostics.md has the
     formulas); None: does not apply.

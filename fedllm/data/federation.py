@@ -11,6 +11,7 @@ from typing import overload
 from fedllm.errors import Record
 from fedllm.events import DataReported
 from fedllm.messages.context import Profile
+from fedllm.privacy.schemes import Scheme
 from fedllm.rng import Key
 
 
@@ -65,8 +66,16 @@ class Federation:
         return ()
 
     def sample(self, clients: Sequence[str], round: int, key: Key) -> Sequence[str]:
-        """The cohort of a round; may be empty."""
+        """The cohort of a round; may be empty. `key` is the run's."""
         raise NotImplementedError
+
+    def expected_cohort(self, clients: int) -> float:
+        """The expected size of a cohort; it does not depend on who is drawn."""
+        return float(self.largest_cohort(clients))
+
+    def scheme(self, clients: int) -> Scheme | None:
+        """What an accountant of differential privacy may assume of who takes part; None: nothing that it knows."""
+        return None
 
     def largest_cohort(self, clients: int) -> int:
         """How many of so many clients a round asks at most."""

@@ -22,6 +22,7 @@ from fedllm.data.sampling import All, Sampling
 from fedllm.errors import ConfigError, DataError, nearest
 from fedllm.events import DataReported
 from fedllm.messages.context import Profile
+from fedllm.privacy.schemes import Scheme
 from fedllm.rng import Key
 
 ALIKE = Profile()
@@ -88,7 +89,7 @@ class Shards(Federation):
             FedllmError: the data cannot be had or partitioned, or a setting does not fit the clients.
         """
         population = _load(self, key, (_stamp(self.data), _stamp(self.heldout)))
-        self.sampling.draw(population.clients, key)
+        self.sample(population.clients, 0, key)
         for loss in self.failures:
             if loss.client not in population.train:
                 known = nearest(loss.client, population.clients)
@@ -102,11 +103,19 @@ class Shards(Federation):
 
     def sample(self, clients: Sequence[str], round: int, key: Key) -> Sequence[str]:
         """By `sampling`."""
-        return self.sampling.draw(clients, key)
+        return self.sampling.draw(clients, key, round)
 
     def largest_cohort(self, clients: int) -> int:
         """By `sampling`."""
         return self.sampling.most(clients)
+
+    def expected_cohort(self, clients: int) -> float:
+        """By `sampling`."""
+        return self.sampling.expected(clients)
+
+    def scheme(self, clients: int) -> Scheme | None:
+        """By `sampling`."""
+        return self.sampling.scheme(clients)
 
     def failure(self, client: str, round: int, call: str, key: Key) -> str | None:
         """By `failures` and `failure_rate`."""

@@ -18,6 +18,11 @@ class Engine:
         """True if it trains several clients in one pass: the work, the adapter and the model must allow it."""
         return False
 
+    @property
+    def simulates(self) -> bool:
+        """True if whoever runs it plays all clients. Elsewhere draws that everybody can repeat hide nothing."""
+        return True
+
     def open(self, experiment: Experiment, folder: Path | None, emit: Emit) -> AbstractContextManager[Call]:
         """A call that reaches the clients. `folder` holds the clients' memories; `emit` hears of every message."""
         raise NotImplementedError

@@ -18,6 +18,7 @@ from typing import TypeVar
 from fedllm.aggregators.base import ClientSession
 from fedllm.data.federation import Population
 from fedllm.engines.base_model_versions import BaseDeltaStore, BaseModelVersions
+from fedllm.engines.client_noise import FILE, RoundStreams, key_file, seeded_key
 from fedllm.engines.client_store import ClientStore
 from fedllm.engines.lru_cache import SizedLRUCache
 from fedllm.errors import ClientError, FedllmError, RunError, nearest
@@ -27,6 +28,7 @@ from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.models.batch import Example, spared
 from fedllm.models.loaded_model import LoadedModel, load
+from fedllm.privacy.noise import new_key
 from fedllm.stages.round_trip import Received, adjust_grads, changes_gradients, encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
@@ -59,6 +61,7 @@ class Site:
     store: ClientStore
     base_deltas: BaseDeltaStore = field(default_factory=lambda: BaseDeltaStore(None))
     sessions: dict[str, ClientSession] = field(default_factory=dict)
+    noise_key: bytes | None = None  # of clients that add noise; it never leaves the site
 
     def __post_init__(self) -> None:
         self.train: Callable[[Sequence[ClientJob], LoadedModel], Sequence[Outcome]] = self._train
@@ -79,7 +82,8 @@ class Site:
         """
         keep = experiment.limits.keep_last * experiment.limits.checkpoint_every
         data, store = experiment.federation.load(experiment.key), ClientStore(folder, keep)
-        return Site(experiment, model or load(experiment.task), data, store, BaseDeltaStore(folder, keep))
+        shifts, key = BaseDeltaStore(folder, keep), noise_key(experiment, folder)
+        return Site(experiment, model or load(experiment.task), data, store, shifts, noise_key=key)
 
     def answer(self, name: str, request: Request) -> Update | Failure:
         """One call to one client."""
@@ -132,7 +136,8 @@ class Site:
     def _prepared(self, request: Request, examples: Sequence[Example]) -> Prepared:
         client, ctx, model = str(request.ctx.client), request.ctx, self.base_versions.model(request)
         memories = self.store.load(client, ctx.round, len(self.stages))
-        local = ClientContext(ctx, initial_params=self.fresh)
+        noise = None if self.noise_key is None else RoundStreams(self.noise_key, ctx)
+        local = ClientContext(ctx, initial_params=self.fresh, noise=noise)
         params, arrival = receive_all(self.stages, request.params, request.extras, memories, local)
         start, held = self._split(tree.overlay(self.fresh, params), ctx.round)
         # encode and the memories stay on the CPU; what the local steps touch moves to the model
@@ -146,6 +151,7 @@ class Site:
             if changes_gradients(self.stages)
             else None,
             frozen=tree.to(held, device),
+            noise=noise,
         )
         return Prepared(client, job, arrival, memories, local, model)
 
@@ -220,6 +226,20 @@ class Site:
         max_length = self.experiment.work.max_length
         encoded = self.model.encode_all(self.population.train[client], max_length)
         return tuple(example for example in encoded if example is not None)
+
+
+def noise_key(experiment: Experiment, folder: Path | None) -> bytes | None:
+    """The secret key of clients that may have to add noise: in their folder, or of this process. None: nobody adds any.
+
+    Raises:
+        RunError: its file cannot be used.
+    """
+    demand = experiment.demands.privacy
+    if not experiment.private:
+        return None
+    if demand is not None and demand.seeded_noise:
+        return seeded_key(experiment.key)
+    return new_key() if folder is None else key_file(folder / FILE)
 
 
 def _failing(ctx: RoundContext, action: Callable[[], Found]) -> Found | Failure:

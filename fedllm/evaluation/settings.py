@@ -56,6 +56,8 @@ class Evaluation:
             at the best of `compare_lr` by loss on held-out records.
         best: the metric that chooses the best checkpoint; None: the first of `metrics`.
         diagnostics: of the clients' updates in each round, and alarms; None: none.
+        private: in a run with differential privacy no loss, count or score leaves a client, and nobody looks at a
+            single update. False: they do, outside of the guarantee.
     """
 
     metrics: tuple[str, ...] = ("nll",)
@@ -68,6 +70,7 @@ class Evaluation:
     compare_lr: tuple[float, ...] = ()
     best: str | None = None
     diagnostics: Diagnostics | None = Diagnostics()
+    private: bool = True
 
     def __post_init__(self) -> None:
         for name in ("every", "limit"):

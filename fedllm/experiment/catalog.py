@@ -20,7 +20,7 @@ from fedllm.data.partitioners.pathological import Pathological
 from fedllm.data.partitioners.shard import Shard
 from fedllm.data.partitioners.size_skew import SizeSkew
 from fedllm.data.records import PACKAGED
-from fedllm.data.sampling import All, PoissonSampling, Sampling, UniformSampling
+from fedllm.data.sampling import All, PoissonSampling, RotationSampling, Sampling, UniformSampling
 from fedllm.data.shards import Shards
 from fedllm.experiment.schedules import Schedule, Synchronous
 from fedllm.models.adapters.base import Adapter
@@ -53,6 +53,9 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.gaussian_dp import GaussianDp
+from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -89,6 +92,9 @@ STAGES: Table = {
     "lora_merge": LoraMerge,
     "lora_residual": LoraResidual,
     "sparse_first": SparseFirst,
+    "gaussian_dp": GaussianDp,
+    "dp_ftrl": DpFtrl,
+    "local_gaussian": LocalGaussian,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
@@ -103,7 +109,7 @@ NOUNS: Mapping[type, Table] = {
         "pathological": Pathological,
         "shard": Shard,
     },
-    Sampling: {"all": All, "uniform": UniformSampling, "poisson": PoissonSampling},
+    Sampling: {"all": All, "uniform": UniformSampling, "poisson": PoissonSampling, "rotation": RotationSampling},
     Adapter: {
         "lora": Lora,
         "lora_xs": LoraXs,

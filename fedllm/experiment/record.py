@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.aggregators.sum import Sum
@@ -14,6 +16,8 @@ from fedllm.models.task import Task
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.no_figures import NoFigures
 from fedllm.training.base import Work
 
 
@@ -45,10 +49,37 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class PrivacyDemand:
+    """What a run must keep to; a stage or the work adds the noise.
+
+    Args:
+        unit: who is protected: "client", all that one client holds, or "example", one record of a client.
+        target_epsilon: the budget. It sets the noise of a stage whose `noise_multiplier` is null, and ends a run before
+            the round that would pass it; null: no budget.
+        target_delta: null: a tenth of 1 / clients (of 1 / the smallest client's examples), and at most 1e-5.
+        seeded_noise: draw the noise from the run's public key, for tests: it hides nothing.
+    """
+
+    unit: Literal["client", "example"] = "client"
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    seeded_noise: bool = False
+
+    def __post_init__(self) -> None:
+        epsilon, delta = self.target_epsilon, self.target_delta
+        if epsilon is not None and not 0 < epsilon < math.inf:
+            raise ConfigError(f"demands.privacy.target_epsilon is {epsilon}; it must be above 0 and finite")
+        if delta is not None and not 0 < delta < 1:
+            raise ConfigError(f"demands.privacy.target_delta is {delta}; it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
 class Demands:
-    """What `check` must prove or refuse. `secrecy`: the server learns nothing but sums."""
+    """What `check` must prove or refuse. `secrecy`: the server learns nothing but sums. `privacy`: a budget of
+    differential privacy."""
 
     secrecy: bool = False
+    privacy: PrivacyDemand | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +115,17 @@ class Experiment:
 
     @property
     def pipeline(self) -> tuple[Stage, ...]:
-        """The stages of the round trip: `stages`, and first what keeps the tensors that the scope does not share."""
+        """The stages of the round trip: `stages`, and first what keeps the tensors that the scope does not share, and
+        the figures that a private client does not send."""
         share = self.task.scope.share
-        if share == ("*",):
-            return self.stages
-        return (Keep(tuple(f"!{pattern}" for pattern in share)), *self.stages)
+        first: list[Stage] = []
+        if share != ("*",):
+            first.append(Keep(tuple(f"!{pattern}" for pattern in share)))
+        if self.private and self.evaluation.private:
+            first.append(NoFigures())
+        return (*first, *self.stages)
+
+    @property
+    def private(self) -> bool:
+        """Whether a stage or the work promises differential privacy."""
+        return any(isinstance(stage, PrivateStage) for stage in self.stages) or self.work.private

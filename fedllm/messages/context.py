@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
 from fedllm.errors import require
+from fedllm.privacy.noise import NoiseStream
+from fedllm.privacy.releases import Kind
 from fedllm.rng import Key
 
 
@@ -64,13 +67,50 @@ class RoundContext:
         return self.key.fold(self.round, self.client or "", purpose).generator()
 
 
+class ClientNoise(Protocol):
+    """Where one client draws secret noise in one round. The key is the client's own and never leaves it."""
+
+    def stream(self, purpose: str, digest: bytes) -> NoiseStream:
+        """The noise for one purpose. `digest`: of what the noise is added to, or of what that follows from: the same
+        input is given the same noise again, as after a crash, and any other input is given fresh noise."""
+        ...
+
+
+class ServerNoise(Protocol):
+    """Where the server draws secret noise in one round, and where it accounts for what it gives out."""
+
+    def release(self, stage: str, kind: Kind, noise_multiplier: float, digest: bytes) -> NoiseStream:
+        """The noise for one noised sum, once the ledger has it on the disk, with the scheme of the sampler that ran.
+        `digest`: of the sum before the noise."""
+        ...
+
+    def measured(self, noised: float, noise: float) -> None:
+        """For the log: the 2-norm of the noised sum, and the root of the expected square of that of its noise."""
+        ...
+
+
+@dataclass(frozen=True)
+class ServerContext(RoundContext):
+    """The facts of a round on the server, with what nobody else has. Never sent.
+
+    Args:
+        expected: the expected size of a cohort, which does not depend on who was drawn.
+        noise: where secret noise comes from; None where nothing is released, as for an evaluation.
+    """
+
+    expected: float = 0.0
+    noise: ServerNoise | None = None
+
+
 @dataclass(frozen=True)
 class ClientContext:
     """What a stage's client half may know. Never leaves the client; no facts in `receive`.
 
-    `initial_params` holds the initial value of every tensor that the client trains, the same on all clients.
+    `initial_params` holds the initial value of every tensor that the client trains, the same on all clients. `noise`:
+    where the client's secret noise comes from; None in a dry run.
     """
 
     ctx: RoundContext
     facts: Mapping[str, float] = field(default_factory=dict)
     initial_params: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    noise: ClientNoise | None = None

@@ -37,6 +37,7 @@ class Fact(Flag):
     BOTH_TRAIN = auto()  # neither factor stands still in a round
     FIXED_BASIS = auto()  # an entry of lora_A or lora_B stands for the same in all rounds
     FIXED_SIZES = auto()  # a client's tensors keep their size from round to round
+    SAME_TENSORS = auto()  # the same tensors are sent in every round
     PLAIN_MEAN = auto()  # before this place, the step is the mean of the updates
     ONLY_STEP = auto()  # no other stage takes a step of its own on the server
     EQUAL_WEIGHTS = auto()  # every client weighs the same
@@ -74,7 +75,7 @@ class Traits:
 
     Args:
         bracket: of a stage, where it may stand.
-        takes: parts that `encode` reads.
+        takes: parts that `encode` reads. may_take: those that it reads where somebody makes them.
         makes: parts that `encode` adds and the stage's own `decode` removes; of a work, the parts of its updates.
         needs: facts that must hold where it stands.
         gives: facts that hold behind it.
@@ -86,6 +87,7 @@ class Traits:
 
     bracket: Bracket = Bracket.MEANING
     takes: frozenset[str] = frozenset()
+    may_take: frozenset[str] = frozenset()
     makes: frozenset[str] = frozenset()
     needs: Fact = NONE
     gives: Fact = NONE

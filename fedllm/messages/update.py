@@ -41,6 +41,8 @@ class Part:
     weight None: the WEIGH stage decides. w > 0: its own weight. 0: a plain sum, never divided.
     From the WEIGH stage on the tree is weight * values, until its `decode` divides by the sum.
     exact: values that no stage may round; a note for the client's own stages, which is not sent.
+    grid: above 0, the values are multiples of it, a power of two, and their norm is bounded: a stage behind may round
+    them towards zero, to multiples of it; such a note, too.
     answered: on the server, behind the weigher's `decode`: the sum of the weights over what it was divided by. Below 1
     where the denominator counts clients that were lost. What is no difference from what was sent needs it: the old
     value stands for the rest, 1 - answered.
@@ -50,6 +52,7 @@ class Part:
     weight: float | None = None
     wire_format: WireFormat = DENSE
     exact: bool = False
+    grid: float = 0.0
     answered: float = 1.0
 
 

@@ -10,8 +10,7 @@ from fedllm.engines.checksummed_files import RESUME
 from fedllm.engines.client_store import ClientStore
 from fedllm.engines.process_memory import peak_memory
 from fedllm.evaluation.scores import LOWER_IS_BETTER
-from fedllm.events import ClientFinished, DataReported, EngineStarted, Evaluated, Event, read
-from fedllm.experiment.config_file import experiment_hash
+from fedllm.events import ClientFinished, DataReported, EngineStarted, Evaluated, Event, PrivacySpent, read
 from fedllm.experiment.record import Experiment
 from fedllm.files import atomic_folder, to_json_text
 from fedllm.models.base_models.load import Base, materialise
@@ -92,9 +91,9 @@ def summary(
     failure: str = "",
 ) -> dict[str, Any]:
     """The figures of `summary.json`. `failure`: why the run has no result."""
-    told = DataReported | ClientFinished | EngineStarted | Evaluated
+    told = DataReported | ClientFinished | EngineStarted | Evaluated | PrivacySpent
     events = [event for _, event in read(folder.events) if isinstance(event, told)]
-    totals = state.totals
+    totals, spent = state.totals, [event for event in events if isinstance(event, PrivacySpent)]
     evaluated = {event.which: event for event in events if isinstance(event, Evaluated)}
     tables = {
         which: dict(evaluated[which].metrics) if which in evaluated else None
@@ -102,7 +101,7 @@ def summary(
     }
     federated = evaluated.get("federated")
     return {
-        "experiment_hash": experiment_hash(experiment),
+        "experiment_hash": folder.about["experiment_hash"],
         "engine": engine,
         "model": title,
         "rounds": state.round,
@@ -122,7 +121,7 @@ def summary(
         "notes": {which: event.note for which, event in evaluated.items() if event.note},
         "clients": _clients(events, federated),
         "worst": _worst(federated),
-        "epsilon": None,
+        "epsilon": spent[-1].epsilon if spent else None,
     }
 
 

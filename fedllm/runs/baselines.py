@@ -174,8 +174,7 @@ class Baselines:
         return scorer.figures(scorer.sums(model, params, own)).get("nll", math.inf)
 
     def _cohort(self) -> int:
-        key = self.experiment.key.fold("cohort", 0)
-        return max(1, len(self.experiment.federation.sample(self.population.clients, 0, key)))
+        return max(1, len(self.experiment.federation.sample(self.population.clients, 0, self.experiment.key)))
 
     def _cached(self, what: str, work: Work, clients: Sequence[str]) -> Scores:
         whole = dump(replace(self.experiment, work=work))

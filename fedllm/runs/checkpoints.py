@@ -46,6 +46,7 @@ class Checkpoints:
             "base_delta": list(run.base_delta.steps),
             "seen": dict(run.seen),
             "remembered": dict(run.remembered),
+            "spent": list(run.spent),
         }
         with atomic_folder(self._path(run.round), RESUME) as folder:
             write_durably(folder / "server.safetensors", written(trees))
@@ -79,6 +80,7 @@ class Checkpoints:
                 base_delta=BaseDelta.of(trees, facts["base_delta"]),
                 seen=facts["seen"],
                 remembered=facts.get("remembered", {}),
+                spent=facts.get("spent", []),
             )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RunError(f"{folder}/run.json cannot be read ({error}); {advice}") from error

@@ -21,6 +21,7 @@ from fedllm.aggregators.base import Aggregator
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Asked, Part, Request, Update
+from fedllm.privacy.noise import KEY_BYTES, NoiseStream
 from fedllm.rng import Key
 from fedllm.stages.base import Stage
 from fedllm.stages.round_trip import encode_all, receive_all
@@ -39,6 +40,7 @@ class Question:
     stages: tuple[Stage, ...]
     work: Work
     cohort: int
+    population: int
     params: Listed
     extras: tuple[Listed, ...]
     fresh: Listed
@@ -62,6 +64,7 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
         stages=experiment.pipeline,
         work=experiment.work,
         cohort=request.ctx.cohort,
+        population=request.ctx.population,
         params=_listed(request.params),
         extras=tuple(map(_listed, request.extras)),
         fresh=_listed(params),
@@ -79,8 +82,8 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
 def _answer(question: Question) -> Asked | None:
     stages, fresh = question.stages, _zeros(question.fresh)
     memories: list[Tree] = [{} for _ in stages]
-    ctx = RoundContext(0, Key(0), question.cohort, question.cohort, client="")
-    local = ClientContext(ctx, initial_params=fresh)
+    ctx = RoundContext(0, Key(0), question.cohort, question.population, client="")
+    local = ClientContext(ctx, initial_params=fresh, noise=_NoNoise())
     try:
         params, arrival = receive_all(
             stages, _zeros(question.params), list(map(_zeros, question.extras)), memories, local
@@ -105,6 +108,14 @@ def _made(question: Question, start: Tree, ctx: RoundContext) -> tuple[Update, M
     part = made.parts["delta"]
     delta = {name: part.tree[name].expand(leaf.shape) for name, leaf in start.items()}
     return made.having("delta", replace(part, tree=delta)), facts
+
+
+class _NoNoise:
+    """In place of a client's secret noise: of a dry run on zeros, nothing but types and shapes is looked at."""
+
+    def stream(self, purpose: str, digest: bytes) -> NoiseStream:
+        """The noise of a key that everybody knows."""
+        return NoiseStream(bytes(KEY_BYTES))
 
 
 class _NoModel:

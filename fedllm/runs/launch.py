@@ -16,6 +16,8 @@ from fedllm.errors import FedllmError, RunError, counted
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.events import DataReported, Emit, EngineChosen, Warned
 from fedllm.experiment.checks.check import check, check_profiles
+from fedllm.experiment.checks.privacy import check_privacy, check_secret_draws
+from fedllm.experiment.privacy import PrivacyPlan
 from fedllm.experiment.record import Experiment
 from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.runs import server_round
@@ -26,6 +28,7 @@ from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs, changed, changed_since, inputs_of
 from fedllm.runs.folder import ELSEWHERE, Folder, Status, default_folder
 from fedllm.runs.lock import locked
+from fedllm.runs.privacy_ledger import PrivacyLedger
 from fedllm.runs.resource_usage import TrafficMeter
 from fedllm.runs.session import RunSession, failed
 from fedllm.tensors.base_delta import BaseDelta
@@ -85,8 +88,10 @@ def run(
     plan = Plan(experiment, folder, origin, name, resume, listeners, start)
     if plan.status() == "finished":
         return _finished(plan)
-    model, population = _loaded(experiment)
+    private, model, population = _loaded(experiment)
+    plan = replace(plan, private=private)
     runner, why = choose(asked, experiment, model)
+    check_secret_draws(private, simulated=runner.simulates)
     with locked(folder.path):
         if plan.status() == "finished":  # by another process, since it was asked
             return _finished(plan)
@@ -96,7 +101,7 @@ def run(
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is to be run, where, and how it begins."""
+    """What is to be run, where, and how it begins. `private`: what it promises, with its noise calibrated."""
 
     experiment: Experiment
     folder: Folder
@@ -105,6 +110,7 @@ class Plan:
     resume: bool
     listeners: Sequence[Emit]
     began: float
+    private: PrivacyPlan | None = None
 
     def status(self) -> Status:
         """How far the run has come.
@@ -143,7 +149,7 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
         _refuse_changes(plan, now)
     kind = engine_name(runner)
     opened = _session(plan, model, population)
-    with opened as session, runner.open(experiment, folder.memories, session.log) as call:
+    with opened as session, runner.open(session.experiment, folder.memories, session.log) as call:
         if not new:
             session.resume(plan.listeners)
         elif plan.origin is not None:
@@ -193,8 +199,8 @@ def _finished(plan: Plan) -> Result:
     return Result(folder.path, figures, saved.params, saved.base_delta)
 
 
-def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
-    """Model and data, after all that can be refused about the data without a model.
+def _loaded(experiment: Experiment) -> tuple[PrivacyPlan | None, LoadedModel, Population]:
+    """The privacy plan, model and data, after all that can be refused about the data without a model.
 
     Raises:
         FedllmError: they cannot be had, or do not fit each other.
@@ -202,11 +208,12 @@ def _loaded(experiment: Experiment) -> tuple[LoadedModel, Population]:
     population = experiment.federation.load(experiment.key)
     profiles = {client: experiment.federation.profile(client) for client in population.clients}
     check_profiles(experiment, profiles)
+    private = check_privacy(experiment, {client: len(own) for client, own in population.train.items()})
     Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     model = load(experiment.task)
     dry_run(experiment, model, profiles)
     require_positions(experiment, model, population)
-    return model, replace(population, report=_data_report(experiment, model, population))
+    return private, model, replace(population, report=_data_report(experiment, model, population))
 
 
 @contextmanager
@@ -223,10 +230,12 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
 @contextmanager
 def _session(plan: Plan, model: LoadedModel, population: Population) -> Iterator[RunSession]:
     """A session that writes the log. Ctrl-C leaves every complete round on the disk."""
-    traffic, experiment = TrafficMeter(), plan.experiment
+    private, folder = plan.private, plan.folder
+    traffic, experiment = TrafficMeter(), plan.experiment if private is None else private.experiment
+    ledger = None if private is None else PrivacyLedger(private, folder.path)
     start = server_round.initial_state(experiment, model.initial_params(experiment.key))
     with closing(Log(plan.folder.events, (traffic, *plan.listeners))) as log:
-        session = RunSession(experiment, plan.folder, model, population, log, traffic, start, plan.began)
+        session = RunSession(experiment, folder, model, population, log, traffic, start, plan.began, ledger)
         try:
             yield session
         except KeyboardInterrupt:

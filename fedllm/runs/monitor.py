@@ -44,6 +44,7 @@ class RoundMonitor:
             return None
         rank, scale = (adapter.rank, adapter.scale) if isinstance(adapter, Lora) else (None, 1.0)
         hidden = experiment.demands.secrecy or Fact.HIDDEN not in experiment.aggregator.traits.loses
+        hidden = hidden or (experiment.private and experiment.evaluation.private)
         ranks = [experiment.federation.profile(client).rank for client in clients]
         return RoundMonitor(
             settings=settings,

@@ -10,6 +10,7 @@ from fedllm.aggregators.base import Aggregator
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.experiment.checks.advice import advice
 from fedllm.experiment.checks.check import check, check_profiles
+from fedllm.experiment.checks.privacy import check_privacy
 from fedllm.experiment.config_file import dump, experiment_hash
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import write_line
@@ -17,6 +18,7 @@ from fedllm.messages.traits import Fact
 from fedllm.models.static_checks import check_task
 from fedllm.runs.base_delta_cost import moving_line
 from fedllm.runs.folder import default_folder
+from fedllm.runs.privacy_words import privacy_lines
 
 
 def preview(experiment: Experiment, path: Path) -> list[tuple[str, str]]:
@@ -33,9 +35,11 @@ def preview(experiment: Experiment, path: Path) -> list[tuple[str, str]]:
     check_task(experiment.task)
     population = experiment.federation.load(experiment.key)
     check_profiles(experiment, {client: experiment.federation.profile(client) for client in population.clients})
+    sizes = {client: len(records) for client, records in population.train.items()}
+    private = check_privacy(experiment, sizes)
     Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     data = population.report
-    cohort = experiment.federation.sample(population.clients, 0, experiment.key.fold("cohort", 0))
+    cohort = experiment.federation.sample(population.clients, 0, experiment.key)
     rounds = "one round" if experiment.rounds == 1 else f"the first of {experiment.rounds} rounds"
     settings = dump(experiment)
     lines = [
@@ -49,6 +53,7 @@ def preview(experiment: Experiment, path: Path) -> list[tuple[str, str]]:
         ("stages", write_line([_short(stage) for stage in settings["stages"]])),
         ("folder", str(default_folder(experiment, path.stem))),
     ]
+    lines += [] if private is None else privacy_lines(private)
     moving = moving_line(experiment, cohort)
     lines += [("frozen", moving)] if moving is not None else []
     lines += [("warning", f"the partition leaves out {data.left_out} records")] if data.left_out else []

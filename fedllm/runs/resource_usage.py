@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fedllm.errors import counted
 from fedllm.events import Event, MessageSent, Resumed, RunStarted
 from fedllm.experiment.record import Experiment
+from fedllm.runs.privacy_ledger import PrivacyLedger
 from fedllm.runs.state import ServerState, Totals
 
 
@@ -48,7 +49,7 @@ def elapsed(log: Iterable[tuple[float, Event]]) -> float:
     return total + (0.0 if began is None else last - began)
 
 
-def limit_reached(experiment: Experiment, state: ServerState) -> str:
+def limit_reached(experiment: Experiment, state: ServerState, ledger: PrivacyLedger | None = None) -> str:
     """Why the run ends before its last round; empty if it goes on."""
     totals, limits = state.totals, experiment.limits
     sent = totals.bytes_up + totals.bytes_down
@@ -58,4 +59,4 @@ def limit_reached(experiment: Experiment, state: ServerState) -> str:
         return f"limits.bytes ({limits.bytes}) was reached with {sent} bytes after {counted(state.round, 'round')}"
     if limits.seconds is not None and totals.seconds >= limits.seconds:
         return f"limits.seconds ({limits.seconds}) was reached after {counted(state.round, 'round')}"
-    return ""
+    return "" if ledger is None else ledger.passes_budget()

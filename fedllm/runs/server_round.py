@@ -8,15 +8,18 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import torch
+
+from fedllm.errors import RunError
 from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call, Replies
-from fedllm.messages.context import RoundContext
+from fedllm.messages.context import RoundContext, ServerContext
 from fedllm.messages.traits import Fact
 from fedllm.messages.update import Asked, Failure, Part, Request, Update
 from fedllm.runs.expected_update import asked
+from fedllm.runs.privacy_ledger import RoundNoise as RoundPrivacy
 from fedllm.runs.state import ServerState
-from fedllm.stages.base import Stage
 from fedllm.stages.round_trip import broadcast_all, decode_all
 from fedllm.tensors import tree
 from fedllm.tensors.base_delta import BaseDelta
@@ -88,20 +91,26 @@ def run_round(
     call: Call,
     emit: Emit,
     observe: UpdateObserver | None = None,
+    noise: RoundPrivacy | None = None,
 ) -> tuple[ServerState, RoundResult]:
-    """Sample, ask, add up, decode, step. `observe` sees each update, unless the server must learn nothing but sums."""
+    """Sample, ask, add up, decode, step. `observe` sees each update, unless the server must learn nothing but sums.
+    `noise`: of a private experiment, its secret noise and its ledger."""
     stages = experiment.pipeline
-    cohort = experiment.federation.sample(clients, run.round, run.key.fold("cohort", run.round))
+    cohort = experiment.federation.sample(clients, run.round, run.key)
     emit(RoundStarted(run.round, tuple(cohort)))
     everyone = RoundContext(run.round, run.key, len(cohort), len(clients), experiment.rounds)
     watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy, observe)
     requests = requests_for(experiment, run, cohort, everyone)
+    if noise is not None:
+        noise.asks(cohort, run.params)
     total = experiment.aggregator.reduce(watch, requests)
     note = ""
     if len(watch.answered) < experiment.limits.quorum or "delta" not in total.parts:
         note = "nobody was drawn" if not cohort else f"{len(watch.answered)} of {len(cohort)} answered: an empty round"
-        total = empty_total(stages, run, everyone)
-    total, states = decode_all(stages, total, run.params, run.states, everyone)
+        total = empty_total(experiment, run, everyone)
+    expected = experiment.federation.expected_cohort(len(clients))
+    known = ServerContext(**vars(everyone), expected=expected, noise=noise)
+    total, states = decode_all(stages, total, run.params, run.states, known)
     params = tree.add(run.params, total.parts["delta"].tree)
     after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
     loss, counts = _tree(total, "metrics").get("loss"), _tree(total, "counts")
@@ -175,8 +184,21 @@ def requests_for(
     return Requests(experiment, run, {client: slot for slot, client in enumerate(cohort)}, everyone, scores)
 
 
-def empty_total(stages: Sequence[Stage], run: ServerState, everyone: RoundContext) -> Update:
-    """A zero delta of weight 0 in the shape of the broadcast; without tensors where clients send another shape."""
+def empty_total(experiment: Experiment, run: ServerState, everyone: RoundContext) -> Update:
+    """A zero delta of weight 0 in the shape of the broadcast; without tensors where clients send another shape. Where
+    noise is added, zeros in place of all that clients would have sent: an empty round looks like any other."""
+    stages = experiment.pipeline
+    if experiment.private:
+        sent = broadcast_all(stages, run.params, run.states, everyone)
+        forms = asked(experiment, Request(*sent, everyone), run.params)
+        if forms is None:
+            raise RunError(
+                "a round without answers needs noise, and nobody knows in which shapes; leave out custom stages"
+            )
+        return Update(
+            {name: Part({n: torch.zeros(shape, dtype=dtype) for n, (dtype, shape) in of.items()}, 0.0)
+             for name, of in forms.items()}
+        )  # fmt: skip
     if any(Fact.SHAPE in stage.traits.loses for stage in stages):
         return Update({"delta": Part({}, 0.0)})
     params, _ = broadcast_all(stages, run.params, run.states, everyone)

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedllm.data.federation import Population
 from fedllm.engines.client_store import ClientStore
-from fedllm.errors import RunError, reason
+from fedllm.errors import CheckError, RunError, reason
 from fedllm.evaluation.model_selection import best_of
 from fedllm.evaluation.record_length import Unfit
 from fedllm.evaluation.scores import Scorer
@@ -36,7 +36,7 @@ from fedllm.events import (
     to_json,
 )
 from fedllm.experiment.checks.advice import advice
-from fedllm.experiment.config_file import dump, experiment_hash
+from fedllm.experiment.config_file import dump
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call
 from fedllm.models.loaded_model import LoadedModel
@@ -49,6 +49,7 @@ from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs
 from fedllm.runs.folder import Folder, versions
 from fedllm.runs.monitor import RoundMonitor
+from fedllm.runs.privacy_ledger import PrivacyLedger
 from fedllm.runs.resource_usage import TrafficMeter, elapsed, limit_reached
 from fedllm.runs.state import ServerState
 from fedllm.tensors import tree
@@ -57,7 +58,7 @@ from fedllm.tensors import tree
 @dataclass(eq=False)
 class RunSession:
     """`state` is that of the last complete round; it changes in one step, with all that belongs to the round. `began`:
-    when the command did, in seconds since the epoch."""
+    when the command did, in seconds since the epoch. `ledger`: of a private experiment, what was released."""
 
     experiment: Experiment
     folder: Folder
@@ -67,6 +68,7 @@ class RunSession:
     traffic: TrafficMeter
     state: ServerState
     began: float
+    ledger: PrivacyLedger | None = None
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.experiment.limits.keep_last)
@@ -85,6 +87,8 @@ class RunSession:
         this run."""
         hand_over(origin, self.folder, self.experiment, self._opening(engine, name))
         self.resume(listeners)
+        if self.ledger is not None and self.ledger.passes_budget():
+            raise CheckError(f"{self.ledger.passes_budget()}; raise it, or do not go on from {origin.folder.path}")
         if self._has_heldout():
             self.log(self.baselines.base())
         for text in warnings(origin, self.experiment, now):
@@ -96,7 +100,7 @@ class RunSession:
         return [
             RunStarted(
                 name=name,
-                experiment_hash=experiment_hash(self.experiment),
+                experiment_hash=self.folder.about["experiment_hash"],
                 engine=engine,
                 model=self.model.base.title,
                 rounds=self.experiment.rounds,
@@ -121,6 +125,8 @@ class RunSession:
         assert saved is not None
         self.store.require(saved.remembered)
         self.state = saved
+        if self.ledger is not None:
+            self.ledger.restore(saved.spent)
         logged = [event for _, event in read(self.folder.events)]
         for started in (event for event in logged if isinstance(event, RunStarted)):
             for listener in listeners:
@@ -138,8 +144,11 @@ class RunSession:
 
     def rounds(self, call: Call) -> None:
         """The rounds that are left, unless a limit ends the run."""
-        while self.state.round < self.experiment.rounds and not limit_reached(self.experiment, self.state):
+        while self.state.round < self.experiment.rounds and not self._limit(self.state):
             self._round(call)
+
+    def _limit(self, state: ServerState) -> str:
+        return limit_reached(self.experiment, state, self.ledger)
 
     def failure(self) -> str:
         """Why the run has no result: no round had an answer. Empty if one had."""
@@ -188,7 +197,9 @@ class RunSession:
 
     def finish(self, engine: str) -> None:
         """The end of the log and the summary."""
-        self._end(engine, note=limit_reached(self.experiment, self.state))
+        self._end(engine, note=self._limit(self.state))
+        if self.ledger is not None:
+            self.ledger.forget(self.folder.memories)
 
     def _end(self, engine: str, *, note: str, failure: str = "") -> None:
         seconds, title = elapsed(read(self.folder.events)), self.model.base.title
@@ -213,12 +224,13 @@ class RunSession:
         observer = self.observer
         cohort = observer.cohort() if observer is not None else None
         observe = partial(observer.seen, cohort) if observer is not None and cohort is not None else None
-        state, result = server_round.run_round(self.state, exp, self.population.clients, call, self.log, observe)
+        noise = None if self.ledger is None else self.ledger.at(self.state.round)
+        state, result = server_round.run_round(self.state, exp, self.population.clients, call, self.log, observe, noise)
         state = replace(state, remembered={**state.remembered, **self.store.newest(result.cohort, state.round)})
         sent, seconds = self.traffic.reset(), perf_counter() - began
         sent = replace(sent, tokens=result.tokens, computed=result.computed, seconds=seconds)
         state = replace(state, totals=state.totals.plus(sent))
-        last = state.round == exp.rounds or bool(limit_reached(exp, state))
+        last = state.round == exp.rounds or bool(self._limit(state))
         events: list[Event] = []
         every = exp.evaluation.every
         if self._has_heldout() and (last or (every is not None and state.round % every == 0)):
@@ -237,6 +249,8 @@ class RunSession:
             seconds=round(sent.seconds, 4),
             note=result.note,
         )
+        if self.ledger is not None:
+            events.append(self.ledger.told(self.state.round))
         closed = [finished] if observer is None else observer.end_round(cohort, result.came_to(state), finished)
         best = state.best is not None and state.best[0] == state.round
         save = last or best or state.round % exp.limits.checkpoint_every == 0
@@ -245,9 +259,12 @@ class RunSession:
     def _complete(self, state: ServerState, events: Sequence[Event], *, save: bool) -> None:
         """Make the state durable, then say so."""
         events = [*events, CheckpointSaved(state.round)] if save else events
-        self.state = replace(state, pending=[to_json(event) for event in events])
+        spent = [] if self.ledger is None else self.ledger.saved()
+        self.state = replace(state, pending=[to_json(event) for event in events], spent=spent)
         if save:
             self.checkpoints.save(self.state)
+        if self.ledger is not None:
+            self.ledger.write()
         for event in events:
             self.log(event)
 
@@ -272,7 +289,10 @@ class RunSession:
         return Evaluated("federated", state.round, scorer.figures(total), scores)
 
     def _has_heldout(self) -> bool:
-        return bool(self.experiment.evaluation.metrics) and any(map(len, self.population.heldout.values()))
+        silent = self.experiment.private and self.experiment.evaluation.private
+        return (
+            bool(self.experiment.evaluation.metrics) and not silent and any(map(len, self.population.heldout.values()))
+        )
 
 
 def failed(folder: Folder, failure: str) -> RunError:

@@ -38,7 +38,7 @@ class ServerState:
     `best` is (completed rounds, value) of the best evaluation so far; `pending` are events, as the log writes them,
     that belong to the checkpoint and follow it in the log. `base_delta`: what was added to the frozen weights; `seen`:
     the version of it that each client has, where it is not 0. `remembered`: the newest version of each client's memory,
-    where it has one.
+    where it has one. `spent`: what was released, in the records of the privacy journal.
     """
 
     params: Tree
@@ -51,3 +51,4 @@ class ServerState:
     base_delta: BaseDelta = BaseDelta()
     seen: Mapping[str, int] = field(default_factory=dict)
     remembered: Mapping[str, int] = field(default_factory=dict)
+    spent: Sequence[Mapping[str, Any]] = field(default_factory=list)

@@ -128,6 +128,15 @@ def rounded(rows: Tensor, bits: int, generator: torch.Generator) -> tuple[Tensor
     return (below + (draws < ratio - below)).clamp(-top, top), scales
 
 
+def truncated(rows: Tensor, bits: int, grid: float) -> tuple[Tensor, Tensor]:
+    """Codes and scales as of `rounded`, towards zero: no value grows. Scales are powers of two of at least `grid`,
+    which is one, too, so that multiples of it stay such."""
+    largest = rows.abs().amax(1)
+    exponents = torch.frexp(largest / levels(bits)).exponent  # largest / L < 2^exponent
+    scales = torch.ldexp(torch.ones_like(largest), exponents).clamp(min=grid) * (largest != 0)
+    return (rows / torch.where(scales == 0, torch.ones_like(scales), scales)[:, None]).trunc(), scales
+
+
 def codes(leaf: Tensor, scales: Tensor, block: int) -> Tensor:
     """The int8 codes of values that lie on the grid."""
     safe = torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.context import ClientNoise, Profile, RoundContext
 from fedllm.messages.traits import Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example, collate
@@ -52,7 +52,7 @@ class ClientJob:
     """One client's share of a stack. `initial` may have tensors in any float type; examples are encoded.
 
     `adjust`: its stages' `grads` hooks; None if there are none. `frozen`: tensors that the passes need, and that do not
-    train in this round.
+    train in this round. `noise`: where the client's secret noise comes from; None in estimates and dry runs.
     """
 
     ctx: RoundContext
@@ -60,6 +60,7 @@ class ClientJob:
     examples: Sequence[Example]
     adjust: Adjust | None = None
     frozen: Tree = field(default_factory=dict)
+    noise: ClientNoise | None = None
 
 
 class Work:
@@ -69,6 +70,7 @@ class Work:
     """
 
     batchable: ClassVar[bool] = True
+    private: ClassVar[bool] = False  # its updates are differentially private for each example
     max_length: int
     lr: float
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from fedllm.errors import CheckError, config_name
 from fedllm.experiment.checks.parties import Party, client, parties
+from fedllm.experiment.checks.privacy import check_promise
 from fedllm.experiment.checks.rules import conflicts
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import Profile
@@ -40,6 +41,7 @@ def check(experiment: Experiment) -> None:
     for conflict in conflicts(everyone):
         raise CheckError(str(conflict))
     _optimizers(experiment, stages)
+    check_promise(experiment)
 
 
 def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> None:
@@ -109,10 +111,11 @@ def _parts(experiment: Experiment, stages: Sequence[Party]) -> None:
                     f"{bound}"
                 )
         makers |= dict.fromkeys(makes, name)
+        takes |= stage.traits.may_take
         taken |= takes | makes  # a stage's own decode takes what it makes
         if Fact.FIXED_DENOMINATOR in stage.traits.needs:  # a privacy claim rests on its bound
             bound = name
-            for part in sorted(makers.keys() - takes):
+            for part in sorted(makers.keys() - takes - makes):
                 raise CheckError(
                     f"stages: {name} bounds what one client can change, but not the part '{part}' that "
                     f"{makers[part]} makes; leave {makers[part]} out, or use a stage that takes '{part}' too"

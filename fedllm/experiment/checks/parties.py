@@ -15,6 +15,8 @@ from fedllm.messages.traits import FRAGILE, NONE, Bracket, Fact, Traits
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.task import Task
 from fedllm.stages.base import Stage
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.no_figures import NoFigures
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +53,12 @@ def parties(experiment: Experiment) -> list[Party]:
 
 
 def _stages(experiment: Experiment) -> list[Party]:
-    found = [_stage(config_name(stage), stage) for stage in experiment.stages]
-    if len(experiment.pipeline) > len(found):
-        found.insert(0, _stage("keep (task.scope.share asks for it)", experiment.pipeline[0]))
-    return found
+    first = experiment.pipeline[: len(experiment.pipeline) - len(experiment.stages)]
+    asked = {Keep: "keep (task.scope.share asks for it)", NoFigures: "no_figures (evaluation.private asks for it)"}
+    return [
+        *(_stage(asked[type(stage)], stage) for stage in first),
+        *(_stage(config_name(stage), stage) for stage in experiment.stages),
+    ]
 
 
 def client(name: str, profile: Profile, task: Task) -> Party:
@@ -92,7 +96,7 @@ def _of_task(task: Task) -> Iterator[Party]:
     if task.scope.freeze:
         yield Party("task.scope.freeze", Traits(loses=Fact.BOTH_TRAIN | Fact.ANY_RANK))
     if task.scope.alternate:
-        yield Party("task.scope.alternate", Traits(loses=Fact.BOTH_TRAIN))
+        yield Party("task.scope.alternate", Traits(loses=Fact.BOTH_TRAIN | Fact.SAME_TENSORS))
     if task.quantize is not None:
         words = {Fact.WRITABLE_BASE: f"holds them in {task.quantize}"}
         yield Party("task.quantize", Traits(loses=Fact.WRITABLE_BASE), words=words)

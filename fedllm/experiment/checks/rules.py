@@ -154,6 +154,8 @@ ROWS: dict[Fact, Row] = {
                           "writes their product in another basis after each", _or_on_products),
     Fact.FIXED_SIZES: Row(_at_its_size, "works on tensors of one size", "shrinks those of a client",
                           "put {needer} on the other side of {loser}, or leave it out"),
+    Fact.SAME_TENSORS: Row(_anywhere, "correlates the noise of one round with that of others",
+                           "sends other tensors in some rounds", APART + ", or use gaussian_dp"),
     Fact.PLAIN_MEAN: Row(_before, "adds to the frozen weights what the mean of the factors lacks",
                          "before it takes a step of its own in place of this mean", _or_behind),
     Fact.ONLY_STEP: Row(_anywhere, "takes the server's step and is derived as the only stage that does",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
-from fedllm.messages.traits import DELTA, Bracket, Fact, Traits
+from fedllm.messages.traits import DELTA, NONE, Bracket, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
@@ -25,6 +25,7 @@ from fedllm.tensors.wire_format import (
     quantization_blocks,
     read_window,
     rounded,
+    truncated,
     values,
     write_window,
 )
@@ -39,7 +40,9 @@ class Quantize(Stage):
     Declared rounding: an entry moves by at most one grid step, which is scale for 8 and 4 bits and 2 scale for 1 bit.
     Of a leaf with a window the values inside are rounded, and nothing else is sent. A sparse part stays sparse at any
     width: its zeros stay zeros, its entries go to the grid, and the wire writes them in full, so that nothing is saved
-    beyond the sparsity. No setting is neutral to the bit (`block: 1` is in the last digits): leave the stage out.
+    beyond the sparsity. A part whose norm a private stage bounds is rounded towards zero, to scales that are powers of
+    two: no value grows, and sums stay exact. No setting is neutral to the bit (`block: 1` is in the last digits): leave
+    the stage out.
 
     Args:
         bits: 8, 4 or 1 for each value; and one scale for each block.
@@ -49,11 +52,14 @@ class Quantize(Stage):
     bits: int
     block: int = 128
 
-    traits = Traits(Bracket.WIRE, takes=DELTA, keeps=Fact.BOUNDED)  # up to the declared rounding
-
     def __post_init__(self) -> None:
         require(self.bits in (8, 4, 1), self, field="bits", value=self.bits, allowed="8, 4 or 1")
         require(self.block >= 1, self, field="block", value=self.block, allowed="at least 1")
+
+    @property
+    def traits(self) -> Traits:
+        """A bound is kept where values can be rounded towards zero, which one bit cannot."""
+        return Traits(Bracket.WIRE, takes=DELTA, keeps=Fact.BOUNDED if self.bits > 1 else NONE)
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
         """Put the values on the grid that their packing names."""
@@ -72,7 +78,9 @@ class Quantize(Stage):
                 window = windows.get(name)
                 box = read_window(leaf if leaf.dtype == torch.float64 else leaf.float(), window)
                 rows = quantization_blocks(box, self.block)
-                codes, scales[name] = self._codes(rows, generator)
+                codes, scales[name] = (
+                    truncated(rows, self.bits, part.grid) if part.grid else self._codes(rows, generator)
+                )
                 codes = codes * (rows != 0) if part.wire_format.sparse else codes
                 leaves[name] = write_window(values(codes, scales[name], box.shape), window, leaf.shape)
         boxes = {name: window for name, window in windows.items() if name in scales}

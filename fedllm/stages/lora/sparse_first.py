@@ -17,7 +17,7 @@ from typing import Literal
 
 from fedllm.errors import require
 from fedllm.messages.context import RoundContext
-from fedllm.messages.traits import BOTH_FACTORS, MOVED_BASE, Traits
+from fedllm.messages.traits import BOTH_FACTORS, MOVED_BASE, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors import low_rank, sparse_mask
@@ -36,7 +36,7 @@ class SparseFirst(Stage):
     rounds: int = 5
     leftover: Literal["kept", "dropped"] = "kept"
 
-    traits = Traits(needs=BOTH_FACTORS | MOVED_BASE, adapter="sparse_lora")
+    traits = Traits(needs=BOTH_FACTORS | MOVED_BASE, loses=Fact.SAME_TENSORS, adapter="sparse_lora")
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, self, field="rounds", value=self.rounds, allowed="0 or more")

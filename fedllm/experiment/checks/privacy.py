@@ -1,0 +1,156 @@
+"""What would make a privacy guarantee void, refused before a model loads: each with the reason and the remedy.
+
+The table of rules has what concerns the order of stages: weights, denominators, parts that nothing bounds, and stages
+behind the bound that could grow it. Here is what needs the demands, the evaluation, the sampler or the clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedllm.errors import CheckError, config_name, counted
+from fedllm.evaluation.settings import Evaluation
+from fedllm.experiment.privacy import PrivacyPlan, calibrated, plan_of, separated, separation_of
+from fedllm.experiment.record import Experiment
+from fedllm.messages.traits import Fact
+from fedllm.privacy.schemes import EveryRound, PoissonScheme, RotationScheme
+from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.weighting.uniform import Uniform
+
+
+def check_promise(experiment: Experiment) -> None:
+    """Refuse what no number of clients could mend.
+
+    Raises:
+        CheckError: the first rule that is broken.
+    """
+    stages = [stage for stage in experiment.stages if isinstance(stage, PrivateStage)]
+    demand = experiment.demands.privacy
+    if len(stages) > 1:
+        raise CheckError(
+            f"stages: {config_name(stages[0])} and {config_name(stages[1])} both bound and noise the updates; keep one"
+        )
+    if demand is not None and not experiment.private:
+        raise CheckError(
+            "demands.privacy is set, but nothing adds noise; add the stage gaussian_dp, dp_ftrl or local_gaussian, or "
+            "use the work dp_sgd"
+        )
+    if not experiment.private:
+        return
+    _noise(experiment, stages)
+    _weights(experiment)
+    _in_the_clear(experiment.evaluation)
+
+
+def _noise(experiment: Experiment, stages: list[PrivateStage]) -> None:
+    """There is noise, and a number that says how much."""
+    mechanism, demand = stages[0] if stages else experiment.work, experiment.demands.privacy
+    name, key = config_name(mechanism), "stages" if stages else "work"
+    noise: float | None = mechanism.noise_multiplier  # type: ignore[union-attr]
+    target = None if demand is None else demand.target_epsilon
+    if noise is None and target is None:
+        raise CheckError(
+            f"{key}: {name} has no noise_multiplier, and nothing says how much noise is wanted; set it, or set "
+            "demands.privacy.target_epsilon"
+        )
+    if noise == 0 and demand is not None:
+        raise CheckError(
+            f"demands.privacy is set, but {key}: {name} has noise_multiplier 0, which hides nothing; set it above 0, "
+            "or leave it out to reach target_epsilon"
+        )
+    if demand is not None and demand.unit == "client" and not stages:
+        raise CheckError(
+            f"demands.privacy.unit is client, but {name} protects single examples; set unit to example, or use the "
+            "stage gaussian_dp"
+        )
+
+
+def _weights(experiment: Experiment) -> None:
+    """Numbers of examples are private, too."""
+    for stage in experiment.stages:
+        if Fact.EQUAL_WEIGHTS in stage.traits.loses and experiment.work.private:
+            raise CheckError(
+                f"stages: {config_name(stage)} weighs clients by their examples, which {config_name(experiment.work)} "
+                "keeps secret; use uniform"
+            )
+
+
+def _in_the_clear(evaluation: Evaluation) -> None:
+    """Nobody has asked for figures that would leave a client without noise."""
+    plain = Evaluation()
+    asked = {
+        "every": evaluation.every is not None,
+        "compare": bool(evaluation.compare),
+        "metrics": evaluation.metrics not in (plain.metrics, ()),
+    }
+    if evaluation.private and any(asked.values()):
+        key = next(name for name, wanted in asked.items() if wanted)
+        raise CheckError(
+            f"evaluation.{key} asks for scores on the clients' records, which would leave them in the clear beside a "
+            "private model; set evaluation.private to false to have them outside of the guarantee, or leave it out"
+        )
+
+
+def check_privacy(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPlan | None:
+    """The plan with its noise, after what the sampler and the number of clients can make void.
+
+    Args:
+        sizes: examples by client.
+
+    Raises:
+        CheckError: the first rule that is broken, or no noise that reaches the target.
+    """
+    plan = plan_of(experiment, sizes)
+    if plan is None:
+        return None
+    _denominator(plan)
+    _separation(plan)
+    return plan_of(calibrated(experiment, sizes), sizes)
+
+
+def check_secret_draws(plan: PrivacyPlan | None, *, simulated: bool) -> None:
+    """Refuse draws that anybody with the experiment file can repeat, where clients are real.
+
+    Raises:
+        CheckError: cohorts or noise come from the run's public key outside of a simulation.
+    """
+    if plan is None or simulated:
+        return
+    demand = plan.experiment.demands.privacy
+    if demand is not None and demand.seeded_noise:
+        raise CheckError("demands.privacy.seeded_noise draws noise that anybody can subtract; set it to false")
+    if not isinstance(plan.scheme, EveryRound | RotationScheme) or not isinstance(plan.mechanism, PrivateStage):
+        raise CheckError(
+            f"federation: {plan.name} counts on chance that nobody knows, but cohorts and batches are drawn from the "
+            "run's public seed, which every client has; outside of a simulation use sampling all or rotation"
+        )
+
+
+def _denominator(plan: PrivacyPlan) -> None:
+    """What divides is fixed before anybody is drawn."""
+    for stage in plan.experiment.stages:
+        by_cohort = isinstance(stage, Uniform) and stage.denominator == "cohort"
+        if by_cohort and isinstance(plan.scheme, PoissonScheme) and isinstance(plan.mechanism, PrivateStage):
+            raise CheckError(
+                f"stages: {plan.name} bounds what one client can change, but uniform divides by the size of the "
+                "cohort, which poisson leaves to chance; set its denominator: expected"
+            )
+
+
+def _separation(plan: PrivacyPlan) -> None:
+    """The sampler keeps the distance that correlated noise counts on."""
+    stage = plan.mechanism
+    if not isinstance(stage, DpFtrl):
+        return
+    if not isinstance(plan.scheme, EveryRound | RotationScheme):
+        raise CheckError(
+            "federation: dp_ftrl counts on rounds between two parts of one client, which chance does not keep; use "
+            "sampling rotation, or the stage gaussian_dp"
+        )
+    kept = separation_of(plan.scheme)
+    if separated(stage) > kept:
+        raise CheckError(
+            f"stages: dp_ftrl.separation is {stage.separation}, but the sampler draws a client again after "
+            f"{counted(kept, 'round')}; set separation to {kept}, or draw smaller cohorts"
+        )

@@ -1,0 +1,189 @@
+"""What an experiment promises about privacy: who is protected, by which noise, and what its rounds will cost.
+
+A plan follows from the stage or the work that adds the noise, from the sampler, and from the clients' sizes, all of
+which are known before a model loads. What a run has really spent is counted elsewhere, release by release.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any, Literal, Protocol, cast
+
+from fedllm.errors import CheckError, PrivacyError, config_name
+from fedllm.experiment.record import Experiment
+from fedllm.privacy.accountant import Guarantee, epsilon, epsilons
+from fedllm.privacy.calibration import noise_multiplier
+from fedllm.privacy.releases import Release
+from fedllm.privacy.schemes import RotationScheme, Scheme
+from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+
+Unit = Literal["client", "example"]
+Ledger = Mapping[Release, int]
+MOST_DELTA = 1e-5
+
+
+class PrivateWork(Protocol):
+    """A work whose updates are private for each example."""
+
+    clip: float
+    noise_multiplier: float | None
+
+    def release(self, num_examples: int) -> Release:
+        """What one round of a client costs."""
+        ...
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """The mechanism of an experiment and its costs.
+
+    Args:
+        mechanism: the stage or the work that adds the noise. scheme: how clients come into a round.
+        sizes: examples by client. participations: the rounds of a whole run that each client is drawn for.
+    """
+
+    experiment: Experiment
+    mechanism: PrivateStage | PrivateWork
+    scheme: Scheme
+    delta: float
+    sizes: Mapping[str, int]
+    participations: Mapping[str, int]
+
+    @property
+    def unit(self) -> Unit:
+        """Who is protected."""
+        return "client" if isinstance(self.mechanism, PrivateStage) else "example"
+
+    @property
+    def name(self) -> str:
+        """As a file writes it."""
+        return config_name(self.mechanism)
+
+    @property
+    def by_client(self) -> bool:
+        """Whether each client adds its own noise, so that each has a ledger of its own."""
+        return not isinstance(self.mechanism, PrivateStage) or self.mechanism.noised_by == "client"
+
+    def of_client(self, client: str, noise: float | None = None) -> Release:
+        """What one round costs a client that adds its own noise."""
+        z = self.mechanism.noise_multiplier if noise is None else noise
+        assert z is not None
+        if isinstance(self.mechanism, PrivateStage):
+            return self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
+        return replace(self.mechanism.release(self.sizes[client]), noise_multiplier=z)
+
+    def ledger(self, rounds: int, noise: float | None = None) -> Ledger:
+        """What so many rounds cost the client that they cost most."""
+        z = self.mechanism.noise_multiplier if noise is None else noise
+        assert z is not None
+        if not self.by_client:
+            assert isinstance(self.mechanism, PrivateStage)
+            release = self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
+            return {release: min(rounds, 1) if release.kind == "correlated" else rounds}
+        client, most = self.busiest
+        share = ceil(most * rounds / max(1, self.experiment.rounds))
+        return {self.of_client(client, z): min(share, rounds)}
+
+    @property
+    def busiest(self) -> tuple[str, int]:
+        """The client whose rounds cost it most, and how many it is drawn for: of those with the fewest examples in
+        each number of rounds the one that is drawn most often."""
+        most = max(self.participations.values(), default=0)
+        smallest = min(self.sizes, key=lambda client: (self.sizes[client], client))
+        return smallest, most
+
+    def guarantee(self, rounds: int) -> Guarantee:
+        """What the run promises after so many rounds."""
+        return epsilon(self.ledger(rounds), self.delta)
+
+    def curve(self, rounds: Sequence[int]) -> list[float]:
+        """Epsilon after each of these numbers of rounds."""
+        by_round: list[Ledger] = []
+        for number in range(1, max(rounds, default=0) + 1):
+            before, after = Counter(self.ledger(number - 1)), Counter(self.ledger(number))
+            by_round.append({release: count - before[release] for release, count in after.items()})
+        return epsilons(by_round, self.delta, rounds)
+
+
+def plan_of(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPlan | None:
+    """The plan of an experiment whose clients have so many examples; None: it promises nothing.
+
+    Raises:
+        CheckError: the guarantee would be void; the reason and the remedy.
+    """
+    if not experiment.private:
+        return None
+    stages = [stage for stage in experiment.stages if isinstance(stage, PrivateStage)]
+    mechanism = stages[0] if stages else cast(PrivateWork, experiment.work)
+    clients = tuple(sizes)
+    scheme = experiment.federation.scheme(len(clients))
+    if scheme is None:
+        raise CheckError(
+            f"federation: {config_name(mechanism)} cannot account for a sampler that the accountant does not know; "
+            "use all, poisson, uniform or rotation"
+        )
+    drawn = Counter(
+        client
+        for round in range(experiment.rounds)
+        for client in experiment.federation.sample(clients, round, experiment.key)
+    )
+    plan = PrivacyPlan(experiment, mechanism, scheme, 0.5, sizes, {client: drawn[client] for client in clients})
+    return replace(plan, delta=_delta(plan))
+
+
+def _delta(plan: PrivacyPlan) -> float:
+    """The delta that is asked for, or the default.
+
+    Raises:
+        CheckError: it is not below 1 / the number of those who are protected.
+    """
+    demand = plan.experiment.demands.privacy
+    count = len(plan.sizes) if plan.unit == "client" else min(plan.sizes.values(), default=1)
+    asked = None if demand is None else demand.target_delta
+    if asked is None:
+        return min(MOST_DELTA, 0.1 / max(1, count))
+    if asked * count >= 1:
+        whose = f"{count} clients" if plan.unit == "client" else f"the {count} examples of the smallest client"
+        raise CheckError(
+            f"demands.privacy.target_delta is {asked:g}, which is not below 1 / {count}: a method that publishes one "
+            f"of {whose} would pass; set it below {1 / count:g}, or leave it out"
+        )
+    return asked
+
+
+def calibrated(experiment: Experiment, sizes: Mapping[str, int]) -> Experiment:
+    """The experiment with the least noise that keeps to its target; as it is where the noise is set.
+
+    Raises:
+        CheckError: no noise reaches the target.
+    """
+    plan = plan_of(experiment, sizes)
+    if plan is None or plan.mechanism.noise_multiplier is not None:
+        return experiment
+    demand = experiment.demands.privacy
+    assert demand is not None and demand.target_epsilon is not None  # `check` has refused it
+    try:
+        z = noise_multiplier(demand.target_epsilon, plan.delta, lambda noise: plan.ledger(experiment.rounds, noise))
+    except PrivacyError as error:
+        raise CheckError(f"demands.privacy.target_epsilon: {error}") from error
+    if isinstance(plan.mechanism, PrivateStage):
+        noised = replace(plan.mechanism, noise_multiplier=z)
+        return replace(
+            experiment, stages=tuple(noised if stage is plan.mechanism else stage for stage in experiment.stages)
+        )
+    work: Any = experiment.work
+    return replace(experiment, work=replace(work, noise_multiplier=z))
+
+
+def separation_of(scheme: Scheme) -> int:
+    """Rounds from one part of a client to its next, at least."""
+    return scheme.min_separation if isinstance(scheme, RotationScheme) else 1
+
+
+def separated(stage: PrivateStage) -> int:
+    """The separation that a stage counts on."""
+    return stage.separation if isinstance(stage, DpFtrl) else 1

@@ -1,0 +1,1 @@
+"""Stages that bound what one client can change and add noise."""
