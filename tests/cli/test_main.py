@@ -152,7 +152,7 @@ def test_check_says_what_would_happen_and_writes_nothing(here: Path, capsys: Cap
     assert lines["server"] == "combines the clients' updates, and could read each of them"
     assert lines["clients"].startswith("3, ")
     experiment = small("people.jsonl", federation__shards__sampling={"poisson": {"rate": 0.5}})
-    cohort = experiment.federation.sample(("ann", "ben", "cid"), 0, experiment.key.fold("cohort", 0))
+    cohort = experiment.federation.sample(("ann", "ben", "cid"), 0, experiment.key)
     assert lines["clients"] == f"3, {len(cohort)} in the first of 3 rounds"
     assert lines["folder"] == f"runs/mine-{experiment_hash(experiment)[:8]}"
     assert {path.name for path in here.iterdir()} == {"people.jsonl", "mine.yaml"}

@@ -105,7 +105,7 @@ class Bench:
             federation=Shards(str(data), partition=By("who"), heldout=0.0, failures=failures, profiles=profiles),
             work=WORK,
             stages=tuple(stages),
-            evaluation=Evaluation(metrics=()),
+            evaluation=Evaluation(metrics=(), private=False),
             limits=Limits(keep_last=9),
             rounds=ROUNDS,
             seed=3,

@@ -101,6 +101,33 @@ class UniformBook(Book):
         return 1
 
 
+class ClippedBook(UniformBook):
+    """McMahan et al. 2018, algorithm 1, without the noise."""
+
+    def bound(self) -> float:
+        return self.settings.clip
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        return delta * min(1.0, self.bound() / float(delta.norm()))
+
+
+class AdaptiveClipBook(ClippedBook):
+    """Andrew et al. 2021, algorithm 1, without the noise: C <- C exp(-lr (share below C - quantile))."""
+
+    def bound(self) -> float:
+        return float(self.held.get("clip", torch.tensor(self.settings.clip, dtype=torch.float64)))
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        self.held[k] = (delta.norm() <= self.bound()).double()
+        return super().send(k, delta, x)
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        share = float(torch.stack([self.held[k] for k in ("a", "b")]).mean())
+        change = math.exp(-self.settings.adaptive.lr * (share - self.settings.adaptive.quantile))
+        self.held["clip"] = torch.tensor(self.bound() * change, dtype=torch.float64)
+        return mean
+
+
 class KeepBook(Book):
     """Own leaves go on from where they were; the others are averaged."""
 

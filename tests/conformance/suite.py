@@ -117,7 +117,8 @@ def shares_no_storage(case: Case, bench: Bench) -> None:
 
     Behind the stage every client weighs 1, which hands tensors on as they are.
     """
-    site, prepared = bench.visit(replace(case, weigher=Uniform()).pipeline())
+    weigher = case.weigher if isinstance(case.weigher, Uniform) else Uniform()
+    site, prepared = bench.visit(replace(case, weigher=weigher).pipeline())
     sent, memories = sent_by(site, prepared)
     kept = [*memories, *prepared.memories, *prepared.arrival.scratch, prepared.job.initial, site.fresh]
     shared = storages(part.tree for part in sent.parts.values()) & storages(kept)

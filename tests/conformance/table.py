@@ -22,6 +22,9 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.gaussian_dp import AdaptiveClip, GaussianDp
+from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -105,5 +108,27 @@ CASES: dict[str, Case] = {
     "lora_merge": Case(LoraMerge(), books.FloraBook, keeps_space=False),
     "lora_residual": Case(LoraResidual(), books.FedexBook, keeps_space=False),
     "sparse_first": Case(SparseFirst(rounds=1), books.SparseFirstBook),
+    # Without noise, which no loop could repeat: tests/stages/privacy has what is added.
+    "gaussian_dp": Case(
+        GaussianDp(clip=0.02, noise_multiplier=0.0, adaptive=AdaptiveClip(count_noise=1.0, quantile=0.8)),
+        books.AdaptiveClipBook,
+        neutral=GaussianDp(clip=2.0**40, noise_multiplier=0.0),
+        sizes=EQUAL,
+        weigher=Uniform("expected"),
+    ),
+    "dp_ftrl": Case(
+        DpFtrl(clip=0.02, noise_multiplier=0.0),
+        books.ClippedBook,
+        neutral=DpFtrl(clip=2.0**40, noise_multiplier=0.0),
+        sizes=EQUAL,
+        weigher=Uniform("cohort"),
+    ),
+    "local_gaussian": Case(
+        LocalGaussian(clip=0.02, noise_multiplier=0.0),
+        books.ClippedBook,
+        neutral=LocalGaussian(clip=2.0**40, noise_multiplier=0.0),
+        sizes=EQUAL,
+        weigher=Uniform("cohort"),
+    ),
     "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

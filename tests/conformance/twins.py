@@ -27,6 +27,9 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.gaussian_dp import AdaptiveClip, GaussianDp
+from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -414,6 +417,45 @@ class QuantizeOffGrid(Quantize):
         return Part(part.tree, part.weight, WireFormat(bits=4, scales={n: torch.ones(1).double() for n in part.tree}))
 
 
+class ClipsParts(GaussianDp):
+    """Bounds each tensor by itself, so that the whole is longer."""
+
+    def _bounded(self, update, clip, local):
+        sent, groups = super()._bounded(update, clip, local)
+        part = update.parts["delta"]
+        own = {name: leaf * min(1.0, clip / float(leaf.norm())) for name, leaf in part.tree.items()}
+        return sent.having("delta", replace(part, tree=own)), groups
+
+
+class ClipStays(GaussianDp):
+    """Never moves its clip."""
+
+    def _moved(self, clip, above_half, ctx):
+        return self._clip_of({})
+
+
+class FtrlUnclipped(DpFtrl):
+    """Bounds nothing."""
+
+    def encode(self, update, scratch, memory, local):
+        return update, memory
+
+
+class LocalScores(LocalGaussian):
+    """Bounds scores, too."""
+
+    def encode(self, update, scratch, memory, local):
+        part = update.parts["delta"]
+        return super().encode(update.having("delta", part), scratch, memory, local)
+
+
+class LocalUnclipped(LocalGaussian):
+    """Bounds nothing."""
+
+    def encode(self, update, scratch, memory, local):
+        return update, memory
+
+
 @dataclass(frozen=True)
 class Unhashable(Stage):
     """Holds a list."""
@@ -464,6 +506,11 @@ TWINS = (
     Twin("sparse_first", SparseFirstForgets(rounds=1), "equals_its_paper"),
     Twin("sparse_first", SparseFirstTwice(rounds=1), "equals_its_paper"),
     Twin("lora_svd", LoraSvdBalanced(), "equals_its_paper"),
+    Twin("gaussian_dp", ClipsParts(0.02, 0.0, adaptive=AdaptiveClip(1.0, 0.8)), "equals_its_paper"),
+    Twin("gaussian_dp", ClipStays(0.02, 0.0, adaptive=AdaptiveClip(1.0, 0.8)), "equals_its_paper"),
+    Twin("dp_ftrl", FtrlUnclipped(0.02, 0.0), "equals_its_paper"),
+    Twin("local_gaussian", LocalUnclipped(0.02, 0.0), "equals_its_paper"),
+    Twin("local_gaussian", LocalScores(0.02, 0.0), "evaluation_passes", error=KeyError),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),
     Twin("quantize", QuantizeOffGrid(bits=4), "survives_the_wire"),

@@ -167,6 +167,7 @@ def changed(value, path, new):
 
 OTHERS = [True, False, 1, 2, 7, 0.5, 0.25, "x", "linear", "adamw", "run", "float64", "plain", "nll", "cohort", None]
 OTHERS += ["singular", "int8", "local_only", "centralised", ["x"], ["y"], ["x", "y"], [0.5, 0.5], {"x": "y"}]
+OTHERS += [{"unit": "example"}]
 FULL = replace(
     BY_HAND,
     work=Sgd(steps=2),
@@ -286,7 +287,10 @@ WRONG = [
     ({"limits": {"bytes": 0}}, "limits.bytes is 0; it must be above 0, or null for no limit"),
     ({"limits": {"seconds": float("nan")}}, "limits.seconds is nan; it must be above 0"),
     ({"demands": {"secrecy": "yes"}}, "demands.secrecy is 'yes': input should be a valid boolean"),
-    ({"demands": {"privacy": True}}, "unknown key 'demands.privacy'"),
+    ({"demands": {"privacy": True}}, "demands.privacy must be a mapping, not True"),
+    ({"demands": {"privacy": {"target_epsilon": 0.0}}}, "demands.privacy.target_epsilon is 0.0; it must be above 0"),
+    ({"demands": {"privacy": {"target_delta": 1.0}}}, "demands.privacy.target_delta is 1.0; it must be between 0"),
+    ({"demands": {"privacy": {"unit": "user"}}}, "demands.privacy.unit is 'user': input should be 'client' or"),
 ]  # fmt: skip
 
 

@@ -26,36 +26,56 @@ from fedllm.stages.lora.bandwidth_cap import LoraCap
 from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.lora.product import LoraProduct
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.gaussian_dp import GaussianDp
+from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.training.sgd import Sgd
 from tests.experiment.test_check import PLAIN, Asynchronous, EarlyClip, Gossip, Secret, ZerothOrder
 
 UNIFORM = Uniform()
-GIVEN = {"keep": Keep(("*lora_B",)), "top_k": TopK(0.5), "quantize": Quantize(4)}
+GIVEN: dict[str, Stage] = {
+    "keep": Keep(("*lora_B",)),
+    "top_k": TopK(0.5),
+    "quantize": Quantize(4),
+    "gaussian_dp": GaussianDp(1.0, 1.0),
+    "dp_ftrl": DpFtrl(1.0, 1.0),
+    "local_gaussian": LocalGaussian(1.0, 1.0),
+}
 POOL: dict[str, Stage] = {
     name: GIVEN[name] if name in GIVEN else cls() for name, cls in STAGES.items() if cls not in (ByExamples, Uniform)
 }
 OPTIMIZERS = "momentum adagrad adam yogi nesterov"
+DP = "gaussian_dp dp_ftrl local_gaussian"
 LORA = "lora_fair lora_pad lora_stack lora_prune lora_product lora_svd lora_merge lora_residual sparse_first"
 
 # By stage, those that may stand behind it in the list; the adapter is sparse_lora, and all clients weigh the same.
 PAIRS = {
-    "keep": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_pad",
-    "prox": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA}",
-    "scaffold": f"prox dyn {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first",
-    "dyn": "prox scaffold lora_pad",
-    **dict.fromkeys(OPTIMIZERS.split(), f"prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_prune"),
-    "top_k": f"prox {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first",
-    "quantize": f"keep prox scaffold {OPTIMIZERS} top_k quantize {LORA}",
+    "keep": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_pad {DP}",
+    "prox": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} {DP}",
+    "scaffold": f"prox dyn {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP}",
+    "dyn": f"prox scaffold lora_pad {DP}",
+    **dict.fromkeys(
+        OPTIMIZERS.split(), f"prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_prune {DP}"
+    ),
+    "top_k": f"prox {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP}",
+    "quantize": f"keep prox scaffold {OPTIMIZERS} top_k quantize {LORA} {DP}",
     **dict.fromkeys(["lora_fair", "lora_stack", "lora_merge", "lora_residual"], "prox quantize"),
     "lora_pad": f"prox scaffold dyn {OPTIMIZERS} top_k quantize lora_fair lora_cap lora_product lora_svd lora_merge "
     "lora_residual sparse_first",
     "lora_prune": f"{OPTIMIZERS} top_k quantize lora_cap lora_svd sparse_first",
     "lora_cap": "lora_pad lora_prune",
-    "lora_product": f"prox {OPTIMIZERS} top_k quantize",
-    "lora_svd": f"prox quantize {LORA}",
-    "sparse_first": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA}",
+    "lora_product": f"prox {OPTIMIZERS} top_k quantize {DP}",
+    "lora_svd": f"prox quantize {LORA} gaussian_dp local_gaussian",
+    "sparse_first": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} gaussian_dp local_gaussian",
+    # Private stages stand behind the weigher, wherever they are listed: here is what may stand beside them.
+    **dict.fromkeys(
+        ("gaussian_dp", "local_gaussian"),
+        f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product lora_svd sparse_first",
+    ),
+    "dp_ftrl": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product",
 }
 
 TASK = Task("tiny-llama", adapter=SparseLora())
@@ -91,11 +111,16 @@ ALONE = {
     "lora_merge": "freeze alternate share full int4 secrecy asynchronous bandwidth",
     "lora_residual": "freeze alternate share full int4 secrecy asynchronous rank bandwidth",
     "sparse_first": "freeze alternate share full int4 rank bandwidth",
+    **dict.fromkeys(("gaussian_dp", "local_gaussian"), "by_examples rank bandwidth"),
+    "dp_ftrl": "alternate gossip by_examples rank bandwidth",
 }
 
 
-def with_stages(*stages: Stage, weigher: Stage = UNIFORM) -> Experiment:
-    """The stages as they are listed, but for what stands behind the weigher."""
+def with_stages(*stages: Stage, weigher: Stage | None = None) -> Experiment:
+    """The stages as they are listed, but for what stands behind the weigher: the plain mean, or of private stages one
+    with a fixed denominator."""
+    private = any(isinstance(stage, PrivateStage) for stage in stages)
+    weigher = weigher or (Uniform("expected") if private else UNIFORM)
     ordered = sorted((*stages, weigher), key=lambda stage: max(stage.traits.bracket, Bracket.MEANING))
     return replace(PLAIN, task=TASK, stages=tuple(ordered), aggregator=Secret())
 
@@ -144,7 +169,7 @@ def test_beside_padding_clients_may_have_unequal_ranks_where_all_of_an_update_ha
 
 
 def test_behind_a_bound_stands_what_does_not_encode_or_rounds() -> None:
-    assert behind(EarlyClip()) == {"prox", *OPTIMIZERS.split(), "quantize", "lora_svd", "sparse_first"}
+    assert behind(EarlyClip()) == {"prox", *OPTIMIZERS.split(), "quantize", "lora_svd", "sparse_first", *DP.split()}
     assert passes(with_stages(LoraPad(), EarlyClip(), LoraCap()))
 
 

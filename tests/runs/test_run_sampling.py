@@ -25,7 +25,7 @@ DRAWS = 3000
 
 def cohorts(sampling: UniformSampling | PoissonSampling) -> torch.Tensor:
     """(DRAWS, clients): who was drawn."""
-    drawn = [set(sampling.draw(CLIENTS, Key(5).fold("cohort", round))) for round in range(DRAWS)]
+    drawn = [set(sampling.draw(CLIENTS, Key(5), round)) for round in range(DRAWS)]
     return torch.tensor([[client in cohort for client in CLIENTS] for cohort in drawn], dtype=torch.float64)
 
 

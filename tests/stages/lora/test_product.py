@@ -194,9 +194,9 @@ def test_an_empty_total_has_no_leaves_where_another_shape_is_sent(data: Path) ->
     exp = made(data, LoraProduct(), ByExamples())
     run = server_round.initial_state(exp, drawn(4, 0))
     everyone = RoundContext(0, exp.key, 0, 5)
-    assert server_round.empty_total(exp.pipeline, run, everyone).parts["delta"].tree == {}
-    plain = server_round.empty_total((ByExamples(),), replace(run, states=({},)), everyone).parts["delta"].tree
-    assert plain.keys() == run.params.keys()
+    assert server_round.empty_total(exp, run, everyone).parts["delta"].tree == {}
+    plain, one = replace(exp, stages=(ByExamples(),)), replace(run, states=({},))
+    assert server_round.empty_total(plain, one, everyone).parts["delta"].tree.keys() == run.params.keys()
 
 
 def test_a_sum_is_all_that_the_server_sees(data: Path) -> None:

@@ -1,0 +1,242 @@
+"""Private runs: what is spent is counted once, never given back, and can be computed again from privacy.json alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import dp_accounting.pld
+import pytest
+
+import fedllm
+from fedllm.engines.base import Engine
+from fedllm.engines.serial import Serial
+from fedllm.errors import CheckError, RunError
+from fedllm.events import Evaluated, PrivacySpent, RoundFinished
+from fedllm.experiment.record import Experiment
+from fedllm.files import remove_folder
+from fedllm.messages.update import Update
+from fedllm.runs.checkpoints import Checkpoints
+from fedllm.tensors import tree
+from tests.runs.small import SIZES, Spy, adapter_hash, events, small, spec
+
+MEAN: dict[str, Any] = {"uniform": {"denominator": "expected"}}
+SILENT: dict[str, Any] = {"metrics": []}
+
+
+def private(data: Path, stage: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+    return small(data, **settings(stage, **changes))
+
+
+def settings(stage: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    given = stage or {"gaussian_dp": {"clip": 0.1, "noise_multiplier": 2.0}}
+    return {"stages": [MEAN, given], "evaluation": SILENT, **changes}
+
+
+def statement(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "privacy.json").read_text())
+
+
+def recomputed(folder: Path) -> float:
+    """Epsilon by dp-accounting from the statement alone."""
+    told, event = statement(folder), dp_accounting
+    relation = {"add-remove": "ADD_OR_REMOVE_ONE", "replace-one": "REPLACE_ONE"}[told["relation"]]
+    accountant = dp_accounting.pld.PLDAccountant(getattr(dp_accounting.NeighboringRelation, relation))
+    for row in told["ledger"]:
+        one = event.GaussianDpEvent(row["noise_multiplier"])
+        if row["scheme"]["scheme"] == "poisson":
+            one = event.PoissonSampledDpEvent(row["scheme"]["rate"], one)
+        accountant.compose(event.SelfComposedDpEvent(one, row["count"] * row["steps"]))
+    return float(accountant.get_epsilon(told["delta"]))
+
+
+RUNS = {
+    "gaussian_dp": ({"gaussian_dp": {"clip": 0.1, "noise_multiplier": 2.0}}, {}),
+    "poisson": (
+        {"gaussian_dp": {"clip": 0.1, "noise_multiplier": 1.0}},
+        {"federation__shards__sampling": {"poisson": 0.4}},
+    ),
+    "dp_ftrl": (
+        {"dp_ftrl": {"clip": 0.1, "noise_multiplier": 1.0, "separation": 3}},
+        {"federation__shards__sampling": {"rotation": 1}},
+    ),
+    "local_gaussian": ({"local_gaussian": {"clip": 0.1, "noise_multiplier": 3.0}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_epsilon_follows_from_the_statement_alone(data: Path, tmp_path: Path, name: str) -> None:
+    stage, changes = RUNS[name]
+    result = fedllm.run(private(data, stage, **changes), engine="serial", out=tmp_path / "run")
+    told = statement(result.folder)
+    assert result.summary["epsilon"] == told["epsilon"]
+    assert recomputed(result.folder) == pytest.approx(told["epsilon"], abs=0.02)
+    assert (told["unit"], told["noise"], told["figures_in_the_clear"]) == ("client", "secret", False)
+    spent = [event.epsilon for event in events(result.folder) if isinstance(event, PrivacySpent)]
+    assert len(spent) == 3 and spent == sorted(spent) and spent[-1] == told["epsilon"]
+    assert not list(result.folder.rglob("*.key")), "the keys are gone with the run"
+    assert not [event for event in events(result.folder) if isinstance(event, Evaluated)]
+    assert all(event.loss is None for event in events(result.folder) if isinstance(event, RoundFinished))
+
+
+def test_nothing_but_bounded_values_leaves_a_client(data: Path, tmp_path: Path) -> None:
+    spy = Spy()
+    fedllm.run(private(data), engine=spy, out=tmp_path / "run")
+    assert len(spy.answered) == 9
+    for _, _, reply in spy.answered:
+        assert isinstance(reply, Update) and reply.parts.keys() == {"delta"}
+        assert tree.norm(reply.parts["delta"].tree) <= 0.1 * (1 + 1e-6)
+
+
+def test_with_no_noise_and_a_large_clip_it_is_fedavg_to_the_bit(data: Path, tmp_path: Path) -> None:
+    plain = fedllm.run(small(data, stages=[MEAN], evaluation=SILENT), out=tmp_path / "plain")
+    clipped = private(data, {"gaussian_dp": {"clip": 1e9, "noise_multiplier": 0.0}})
+    result = fedllm.run(clipped, out=tmp_path / "clipped")
+    assert tree.equal(plain.params, result.params)
+    assert result.summary["epsilon"] is None and statement(result.folder)["epsilon"] is None
+
+
+def test_engines_release_the_same_where_noise_is_seeded(data: Path, tmp_path: Path) -> None:
+    seeded = {"demands": {"privacy": {"seeded_noise": True}}}
+    for name, stage in (("gaussian_dp", None), ("local", {"local_gaussian": {"clip": 0.1, "noise_multiplier": 2.0}})):
+        hashes = {
+            adapter_hash(fedllm.run(private(data, stage, **seeded), engine=engine, out=tmp_path / f"{name}{n}").folder)
+            for n, engine in enumerate(("serial", "{batched: {stack: 1}}", "{batched: {stack: 1, workers: 1}}"))
+        }
+        assert len(hashes) == 1
+        assert statement(tmp_path / f"{name}0")["noise"] == "seeded"
+    secret = {adapter_hash(fedllm.run(private(data), engine="serial", out=tmp_path / f"s{n}").folder) for n in "12"}
+    assert len(secret) == 2, "secret noise is never the same"
+
+
+@pytest.fixture(scope="module")
+def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `privacy_kills.py` saw."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "spec.json").write_text(json.dumps(spec(data, **settings())))
+    command = [sys.executable, "-m", "tests.runs.privacy_kills", str(folder / "spec.json"), str(folder)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_killed_around_a_release_it_is_made_and_counted_once(killed: dict[str, Any]) -> None:
+    whole = killed.pop("whole")
+    for name, seen in killed.items():
+        assert (seen["signal"], seen["resumed"]) == (9, 0), name
+        assert [round for round, _ in seen["journal"]] == [0, 1, 2], f"{name}: a release was drawn twice, or lost"
+        assert seen["epsilon"] == whole["epsilon"] and not seen["keys"], name
+
+
+def test_another_sum_in_a_round_that_is_run_again_counts_again(data: Path, tmp_path: Path) -> None:
+    """The first time a client is lost in round 2; the process dies; the second time it answers."""
+    whole = fedllm.run(private(data), engine="serial", out=tmp_path / "whole")
+
+    @dataclass(frozen=True)
+    class Dying(Serial):
+        lost: bool = True
+
+        @contextmanager
+        def open(self, experiment: Experiment, folder: Path | None, emit: Any) -> Iterator[Any]:
+            with Serial.open(self, experiment, folder, emit) as call:
+
+                def dropping(name: str, requests: Any) -> Any:
+                    for client, reply in call(name, requests):
+                        if requests[client].ctx.round == 1 and client == "ben" and self.lost:
+                            continue
+                        yield client, reply
+
+                yield dropping
+
+    save = Checkpoints.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stopping(checkpoints: Checkpoints, run: Any) -> None:
+            if run.round == 2:
+                raise KeyboardInterrupt
+            save(checkpoints, run)
+
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(BaseException, match=""):
+            fedllm.run(private(data), engine=Dying(), out=tmp_path / "run")
+    resumed = fedllm.run(private(data), engine=Dying(lost=False), out=tmp_path / "run", resume=True)
+    rounds = [json.loads(line)["round"] for line in (resumed.folder / "privacy.jsonl").read_text().splitlines()]
+    assert rounds == [0, 1, 1, 2]
+    assert resumed.summary["epsilon"] > whole.summary["epsilon"] + 0.1
+
+
+def test_an_older_checkpoint_gives_nothing_back(data: Path, tmp_path: Path) -> None:
+    """Rounds that are run again from an older checkpoint, after the keys are gone, are spent once more."""
+    out = tmp_path / "run"
+    first = fedllm.run(private(data), engine="serial", out=out)
+    (out / "summary.json").unlink()
+    remove_folder(out / "checkpoints" / "round-000003")
+    again = fedllm.run(private(data), engine="serial", out=out, resume=True)
+    assert again.summary["epsilon"] > first.summary["epsilon"] + 0.1
+    (out / "privacy.jsonl").unlink()
+    (out / "summary.json").unlink()
+    kept = fedllm.run(private(data), engine="serial", out=out, resume=True)
+    assert kept.summary["epsilon"] == again.summary["epsilon"], "the checkpoint knows, too"
+
+
+def test_a_budget_sets_the_noise_and_ends_the_run(data: Path, tmp_path: Path) -> None:
+    asked = {"demands": {"privacy": {"target_epsilon": 4.0, "target_delta": 1e-6}}}
+    met = fedllm.run(private(data, {"gaussian_dp": 0.1}, **asked), engine="serial", out=tmp_path / "met")
+    assert 3.96 <= met.summary["epsilon"] <= 4.0 and met.summary["rounds"] == 3
+    given = {"gaussian_dp": {"clip": 0.1, "noise_multiplier": 2.0}}
+    short = fedllm.run(private(data, given, **asked), engine="serial", out=tmp_path / "short")
+    assert short.summary["rounds"] == 2 and short.summary["epsilon"] <= 4.0
+    (ended,) = [event for event in events(short.folder) if type(event).__name__ == "RunFinished"]
+    assert "the next round would bring epsilon to" in ended.note and "target_epsilon 4" in ended.note
+    more = replace(private(data, given, **asked), rounds=5)
+    with pytest.raises(CheckError, match=r"would bring epsilon to .*; raise it, or do not go on from"):
+        fedllm.run(more, engine="serial", continues=short.folder, out=tmp_path / "more")
+
+
+def test_a_damaged_journal_is_told(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fedllm.run(private(data), engine="serial", out=out)
+    (out / "summary.json").unlink()
+    path = out / "privacy.jsonl"
+    path.write_text(path.read_text().replace("{", "", 1))
+    with pytest.raises(RunError, match=r"privacy\.jsonl, line 1 is damaged, so nobody knows what was spent"):
+        fedllm.run(private(data), engine="serial", out=out, resume=True)
+
+
+def test_public_draws_are_refused_where_clients_are_real(data: Path, tmp_path: Path) -> None:
+    class Deployed(Serial):
+        @property
+        def simulates(self) -> bool:
+            return False
+
+    assert Engine().simulates
+    poisson = private(data, federation__shards__sampling={"poisson": 0.5})
+    with pytest.raises(CheckError, match=r"drawn from the run's public seed, .* use sampling all or rotation"):
+        fedllm.run(poisson, engine=Deployed(), out=tmp_path / "run")
+    seeded = private(data, demands={"privacy": {"seeded_noise": True}})
+    with pytest.raises(CheckError, match="seeded_noise draws noise that anybody can subtract"):
+        fedllm.run(seeded, engine=Deployed(), out=tmp_path / "run")
+    assert fedllm.run(private(data), engine=Deployed(), out=tmp_path / "run").summary["epsilon"] > 0
+
+
+def test_noise_of_clients_is_counted_by_client(data: Path, tmp_path: Path) -> None:
+    stage = {"local_gaussian": {"clip": 0.1, "noise_multiplier": 2.0}}
+    drawn = private(data, stage, federation__shards__sampling={"uniform": 1}, rounds=4)
+    result = fedllm.run(drawn, engine="serial", out=tmp_path / "run")
+    lines = [json.loads(line) for line in (result.folder / "privacy.jsonl").read_text().splitlines()]
+    parts = {who: sum(who in entry["clients"] for line in lines for entry in line["releases"]) for who in SIZES}
+    told = statement(result.folder)
+    assert told["ledger"][0]["count"] == max(parts.values()) < 4 == sum(parts.values())
+    assert parts[told["of_client"]] == max(parts.values())
