@@ -163,10 +163,36 @@ class RoundFinished(Event):
 
 
 @dataclass(frozen=True)
+class PrivacyPromised(Event):
+    """What a run promises each `unit`, a client or an example, before its first round: (epsilon, delta) after all of
+    them, None without noise. `noised_by`: server or client. `relation`: of the runs that are compared, add-remove or
+    replace-one. `sampling`: the scheme of the clients as plain values; `simulated`: its draws follow from the run's
+    public seed. `seeded_noise`: the noise does, too. `in_the_clear`: losses, counts and scores leave the clients beside
+    what is promised. `adaptive`: the clip moves. `assumptions`: what it all rests on, in words."""
+
+    unit: str
+    mechanism: str
+    noised_by: str
+    epsilon: float | None
+    delta: float
+    target_epsilon: float | None
+    noise_multiplier: float
+    clip: float
+    relation: str
+    accountant: str
+    sampling: Mapping[str, Any]
+    simulated: bool
+    seeded_noise: bool
+    in_the_clear: bool
+    adaptive: bool
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PrivacySpent(Event):
     """What all rounds so far have spent of the privacy of one `unit`, a client or an example: (epsilon, delta), None
-    without noise. `noise_multiplier`: noise over clip. `signal_to_noise`: of this round's sum, its 2-norm over that of
-    its noise, estimated from the noised sum; None where clients add the noise."""
+    without noise. `noise_multiplier`: noise over clip, the clip of this round. `signal_to_noise`: of this round's sum,
+    its 2-norm over that of its noise, estimated from the noised sum; None where clients add the noise."""
 
     round: int
     mechanism: str

@@ -32,6 +32,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.text(), values(typing.get_args(hint)[1]), max_size=3)
     known: dict[Any, st.SearchStrategy[Any]] = {
         str: st.text(),
+        bool: st.booleans(),
         int: st.integers(),
         float: st.floats(allow_nan=False),
         float | None: st.one_of(st.none(), st.floats(allow_nan=False)),

@@ -84,8 +84,9 @@ class ServerNoise(Protocol):
         `digest`: of the sum before the noise."""
         ...
 
-    def measured(self, noised: float, noise: float) -> None:
-        """For the log: the 2-norm of the noised sum, and the root of the expected square of that of its noise."""
+    def measured(self, noised: float, noise: float, clip: float) -> None:
+        """For the log: the 2-norm of the noised sum, the root of the expected square of that of its noise, and the
+        clip that the clients were given."""
         ...
 
 

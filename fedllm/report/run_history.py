@@ -23,6 +23,7 @@ from fedllm.events import (
     Evaluated,
     Event,
     MessageSent,
+    PrivacySpent,
     Resumed,
     RoundFinished,
     RoundStarted,
@@ -54,7 +55,9 @@ def _superseded(event: Event, start: int) -> bool:
     match event:
         case MessageSent(call="evaluate") | ClientFailed(call="evaluate"):
             return event.round > start
-        case RoundStarted() | MessageSent() | ClientFinished() | ClientFailed() | Diagnosed() | RoundFinished():
+        case RoundStarted() | RoundFinished() | MessageSent() | ClientFinished() | ClientFailed() | Diagnosed():
+            return event.round >= start
+        case PrivacySpent():
             return event.round >= start
         case Warned(round=int(round)):
             return round >= start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.events import DataReported, RunStarted
-from fedllm.report import diagnostics, figures, groups, tables
+from fedllm.report import diagnostics, figures, groups, privacy, tables
 from fedllm.report.citation import bibtex
 from fedllm.report.markup import Html, el, folded, joined
 from fedllm.report.plot import Figure
@@ -25,6 +25,7 @@ def sections(histories: Sequence[RunHistory]) -> list[Section]:
         ("Training", _figures([*figures.loss(histories), *figures.metrics(histories), *groups.by_group(histories)])),
         ("Clients", _clients(histories)),
         ("Updates", _updates(histories)),
+        ("Privacy", _privacy(histories)),
         ("Communication", sent),
         ("Data", _data(histories)),
         ("Time", joined([_figures(figures.seconds(histories), cost), *_numbers(histories)])),
@@ -77,6 +78,14 @@ def _updates(histories: Sequence[RunHistory]) -> Html:
             *(folded(f"What the updates of {label} showed in numbers", body) for label, body in found),
         ]
     )
+
+
+def _privacy(histories: Sequence[RunHistory]) -> Html:
+    """In words first, of several runs in pictures first; empty where no run promises anything."""
+    drawn, facts, words = privacy.chapter(histories)
+    seen = [_figures(drawn, facts if len(histories) == 1 else None), facts if len(histories) > 1 else Html("")]
+    several = len(histories) > 1
+    return joined([*([] if several else words), *seen, *(words if several else []), *map(privacy.numbers, histories)])
 
 
 def _data(histories: Sequence[RunHistory]) -> Html:

@@ -44,6 +44,7 @@ class PrivacyLedger:
     folder: Path
     records: dict[tuple[int, str], Record] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)  # signal over noise, by round
+    clips: dict[int, float] = field(default_factory=dict)  # that clients were given, by round
 
     def restore(self, saved: Iterable[Record] = ()) -> None:
         """Take over what the journal and a checkpoint know of. What either of them knows was spent."""
@@ -61,7 +62,7 @@ class PrivacyLedger:
             epsilon=finite(found.epsilon),
             delta=found.delta,
             noise_multiplier=float(mechanism.noise_multiplier or 0.0),
-            clip=mechanism.clip,
+            clip=self.clips.get(round, mechanism.clip),
             signal_to_noise=self.ratios.get(round),
         )
 
@@ -215,8 +216,9 @@ class RoundNoise(ServerNoise):
         made = Release(kind, noise_multiplier, self.ledger.plan.scheme)
         return self.ledger.note_release(self.round, made, stage, digest)
 
-    def measured(self, noised: float, noise: float) -> None:
-        """Keep the ratio of signal to noise: sqrt(max(0, ||y||^2 - E||noise||^2)) / sqrt(E||noise||^2)."""
+    def measured(self, noised: float, noise: float, clip: float) -> None:
+        """Keep the clip, and the ratio of signal to noise: sqrt(max(0, ||y||^2 - E||noise||^2) / E||noise||^2)."""
+        self.ledger.clips[self.round] = clip
         if noise > 0:
             self.ledger.ratios[self.round] = max(0.0, noised**2 - noise**2) ** 0.5 / noise
 

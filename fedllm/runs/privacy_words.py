@@ -1,10 +1,38 @@
-"""What a run promises about privacy, in lines that `fedllm check` prints."""
+"""What a run promises about privacy: in lines that `fedllm check` prints, and as the event that the report reads."""
 
 from __future__ import annotations
 
 from fedllm.errors import counted
+from fedllm.events import PrivacyPromised
 from fedllm.experiment.privacy import PrivacyPlan
 from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme, Scheme
+from fedllm.runs.privacy_ledger import assumptions, finite
+from fedllm.stages.privacy.gaussian_dp import GaussianDp
+
+
+def promised(plan: PrivacyPlan) -> PrivacyPromised:
+    """The promise of a run whose noise is set."""
+    mechanism, demand = plan.mechanism, plan.experiment.demands.privacy
+    noise = float(mechanism.noise_multiplier or 0.0)
+    found = plan.guarantee(plan.experiment.rounds) if noise and plan.experiment.rounds else None
+    return PrivacyPromised(
+        unit=plan.unit,
+        mechanism=plan.name,
+        noised_by="client" if plan.by_client else "server",
+        epsilon=None if found is None else finite(found.epsilon),
+        delta=plan.delta,
+        target_epsilon=None if demand is None else demand.target_epsilon,
+        noise_multiplier=noise,
+        clip=mechanism.clip,
+        relation="" if found is None else found.relation,
+        accountant="" if found is None else found.accountant,
+        sampling=plan.scheme.to_json(),
+        simulated=True,
+        seeded_noise=demand is not None and demand.seeded_noise,
+        in_the_clear=not plan.experiment.evaluation.private,
+        adaptive=isinstance(mechanism, GaussianDp) and mechanism.adaptive is not None,
+        assumptions=tuple(assumptions(plan)),
+    )
 
 
 def privacy_lines(plan: PrivacyPlan) -> list[tuple[str, str]]:

@@ -50,6 +50,7 @@ from fedllm.runs.fingerprint import Inputs
 from fedllm.runs.folder import Folder, versions
 from fedllm.runs.monitor import RoundMonitor
 from fedllm.runs.privacy_ledger import PrivacyLedger
+from fedllm.runs.privacy_words import promised
 from fedllm.runs.resource_usage import TrafficMeter, elapsed, limit_reached
 from fedllm.runs.state import ServerState
 from fedllm.tensors import tree
@@ -110,6 +111,7 @@ class RunSession:
                 versions={**versions(), **self.model.backend},
                 seconds=self._before(),
             ),
+            *([] if self.ledger is None else [promised(self.ledger.plan)]),
             report,
             *(Warned(text) for text in _warnings(report, self.experiment.work.max_length)),
             *(Warned(text) for text in advice(self.experiment, self.population)),

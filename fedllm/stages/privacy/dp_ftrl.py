@@ -99,7 +99,7 @@ class DpFtrl(PrivateStage):
             estimate = self._solved(state, place, (found + noise).astype(np.float64), weights)
             total = placed(total, lattice.group, estimate * lattice.step)
             after |= self._remembered(state, place, lattice.values, estimate)
-        source.measured(*lengths(total, groups, std / SCALE))
+        source.measured(*lengths(total, groups, std / SCALE), self.clip)
         return total, after
 
     def _mixed(self, state: Tree, place: int, newest: Ints, weights: Ints) -> Ints:

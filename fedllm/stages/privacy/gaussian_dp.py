@@ -113,11 +113,13 @@ class GaussianDp(PrivateStage):
         total = total.without("uncut")
         groups = grouped(total, clip, self._scaled(clip))
         if self.noise_multiplier != 0:
-            total, bits = self._released(total, groups, round(bits), ctx)
+            total, bits = self._released(total, groups, clip, round(bits), ctx)
         total = in_type(total, params, expected_cohort(ctx))
         return total, {**state, "clip": self._moved(clip, bits / 2, ctx)} if self.adaptive else state
 
-    def _released(self, total: Update, groups: Sequence[Group], bits: int, ctx: RoundContext) -> tuple[Update, float]:
+    def _released(
+        self, total: Update, groups: Sequence[Group], clip: float, bits: int, ctx: RoundContext
+    ) -> tuple[Update, float]:
         """The noised sum, and the noised sum of the clients' bits (+1 below the clip, -1 above)."""
         z, sums = self._multiplier(), [Lattice.of(total, group, ctx.population) for group in groups]
         found = digest([*(lattice.values for lattice in sums), np.array([bits])])
@@ -126,7 +128,7 @@ class GaussianDp(PrivateStage):
         spread = (update_noise(z, self.adaptive.count_noise) if self.adaptive else z) * math.sqrt(len(groups))
         for lattice in sums:
             total = lattice.noised(total, spread, stream)
-        source.measured(*lengths(total, groups, spread))
+        source.measured(*lengths(total, groups, spread), clip)
         if self.adaptive is None:
             return total, 0.0
         return total, float(bits + stream.discrete_gaussian(2 * self.adaptive.count_noise, 1)[0])
