@@ -212,8 +212,9 @@ class RoundNoise(ServerNoise):
         self.ledger.note_cohort(self.round, cohort, tree.digest(params).encode())
 
     def release(self, stage: str, kind: Kind, noise_multiplier: float, digest: bytes) -> NoiseStream:
-        """Accounted for with the scheme of the sampler that runs."""
-        made = Release(kind, noise_multiplier, self.ledger.plan.scheme)
+        """Accounted for as the plan has it, with the scheme of the sampler that runs."""
+        (made,) = self.ledger.plan.ledger(1, noise_multiplier)
+        assert made.kind == kind
         return self.ledger.note_release(self.round, made, stage, digest)
 
     def measured(self, noised: float, noise: float, clip: float) -> None:
