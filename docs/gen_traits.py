@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from fedllm.aggregators.base import Aggregator
@@ -74,8 +74,12 @@ def keys() -> Iterator[Declared]:
 
 
 def made(cls: type, **settings: object) -> Stage | Work | Aggregator | Schedule:
-    """A component; a work without steps does nothing."""
-    component: Stage | Work | Aggregator | Schedule = cls(**({"steps": 0} if issubclass(cls, Work) else {}), **settings)
+    """A component; a work without steps does nothing, and what has no default is any number."""
+    given: dict[str, object] = {"steps": 0} if issubclass(cls, Work) else {}
+    for item in fields(cls):
+        if item.default is MISSING and item.default_factory is MISSING:
+            given.setdefault(item.name, 1)
+    component: Stage | Work | Aggregator | Schedule = cls(**{**given, **settings})
     return component
 
 

@@ -84,7 +84,7 @@ def test_names_from_elsewhere_mean_names_of_ours() -> None:
     [
         ("fedprx", "did you mean 'fedprox'"),
         ("fedivg", "did you mean 'fedavg'"),
-        ("dp_fedavg", "known: "),
+        ("secure_fedavg", "known: "),
         ("fedmedian", "known: "),
     ],
 )

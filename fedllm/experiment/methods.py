@@ -24,6 +24,9 @@ class Method:
 
 
 _REDDI = "Reddi et al. 2021, arXiv:2003.00295"
+# Client-level differential privacy. The noise is left to `demands.privacy`; the clip is a first guess, to be replaced.
+_EXPECTED: Mapping[str, Mapping[str, Any]] = {"uniform": {"denominator": "expected"}}
+_PRIVATE = (_EXPECTED, {"gaussian_dp": {"clip": 1.0}})
 
 
 METHODS: Mapping[str, Method] = {
@@ -76,4 +79,17 @@ METHODS: Mapping[str, Method] = {
     ),
     "fed_sb": Method(("by_examples",), "Singhal et al. 2025, arXiv:2502.15436", adapter="lora_xs"),
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
+    "dp_fedavg": Method(_PRIVATE, "McMahan et al. 2018, arXiv:1710.06963"),
+    "dp_ffa_lora": Method(
+        _PRIVATE, "Sun et al. 2024, arXiv:2403.12313", adapter="lora", scope={"freeze": ("*lora_A",)}
+    ),
+    "dp_fedsvd": Method(
+        ("lora_svd", *_PRIVATE), "Lee et al. 2025, arXiv:2505.12805", adapter="lora", scope={"hold": ("*lora_A",)}
+    ),
+    "dp_fed_sb": Method(_PRIVATE, "Singhal et al. 2025, arXiv:2502.15436", adapter="lora_xs"),
+    "dp_ftrl": Method((_EXPECTED, {"dp_ftrl": {"clip": 1.0}}), "Kairouz et al. 2021, arXiv:2103.00039"),
+    # The products are noised once, and their largest singular values taken of what is public then. The paper's own
+    # noise, before the last orthonormalisation of a subspace iteration on the clean sum, is not built: how far one
+    # client turns that subspace has no bound without a gap between singular values.
+    "fedpower": Method(("lora_product", *_PRIVATE), "2026, arXiv:2605.08443", adapter="lora"),
 }

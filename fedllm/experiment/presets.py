@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedllm.experiment.catalog import Table
     from fedllm.experiment.methods import Method
 
-PROPER = 0.82  # dp_fedavg and fedmedian are other methods, fedprx is a misspelt one
+PROPER = 0.82  # secure_fedavg and fedmedian are other methods, fedprx is a misspelt one
 Same = Callable[[str, Any, Any], bool]  # (key of an experiment, one value, another): do they mean the same
 
 

@@ -75,7 +75,8 @@ class Traits:
 
     Args:
         bracket: of a stage, where it may stand.
-        takes: parts that `encode` reads. may_take: those that it reads where somebody makes them.
+        takes: parts that `encode` reads.
+        may_take: parts that it reads where somebody makes them.
         makes: parts that `encode` adds and the stage's own `decode` removes; of a work, the parts of its updates.
         needs: facts that must hold where it stands.
         gives: facts that hold behind it.

@@ -25,11 +25,15 @@ from fedllm.stages.lora.bandwidth_cap import LoraCap
 from fedllm.stages.lora.fair import LoraFair
 from fedllm.stages.lora.merge import LoraMerge
 from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.lora.product import LoraProduct
 from fedllm.stages.lora.prune import LoraPrune
 from fedllm.stages.lora.residual import LoraResidual
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -38,6 +42,7 @@ from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 
+PRIVATE = (Uniform("expected"), GaussianDp(1.0))
 EXPANSIONS = {
     "fedavg": (ByExamples(),),
     "fedprox": (Prox(mu=0.01), ByExamples()),
@@ -65,14 +70,28 @@ EXPANSIONS = {
     "fedsvd": (LoraSvd(), ByExamples()),
     "fed_sb": (ByExamples(),),
     "full": (ByExamples(),),
+    "dp_fedavg": PRIVATE,
+    "dp_ffa_lora": PRIVATE,
+    "dp_fedsvd": (LoraSvd(), *PRIVATE),
+    "dp_fed_sb": PRIVATE,
+    "dp_ftrl": (Uniform("expected"), DpFtrl(1.0)),
+    "fedpower": (LoraProduct(), *PRIVATE),
 }
 SCOPES = {
     "ffa_lora": Scope(freeze=("*lora_A",)),
     "rolora": Scope(alternate=("*lora_B", "*lora_A")),
     "fedsa_lora": Scope(share=("*lora_A",)),
     "fedsvd": Scope(hold=("*lora_A",)),
+    "dp_ffa_lora": Scope(freeze=("*lora_A",)),
+    "dp_fedsvd": Scope(hold=("*lora_A",)),
 }
-ADAPTERS = {"full": Full(), "fed_sb": LoraXs(), "federa": Lora(init="singular"), "slora": SparseLora()}
+ADAPTERS = {
+    "full": Full(),
+    "fed_sb": LoraXs(),
+    "dp_fed_sb": LoraXs(),
+    "federa": Lora(init="singular"),
+    "slora": SparseLora(),
+}
 # Where all clients have one rank, and none a bandwidth.
 SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
 PARTS = {
@@ -82,8 +101,15 @@ PARTS = {
 }
 
 
+def noise(method):
+    """The budget that a private method's noise follows from."""
+    private = method in METHODS and any(isinstance(stage, PrivateStage) for stage in EXPANSIONS[method])
+    return {"demands": {"privacy": {"target_epsilon": 8.0, "seeded_noise": True}}} if private else {}
+
+
 def made(method, **changes):
-    return build({**PARTS, "method": method, **changes})
+    named = method if isinstance(method, str) else next(iter(method), None) if isinstance(method, dict) else None
+    return build({**PARTS, **noise(named), "method": method, **changes})
 
 
 def test_every_method_is_here():
@@ -92,7 +118,7 @@ def test_every_method_is_here():
 
 @pytest.mark.parametrize("method", EXPANSIONS)
 def test_a_name_sets_its_stages_aggregator_and_adapter_and_nothing_else(method):
-    plain = build({**PARTS, "stages": ["by_examples"]})
+    plain = build({**PARTS, **noise(method), "stages": ["by_examples"]})
     experiment = made(method)
     assert experiment.stages == EXPANSIONS[method]
     assert experiment.task.adapter == ADAPTERS.get(method, Lora())
@@ -104,6 +130,8 @@ def test_a_name_sets_its_stages_aggregator_and_adapter_and_nothing_else(method):
 
 
 def test_a_method_passes_its_settings_on():
+    assert made({"dp_fedavg": {"clip": 0.1, "noise_multiplier": 2}}).stages[1] == GaussianDp(0.1, 2.0)
+    assert made({"dp_ftrl": {"separation": 4}}).stages[1] == DpFtrl(1.0, separation=4)
     assert made({"fedprox": {"mu": 0.1}}).stages == (Prox(mu=0.1), ByExamples())
     assert made({"fedadam": {"server_lr": 1, "tau": 0.5}}).stages[0] == Adam(server_lr=1.0, tau=0.5)
     assert made({"scaffold": {"allow": ["adamw"]}}).stages[0] == Scaffold(allow=("adamw",))
@@ -193,7 +221,7 @@ def two_rounds(method, folder, data, **task):
         "evaluation": {"metrics": []},
         "rounds": 2,
     }
-    result = launch.run(build({**spec, "method": method}), engine="serial", out=folder)
+    result = launch.run(build({**spec, **noise(method), "method": method}), engine="serial", out=folder)
     assert result.summary["rounds"] == 2
     assert tree.finite(result.params)
     return result.params
@@ -217,6 +245,7 @@ def assert_other_methods(results):
 OTHERS = {
     "full": "full",
     "fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}},
+    "dp_fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}},
     "slora": {"sparse_lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}},
 }
 
