@@ -64,6 +64,7 @@ from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.training.base import Work
+from fedllm.training.dp_sgd import DpSgd
 from fedllm.training.sgd import Sgd
 
 Table = Mapping[str, type]
@@ -99,7 +100,7 @@ STAGES: Table = {
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
     Aggregator: {"sum": Sum},
-    Work: {"sgd": Sgd},
+    Work: {"sgd": Sgd, "dp_sgd": DpSgd},
     Federation: {"shards": Shards},
     Partitioner: {
         "iid": Iid,

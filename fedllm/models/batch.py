@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -64,6 +64,13 @@ class Batch:
     def sequence_clients(self) -> Tensor:
         """(S,): the client of each sequence."""
         return torch.repeat_interleave(torch.arange(len(self.counts)), torch.tensor(self.counts))
+
+    @property
+    def apart(self) -> Batch:
+        """The same sequences, each as a client of its own that computes all of its tokens."""
+        each = len(self.lengths)
+        dropout = tuple(self.dropout[k] for k in self.sequence_clients) if self.dropout else ()
+        return replace(self, counts=(1,) * each, unseen=(0,) * each, shared=(), dropout=dropout)
 
     @property
     def client_tokens(self) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.experiment.record import Experiment
@@ -28,7 +27,7 @@ from fedllm.stages.round_trip import encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import ClientJob, Work, run_work
+from fedllm.training.base import ClientJob, Work
 
 Listed = tuple[tuple[str, LeafSpec], ...]
 
@@ -100,7 +99,7 @@ def _made(question: Question, start: Tree, ctx: RoundContext) -> tuple[Update, M
     """What stands before the stages: of an evaluation, or of a work that takes no step. One value stands for each
     tensor, for the work decides on the types alone."""
     points = {name: leaf.new_zeros(()) for name, leaf in start.items()}
-    (outcome,) = run_work(question.work, [ClientJob(ctx, points, ())], _NoModel())
+    (outcome,) = question.work.finish(question.work.init([ClientJob(ctx, points, ())]))
     assert not isinstance(outcome, str), outcome
     made, facts = outcome
     if question.scores is not None:
@@ -116,20 +115,6 @@ class _NoNoise:
     def stream(self, purpose: str, digest: bytes) -> NoiseStream:
         """The noise of a key that everybody knows."""
         return NoiseStream(bytes(KEY_BYTES))
-
-
-class _NoModel:
-    """In place of the model of a work that takes no step."""
-
-    device, shares_prefixes = "cpu", False
-
-    def losses(self, stack: Tree, batch: object) -> Tensor:
-        """Never asked for."""
-        raise NotImplementedError
-
-    def initial_params(self, key: Key) -> Tree:
-        """Never asked for."""
-        raise NotImplementedError
 
 
 def _listed(leaves: Tree) -> Listed:

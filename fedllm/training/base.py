@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -31,6 +32,11 @@ class Model(Protocol):
     @property
     def device(self) -> str:
         """Where it computes."""
+        ...
+
+    @property
+    def why_not_stackable(self) -> str | None:
+        """Why clients must train one at a time; None if they can be stacked."""
         ...
 
     @property
@@ -66,11 +72,12 @@ class ClientJob:
 class Work:
     """A frozen dataclass of settings. `rule` names the local optimiser for stages that assume one.
 
-    `max_length`: longest sequence in tokens. `lr`: learning rate.
+    `max_length`: longest sequence in tokens. `lr`: learning rate. `per_example`: whether a step holds the gradient of
+    each example of a micro-batch by itself.
     """
 
     batchable: ClassVar[bool] = True
-    private: ClassVar[bool] = False  # its updates are differentially private for each example
+    per_example: ClassVar[bool] = False
     max_length: int
     lr: float
 
@@ -153,11 +160,11 @@ def run_steps(
 def batches(work: Work, jobs: Sequence[ClientJob]) -> Iterator[list[list[list[Example]]]]:
     """For each step, and each of its micro-batches, the examples of each client."""
     plans = [work.for_profile(job.ctx.profile).plan(len(job.examples), job.ctx) for job in jobs]
-    while any(steps := [next(plan, ()) for plan in plans]):
+    for steps in zip_longest(*plans, fillvalue=()):
         yield [
             [
                 [job.examples[index] for index in (step[place] if place < len(step) else ())]
                 for job, step in zip(jobs, steps, strict=True)
             ]
-            for place in range(max(map(len, steps)))
+            for place in range(max(map(len, steps)))  # none in a step for which nobody has drawn an example
         ]

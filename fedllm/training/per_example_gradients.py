@@ -7,14 +7,15 @@ This is what clipping each example's gradient needs (differential privacy at exa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fedllm.models.batch import Example, collate
+from fedllm.models.batch import Batch, Example, collate
 from fedllm.tensors.tree import Tree
 from fedllm.training.base import Model
+from fedllm.training.gradients import Stack, gradients
 
 
 def per_example_gradients(model: Model, params: Tree, examples: Sequence[Example]) -> tuple[Tree, Tensor]:
@@ -32,3 +33,30 @@ def per_example_gradients(model: Model, params: Tree, examples: Sequence[Example
     losses = model.losses(stack, collate([[example] for example in examples]))
     grads = torch.autograd.grad(losses.sum(), list(stack.values()), materialize_grads=True)
     return dict(zip(stack, grads, strict=True)), losses.detach()
+
+
+def fill(stack: Stack, batch: Batch, model: Model) -> Tensor:
+    """(N,) losses, float64 on the CPU; the stack's `gradient` (N, P) becomes the gradients of N examples.
+
+    A value that is not finite may reach other examples of a joint product, so such gradients are computed again, each
+    alone, and so are all of a model that takes one sequence at a time.
+
+    Args:
+        stack: `values` (N, P), each example's own. batch: its clients are the examples (`Batch.apart`).
+    """
+    if model.why_not_stackable is not None:
+        losses = torch.zeros(len(batch.counts), dtype=torch.float64)
+        _alone(stack, batch, model, range(len(losses)), losses)
+        return losses
+    losses = gradients(stack, [batch], model)
+    spoilt = (~torch.isfinite(stack.gradient.sum(1))).nonzero().reshape(-1).tolist()
+    if len(batch.counts) > 1:
+        _alone(stack, batch, model, spoilt, losses)
+    return losses
+
+
+def _alone(stack: Stack, batch: Batch, model: Model, places: Iterable[int], losses: Tensor) -> None:
+    for place in places:
+        own = stack.only(place)
+        losses[place] = gradients(own, [batch.only(place)], model)[0]
+        stack.gradient[place] = own.gradient[0]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedllm.errors import ConfigError
+from fedllm.errors import ConfigError, config_name
 from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Part, Update
 from fedllm.models.batch import Batch
@@ -76,22 +76,23 @@ class Sgd(Work):
     lr_schedule: LrSchedule = LrSchedule()
 
     def __post_init__(self) -> None:
+        own = f"work.{config_name(self)}"
         if (self.steps is None) == (self.epochs is None):
-            raise ConfigError("work.sgd needs exactly one of steps and epochs; set one of them")
+            raise ConfigError(f"{own} needs exactly one of steps and epochs; set one of them")
         for name in ("steps", "epochs", "batch_size", "accumulation", "max_length"):
             value = self.__dict__[name]
             if value is not None and value < (0 if name == "steps" else 1):
-                raise ConfigError(f"work.sgd.{name} is {value}; it must be positive")
+                raise ConfigError(f"{own}.{name} is {value}; it must be positive")
         for name in ("lr", "momentum", "weight_decay", "eps", "clip_norm"):
             value = self.__dict__[name]
             if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"work.sgd.{name} is {value}; it must be 0 or more and finite")
+                raise ConfigError(f"{own}.{name} is {value}; it must be 0 or more and finite")
         if self.clip_norm == 0:
-            raise ConfigError("work.sgd.clip_norm is 0, which lets nothing train; null is no clipping")
+            raise ConfigError(f"{own}.clip_norm is 0, which lets nothing train; null is no clipping")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"work.sgd.betas is {list(self.betas)}; both must be in [0, 1)")
+            raise ConfigError(f"{own}.betas is {list(self.betas)}; both must be in [0, 1)")
         if self.optimizer == "adamw" and self.momentum:
-            raise ConfigError("work.sgd.momentum belongs to optimizer sgd; for adamw set betas")
+            raise ConfigError(f"{own}.momentum belongs to optimizer sgd; for adamw set betas")
 
     @property
     def rule(self) -> str:
@@ -102,8 +103,8 @@ class Sgd(Work):
     def idle(self) -> str:
         """Without steps, or with steps of no length."""
         if self.steps == 0:
-            return "work.sgd.steps is 0"
-        return "work.sgd.lr is 0" if self.lr == 0 else ""
+            return f"work.{config_name(self)}.steps is 0"
+        return f"work.{config_name(self)}.lr is 0" if self.lr == 0 else ""
 
     def with_lr(self, *, lr: float, times: int) -> Sgd:
         """More micro-batches a step, so that memory stays as it is."""
@@ -177,12 +178,15 @@ class Sgd(Work):
         give_back(carry.values, carry.grads)
         return found
 
+    @property
+    def _advice(self) -> str:
+        """What to do about values that are not finite."""
+        return "lower work.sgd.lr or set work.sgd.clip_norm"
+
     def _outcome(self, carry: Carry, k: int) -> Outcome:
         delta = carry.layout.moved(carry.values[k], k, carry.starts[k])
         if not tree.finite(delta):
-            return (
-                f"after step {carry.steps[k]} its weights are not finite; lower work.sgd.lr or set work.sgd.clip_norm"
-            )
+            return f"after step {carry.steps[k]} its weights are not finite; {self._advice}"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
         facts["computed"] = carry.computed[k]
         loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)

@@ -20,10 +20,10 @@ from fedllm.messages.call import Replies
 from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.update import Asked, Part, Request, Update
 from fedllm.runs import server_round
-from fedllm.runs.expected_update import _NoModel, asked
+from fedllm.runs.expected_update import asked
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import ClientJob, run_work
+from fedllm.training.base import ClientJob
 from tests.doubles.masks import Masked
 
 CLIENTS = ("ann", "ben", "cid")
@@ -99,7 +99,7 @@ def test_the_work_decides_on_the_types() -> None:
     """It computes all leaves in the widest type."""
     mixed = {**PARAMS, "norm": PARAMS["norm"].to(BF16)}
     exp = experiment("uniform")
-    (outcome,) = run_work(exp.work, [ClientJob(RoundContext(0, exp.key, 1, 1, client="a"), mixed, ())], _NoModel())
+    (outcome,) = exp.work.finish(exp.work.init([ClientJob(RoundContext(0, exp.key, 1, 1, client="a"), mixed, ())]))
     assert not isinstance(outcome, str)
     told = {name: (leaf.dtype, tuple(leaf.shape)) for name, leaf in outcome[0].parts["delta"].tree.items()}
     assert told == ALL == shapes(next(iter(requests(exp, mixed).values())).asks("work"))["delta"]

@@ -3,6 +3,8 @@
     stack = copies x parameters x clients + slack x saved(T, sum of L^2) + head
     T: tokens that are computed, L: lengths of sequences, of its largest batch
 
+A work that holds each example's gradient takes more copies of each client's parameters, and two for each example.
+
 What a pass saves for its gradient, and `head`, the logits of one chunk, are figures of the model: `models/memory.py`.
 """
 
@@ -27,6 +29,8 @@ from fedllm.training.base import ClientJob, Work, batches
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 COPIES = 9.0  # of a client's parameters: message, request, start, values, gradients (2), moments (2), reply
+PRIVATE_COPIES = 12.0  # more of them: sums in float64 (2), integer noise (2) and the draws that make it (8)
+EXAMPLE_COPIES = 2.0  # of an example's gradient: itself, and the weights that its pass reads
 SLACK = 1.2  # a heap has holes
 PRODUCTS = 70 << 20  # what the libraries keep of how they multiply matrices of past shapes
 USABLE = 0.8  # of the memory that is free
@@ -59,18 +63,22 @@ class MemoryEstimate:
 
     def of(self, work: Work, jobs: Sequence[ClientJob], *, recompute: bool) -> int:
         """Bytes of a stack at its largest batch."""
-        parameters = COPIES * sum(num_bytes(job.initial) for job in jobs)
+        sizes = [num_bytes(job.initial) for job in jobs]
+        copies, own = (COPIES + PRIVATE_COPIES, EXAMPLE_COPIES * max(sizes)) if work.per_example else (COPIES, 0.0)
         micro = (batch for step in batches(work, jobs) for batch in step)
-        return int(parameters + max((self._batch(clients, recompute) for clients in micro), default=0))
+        most = max((self._batch(clients, recompute, own) for clients in micro), default=0.0)
+        return int(copies * sum(sizes) + most)
 
-    def _batch(self, clients: Sequence[Sequence[Example]], recompute: bool) -> float:
+    def _batch(self, clients: Sequence[Sequence[Example]], recompute: bool, own: float) -> float:
+        """`own`: bytes of each example beside its pass; none where examples share their client's gradient."""
         examples = [example for client in clients for example in client]
         lengths = [example.needed for example in examples]
-        less, terms = sum(map(spared, clients)) if self.shares else 0, self.terms
+        less, terms = sum(map(spared, clients)) if self.shares and not own else 0, self.terms
         rows = sum(int((example.targets >= 0).sum()) for example in examples)
         logits = min(rows, terms.rows[0]) * terms.head[0] + 2 * min(rows, terms.rows[1]) * terms.head[1]
         whole = terms.whole.of(lengths, less)
-        return logits + SLACK * (terms.recomputed.of(lengths, less) + whole / terms.layers if recompute else whole)
+        kept = terms.recomputed.of(lengths, less) + whole / terms.layers if recompute else whole
+        return own * len(examples) + logits + SLACK * kept
 
 
 def layout_bytes(model: LoadedModel, budget: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -26,7 +26,10 @@ class RowScorer(Protocol):
 
 
 class Objective:
-    """A frozen dataclass of settings."""
+    """A frozen dataclass of settings. `couples_examples`: whether an example's loss depends on what else is in its
+    batch, as where a batch's mean over tokens weighs examples by length, or examples are each other's contrast."""
+
+    couples_examples: ClassVar[bool] = False
 
     def texts(
         self, records: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: Template
