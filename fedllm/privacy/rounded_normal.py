@@ -4,9 +4,9 @@
     keep x with chance a(x) = exp(-1 / (8 sigma^2)) / I(x)
     I(x) = integral of cosh(x t / sigma^2) exp(-t^2 / (2 sigma^2)) over t from -1/2 to 1/2
 
-Rounding gives x the chance exp(-x^2 / (2 sigma^2)) I(x) / (sigma sqrt(2 pi)), so what is kept has the law of the discrete
-Gaussian. The numerator is at most I(0), and so at most I(x): a(x) <= 1. With sigma >= 2^14 and |x| < 9 sigma (no draw is
-larger) almost all are kept:
+Rounding gives x the chance exp(-x^2 / (2 sigma^2)) I(x) / (sigma sqrt(2 pi)), so what is kept has the law of the
+discrete Gaussian. The numerator is at most I(0), and so at most I(x): a(x) <= 1. With sigma >= 2^14 and |x| < 9 sigma
+(no draw is larger) almost all are kept:
 
     1 - a(x) = 1 / (12 sigma^2) + x^2 / (24 sigma^4) + O(sigma^-4) < 2^-24
 

@@ -5,6 +5,7 @@ weights     one stage weighs
 parts       made once, taken by somebody, taken only behind the stage that makes them; what is bounded holds every part
 adapter     a stage that works on one adapter has it
 optimisers  control terms go with the local rule that they are derived for
+examples    a work that clips each example goes with what takes each by itself (`per_example`)
 facts       what one needs, no other loses: the table in `rules`
 clients     a quorum that there can be; ranks that are not above the adapter's; and the table again
 """
@@ -16,6 +17,7 @@ from itertools import pairwise
 
 from fedllm.errors import CheckError, config_name
 from fedllm.experiment.checks.parties import Party, client, parties
+from fedllm.experiment.checks.per_example import check_per_example
 from fedllm.experiment.checks.privacy import check_promise
 from fedllm.experiment.checks.rules import conflicts
 from fedllm.experiment.record import Experiment
@@ -38,6 +40,7 @@ def check(experiment: Experiment) -> None:
     _weigher(stages)
     _parts(experiment, stages)
     _adapter(experiment, stages)
+    check_per_example(experiment)
     for conflict in conflicts(everyone):
         raise CheckError(str(conflict))
     _optimizers(experiment, stages)

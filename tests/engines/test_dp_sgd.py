@@ -1,0 +1,88 @@
+"""DP-SGD on every engine: the serial engine's results, whatever shares a stack, and the same bits for any workers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.data.shards import Shards
+from fedllm.data.splits.by import By
+from fedllm.engines.base import Engine
+from fedllm.engines.batched.engine import Batched
+from fedllm.engines.remote.ray import RayActors
+from fedllm.engines.serial import Serial
+from fedllm.messages.context import RoundContext
+from fedllm.messages.update import Failure, Update
+from fedllm.stages.lora.pad import LoraPad
+from fedllm.stages.weighting.uniform import Uniform
+from fedllm.training import dp_sgd
+from fedllm.training.dp_sgd import DpSgd
+from tests.doubles.kept import Kept
+from tests.engines.cohort import SIZES, Slice, experiment, farthest, same, sent, write_records
+from tests.training.private import Noise
+from tests.wide import NARROW, SINGLE
+
+WORK = DpSgd(lr=0.05, steps=3, batch_size=2, max_length=48, clip=0.3, noise_multiplier=0.8, momentum=0.9)
+RANKS = {"ann": 1, "ben": 4, "cid": 2, "dot": 3, "eve": 2}
+Replies = dict[tuple[int, str], Update | Failure]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")
+
+
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All clients of this process draw from one fixed key, by round and name."""
+
+    def source(ctx: RoundContext) -> Noise:
+        return Noise(ctx)
+
+    monkeypatch.setattr(dp_sgd, "_source", source)
+
+
+def replies(engine: Engine, data: Path, **settings: Any) -> Replies:
+    return sent(engine, experiment(data, **{"work": WORK, **settings}))
+
+
+@pytest.mark.usefixtures("noise")
+@pytest.mark.parametrize("stack", [2, 5])
+@pytest.mark.parametrize("ranks", [None, RANKS], ids=["equal", "unequal"])
+def test_batched_is_serial(data: Path, stack: int, ranks: Any) -> None:
+    """Several clients' examples in one stack; 6, 3, 2, 5 and 1 of them. A sum may round to another step of the grid."""
+    stages = (Slice(), Uniform()) if ranks else (Uniform(),)
+    found = replies(Batched(stack=stack, workers=2), data, ranks=ranks, stages=stages)
+    assert farthest(found, replies(Serial(), data, ranks=ranks, stages=stages)) < 2.0**-18
+    assert len(found) == 2 * len(SIZES)
+
+
+@pytest.mark.usefixtures("noise")
+@pytest.mark.parametrize("noise_multiplier", [0.0, 0.8])
+def test_batched_is_serial_in_float32(data: Path, noise_multiplier: float) -> None:
+    work = replace(WORK, noise_multiplier=noise_multiplier)
+    found = replies(Batched(workers=2), data, work=work, dtype="float32")
+    assert farthest(found, replies(Serial(), data, work=work, dtype="float32")) < SINGLE
+
+
+@pytest.mark.usefixtures("noise")
+def test_the_bits_do_not_depend_on_the_workers(data: Path) -> None:
+    one, *others = (replies(Batched(stack=2, workers=workers), data, dtype="float32") for workers in (1, 2, 5))
+    for other in others:
+        assert all(same(other[key], reply) for key, reply in one.items())
+
+
+def test_ray_is_serial(data: Path, team: RayActors) -> None:
+    """Without noise, whose key is not in the actors' processes."""
+    settings = {"work": replace(WORK, noise_multiplier=0.0), "federation": Shards(str(data), By("who"), heldout=0.0)}
+    found, expected = (replies(engine, data, **settings) for engine in (Kept(team), Serial()))
+    assert farthest(found, expected) < NARROW
+
+
+@pytest.mark.usefixtures("noise")
+def test_padding_of_unequal_ranks_goes_with_it(data: Path) -> None:
+    found = sent(Serial(), experiment(data, work=WORK, ranks=RANKS, stages=(LoraPad(), Uniform())), rounds=1)
+    assert all(isinstance(reply, Update) for reply in found.values())
