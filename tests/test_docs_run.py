@@ -164,7 +164,11 @@ def fragment(text: str) -> None:
 def merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` over `base`, down to the settings of shards and sgd; a component is replaced as a whole."""
     deep = ("task", "federation", "shards", "work", "sgd")
-    return {**base, **{k: merged(base[k], v) if k in deep and k in base else v for k, v in given.items()}}
+
+    def joins(key: str, value: Any) -> bool:
+        return key in deep and key in base and not (key == "work" and value.keys() != base[key].keys())
+
+    return {**base, **{k: merged(base[k], v) if joins(k, v) else v for k, v in given.items()}}
 
 
 def write(block: Block) -> None:

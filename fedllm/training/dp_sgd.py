@@ -63,15 +63,16 @@ class PrivateCarry(Carry):
 
 @dataclass(frozen=True)
 class DpSgd(Sgd):
-    """DP-SGD (Abadi et al. 2016). `steps` is set, never `epochs`: their number would tell how many examples there are.
+    """DP-SGD (Abadi et al. 2016). Of the settings of `sgd`, these mean something else:
+
+    `batch_size` is b, the expected number of examples a step, and `accumulation` divides it into that many
+    micro-batches, which limits memory and changes nothing else. `steps` is set, never `epochs`: their number would tell
+    how many examples there are. `clip_norm` is refused: it bounds the mean of a batch.
 
     Args:
-        batch_size: expected examples a step, b; `accumulation` divides it into that many micro-batches, which limits
-            memory and changes nothing else.
         clip: C, the bound on the 2-norm of one example's gradient over all tensors that train.
         noise_multiplier: z, the noise's standard deviation over C; 0 is no noise. None: it is found from
             `demands.privacy`.
-        clip_norm: refused; it bounds the mean of a batch.
     """
 
     clip: float = 1.0

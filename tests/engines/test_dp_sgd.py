@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 
+from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
-from fedllm.data.splits.by import By
 from fedllm.engines.base import Engine
 from fedllm.engines.batched.engine import Batched
+from fedllm.engines.batched.memory import MemoryEstimate
+from fedllm.engines.client import Site
 from fedllm.engines.remote.ray import RayActors
 from fedllm.engines.serial import Serial
 from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Failure, Update
 from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.tensors.tree import num_bytes
 from fedllm.training import dp_sgd
 from fedllm.training.dp_sgd import DpSgd
+from fedllm.training.sgd import Sgd
 from tests.doubles.kept import Kept
 from tests.engines.cohort import SIZES, Slice, experiment, farthest, same, sent, write_records
 from tests.training.private import Noise
@@ -77,7 +81,10 @@ def test_the_bits_do_not_depend_on_the_workers(data: Path) -> None:
 
 def test_ray_is_serial(data: Path, team: RayActors) -> None:
     """Without noise, whose key is not in the actors' processes."""
-    settings = {"work": replace(WORK, noise_multiplier=0.0), "federation": Shards(str(data), By("who"), heldout=0.0)}
+    settings = {
+        "work": replace(WORK, noise_multiplier=0.0),
+        "federation": Shards(str(data), partition=By("who"), heldout=0.0),
+    }
     found, expected = (replies(engine, data, **settings) for engine in (Kept(team), Serial()))
     assert farthest(found, expected) < NARROW
 
@@ -86,3 +93,15 @@ def test_ray_is_serial(data: Path, team: RayActors) -> None:
 def test_padding_of_unequal_ranks_goes_with_it(data: Path) -> None:
     found = sent(Serial(), experiment(data, work=WORK, ranks=RANKS, stages=(LoraPad(), Uniform())), rounds=1)
     assert all(isinstance(reply, Update) for reply in found.values())
+
+
+def test_each_example_is_counted_in_the_memory_of_a_stack(data: Path) -> None:
+    """Beside `sgd` on the same batch of all 6 and 3 examples: copies for each client, and two gradients an example."""
+    site = Site.of(experiment(data, work=WORK), None)
+    jobs, costs = [site.first_job(client) for client in ("ann", "ben")], MemoryEstimate.measured(site.model, site.fresh)
+    private = replace(WORK, batch_size=6, steps=1)
+    plain = Sgd(lr=0.05, steps=1, batch_size=6, max_length=48)
+    one = num_bytes(site.fresh)
+    for few in (jobs[:1], [replace(jobs[1], examples=[*jobs[1].examples, *jobs[1].examples]), jobs[0]]):
+        extra = costs.of(private, few, recompute=False) - costs.of(plain, few, recompute=False)
+        assert extra == pytest.approx(one * len(few) * (12 + 2 * 6), abs=2)
