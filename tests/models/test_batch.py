@@ -74,6 +74,27 @@ def test_one_client_of_a_batch_is_the_batch_of_that_client(labels: Labels) -> No
         assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
 
 
+@given(LABELS)
+def test_each_sequence_apart_is_a_client_of_its_own(labels: Labels) -> None:
+    clients = examples(labels)
+    generators = tuple(torch.Generator() for _ in clients)
+    found = collate(clients, generators).apart
+    each = [(k, example) for k, client in enumerate(clients) for example in client]
+    alone = collate([[example] for _, example in each], tuple(generators[k] for k, _ in each))
+    for name, value in vars(alone).items():
+        if name != "unseen":  # these are counted as their clients'
+            other = vars(found)[name]
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
+
+
+def test_apart_nothing_is_computed_once_for_several_sequences() -> None:
+    same = torch.arange(12)
+    pair = [Example(same, torch.where(same < 10, IGNORE, same)) for _ in range(2)]
+    shared = collate([pair], share=True)
+    assert shared.shared and shared.client_computed == (14,)
+    assert shared.apart.shared == () and shared.apart.client_computed == (12, 12)
+
+
 def naive_rows(labels: Labels) -> list[tuple[int, int]]:
     """(target or 0, sequence) of each token that is seen."""
     found, token = [], 0
