@@ -1,6 +1,6 @@
-"""What privacy costs.
+"""What a step of DP-SGD costs.
 
-    python benchmarks/privacy.py [--sections dpsgd_over_batched_step] [--clients 4] [--batch 4] [--tokens 64] [--peer]
+    python benchmarks/private_step.py [--clients 4] [--batch 4] [--tokens 64] [--peer]
 
 dpsgd_over_batched_step: processor time of one `dp_sgd` step of a stack over that of one `sgd` step of the same stack
 and batch; LoRA rank 8 on all linear layers, AdamW, one thread, noise multiplier 1. `without_noise` has noise multiplier
@@ -16,13 +16,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fedllm.messages.context import RoundContext
+from fedllm.messages.context import ClientContext, RoundContext, ServerContext
+from fedllm.messages.update import Part, Update
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.base_models.load import materialise
 from fedllm.models.batch import IGNORE, Example, collate
@@ -31,6 +32,7 @@ from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.models.task import Task
 from fedllm.privacy.noise import NoiseStream, derive, new_key
 from fedllm.rng import Key
+from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.tensors import tree
 from fedllm.training.base import ClientJob
 from fedllm.training.client_stack import keep_buffers
@@ -51,13 +53,6 @@ class Noise:
         return NoiseStream(derive(new_key(), self.client, purpose, digest))
 
 
-@dataclass(frozen=True)
-class NoisyContext(RoundContext):
-    """A context with a source of noise."""
-
-    noise: Noise | None = None
-
-
 def examples(options: argparse.Namespace, seed: int) -> list[Example]:
     """Random tokens, all of which but the first carry a label."""
     made = []
@@ -73,11 +68,10 @@ def examples(options: argparse.Namespace, seed: int) -> list[Example]:
 def stepper(model: LoadedModel, work: Sgd, clients: Sequence[list[Example]]) -> Callable[[], object]:
     """One step of a stack, again and again."""
     params = tree.flatten(model.initial_params(Key(0)))
-    contexts = [
-        NoisyContext(0, Key(0), len(clients), len(clients), client=str(k), noise=Noise(str(k)))
-        for k in range(len(clients))
+    contexts = [RoundContext(0, Key(0), len(clients), len(clients), client=str(k)) for k in range(len(clients))]
+    jobs = [
+        ClientJob(ctx, params, own, noise=Noise(str(ctx.client))) for ctx, own in zip(contexts, clients, strict=True)
     ]
-    jobs = [ClientJob(ctx, params, own) for ctx, own in zip(contexts, clients, strict=True)]
     batch, carry = collate(clients, tuple(ctx.rng("dropout") for ctx in contexts)), work.init(jobs)
     return lambda: work.step(carry, [batch], jobs, model)
 
@@ -148,27 +142,56 @@ def dpsgd_over_batched_step(options: argparse.Namespace) -> dict[str, Any]:
     return {**found, **ratios, **beside, "dpsgd_over_batched_step": ratios["dp_sgd_over_sgd"]}
 
 
-SECTIONS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-    "dpsgd_over_batched_step": dpsgd_over_batched_step,
-}
+def released(
+    *, clients: int, lost: float, values: int, runs: int, noise_multiplier: float, clip: float
+) -> Sequence[float]:
+    """The noise in sums of `gaussian_dp`, a share of whose clients are lost: what is released less the sum itself."""
+    stage, drawn = GaussianDp(clip, noise_multiplier), torch.Generator().manual_seed(0)
+    local = ClientContext(RoundContext(0, Key(0), clients, clients, client="one"))
+    sent = [
+        stage.encode(Update({"delta": Part({"w": torch.randn(values, generator=drawn)}, 1.0)}), {}, {}, local)[0]
+        for _ in range(round(clients * (1 - lost)))
+    ]
+    total = torch.stack([update.parts["delta"].tree["w"] for update in sent]).sum(0)
+    found = []
+    for _ in range(runs):
+        ctx = ServerContext(0, Key(0), clients, clients, expected=float(clients), noise=FreshNoise())
+        update = Update({"delta": Part({"w": total}, float(len(sent)))})
+        out, _ = stage.decode(update, {}, {}, ctx)
+        found += (out.parts["delta"].tree["w"].double() - total).tolist()
+    return found
 
 
-def main() -> None:
-    """Print the figures; the last line is JSON."""
+class FreshNoise:
+    """A new key for each sum, and no ledger."""
+
+    def release(self, stage: str, kind: str, noise_multiplier: float, digest: bytes) -> NoiseStream:
+        """A stream of a new key."""
+        return NoiseStream(new_key())
+
+    def measured(self, noised: float, noise: float) -> None:
+        """Nobody asks."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options, at the setting of the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--clients", type=int, default=4, help="clients of the stack")
     parser.add_argument("--batch", type=int, default=4, help="examples of a client in a step")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an example")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="measure Opacus on PEFT beside it")
-    options = parser.parse_args()
-    found = {name: SECTIONS[name](options) for name in options.sections}
-    for section, figures in found.items():
-        for name, value in figures.items():
-            print(f"{section}: {name:28} {value:.4f}")
-    print(json.dumps({"benchmark": "privacy", **vars(options), **found}))
+    return parser
+
+
+def main() -> None:
+    """Print the figures; the last line is JSON."""
+    options = parser().parse_args()
+    found = dpsgd_over_batched_step(options)
+    for name, value in found.items():
+        print(f"{name:28} {value:.4f}")
+    print(json.dumps({"benchmark": "private_step", **vars(options), **found}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any, Literal, Protocol, cast
+from typing import Literal
 
 from fedllm.errors import CheckError, PrivacyError, config_name
 from fedllm.experiment.record import Experiment
@@ -20,21 +20,11 @@ from fedllm.privacy.releases import Release
 from fedllm.privacy.schemes import RotationScheme, Scheme
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.training.dp_sgd import DpSgd
 
 Unit = Literal["client", "example"]
 Ledger = Mapping[Release, int]
 MOST_DELTA = 1e-5
-
-
-class PrivateWork(Protocol):
-    """A work whose updates are private for each example."""
-
-    clip: float
-    noise_multiplier: float | None
-
-    def release(self, num_examples: int) -> Release:
-        """What one round of a client costs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class PrivacyPlan:
     """
 
     experiment: Experiment
-    mechanism: PrivateStage | PrivateWork
+    mechanism: PrivateStage | DpSgd
     scheme: Scheme
     delta: float
     sizes: Mapping[str, int]
@@ -109,16 +99,23 @@ class PrivacyPlan:
         return epsilons(by_round, self.delta, rounds)
 
 
+def mechanism_of(experiment: Experiment) -> PrivateStage | DpSgd | None:
+    """What adds the noise that a run counts on: a stage, or else the work."""
+    stages = [stage for stage in experiment.stages if isinstance(stage, PrivateStage)]
+    if stages:
+        return stages[0]
+    return experiment.work if isinstance(experiment.work, DpSgd) else None
+
+
 def plan_of(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPlan | None:
     """The plan of an experiment whose clients have so many examples; None: it promises nothing.
 
     Raises:
         CheckError: the guarantee would be void; the reason and the remedy.
     """
-    if not experiment.private:
+    mechanism = mechanism_of(experiment)
+    if mechanism is None:
         return None
-    stages = [stage for stage in experiment.stages if isinstance(stage, PrivateStage)]
-    mechanism = stages[0] if stages else cast(PrivateWork, experiment.work)
     clients = tuple(sizes)
     scheme = experiment.federation.scheme(len(clients))
     if scheme is None:
@@ -175,8 +172,7 @@ def calibrated(experiment: Experiment, sizes: Mapping[str, int]) -> Experiment:
         return replace(
             experiment, stages=tuple(noised if stage is plan.mechanism else stage for stage in experiment.stages)
         )
-    work: Any = experiment.work
-    return replace(experiment, work=replace(work, noise_multiplier=z))
+    return replace(experiment, work=replace(plan.mechanism, noise_multiplier=z))
 
 
 def separation_of(scheme: Scheme) -> int:

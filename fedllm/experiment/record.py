@@ -19,6 +19,7 @@ from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.no_figures import NoFigures
 from fedllm.training.base import Work
+from fedllm.training.dp_sgd import DpSgd
 
 
 @dataclass(frozen=True)
@@ -128,4 +129,4 @@ class Experiment:
     @property
     def private(self) -> bool:
         """Whether a stage or the work promises differential privacy."""
-        return any(isinstance(stage, PrivateStage) for stage in self.stages) or self.work.private
+        return any(isinstance(stage, PrivateStage) for stage in self.stages) or isinstance(self.work, DpSgd)

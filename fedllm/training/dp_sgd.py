@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from fedllm.messages.context import RoundContext
 from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example
-from fedllm.privacy.noise import NoiseStream
 from fedllm.privacy.releases import Release
 from fedllm.privacy.schemes import PoissonScheme
 from fedllm.tensors.checksum import checksum
@@ -38,14 +37,6 @@ from fedllm.training.clipped_sums import Clip
 from fedllm.training.gradients import Stack
 from fedllm.training.per_example_gradients import fill
 from fedllm.training.sgd import Carry, Sgd
-
-
-class NoiseSource(Protocol):
-    """Where a client's secret noise comes from."""
-
-    def stream(self, purpose: str, digest: bytes) -> NoiseStream:
-        """The stream of this site, round, client, purpose and input."""
-        ...
 
 
 @dataclass(eq=False)
@@ -119,15 +110,12 @@ class DpSgd(Sgd):
         return Release("example", self._noise, PoissonScheme(self.rate(num_examples)), self.steps)
 
     def plan(self, num_examples: int, ctx: RoundContext) -> Iterator[Sequence[Sequence[int]]]:
-        """Each example of each step by a coin of its own; secret where the noise is."""
+        """Each example of each step by a coin of its own. The coins follow from the run's public key: whoever runs real
+        clients must refuse that."""
         rate, size = self.rate(num_examples), -(-self.batch_size // self.accumulation)
-        source, generator = _source(ctx), ctx.rng("batches")
-        stream = source.stream("dp_sgd/batches", b"") if source is not None else None
+        generator = ctx.rng("batches")
         for _ in range(self.num_steps(num_examples)):
-            if stream is None:
-                coins = torch.rand(num_examples, generator=generator, dtype=torch.float64)
-            else:
-                coins = torch.from_numpy(stream.uniform(num_examples))
+            coins = torch.rand(num_examples, generator=generator, dtype=torch.float64)
             chosen = (coins < rate).nonzero().reshape(-1).tolist()
             yield [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
@@ -238,7 +226,7 @@ class DpSgd(Sgd):
         """(d,) whole numbers of steps of the grid; None without noise."""
         if not self._noise:
             return None
-        source, clip = _source(job.ctx), carry.clips[k]
+        source, clip = job.noise, carry.clips[k]
         if source is None:
             raise ConfigError(
                 f"client {job.ctx.client}: work.dp_sgd has no source of secret noise here; run it by fedllm.run, or "
@@ -246,11 +234,6 @@ class DpSgd(Sgd):
             )
         stream = source.stream(f"dp_sgd/{carry.taken}", carry.digests[k])
         return torch.from_numpy(stream.discrete_gaussian(self._noise * clip.levels, clip.size))
-
-
-def _source(ctx: RoundContext) -> NoiseSource | None:
-    source: NoiseSource | None = getattr(ctx, "noise", None)
-    return source
 
 
 def _digest(job: ClientJob) -> bytes:

@@ -16,17 +16,15 @@ from fedllm.engines.batched.memory import MemoryEstimate
 from fedllm.engines.client import Site
 from fedllm.engines.remote.ray import RayActors
 from fedllm.engines.serial import Serial
-from fedllm.messages.context import RoundContext
+from fedllm.experiment.record import Demands, PrivacyDemand
 from fedllm.messages.update import Failure, Update
 from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors.tree import num_bytes
-from fedllm.training import dp_sgd
 from fedllm.training.dp_sgd import DpSgd
 from fedllm.training.sgd import Sgd
 from tests.doubles.kept import Kept
 from tests.engines.cohort import SIZES, Slice, experiment, farthest, same, sent, write_records
-from tests.training.private import Noise
 from tests.wide import NARROW, SINGLE
 
 WORK = DpSgd(lr=0.05, steps=3, batch_size=2, max_length=48, clip=0.3, noise_multiplier=0.8, momentum=0.9)
@@ -39,21 +37,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")
 
 
-@pytest.fixture
-def noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All clients of this process draw from one fixed key, by round and name."""
-
-    def source(ctx: RoundContext) -> Noise:
-        return Noise(ctx)
-
-    monkeypatch.setattr(dp_sgd, "_source", source)
-
-
 def replies(engine: Engine, data: Path, **settings: Any) -> Replies:
-    return sent(engine, experiment(data, **{"work": WORK, **settings}))
+    """All clients draw from the run's key, by round and name."""
+    seeded = Demands(privacy=PrivacyDemand(unit="example", seeded_noise=True))
+    return sent(engine, replace(experiment(data, **{"work": WORK, **settings}), demands=seeded))
 
 
-@pytest.mark.usefixtures("noise")
 @pytest.mark.parametrize("stack", [2, 5])
 @pytest.mark.parametrize("ranks", [None, RANKS], ids=["equal", "unequal"])
 def test_batched_is_serial(data: Path, stack: int, ranks: Any) -> None:
@@ -64,7 +53,6 @@ def test_batched_is_serial(data: Path, stack: int, ranks: Any) -> None:
     assert len(found) == 2 * len(SIZES)
 
 
-@pytest.mark.usefixtures("noise")
 @pytest.mark.parametrize("noise_multiplier", [0.0, 0.8])
 def test_batched_is_serial_in_float32(data: Path, noise_multiplier: float) -> None:
     work = replace(WORK, noise_multiplier=noise_multiplier)
@@ -72,7 +60,6 @@ def test_batched_is_serial_in_float32(data: Path, noise_multiplier: float) -> No
     assert farthest(found, replies(Serial(), data, work=work, dtype="float32")) < SINGLE
 
 
-@pytest.mark.usefixtures("noise")
 def test_the_bits_do_not_depend_on_the_workers(data: Path) -> None:
     one, *others = (replies(Batched(stack=2, workers=workers), data, dtype="float32") for workers in (1, 2, 5))
     for other in others:
@@ -89,7 +76,6 @@ def test_ray_is_serial(data: Path, team: RayActors) -> None:
     assert farthest(found, expected) < NARROW
 
 
-@pytest.mark.usefixtures("noise")
 def test_padding_of_unequal_ranks_goes_with_it(data: Path) -> None:
     found = sent(Serial(), experiment(data, work=WORK, ranks=RANKS, stages=(LoraPad(), Uniform())), rounds=1)
     assert all(isinstance(reply, Update) for reply in found.values())

@@ -1,4 +1,4 @@
-"""Secret noise for tests: a context whose client has a source of it, from a fixed key."""
+"""Secret noise for tests: a client that has a source of it, from a fixed key."""
 
 from __future__ import annotations
 
@@ -26,17 +26,8 @@ class Noise:
         return NoiseStream(derive(self.key, self.ctx.round, str(self.ctx.client), purpose, digest))
 
 
-@dataclass(frozen=True)
-class NoisyContext(RoundContext):
-    noise: Noise | None = None
-
-
-def noisy(ctx: RoundContext, key: bytes = SECRET) -> NoisyContext:
-    return NoisyContext(**{name: value for name, value in vars(ctx).items() if name != "noise"}, noise=Noise(ctx, key))
-
-
 def private_job(
     model: LoadedModel, client: str, *, examples: Sequence[Example] | None = None, key: bytes = SECRET
 ) -> ClientJob:
     found = job(model, client, examples=examples)
-    return replace(found, ctx=noisy(found.ctx, key))
+    return replace(found, noise=Noise(found.ctx, key))

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 from fedllm.errors import CheckError, config_name, counted
 from fedllm.evaluation.settings import Evaluation
-from fedllm.experiment.privacy import PrivacyPlan, calibrated, plan_of, separated, separation_of
-from fedllm.experiment.record import Experiment
-from fedllm.messages.traits import Fact
+from fedllm.experiment.privacy import PrivacyPlan, calibrated, mechanism_of, plan_of, separated, separation_of
+from fedllm.experiment.record import Experiment, PrivacyDemand
 from fedllm.privacy.schemes import EveryRound, PoissonScheme, RotationScheme
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.training.dp_sgd import DpSgd
 
 
 def check_promise(experiment: Experiment) -> None:
@@ -26,28 +26,27 @@ def check_promise(experiment: Experiment) -> None:
         CheckError: the first rule that is broken.
     """
     stages = [stage for stage in experiment.stages if isinstance(stage, PrivateStage)]
-    demand = experiment.demands.privacy
+    demand, mechanism = experiment.demands.privacy, mechanism_of(experiment)
     if len(stages) > 1:
         raise CheckError(
             f"stages: {config_name(stages[0])} and {config_name(stages[1])} both bound and noise the updates; keep one"
         )
-    if demand is not None and not experiment.private:
+    if demand is not None and mechanism is None:
         raise CheckError(
             "demands.privacy is set, but nothing adds noise; add the stage gaussian_dp, dp_ftrl or local_gaussian, or "
             "use the work dp_sgd"
         )
-    if not experiment.private:
+    if mechanism is None:
         return
-    _noise(experiment, stages)
-    _weights(experiment)
+    _noise(mechanism, demand)
     _in_the_clear(experiment.evaluation)
 
 
-def _noise(experiment: Experiment, stages: list[PrivateStage]) -> None:
+def _noise(mechanism: PrivateStage | DpSgd, demand: PrivacyDemand | None) -> None:
     """There is noise, and a number that says how much."""
-    mechanism, demand = stages[0] if stages else experiment.work, experiment.demands.privacy
-    name, key = config_name(mechanism), "stages" if stages else "work"
-    noise: float | None = mechanism.noise_multiplier  # type: ignore[union-attr]
+    of_clients = isinstance(mechanism, PrivateStage)
+    name, key = config_name(mechanism), "stages" if of_clients else "work"
+    noise = mechanism.noise_multiplier
     target = None if demand is None else demand.target_epsilon
     if noise is None and target is None:
         raise CheckError(
@@ -59,21 +58,11 @@ def _noise(experiment: Experiment, stages: list[PrivateStage]) -> None:
             f"demands.privacy is set, but {key}: {name} has noise_multiplier 0, which hides nothing; set it above 0, "
             "or leave it out to reach target_epsilon"
         )
-    if demand is not None and demand.unit == "client" and not stages:
+    if demand is not None and demand.unit == "client" and not of_clients:
         raise CheckError(
             f"demands.privacy.unit is client, but {name} protects single examples; set unit to example, or use the "
             "stage gaussian_dp"
         )
-
-
-def _weights(experiment: Experiment) -> None:
-    """Numbers of examples are private, too."""
-    for stage in experiment.stages:
-        if Fact.EQUAL_WEIGHTS in stage.traits.loses and experiment.work.private:
-            raise CheckError(
-                f"stages: {config_name(stage)} weighs clients by their examples, which {config_name(experiment.work)} "
-                "keeps secret; use uniform"
-            )
 
 
 def _in_the_clear(evaluation: Evaluation) -> None:
