@@ -1,6 +1,6 @@
 """Privacy: the accountant against published epsilons, the calibrated noise, and what both and the noise take.
 
-Each section is a function that returns its figures; `--only` names those to run.
+Each section is a function that returns its figures; `--sections` names those to run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sums(noise: float, scheme: Scheme, rounds: int) -> dict[Release, int]:
     return {Release("gaussian", noise, scheme): rounds}
 
 
-def table() -> Figures:
+def table(options: argparse.Namespace) -> Figures:
     """The largest difference from a table of epsilons."""
     errors = [
         abs(epsilon(sums(noise, PoissonScheme(rate), steps), delta).epsilon - expected)
@@ -56,7 +56,7 @@ def table() -> Figures:
     return {"epsilon_table_max_error": max(errors)}
 
 
-def calibration() -> Figures:
+def calibration(options: argparse.Namespace) -> Figures:
     """By how much of the target the calibrated noise stays below it, at most; infinite where epsilon is above it."""
     unused = []
     for scheme in SCHEMES:
@@ -67,7 +67,7 @@ def calibration() -> Figures:
     return {"calibration_overshoot": max(unused)}
 
 
-def accountant() -> Figures:
+def accountant(options: argparse.Namespace) -> Figures:
     """The curve of a report: epsilon after each of 20 rounds of 1,000, sampled at rate 0.01."""
     by_round = [sums(1.0, PoissonScheme(0.01), 1)] * ROUNDS
     started = time.perf_counter()
@@ -75,7 +75,7 @@ def accountant() -> Figures:
     return {"accountant_seconds": time.perf_counter() - started}
 
 
-def noise() -> Figures:
+def noise(options: argparse.Namespace) -> Figures:
     """Time of a million discrete Gaussians over that of numpy's floating-point ones, which are neither secret nor on a
     grid; the median of pairs."""
     ratios = []
@@ -88,28 +88,8 @@ def noise() -> Figures:
     return {"noise_over_numpy": statistics.median(ratios)}
 
 
-def noised_sums() -> Figures:
-    """By how much the standard deviation of what leaves the server is off the target, after dropouts of 0 to 40 %."""
-    import torch
-    from private_step import released
-
-    errors = []
-    for lost in (0.0, 0.2, 0.4):
-        found = released(clients=50, lost=lost, values=20_000, runs=50, noise_multiplier=1.3, clip=0.7)
-        errors.append(abs(float(torch.tensor(found).std()) / (1.3 * 0.7) - 1))
-    return {"noise_max_error": max(errors)}
-
-
-def step() -> Figures:
-    """The time of a step of dp_sgd over that of a step of sgd, of one stack; and Opacus on PEFT beside it."""
-    from private_step import dpsgd_over_batched_step, parser
-
-    found = dpsgd_over_batched_step(parser().parse_args(["--peer"]))
-    return {name: value for name, value in found.items() if isinstance(value, float)}
-
-
-SECTIONS: Mapping[str, Callable[[], Figures]] = {
-    section.__name__: section for section in (table, calibration, accountant, noise, noised_sums, step)
+SECTIONS: Mapping[str, Callable[[argparse.Namespace], Figures]] = {
+    section.__name__: section for section in (table, calibration, accountant, noise)
 }
 
 
@@ -117,11 +97,11 @@ def main() -> None:
     """Print the figures; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     options = parser.parse_args()
     figures: Figures = {}
-    for name in options.only:
-        found = SECTIONS[name]()
+    for name in options.sections:
+        found = SECTIONS[name](options)
         if not options.json:
             for figure, value in found.items():
                 print(f"{figure:26} {value:.6g}", flush=True)

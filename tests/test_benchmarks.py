@@ -222,3 +222,18 @@ def test_two_runs_at_once_are_added_up(benchmarks: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(rows, "_finished", lambda process, command: {"mean_client_steps_per_s": next(speeds)})
     prepared = rows.Prepared(*(Path("nowhere"),) * 3, tail=())
     assert rows.pair(prepared) == 0.75
+
+
+def test_privacy_prints_what_it_promises(
+    benchmarks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import privacy as bench
+
+    for name, value in {"TABLE": bench.TABLE[:1], "SCHEMES": bench.SCHEMES[:1], "ROUNDS": 20, "DRAWS": 1000}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(sys, "argv", ["privacy.py", "--json"])
+    bench.main()
+    figures = json.loads(capsys.readouterr().out)
+    assert figures.pop("benchmark") == "privacy"
+    assert figures.keys() >= {"epsilon_table_max_error", "calibration_overshoot", "accountant_seconds"}
+    assert 0 <= figures["epsilon_table_max_error"] <= 0.02 and 0 <= figures["calibration_overshoot"] <= 0.01

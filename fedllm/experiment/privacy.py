@@ -64,7 +64,7 @@ class PrivacyPlan:
         assert z is not None
         if isinstance(self.mechanism, PrivateStage):
             return self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
-        return replace(self.mechanism.release(self.sizes[client]), noise_multiplier=z)
+        return replace(self.mechanism, noise_multiplier=z).release(self.sizes[client])
 
     def ledger(self, rounds: int, noise: float | None = None) -> Ledger:
         """What so many rounds cost the client that they cost most."""

@@ -117,13 +117,9 @@ def _together(by_round: Sequence[Ledger], rounds: int) -> Ledger:
 
 
 def _guarantee(steps: Steps, epsilon: float, delta: float) -> Guarantee:
-    return Guarantee(
-        epsilon,
-        delta,
-        steps.relation,
-        "rdp" if steps.fixed_size else "pld",
-        f"dp-accounting {version('dp-accounting')}",
-    )
+    _library()  # also where epsilon is infinite, and nothing was computed
+    accountant: Literal["pld", "rdp"] = "rdp" if steps.fixed_size else "pld"
+    return Guarantee(epsilon, delta, steps.relation, accountant, f"dp-accounting {version('dp-accounting')}")
 
 
 def _interval(steps: Steps) -> float:

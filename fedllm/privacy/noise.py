@@ -54,7 +54,7 @@ def _encoded(name: str | int | bytes) -> bytes:
 
 
 class NoiseStream:
-    """The random numbers of one key, in one order; equal keys give equal numbers on every machine.
+    """The random numbers of one key, in one order; equal keys give equal bytes on every machine, equal noise on one.
 
     Block i of the bytes is SHAKE-256(key, i in 8 bytes, big-endian), `BLOCK` bytes long. A stream is for one release:
     two releases with the same numbers differ by what they should hide.
