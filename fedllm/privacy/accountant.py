@@ -4,9 +4,10 @@ Privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049; Doroshen
 wherever they know the release; they are rounded upwards, so that epsilon is an upper bound. Renyi divergences (RDP;
 Mironov 2017, arXiv 1702.07476) for a cohort of fixed size, for which dp-accounting has no PLD.
 
-Noise is handed over as std / C for PLD, also under replace-one, where the library doubles the distance itself. Its RDP
-of a Gaussian knows nothing of neighbours, so under replace-one it is handed std / (2 C) here. Halving for PLD, or not
-halving for RDP, is a factor of about 2 in epsilon.
+Noise is std / C in every ledger. Where neighbours replace one unit they are 2 C apart, and that is said once: the
+closed form is given the distance, RDP half of the noise, because its Gaussian knows nothing of neighbours.
+(dp-accounting's PLD would double the distance by itself.) The factor left out or taken twice is a factor of about 2
+in epsilon.
 """
 
 from __future__ import annotations
@@ -204,24 +205,24 @@ def _library() -> Any:
 
 
 @lru_cache(maxsize=16)  # some megabytes each
-def _step(noise: float, rate: float, relation: Relation, interval: float) -> Any:
-    """The privacy loss distribution of one Gaussian step; under replace-one the library doubles the distance."""
-    relations = _library().NeighboringRelation
+def _step(noise: float, rate: float, interval: float) -> Any:
+    """The privacy loss distribution of one Gaussian step, for one unit more or less."""
     return _library().pld.privacy_loss_distribution.from_gaussian_mechanism(
         standard_deviation=noise,
         value_discretization_interval=interval,
         sampling_prob=rate,
-        neighboring_relation=relations.REPLACE_ONE if relation == "replace-one" else relations.ADD_OR_REMOVE_ONE,
+        neighboring_relation=_library().NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
 
 
 def _distribution(steps: Steps, interval: float) -> Any:
     """The privacy loss distribution of all steps."""
+    assert steps.relation == "add-remove" or not steps.poisson, steps  # coins hide whether a unit is there
     total = _library().pld.privacy_loss_distribution.identity(interval)
     if steps.precision:
-        total = total.compose(_step(steps.precision**-0.5, 1.0, steps.relation, interval))
+        total = total.compose(_step(steps.precision**-0.5, 1.0, interval))
     for (noise, rate), count in steps.poisson.items():
-        total = total.compose(_step(noise, rate, steps.relation, interval).self_compose(count))
+        total = total.compose(_step(noise, rate, interval).self_compose(count))
     return total
 
 

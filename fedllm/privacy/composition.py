@@ -94,17 +94,15 @@ def separation(release: Release) -> int:
 
 
 def loss_span(steps: Steps) -> float:
-    """About how far the privacy loss of all steps reaches: its mean plus 8 standard deviations, or 8 times as far as
-    one step's loss does, which is composed in bins as well.
+    """About how far the privacy loss of all steps reaches, for one unit more or less: its mean plus 8 standard
+    deviations, or 8 times as far as one step's loss does, which is composed in bins as well.
 
     A step of rate q and noise z has a mean loss of at most q / (2 z^2) and at most q^2 (exp(1 / z^2) - 1), its
     chi-squared divergence; a sum of losses of mean m has a variance of about 2 m.
     """
-    doubled = 2.0 if steps.relation == "replace-one" else 1.0
-    mean = steps.precision * doubled**2 / 2
-    reach = 0.0
+    mean, reach = steps.precision / 2, 0.0
     for (noise, rate), count in steps.poisson.items():
-        inverse = (doubled / noise) ** 2
+        inverse = noise**-2
         mean += count * rate * min(rate * math.expm1(min(inverse, 50.0)), inverse / 2)
         unsampled = inverse / 2 + 8 * math.sqrt(inverse)
         reach = max(reach, math.log1p(rate * math.expm1(unsampled)) if unsampled < 500 else unsampled)

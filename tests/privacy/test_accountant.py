@@ -199,6 +199,7 @@ def test_no_noise_is_no_guarantee(scheme: EveryRound | PoissonScheme | FixedSize
 def test_nothing_released_costs_nothing() -> None:
     assert epsilon({}, 1e-5).epsilon == 0.0
     assert delta_of({}, 0.0).delta == 0.0
+    assert epsilon({Release("example", 1.0, FixedSizeScheme(40, 4), steps=0): 3}, 1e-5).epsilon == 0.0
 
 
 @pytest.mark.parametrize(
