@@ -169,7 +169,7 @@ class FreshNoise:
         """A stream of a new key."""
         return NoiseStream(new_key())
 
-    def measured(self, noised: float, noise: float) -> None:
+    def measured(self, noised: float, noise: float, clip: float) -> None:
         """Nobody asks."""
 
 

@@ -231,9 +231,11 @@ def test_privacy_prints_what_it_promises(
 
     for name, value in {"TABLE": bench.TABLE[:1], "SCHEMES": bench.SCHEMES[:1], "ROUNDS": 20, "DRAWS": 1000}.items():
         monkeypatch.setattr(bench, name, value)
-    monkeypatch.setattr(sys, "argv", ["privacy.py", "--json"])
+    sections = ["table", "calibration", "accountant", "noise", "noised_sums"]
+    monkeypatch.setattr(sys, "argv", ["privacy.py", "--json", "--sections", *sections])
     bench.main()
     figures = json.loads(capsys.readouterr().out)
     assert figures.pop("benchmark") == "privacy"
     assert figures.keys() >= {"epsilon_table_max_error", "calibration_overshoot", "accountant_seconds"}
     assert 0 <= figures["epsilon_table_max_error"] <= 0.02 and 0 <= figures["calibration_overshoot"] <= 0.01
+    assert figures["noise_max_error"] < 0.01
