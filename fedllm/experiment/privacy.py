@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal
 
-from fedllm.errors import CheckError, PrivacyError, config_name
+from fedllm.errors import CheckError, ConfigError, PrivacyError, config_name
 from fedllm.experiment.record import Experiment
 from fedllm.privacy.accountant import Guarantee, epsilon, epsilons
 from fedllm.privacy.calibration import noise_multiplier
 from fedllm.privacy.releases import Release
-from fedllm.privacy.schemes import RotationScheme, Scheme
+from fedllm.privacy.schemes import PoissonScheme, RotationScheme, Scheme
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.training.dp_sgd import DpSgd
@@ -64,7 +64,7 @@ class PrivacyPlan:
         assert z is not None
         if isinstance(self.mechanism, PrivateStage):
             return self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
-        return replace(self.mechanism, noise_multiplier=z).release(self.sizes[client])
+        return example_release(replace(self.mechanism, noise_multiplier=z), self.sizes[client])
 
     def ledger(self, rounds: int, noise: float | None = None) -> Ledger:
         """What so many rounds cost the client that they cost most."""
@@ -97,6 +97,20 @@ class PrivacyPlan:
             before, after = Counter(self.ledger(number - 1)), Counter(self.ledger(number))
             by_round.append({release: count - before[release] for release, count in after.items()})
         return epsilons(by_round, self.delta, rounds)
+
+
+def example_release(work: DpSgd, num_examples: int) -> Release:
+    """What one round costs a client with so many examples: its local steps, each of which takes every example by a coin
+    of its own.
+
+    Raises:
+        ConfigError: `noise_multiplier` is None.
+    """
+    if work.noise_multiplier is None or work.steps is None:
+        raise ConfigError(
+            "work.dp_sgd.noise_multiplier is not set; set it, or demands.privacy.target_epsilon to find it"
+        )
+    return Release("example", work.noise_multiplier, PoissonScheme(work.rate(num_examples)), work.steps)
 
 
 def mechanism_of(experiment: Experiment) -> PrivateStage | DpSgd | None:

@@ -28,8 +28,6 @@ from fedllm.messages.context import RoundContext
 from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example
-from fedllm.privacy.releases import Release
-from fedllm.privacy.schemes import PoissonScheme
 from fedllm.tensors.checksum import checksum
 from fedllm.training.base import ClientJob, Model, Outcome
 from fedllm.training.client_stack import give_back
@@ -99,15 +97,6 @@ class DpSgd(Sgd):
     def rate(self, num_examples: int) -> float:
         """q: the probability with which each example is in a step."""
         return min(1.0, self.batch_size / max(1, num_examples))
-
-    def release(self, num_examples: int) -> Release:
-        """What one round costs a client with so many examples.
-
-        Raises:
-            ConfigError: `noise_multiplier` is None.
-        """
-        assert self.steps is not None
-        return Release("example", self._noise, PoissonScheme(self.rate(num_examples)), self.steps)
 
     def plan(self, num_examples: int, ctx: RoundContext) -> Iterator[Sequence[Sequence[int]]]:
         """Each example of each step by a coin of its own. The coins follow from the run's public key: whoever runs real

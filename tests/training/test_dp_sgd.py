@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedllm.errors import ClientError, ConfigError
+from fedllm.experiment.privacy import example_release
 from fedllm.messages.context import Profile
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
@@ -415,10 +416,10 @@ def test_micro_batches_bound_what_is_computed_at_once(batch: int, pieces: int, l
 
 def test_what_a_round_costs() -> None:
     work = DpSgd(lr=1.0, steps=7, batch_size=10, noise_multiplier=1.5)
-    assert work.release(40) == Release("example", 1.5, PoissonScheme(0.25), 7)
-    assert work.release(3).scheme == work.release(0).scheme == PoissonScheme(1.0)
+    assert example_release(work, 40) == Release("example", 1.5, PoissonScheme(0.25), 7)
+    assert example_release(work, 3).scheme == example_release(work, 0).scheme == PoissonScheme(1.0)
     small = work.for_profile(Profile(steps=2, batch_size=5))
-    assert isinstance(small, DpSgd) and small.release(40) == Release("example", 1.5, PoissonScheme(0.125), 2)
+    assert isinstance(small, DpSgd) and example_release(small, 40) == Release("example", 1.5, PoissonScheme(0.125), 2)
 
 
 # what leaves the client, and what stops it
@@ -483,7 +484,7 @@ def test_noise_without_a_source_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"noise_multiplier is not set; set it, or demands.privacy.target_epsilon"):
         run_work(replace(NOISED, noise_multiplier=None), [job(model, "anna")], model)
     with pytest.raises(ConfigError, match="noise_multiplier is not set"):
-        replace(NOISED, noise_multiplier=None).release(5)
+        example_release(replace(NOISED, noise_multiplier=None), 5)
 
 
 def test_weights_that_are_not_finite_fail_by_name() -> None:
