@@ -5,8 +5,11 @@ from __future__ import annotations
 from fedllm.errors import counted
 from fedllm.events import PrivacyPromised
 from fedllm.experiment.privacy import PrivacyPlan
-from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme, Scheme
+from fedllm.messages.traits import Fact
+from fedllm.models.adapters.lora import Lora
+from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme
 from fedllm.runs.privacy_ledger import assumptions, finite
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 
 
@@ -38,7 +41,7 @@ def promised(plan: PrivacyPlan) -> PrivacyPromised:
 def privacy_lines(plan: PrivacyPlan) -> list[tuple[str, str]]:
     """Who is protected against whom, the noise, epsilon after one round and after all; what is hardly meant."""
     rounds, noise = plan.experiment.rounds, plan.mechanism.noise_multiplier
-    lines = [("privacy", f"protects {_who(plan)} against {_whom(plan)}"), ("sampling", _sampling(plan.scheme))]
+    lines = [("privacy", f"protects {_who(plan)} against {_whom(plan)}"), ("sampling", _sampling(plan))]
     if not noise:
         return [*lines, ("epsilon", "none: noise_multiplier is 0, which hides nobody")]
     one, all_rounds = plan.curve([min(1, rounds), rounds])
@@ -46,9 +49,20 @@ def privacy_lines(plan: PrivacyPlan) -> list[tuple[str, str]]:
     found = plan.guarantee(rounds)
     lines += [
         ("epsilon", f"{spent}, at delta {plan.delta:.3g} ({found.relation}, {found.accountant})"),
-        ("noise", f"{noise:.4g} times the clip {plan.mechanism.clip:g}"),
+        ("noise", _noise(plan, noise)),
     ]
     return lines + [("warning", text) for text in _warnings(plan)]
+
+
+def _noise(plan: PrivacyPlan, noise: float) -> str:
+    """Its standard deviation on every value."""
+    clip = plan.mechanism.clip
+    if isinstance(plan.mechanism, DpFtrl):
+        most = plan.mechanism.sensitivity(plan.experiment.rounds)
+        return f"{noise:.4g} x {most:.4g}, what one client can change in the whole run, x the clip {clip:g}"
+    where = "the sum of a round" if not plan.by_client else "what a client sends"
+    where = where if plan.unit == "client" else "the sum of a step"
+    return f"{noise:.4g} x the clip {clip:g} on every value of {where}"
 
 
 def _who(plan: PrivacyPlan) -> str:
@@ -61,16 +75,19 @@ def _whom(plan: PrivacyPlan) -> str:
     return "everybody who sees the models, but the server, which adds the noise"
 
 
-def _sampling(scheme: Scheme) -> str:
-    match scheme:
-        case PoissonScheme():
-            return f"each client by a coin of {scheme.rate:g}, which nobody who sees the model may know"
-        case FixedSizeScheme():
-            return f"{scheme.cohort} of {scheme.population} clients, accounted for one that is replaced"
-        case RotationScheme():
-            return f"in turn, {counted(scheme.min_separation, 'round')} apart; nobody counts on chance"
+def _sampling(plan: PrivacyPlan) -> str:
+    secret = "nobody who sees the model may know who took part"
+    if plan.by_client:
+        secret = "it makes no difference, for each client adds its own noise"
+    match plan.scheme:
+        case PoissonScheme(rate):
+            return f"each client by a coin of {rate:g}; {secret}"
+        case FixedSizeScheme(population, cohort):
+            return f"{cohort} of {population} clients by lot; {secret}"
+        case RotationScheme(apart):
+            return f"in turn, {counted(apart, 'round')} apart; who takes part need not be secret"
         case _:
-            return "every client; nobody counts on chance"
+            return "every client; who takes part need not be secret"
 
 
 def _warnings(plan: PrivacyPlan) -> list[str]:
@@ -80,19 +97,20 @@ def _warnings(plan: PrivacyPlan) -> list[str]:
     cohort = experiment.federation.expected_cohort(len(plan.sizes))
     if plan.unit == "client" and not plan.by_client and cohort < 20 * noise:
         found.append(
-            f"a round sums at most {cohort:g} clips, and the noise is {noise:.3g} clips on every value: "
-            "the model will hardly learn; take more clients, or protect single records with the work dp_sgd"
+            f"a round adds up {cohort:g} clips at most, and the noise is {noise:.3g} clips on every value: the model "
+            "will hardly learn; take more clients, or protect single records with the work dp_sgd"
         )
     if isinstance(plan.scheme, FixedSizeScheme) and plan.unit == "client" and not plan.by_client:
         found.append("a cohort of fixed size costs about three times the epsilon of poisson sampling at the same rate")
     if _both_factors(plan):
         found.append(
-            "both factors of lora are noised, and their product multiplies noise with noise; ffa_lora, fedsvd or "
-            "fed_sb noise one factor, which enters the weights linearly"
+            "both factors of lora are noised, and their product multiplies noise with noise; the methods "
+            "dp_ffa_lora, dp_fedsvd and dp_fed_sb noise one factor, so that noise enters the weights once"
         )
     if experiment.evaluation.private:
         found.append(
-            "nothing is evaluated: scores would leave clients in the clear (evaluation.private: false has them)"
+            "nothing is evaluated: scores would leave the clients without noise (evaluation.private: false has them, "
+            "outside of the guarantee)"
         )
     demand = experiment.demands.privacy
     if demand is not None and demand.seeded_noise:
@@ -104,7 +122,9 @@ def _warnings(plan: PrivacyPlan) -> list[str]:
 
 def _both_factors(plan: PrivacyPlan) -> bool:
     """Whether a round trains, and noises, lora_A and lora_B."""
-    moves = plan.experiment.trains_in_round
-    names = ("base.lora_A", "base.lora_B")
-    lora = type(plan.experiment.task.adapter).__name__ == "Lora"
-    return lora and any(all(moves(name, round) for name in names) for round in (0, 1))
+    experiment, scope = plan.experiment, plan.experiment.task.scope
+    names = [name for name in ("base.lora_A", "base.lora_B") if scope.trains(name) and scope.shares(name)]
+    sent = isinstance(experiment.task.adapter, Lora) and len(names) == 2
+    products = any(Fact.SHAPE in stage.traits.loses for stage in experiment.stages)
+    together = any(all(experiment.trains_in_round(name, round) for name in names) for round in (0, 1))
+    return sent and together and not products
