@@ -27,6 +27,10 @@ from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.client_drift.scaffold import Scaffold
 from fedllm.stages.compression.quantize import Quantize
 from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.gaussian_dp import GaussianDp
+from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -44,8 +48,9 @@ RANKS = "unequal ranks"
 PARTNERS: tuple[Stage, ...] = (
     *(Momentum(), Adagrad(), Adam(), Yogi(), Nesterov()),
     *(Prox(), Scaffold(), Dyn(), TopK(0.1), Quantize(4)),
+    *(GaussianDp(1.0, 1.0), DpFtrl(1.0, 1.0), LocalGaussian(1.0, 1.0)),
 )
-EQUAL_WEIGHTS = (Scaffold, Dyn)  # as their own presets have them
+EQUAL_WEIGHTS = (Scaffold, Dyn, PrivateStage)  # as their own presets have them
 PROFILES = {"bank": Profile(), "clinic": Profile(rank=4)}
 SPEC = {
     "task": {"model": "tiny-llama", "dtype": "float64"},
@@ -62,9 +67,11 @@ class Cell(NamedTuple):
 
 
 def aggregations() -> list[str]:
-    """The rows: every method that needs the adapter lora, or one that is built on it."""
+    """The rows: every method that needs the adapter lora, or one that is built on it, and has no noise of its own: with
+    noise it is a cell of its row."""
     kinds = {name for name, kind in NOUNS[Adapter].items() if issubclass(kind, Lora)}
-    return [name for name, method in METHODS.items() if method.adapter in kinds]
+    found = [name for name, method in METHODS.items() if method.adapter in kinds]
+    return [name for name in found if not any(isinstance(stage, PrivateStage) for stage in alone(name).stages)]
 
 
 def columns() -> list[str]:
@@ -102,7 +109,8 @@ def weighed(experiment: Experiment, partner: Stage) -> Experiment:
     """The experiment, all clients weighing the same beside a partner whose preset has it so."""
     if not isinstance(partner, EQUAL_WEIGHTS):
         return experiment
-    equal = (Uniform() if stage.traits.bracket is Bracket.WEIGH else stage for stage in experiment.stages)
+    weigher = Uniform("expected") if isinstance(partner, PrivateStage) else Uniform()
+    equal = (weigher if stage.traits.bracket is Bracket.WEIGH else stage for stage in experiment.stages)
     return replace(experiment, stages=tuple(equal))
 
 

@@ -35,6 +35,7 @@ from fedllm.runs import server_round
 from fedllm.stages.base import Stage
 from fedllm.stages.client_drift.dyn import Dyn
 from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.server_optimizers.momentum import Momentum
 from fedllm.tensors import low_rank, tree
 from fedllm.tensors.tree import Tree
@@ -57,23 +58,31 @@ ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if PER_ENTRY in 
 MERGED = dict.fromkeys(ONE_BASIS, "lora_merge")
 STEERING = {name: "lora_residual" for name, case in CASES.items() if OWN_STEP in case.stage.traits.loses}
 TURNED = dict.fromkeys(ONE_BASIS, "lora_svd")
+NOISED = [name_of(stage) for stage in pages.PARTNERS if isinstance(stage, PrivateStage)]
+
+
+def unbounded(stage: str) -> dict[str, str]:
+    """The private stages, which do not bound a part that this stage makes."""
+    return dict.fromkeys(NOISED, stage)
+
+
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "fedit": ONE_SHAPE,
     "ffa_lora": ONE_SHAPE,
-    "rolora": ONE_SHAPE,
+    "rolora": {"dp_ftrl": "task.scope.alternate", **ONE_SHAPE},
     "fedsa_lora": ONE_SHAPE,
-    "lora_fair": {"dyn": "lora_fair", **ONE_SHAPE},
-    "zero_padding": {},
-    "rbla": {},
-    "flexlora": ONE_BASIS,
-    "raflora": ONE_BASIS,
-    "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune"},
-    "haflq": {},
+    "lora_fair": {"dyn": "lora_fair", **unbounded("lora_fair"), **ONE_SHAPE},
+    "zero_padding": unbounded("lora_pad"),
+    "rbla": unbounded("lora_pad"),
+    "flexlora": {**ONE_BASIS, **unbounded("lora_stack")},
+    "raflora": {**ONE_BASIS, **unbounded("lora_stack")},
+    "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune", **unbounded("lora_prune")},
+    "haflq": unbounded("lora_pad"),
     "federa": ONE_SHAPE,
-    "slora": ONE_SHAPE,
-    "flora": MERGED,
-    "fedex_lora": {**STEERING, **ONE_SHAPE},
-    "fedsvd": {**TURNED, **ONE_SHAPE},
+    "slora": {"dp_ftrl": "sparse_first", **ONE_SHAPE},
+    "flora": {**MERGED, **unbounded("lora_merge")},
+    "fedex_lora": {**STEERING, **unbounded("lora_residual"), **ONE_SHAPE},
+    "fedsvd": {**TURNED, "dp_ftrl": "lora_svd", **ONE_SHAPE},
 }
 
 
@@ -170,7 +179,10 @@ def set_apart(bench: Bench, pair: Experiment, column: str) -> tuple[Experiment, 
     """Two experiments that must end differently: the pair at other settings, and the aggregation alone."""
     if column == pages.RANKS:
         return bench.ready(pair, MIXED), bench.ready(pair)
-    return bench.ready(with_stage(pair, column, CASES[column].stage)), bench.ready(without_stage(pair, column))
+    stage = CASES[column].stage
+    if isinstance(stage, PrivateStage):  # by its bound alone: noise follows from the last bit of a sum
+        stage = replace(stage, clip=1e-3, noise_multiplier=0.0)
+    return bench.ready(with_stage(pair, column, stage)), bench.ready(without_stage(pair, column))
 
 
 def works(bench: Bench, pair: Experiment, column: str) -> None:
