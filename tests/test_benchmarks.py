@@ -239,3 +239,35 @@ def test_privacy_prints_what_it_promises(
     assert figures.keys() >= {"epsilon_table_max_error", "calibration_overshoot", "accountant_seconds"}
     assert 0 <= figures["epsilon_table_max_error"] <= 0.02 and 0 <= figures["calibration_overshoot"] <= 0.01
     assert figures["noise_max_error"] < 0.01
+
+
+@pytest.mark.slow
+def test_cells_of_the_price_of_privacy_are_measured_once(
+    benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a small federation; correlated noise needs rounds that are apart, which FedSVD has no use for."""
+    import privacy_utility as bench
+
+    for name, value in (("CLIENTS", 8), ("COHORT", 4), ("ROUNDS", 1), ("LENGTH", 128)):
+        monkeypatch.setattr(bench, name, value)
+    rows = [json.dumps({"text": f"question {n}?", "category": f"intent {n % 5}"}) for n in range(32)]
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    common = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--seeds", "0", "--records", "4"]
+    levels = ["none", "client, epsilon 2", "client, epsilon 8, correlated noise"]
+    chosen = ["--levels", *levels, "--adapters", "FFA-LoRA", "FedSVD", "--set", "task.model=tiny-llama"]
+    assert bench.main([*common, *chosen]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out.splitlines()[-1])
+    assert [(row["level"], row["adapter"]) for row in found["rows"]] == [
+        *((level, adapter) for level in levels[:2] for adapter in ("FFA-LoRA", "FedSVD")),
+        (levels[2], "FFA-LoRA"),
+    ]
+    for row in found["rows"]:
+        target = {"none": None, "client, epsilon 2": 2.0}.get(row["level"], 8.0)
+        assert row["epsilon"] is None if target is None else 0.98 * target < row["epsilon"] <= target
+        assert row["nll"] != row["base"] and row["base"] == found["rows"][0]["base"]
+    assert bench.main([*common, *chosen, "--most", "1"]) == 0
+    again = capsys.readouterr()
+    assert again.err == "" and json.loads(again.out.splitlines()[-1])["rows"] == found["rows"]
+    assert bench.shown([1.0, 2.0, 3.0]) == "2.000 ± 1.000" and bench.shown([]) == "-"

@@ -18,7 +18,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ from fedllm.tensors.checksum import checksum
 from fedllm.training.base import ClientJob, Model, Outcome
 from fedllm.training.client_stack import give_back
 from fedllm.training.clipped_sums import Clip
+from fedllm.training.gradient_descent import Carry, GradientDescent
 from fedllm.training.gradients import Stack
 from fedllm.training.per_example_gradients import fill
-from fedllm.training.sgd import Carry, Sgd
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class PrivateCarry(Carry):
 
 
 @dataclass(frozen=True)
-class DpSgd(Sgd):
+class DpSgd(GradientDescent):
     """DP-SGD (Abadi et al. 2016). Of the settings of `sgd`, these mean something else:
 
     `batch_size` is b, the expected number of examples a step, and `accumulation` divides it into that many
@@ -89,7 +89,7 @@ class DpSgd(Sgd):
         """Its change of the weights alone; weights by examples would tell how many there are."""
         return Traits(makes=frozenset({"delta"}), needs=Fact.EQUAL_WEIGHTS)
 
-    def with_lr(self, *, lr: float, times: int) -> DpSgd:
+    def with_lr(self, *, lr: float, times: int) -> Self:
         """More examples a step in as many more micro-batches."""
         more = {"batch_size": self.batch_size * times, "accumulation": self.accumulation * times}
         return replace(self, lr=lr, **more)  # type: ignore[arg-type]  # both are whole numbers
@@ -109,7 +109,7 @@ class DpSgd(Sgd):
             yield [chosen[at : at + size] for at in range(0, len(chosen), size)]
 
     def init(self, jobs: Sequence[ClientJob]) -> PrivateCarry:
-        """As of `Sgd`, with memory for the clipped sums.
+        """As of `GradientDescent`, with memory for the clipped sums.
 
         Raises:
             ConfigError: `noise_multiplier` is None.

@@ -30,8 +30,9 @@ from fedllm.tensors.tree import Tree
 from fedllm.training.base import ClientJob, TrainOptions, run_work
 from fedllm.training.clipped_sums import Clip
 from fedllm.training.dp_sgd import DpSgd
+from fedllm.training.gradient_descent import Carry
 from fedllm.training.lr_schedule import LrSchedule
-from fedllm.training.sgd import Carry, Sgd
+from fedllm.training.sgd import Sgd
 from tests.training.private import SECRET, Noise, private_job
 from tests.training.test_sgd import DATA, KEY, LORA, ctx, delta, example, job, model_of, result, start
 
