@@ -14,7 +14,8 @@ import fedllm
 from fedllm.experiment import config_file
 from fedllm.experiment.checks.check import check
 
-RECIPES = sorted((Path(config_file.__file__).parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(fedllm.__file__).parent / "recipes").glob("*.yaml"))
+assert RECIPES, "the recipes have moved"
 SHORT = [
     "task.model=tiny-llama",
     "rounds=1",
