@@ -106,6 +106,8 @@ def plain(value: Any) -> str:
 def described(cls: type) -> tuple[str, list[str]]:
     """What a class is: its file's docstring, if the file is its own; its own; and its arguments as a list."""
     prose, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")
+    for base in (base for base in cls.__mro__[1:] if is_dataclass(base)):  # settings that it shares with others
+        rest += "\n" + inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")[2]
     if is_component(cls) and cls.__module__.rpartition(".")[2] == name_of_class(cls):
         prose = f"{inspect.cleandoc(sys.modules[cls.__module__].__doc__ or '')}\n\n{prose}"
     entries = re.split(r"\n(?=    \S)", rest)

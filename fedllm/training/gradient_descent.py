@@ -52,7 +52,14 @@ class Carry:
 
 @dataclass(frozen=True)
 class GradientDescent(Work):
-    """Settings and steps of local gradient descent; `Sgd` and `DpSgd` differ in the gradient that a step takes."""
+    """Settings and steps of local gradient descent; `Sgd` and `DpSgd` differ in the gradient that a step takes.
+
+    Args:
+        lr: learning rate; `lr_schedule` multiplies it. momentum: of SGD. betas, eps: of AdamW.
+        batch_size: examples a micro-batch; `accumulation` micro-batches make one step.
+        clip_norm: bound on the 2-norm of a client's gradient, before the optimiser and after the stages' hooks.
+        max_length: longest sequence in tokens; what is longer is cut (see the template).
+    """
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 1e-3
