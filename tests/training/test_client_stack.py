@@ -76,7 +76,8 @@ def test_workers_keep_them_where_memory_is_not_scarce(
     seen: list[bool] = []
     plain = give_back
     monkeypatch.setattr(
-        "fedllm.training.gradient_descent.give_back", lambda *buffers: seen.append(client_stack._kept.keeps) or plain(*buffers)
+        "fedllm.training.gradient_descent.give_back",
+        lambda *buffers: seen.append(client_stack._kept.keeps) or plain(*buffers),
     )
     made = experiment(write_records(tmp_path / "people.jsonl"))
     asked = server_round.requests_for(
