@@ -8,11 +8,14 @@ import re
 import shlex
 from pathlib import Path
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import PLDAccountant
 
 import fedllm
 from fedllm.experiment import config_file
 from fedllm.experiment.checks.check import check
+from fedllm.report import write_report
 
 RECIPES = sorted((Path(fedllm.__file__).parent / "recipes").glob("*.yaml"))
 assert RECIPES, "the recipes have moved"
@@ -46,6 +49,21 @@ def test_recipe_runs(recipe: str, cache_folder: Path) -> None:
     assert (result.folder / "adapter" / "adapter_model.safetensors").is_file()
     for which in experiment.evaluation.compare:
         assert result.summary["eval"][which], which
+
+
+@pytest.mark.slow
+def test_the_private_handbook_says_what_it_spent(cache_folder: Path) -> None:
+    """Its epsilon, computed again from `privacy.json` alone by another library, and the curve in its report."""
+    result = fedllm.run(config_file.load("handbook-dp", [*SHORT, "rounds=3"]), out="run")
+    write_report([result.folder], result.folder / "report.html")
+    said = json.loads((result.folder / "privacy.json").read_text("utf-8"))
+    accountant = PLDAccountant()
+    for entry in said["ledger"]:
+        noise = dp_accounting.GaussianDpEvent(entry["noise_multiplier"])
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(entry["scheme"]["rate"], noise), entry["count"])
+    assert accountant.get_epsilon(said["delta"]) == pytest.approx(said["epsilon"], abs=0.02)
+    assert 7.9 < said["epsilon"] <= 8 and result.summary["epsilon"] == said["epsilon"]
+    assert "Epsilon, by round" in (result.folder / "report.html").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
