@@ -131,6 +131,8 @@ def plan_of(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPlan | N
     if mechanism is None:
         return None
     clients = tuple(sizes)
+    if not experiment.federation.expected_cohort(len(clients)):
+        raise CheckError("federation: no client ever takes part, so that there is nothing to protect; raise the rate")
     scheme = experiment.federation.scheme(len(clients))
     if scheme is None:
         raise CheckError(

@@ -96,6 +96,7 @@ class Biased(Sampling):
 
 FTRL: dict[str, Any] = {"dp_ftrl": {"clip": 1.0, "noise_multiplier": 1.0, "separation": 5}}
 WITH_CLIENTS = {
+    "nobody": (lambda d: sampled(d, PoissonSampling(0.0)), "no client ever takes part, .* raise the rate"),
     "an unknown sampler": (lambda d: sampled(d, Biased()), "a sampler that the accountant does not know"),
     "a cohort by chance": (
         lambda d: replace(
