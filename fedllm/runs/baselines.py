@@ -23,6 +23,7 @@ from threading import get_ident
 import torch
 
 from fedllm.data.federation import ConcatRecords, Population
+from fedllm.engines.client_noise import RoundStreams
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, Evaluated, Progress
@@ -32,6 +33,7 @@ from fedllm.files import cache_dir, to_json_text, write_durably
 from fedllm.messages.context import RoundContext
 from fedllm.models.batch import Example
 from fedllm.models.loaded_model import LoadedModel
+from fedllm.privacy.noise import new_key
 from fedllm.tensors.tree import Tree, add
 from fedllm.training.base import ClientJob, Work, run_steps
 from fedllm.version import __version__
@@ -132,10 +134,11 @@ class Baselines:
         name = clients[0] if len(clients) == 1 else POOLED
         ctx = RoundContext(0, key, 1, len(self.population.clients), rounds, client=name)
         start = {name: leaf.to(model.device) for name, leaf in model.initial_params(key).items()}
-        job = ClientJob(ctx, start, self._examples(clients))
+        job, secret = ClientJob(ctx, start, self._examples(clients)), new_key()
         carry = work.init([job])
         for round in range(rounds):
-            carry = run_steps(work, [replace(job, ctx=replace(ctx, round=round))], model, carry)
+            now = replace(ctx, round=round)
+            carry = run_steps(work, [replace(job, ctx=now, noise=RoundStreams(secret, now))], model, carry)
         (outcome,) = work.finish(carry)
         if isinstance(outcome, str):
             raise RunError(f"the baseline of {name} alone failed: {outcome}")

@@ -66,13 +66,10 @@ def test_the_bits_do_not_depend_on_the_workers(data: Path) -> None:
         assert all(same(other[key], reply) for key, reply in one.items())
 
 
-def test_ray_is_serial(data: Path, team: RayActors) -> None:
-    """Without noise, whose key is not in the actors' processes."""
-    settings = {
-        "work": replace(WORK, noise_multiplier=0.0),
-        "federation": Shards(str(data), partition=By("who"), heldout=0.0),
-    }
-    found, expected = (replies(engine, data, **settings) for engine in (Kept(team), Serial()))
+def test_ray_is_serial(data: Path, ray_actors: RayActors) -> None:
+    """With the noise of the run's key, which every process has."""
+    settings = {"federation": Shards(str(data), partition=By("who"), heldout=0.0)}
+    found, expected = (replies(engine, data, **settings) for engine in (Kept(ray_actors), Serial()))
     assert farthest(found, expected) < NARROW
 
 

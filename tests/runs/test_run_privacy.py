@@ -240,3 +240,14 @@ def test_noise_of_clients_is_counted_by_client(data: Path, tmp_path: Path) -> No
     told = statement(result.folder)
     assert told["ledger"][0]["count"] == max(parts.values()) < 4 == sum(parts.values())
     assert parts[told["of_client"]] == max(parts.values())
+
+
+def test_baselines_of_dp_sgd_are_noised_like_its_clients(data: Path, tmp_path: Path) -> None:
+    work = {"dp_sgd": {"lr": 0.1, "steps": 2, "batch_size": 2, "max_length": 48, "clip": 1.0, "noise_multiplier": 1.0}}
+    seen = {"metrics": ["nll"], "private": False, "compare": ["local_only", "centralised"], "limit": 2}
+    result = fedllm.run(
+        small(data, work=work, stages=["uniform"], evaluation=seen), engine="serial", out=tmp_path / "r"
+    )
+    assert all(result.summary["eval"][which]["nll"] > 0 for which in ("federated", "local_only", "centralised"))
+    told = statement(result.folder)
+    assert told["unit"] == "example" and told["epsilon"] == pytest.approx(recomputed(result.folder), abs=0.02)
