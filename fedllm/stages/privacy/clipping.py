@@ -25,10 +25,7 @@ from fedllm.privacy.noise import NoiseStream
 from fedllm.tensors import tree
 
 FIGURES = frozenset({"metrics", "counts"})  # about the work: outside of the bound, sent where a file asks for it
-BITS = {
-    torch.float32: 24,
-    torch.float64: 44,
-}  # of the integers: of those, 64 bits hold weighted sums, too
+BITS = 24  # of the integers that float32 holds
 FINE = 2.0**-7  # most of the bound that rounding may take before values are sent in float64
 Leaf = tuple[str, str]  # part, tensor
 
@@ -74,15 +71,20 @@ def clipped(update: Update, groups: Sequence[Group]) -> Update:
 
 def step_of(group: Group, clients: int, dtype: torch.dtype) -> float:
     """The step of a group's grid: sums over `clients` values of at most the clip are exact in `dtype`."""
-    largest = math.frexp(group.clip)[1] + math.ceil(math.log2(max(1, clients)))  # |sum| <= 2^largest
-    return 2.0 ** (largest - BITS[dtype])
+    addends = math.ceil(math.log2(max(1, clients)))
+    largest = math.frexp(group.clip)[1] + addends  # |sum| <= 2^largest
+    if dtype == torch.float32:
+        return 2.0 ** (largest - BITS)
+    # As fine as the rounding asks for: the noise is integers of this step, and must stay far below 2^63.
+    fine = math.ceil(math.log2(math.sqrt(group.size) / FINE)) + 3
+    return 2.0 ** (largest - min(max(BITS + 2, addends + fine), 52))
 
 
 def grid_type(groups: Sequence[Group], clients: int, dtype: torch.dtype) -> torch.dtype:
     """float32 where its grid is fine enough for every group, else float64. Whatever the clip is: a step is at most
     2 clients 2^-24 of it."""
     largest = max(group.size for group in groups)
-    coarse = math.sqrt(largest) * 2.0 ** (math.ceil(math.log2(max(1, clients))) - BITS[torch.float32]) > FINE
+    coarse = math.sqrt(largest) * 2.0 ** (math.ceil(math.log2(max(1, clients))) - BITS) > FINE
     return torch.float64 if coarse or dtype == torch.float64 else torch.float32
 
 

@@ -29,7 +29,7 @@ class Source:
     def stream(self, purpose: str, digest: bytes) -> NoiseStream:
         return NoiseStream(derive(bytes(32), self.seed, purpose, digest))
 
-    def measured(self, noised: float, noise: float) -> None:
+    def measured(self, noised: float, noise: float, clip: float) -> None:
         self.ratios.append((noised, noise))
 
 

@@ -78,3 +78,12 @@ def test_it_goes_on_from_its_state_and_keeps_no_more_than_its_band():
 def test_the_release_is_one_for_the_whole_run():
     release = STAGE.release(Z, None, ROUNDS, 4)  # type: ignore[arg-type]
     assert (release.kind, release.noise_multiplier) == ("correlated", Z)
+
+
+@pytest.mark.parametrize("stage", [DpFtrl(CLIP, 50.0, separation=APART), DpFtrl(CLIP, 50.0, groups={"a": 0.1})])
+def test_large_noise_of_values_in_float64_is_drawn(stage: DpFtrl):
+    (update,) = drawn(1, dtype=torch.float64)
+    sent, _ = stage.encode(update, {}, {}, ClientContext(RoundContext(0, Key(0), 1, 1, client="0")))
+    total = Update({"delta": Part(sent.parts["delta"].tree, 1.0)})
+    out, _ = stage.decode(total, {}, {}, server(Source(), rounds=ROUNDS, clients=1))
+    assert bool(torch.isfinite(flat(out, "delta")).all())
