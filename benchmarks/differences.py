@@ -1,4 +1,4 @@
-"""How far the batched engine's updates are from the serial engine's, by type and local optimiser.
+"""How far the batched engine's updates are from the serial engine's, by local optimiser, in one type.
 
 Each of four clients trains from the same parameters on either engine; its difference is the 2-norm of delta - delta
 over that of the serial delta, and the largest over the clients counts. Records and settings are those of round.py.
@@ -21,15 +21,16 @@ from fedllm.experiment.config_file import load
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Update
+from fedllm.models.base_models.load import resolve_dtype
 from fedllm.models.loaded_model import load as load_model
 from fedllm.runs import server_round
 from fedllm.tensors import tree
 
 SAME = {
     **{"clients": 4, "batch": 2, "max_length": 256, "fill": False, "seed": 0, "rounds": 0},
-    **{"shape": None, "device": "cpu", "template": "plain"},
+    **{"shape": None, "device": "cpu", "template": "plain", "runs": 1},
 }
-WAYS = [(dtype, optimizer) for dtype in ("float32", "bfloat16") for optimizer in ("sgd", "adamw")]
+RATES = {"sgd": 0.05, "adamw": 1e-3}
 
 
 def deltas(engine: Engine, experiment: Experiment) -> dict[str, dict[str, Tensor]]:
@@ -54,19 +55,21 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--records", type=Path)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--dtype", default="auto", help="default: what the processor is fast in")
+    parser.add_argument("--stack", type=int, default=4, help="clients of a stack, at most")
     options = parser.parse_args()
+    options.dtype = str(resolve_dtype(options.dtype)).removeprefix("torch.")
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepared, _ = prepare(argparse.Namespace(**vars(options), **SAME), Path(folder))
-        for dtype, optimizer in WAYS:
-            lr = 0.05 if optimizer == "sgd" else 1e-3
-            changes = [f"task.dtype={dtype}", f"work.sgd.optimizer={optimizer}", f"work.sgd.lr={lr}"]
-            experiment = load(prepared.experiment, changes)
+        for optimizer, lr in RATES.items():
+            experiment = load(prepared.experiment, [f"work.sgd.optimizer={optimizer}", f"work.sgd.lr={lr}"])
             serial = deltas(Serial(), experiment)
-            figures[f"{dtype}_{optimizer}"] = farthest(deltas(Batched(stack=4), experiment), serial)
+            figures[optimizer] = farthest(deltas(Batched(stack=options.stack), experiment), serial)
     for name, value in figures.items():
-        print(f"{name:20} {value:.2e}")
-    print(json.dumps({"benchmark": "differences", "model": options.model, "steps": options.steps, **figures}))
+        print(f"{options.dtype} {name:10} {value:.2e}")
+    settings = {name: vars(options)[name] for name in ("model", "steps", "dtype", "stack")}
+    print(json.dumps({"benchmark": "differences", **settings, **figures}))
 
 
 if __name__ == "__main__":

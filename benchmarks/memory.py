@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fedllm.models.base_models.load import resolve_dtype
+
 ALLOWANCE = 1.2e9
 FACTOR = 1.5
 CLIENTS = 16
@@ -87,8 +89,9 @@ def main() -> None:
     """Print the figures; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto", help="default: what the processor is fast in")
     options = parser.parse_args()
+    options.dtype = str(resolve_dtype(options.dtype)).removeprefix("torch.")
     figures = measured(options, "serial", 1, "steps: 3, batch_size: 6, max_length: 64", 12)
     bound = figures["base_bytes"] + figures["adapter_bytes"] + ALLOWANCE
     figures |= {"bound_bytes": bound, "share_of_bound": figures["peak_rss_bytes"] / bound, **sixteen(options)}

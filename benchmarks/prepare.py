@@ -37,7 +37,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Prepared, Facts]
     pairs = corpus.file_pairs(options.records, options.seed) if options.records else corpus.handbook_pairs(options.seed)
     if options.shape is not None:
         options.model = str(shapes.write(options.shape, folder / options.shape, options.device))
-    base = load_base(options.model, dtype="bfloat16", device="cpu")
+    base = load_base(options.model, dtype=options.dtype, device="cpu")
     num = options.clients * options.steps * options.batch
     choice = corpus.Choice(num, options.max_length, options.fill, options.template)
     chosen = corpus.chosen(pairs, base.tokenizer, choice)
@@ -52,16 +52,16 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Prepared, Facts]
         shapes=frozenset((layer.in_features, layer.out_features) for layer in linears),
         tokens=sum(tokens for _, tokens in chosen) / (options.clients * options.steps),
     )
-    return Prepared(experiment, batches, materialise(base), tail, options.device), facts
+    return Prepared(experiment, batches, materialise(base), tail, options.device, options.dtype, options.runs), facts
 
 
 def experiment_of(options: argparse.Namespace, clients: Path) -> dict[str, Any]:
     """fedllm's experiment: the first round is warm-up, and nothing is held out or evaluated."""
     lora = {"rank": RANK, "alpha": ALPHA, "targets": "all_linear"}
     sgd = {"optimizer": "adamw", "lr": LR, "steps": options.steps, "batch_size": options.batch}
-    task = {"model": options.model, "adapter": {"lora": lora}, "template": options.template, "dtype": "bfloat16"}
+    task = {"model": options.model, "adapter": {"lora": lora}, "template": options.template}
     return {
-        "task": {**task, "device": options.device},
+        "task": {**task, "device": options.device, "dtype": options.dtype},
         "federation": {"shards": {"data": str(clients), "heldout": 0.0, "partition": {"by": "client"}}},
         "work": {"sgd": {**sgd, "max_length": options.max_length}},
         "method": "fedavg",

@@ -1,4 +1,8 @@
-"""The rows of the benchmark of a round: the commands of each, of which the fastest counts."""
+"""The rows of the benchmark of a round: the commands of each, of which the fastest counts.
+
+A command is run until its two best runs are near each other: what else a machine does only takes speed away, so a best
+run that a second one confirms is the command's own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from os import environ
@@ -21,6 +25,7 @@ from fedllm.errors import ConfigError, RunError
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-peers"
 PAIRS = 3  # measurements of two runs at once
+STEADY = 0.1  # how far the second best run may be below the best
 
 Figures = dict[str, Any]
 
@@ -28,13 +33,15 @@ Figures = dict[str, Any]
 @dataclass(frozen=True)
 class Prepared:
     """Files that all rows read. `model`: a folder in transformers' layout; `tail`: the peers' arguments; `device`: of
-    the rows without peers."""
+    the rows without peers; `dtype`: what all rows but peer_shipped compute in; `runs`: of a command, at most."""
 
     experiment: Path
     batches: Path
     model: Path
     tail: tuple[str, ...]
     device: str = "cpu"
+    dtype: str = "float32"
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,20 +59,22 @@ def peer_shipped(prepared: Prepared) -> list[Command]:
 
 
 def peer(prepared: Prepared) -> list[Command]:
-    """The same stack with what makes it faster: bf16, a client per core, and the model kept from client to client."""
-    ways = (("float32", 1), ("bfloat16", cores()), ("bfloat16", 1))
+    """The same stack with what makes it faster: the processor's own type, a client per core, and the model kept from
+    client to client."""
+    ways = dict.fromkeys([("float32", 1), (prepared.dtype, cores()), (prepared.dtype, 1)])
     return [*peer_shipped(prepared), *(_flowertune(prepared, dtype, cpus, keep=True) for dtype, cpus in ways)]
 
 
 def trl(prepared: Prepared) -> list[Command]:
     """TRL's SFTTrainer loop alone, on all cores."""
-    return [_script(prepared, "trl_loop", PEERS / "bin" / "python", "--threads", str(cores()))]
+    settings = ("--dtype", prepared.dtype, "--threads", str(cores()))
+    return [_script(prepared, "trl_loop", PEERS / "bin" / "python", *settings)]
 
 
 def plain(prepared: Prepared) -> list[Command]:
     """PyTorch + PEFT on one thread and on all cores, or on a GPU."""
     threads = sorted({1, cores()}) if prepared.device == "cpu" else [1]
-    ways = [("--threads", str(n), "--device", prepared.device) for n in threads]
+    ways = [("--dtype", prepared.dtype, "--threads", str(n), "--device", prepared.device) for n in threads]
     return [_script(prepared, "plain", Path(sys.executable), *way) for way in ways]
 
 
@@ -75,7 +84,7 @@ def serial(prepared: Prepared) -> list[Command]:
 
 
 def batched(prepared: Prepared) -> list[Command]:
-    """fedllm, stacks of clients on all cores."""
+    """fedllm on all cores."""
     return [_federated(prepared, "batched")]
 
 
@@ -93,13 +102,22 @@ def check_peers(rows: list[str]) -> None:
 
 
 def measure(row: str, prepared: Prepared) -> Figures:
-    """The figures of a row's fastest command, and its title as `way`; one that was run before is not run again.
+    """The figures of the best run of a row's fastest command, and its title as `way`; one that was run before is not
+    run again. `runs`: the speeds of all runs of that command; `spread`: see `spread`.
 
     Raises:
         RunError: a command failed.
     """
-    ways = [{**_run(command), "way": command.title} for command in ROWS[row](prepared)]
-    return max(ways, key=lambda figures: figures["client_steps_per_s"])
+    ways = [{**_steady(command, prepared.runs), "way": command.title} for command in ROWS[row](prepared)]
+    return max(ways, key=_speed)
+
+
+def spread(speeds: Sequence[float]) -> float | None:
+    """How far the second best is below the best, as a share of it; None of a single one."""
+    if len(speeds) < 2:
+        return None
+    second, best = sorted(speeds)[-2:]
+    return 1 - second / best
 
 
 def pair(prepared: Prepared) -> float:
@@ -140,8 +158,24 @@ def _federated(prepared: Prepared, engine: str) -> Command:
 
 
 @cache
-def _run(command: Command) -> Figures:
-    return _finished(_started(command), command)
+def _steady(command: Command, most: int) -> Figures:
+    """The best run of at most so many. A command ends sooner when its two best are near each other."""
+    runs: list[Figures] = []
+    while len(runs) < most and not (runs and is_steady(list(map(_speed, runs)))):
+        runs.append(_finished(_started(command), command))
+    speeds = list(map(_speed, runs))
+    return {**max(runs, key=_speed), "runs": speeds, "spread": spread(speeds)}
+
+
+def is_steady(speeds: Sequence[float]) -> bool:
+    """Whether a second run confirms the best one."""
+    found = spread(speeds)
+    return found is not None and found < STEADY
+
+
+def _speed(figures: Figures) -> float:
+    speed: float = figures["client_steps_per_s"]
+    return speed
 
 
 def _started(command: Command) -> subprocess.Popen[str]:

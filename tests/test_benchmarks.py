@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedllm.errors import DataError, RunError
 from fedllm.models.base_models.tiny_llama import tiny_tokenizer
@@ -174,7 +175,9 @@ def test_differences_are_measured_on_the_same_files(benchmarks: None, tmp_path: 
     import differences
     from prepare import prepare
 
-    prepared, _ = prepare(Namespace(model="tiny-llama", records=None, steps=1, **differences.SAME), tmp_path)
+    prepared, _ = prepare(
+        Namespace(model="tiny-llama", records=None, steps=1, dtype="float32", **differences.SAME), tmp_path
+    )
     assert prepared.experiment.exists()
 
 
@@ -184,7 +187,7 @@ def test_ratios_and_share_of_the_peak_by_hand(benchmarks: None) -> None:
 
     def row(speed: float, faults: float | None = None) -> dict[str, object]:
         extra = {} if faults is None else {"page_faults_per_step": faults}
-        return {"client_steps_per_s": speed, "real_tokens_per_step": 100.0, "way": "a", **extra}
+        return {"client_steps_per_s": speed, "real_tokens_per_step": 100.0, "way": "a", "runs": [speed], **extra}
 
     facts = Facts(parameters=10**6, shapes=frozenset(), tokens=100.0)
     found = bench.summary({"serial": row(4.0), "peer": row(2.0), "batched": row(10.0, 5.0)}, facts, peak=8.0)
@@ -208,9 +211,48 @@ def test_fastest_way_of_a_row_counts_and_a_failure_is_told(benchmarks: None, mon
     ways = [rows.Command("slow", printing(1)), rows.Command("fast", printing(3)), rows.Command("middle", printing(2))]
     monkeypatch.setattr(rows, "ROWS", {"some": lambda prepared: ways, "bad": lambda prepared: [bad]})
     bad = rows.Command("broken", printing(9, code=4))
-    assert rows.measure("some", None) == {**rows.measure("some", None), "way": "fast", "client_steps_per_s": 3}
+    prepared = rows.Prepared(*(Path("nowhere"),) * 3, tail=())
+    found = rows.measure("some", prepared)
+    assert found == {**found, "way": "fast", "client_steps_per_s": 3, "runs": [3], "spread": None}
     with pytest.raises(RunError, match=r"broken failed \(4\): why"):
-        rows.measure("bad", None)
+        rows.measure("bad", prepared)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "best", "runs", "steady"),
+    [
+        ([1.0, 0.95, 9.0], 1.0, 2, True),  # the second run confirms the first
+        ([0.75, 1.2, 1.19, 9.0], 1.2, 3, True),  # something else ran beside the first
+        ([1.0, 2.0, 4.0, 8.0, 16.0], 8.0, 4, False),  # never more than asked for
+    ],
+)
+def test_a_row_is_run_until_two_runs_are_near_each_other(
+    benchmarks: None, monkeypatch: pytest.MonkeyPatch, speeds: list[float], best: float, runs: int, steady: bool
+) -> None:
+    import round as bench
+    import rows
+
+    given = iter(speeds)
+    monkeypatch.setattr(rows, "_started", lambda command: None)
+    monkeypatch.setattr(rows, "_finished", lambda process, command: {"client_steps_per_s": next(given)})
+    rows._steady.cache_clear()
+    found = rows.measure("serial", rows.Prepared(*(Path("nowhere"),) * 3, tail=(), runs=4))
+    assert (found["client_steps_per_s"], found["runs"]) == (best, speeds[:runs])
+    assert ("not steady" in bench.described(found)) is not steady
+
+
+def test_all_rows_compute_in_one_type(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import round as bench
+    import rows
+
+    monkeypatch.setattr(bench, "resolve_dtype", lambda dtype, device: torch.float32)  # a processor without bfloat16
+    options = bench.options_of(["--rows", "serial"])
+    assert options.dtype == "float32"
+    prepared = rows.Prepared(*(Path("nowhere"),) * 3, tail=(), dtype=options.dtype)
+    asked = [command.words for row in ("peer", "trl", "plain") for command in rows.ROWS[row](prepared)]
+    assert len(asked) > 3 and {words[words.index("--dtype") + 1] for words in asked} == {"float32"}
+    other = rows.Prepared(*(Path("nowhere"),) * 3, tail=(), dtype="bfloat16")
+    assert all("bfloat16" in command.title for row in ("trl", "plain") for command in rows.ROWS[row](other))
 
 
 def test_two_runs_at_once_are_added_up(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def arguments(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("batches", type=Path, help="JSON lines with round, client, prompt and completion")
     parser.add_argument("--batch", type=int, default=2, help="sequences a step")
     parser.add_argument("--max-length", type=int, default=256, help="tokens a sequence; what is longer is cut")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", required=True, choices=("float32", "bfloat16"))
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16)
