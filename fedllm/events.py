@@ -78,14 +78,16 @@ class EngineChosen(Event):
 
 @dataclass(frozen=True)
 class EngineStarted(Event):
-    """Workers that train `stack` clients at a time within `memory_budget` bytes; None: no budget. `parameters`: of the
-    base model; `peak`: floating-point operations a second that they reach together in products of its shapes."""
+    """Workers that train at most `stack` clients at a time within `memory_budget` bytes; None: no budget. `threads`: of
+    each stack of the first round. `parameters`: of the base model; `peak`: floating-point operations a second that the
+    workers reach together in products of its shapes."""
 
     workers: int
     stack: int
     memory_budget: int | None
     parameters: int
     peak: float | None
+    threads: int = 1
 
 
 @dataclass(frozen=True)

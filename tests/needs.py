@@ -18,6 +18,10 @@ needs_products = pytest.mark.skipif(
     not library().products,
     reason=needs_tiles.kwargs["reason"] if not library().tiles else "the processor multiplies whole tiles (AMX)",
 )
+needs_floats = pytest.mark.skipif(
+    not library().floats,
+    reason=NO_KERNELS if library().handle is None else "the processor's vectors are too short (AVX2 or NEON)",
+)
 fast_in_bfloat16 = pytest.mark.skipif(
     resolve_dtype("auto", device="cpu") is not torch.bfloat16,
     reason="this processor is slow in bfloat16",

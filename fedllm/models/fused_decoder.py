@@ -37,24 +37,24 @@ CHILDREN = {
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
 PROBE = (3, 4)  # lengths of two sequences
-NEAR = 0.02  # of what a layer adds, in 16 bits
+NEAR = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # of what a layer adds
 
 
-def prepare(model: PreTrainedModel) -> int:
-    """Give the decoder's layers that compute this such an operation; how many they are.
+def prepare(model: PreTrainedModel) -> bool:
+    """Give the decoder's layers that compute this such an operation; whether all of them do.
 
     Their norms, gates and rotary embeddings are prepared before.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not ops.supports(model):
-        return 0
+        return False
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     found = [FusedDecoderLayer.of(layer) for layer in layers if _has_form(layer)]
     same = [whole for whole in found if _is_near(whole)]
     for whole in same:
         whole.layer.forward = whole
-    return len(same)
+    return 0 < len(layers) == len(same)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,13 +158,14 @@ def _is_near(whole: FusedDecoderLayer) -> bool:
     """Whether the layer adds that much to a row of two sequences."""
     attention, tokens = whole.layer.self_attn, sum(PROBE)
     drawn = torch.Generator().manual_seed(0)
-    x = torch.randn(1, tokens, attention.q_proj.in_features, generator=drawn).bfloat16()
+    dtype = attention.q_proj.weight.dtype
+    x = torch.randn(1, tokens, attention.q_proj.in_features, generator=drawn).to(dtype)
     angles = torch.linspace(0, 9, tokens * attention.head_dim).view(1, tokens, -1)
-    turns = angles.cos().bfloat16(), angles.sin().bfloat16()
+    turns = angles.cos().to(dtype), angles.sin().to(dtype)
     with forward_context(Forward({}, PROBE)):
         if whole._plan(x, current(), {"position_embeddings": turns}) is None:
             return False
         found, expected = whole(x, position_embeddings=turns), whole.plain(x, position_embeddings=turns)
     if not isinstance(expected, Tensor) or expected.shape != x.shape:
         return False
-    return float((found - expected).float().norm()) <= NEAR * float((expected - x).float().norm())
+    return float((found - expected).float().norm()) <= NEAR[dtype] * float((expected - x).float().norm())

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedllm.errors import CheckError, DataError, with_record_place
 from fedllm.models import fused_decoder
 from fedllm.models.adapters.base import Attached, Movable
+from fedllm.models.adapters.lora import Lora
 from fedllm.models.base_models.load import Base, load_base
 from fedllm.models.base_models.vocabulary import require_rows
 from fedllm.models.batch import Batch, Example, collate
@@ -41,12 +42,20 @@ TOGETHER = 64  # records in one call of the tokenizer
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """What works and evaluations call. Parameters come in with every call; the model keeps none but `constants`: the
-    adapter's tensors that the scope freezes, the same on every client. Empty parameters are the base model itself."""
+    adapter's tensors that the scope freezes, the same on every client. Empty parameters are the base model itself.
+    `fused`: whether all of its decoder's layers can run as one operation each."""
 
     task: Task
     base: Base
     adapter: Attached
     constants: Tree = field(default_factory=dict)
+    fused: bool = False
+
+    @property
+    def trains_by_kernels(self) -> bool:
+        """Whether kernels compute all but a small part of a local step, whose bits do not depend on threads."""
+        adapter = self.task.adapter
+        return self.fused and isinstance(adapter, Lora) and not adapter.dropout
 
     @property
     def device(self) -> str:
@@ -74,8 +83,8 @@ class LoadedModel:
 
     @property
     def backend(self) -> Mapping[str, str]:
-        """`kernels`: whose computes what is no large product, where there is a choice: bfloat16 on a CPU."""
-        return {"kernels": library().about} if ops.is_bf16_cpu(self.base.model) else {}
+        """`kernels`: whose computes what is no large product, where there is a choice: bfloat16 or float32 on a CPU."""
+        return {"kernels": library().about} if ops.have_choice(self.base.model) else {}
 
     def with_constants(self, key: Key) -> LoadedModel:
         """This model with the frozen tensors of the run's key."""
@@ -265,11 +274,10 @@ def _load(task: Task, stamp: str) -> LoadedModel:
     rms_norm.prepare(base.model)
     swiglu.prepare(base.model)
     rotary.prepare(base.model)
-    if unpackable is None:
-        fused_decoder.prepare(base.model)
+    fused = unpackable is None and fused_decoder.prepare(base.model)
     activation_checkpointing.prepare(base.model)
     base = replace(base, unpackable=unpackable, caching=unpackable is None or model_probe.supports_cache(base.model))
-    return LoadedModel(task, base, task.adapter.attach(base))
+    return LoadedModel(task, base, task.adapter.attach(base), fused=fused)
 
 
 load.cache_clear = _load.cache_clear  # type: ignore[attr-defined]  # as of what it stands in front of

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedllm.engines.batched.engine import Batched
-from fedllm.engines.batched.load_balancing import balance, stack_size
+from fedllm.engines.batched.load_balancing import Schedule, balance, divide, stack_size
 from fedllm.engines.client import Site
 from fedllm.errors import ClientError
 from fedllm.messages.context import Profile, RoundContext
@@ -21,12 +21,13 @@ from tests.engines.cohort import CLIENTS, Own, experiment, sent, write_long, wri
 LOADS = st.lists(st.integers(0, 10**6), max_size=40)
 
 
-@given(LOADS, st.integers(1, 9), st.integers(1, 4))
-def test_everyone_once_in_stacks_that_are_not_too_large(loads: list[int], size: int, fewest: int) -> None:
+@given(LOADS, st.integers(1, 9), st.integers(0, 4))
+def test_everyone_once_in_stacks_that_are_not_too_large(loads: list[int], size: int, more: int) -> None:
+    fewest = -(-len(loads) // size) + more
     stacks = balance(loads, size, fewest)
     assert sorted(place for stack in stacks for place in stack) == list(range(len(loads)))
     assert all(0 < len(stack) <= size and stack == sorted(stack) for stack in stacks)
-    assert len(stacks) >= min(fewest, len(loads))
+    assert len(stacks) == min(fewest, len(loads))
     sums = [sum(loads[place] for place in stack) for stack in stacks]
     assert sums == sorted(sums, reverse=True)
 
@@ -40,24 +41,71 @@ def test_two_stacks_differ_by_one_client_at_most(pair: list[int], size: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("clients", "size", "fewest", "lengths"),
+    ("clients", "size", "workers", "lengths"),
     [
+        (4, 4, None, [4]),
+        (1, 4, None, [1]),
+        (9, 4, None, [2, 2, 2, 3]),  # four stacks and not three: two workers end together
+        (20, 4, None, [4, 4, 4, 4, 4]),
+        (0, 4, None, []),
         (4, 4, 1, [4]),
-        (4, 4, 2, [2, 2]),
+        (9, 4, 1, [3, 3, 3]),
         (1, 4, 2, [1]),
+        (4, 4, 2, [2, 2]),
         (8, 4, 2, [4, 4]),
-        (10, 4, 2, [2, 2, 3, 3]),  # four stacks and not three: two workers end together
+        (9, 4, 2, [2, 2, 2, 3]),  # two stacks for each worker
         (16, 4, 2, [4, 4, 4, 4]),
-        (0, 4, 2, []),
+        (20, 4, 2, [3, 3, 3, 3, 4, 4]),
+        (3, 4, 4, [1, 1, 1]),
+        (9, 4, 4, [2, 2, 2, 3]),
+        (36, 4, 8, [2] * 12 + [3] * 4),
+        (100, 4, 32, [3] * 28 + [4] * 4),
+        (0, 4, 4, []),
     ],
 )
-def test_as_few_as_hold_all_and_a_power_of_two(clients: int, size: int, fewest: int, lengths: list[int]) -> None:
-    assert sorted(map(len, balance([7] * clients, size, fewest))) == lengths
+def test_as_many_stacks_for_each_worker(clients: int, size: int, workers: int | None, lengths: list[int]) -> None:
+    """By hand: with workers the fewest multiple of their number that holds all; without, powers of two of batches."""
+    batches = divide(clients, size, workers)
+    assert sum(part for part, _ in batches) == clients
+    assert sorted(len(s) for part, count in batches for s in balance([7] * part, size, count)) == lengths
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 40))
+def test_no_stack_is_too_large_and_no_worker_without_one(clients: int, size: int, workers: int) -> None:
+    batches = divide(clients, size, workers)
+    assert sum(part for part, _ in batches) == clients
+    assert all(0 < count <= part <= count * size for part, count in batches)
+    stacks = sum(count for _, count in batches)
+    assert stacks == clients or stacks % workers == 0
+    assert all(count % workers == 0 or stacks == clients for _, count in batches)
+
+
+@pytest.mark.parametrize(
+    ("workers", "busy", "threads", "clients", "found"),
+    [
+        (2, 2, None, 1, (2, 0)),  # one client alone has both cores
+        (2, 2, None, 2, (1, 0)),
+        (4, 4, None, 1, (4, 0)),
+        (4, 4, None, 3, (1, 1)),  # the fullest stack has the fourth
+        (32, 32, None, 5, (6, 2)),
+        (4, None, None, 3, (4, 0)),  # a stack of all three
+        (4, 4, None, 9, (1, 0)),
+        (4, 4, 1, 1, (1, 0)),
+        (4, 4, 2, 9, (2, 0)),
+        (4, 4, None, 0, (1, 0)),
+    ],
+)
+def test_no_core_is_idle(workers: int, busy: int | None, threads: int | None, clients: int, found: tuple[int]) -> None:
+    """Threads of each stack, and the stacks that have one more."""
+    schedule = Schedule(workers, 4, busy, threads)
+    assert schedule.threads_of(clients) == found
+    if threads is None and 0 < clients <= workers and busy:
+        assert found[0] * clients + found[1] == workers
 
 
 def test_by_hand() -> None:
     """9 + 6 + 5 against 8 + 7 + 1; then 9 and 7 change places, and both have 18."""
-    assert balance([5, 9, 1, 7, 6, 8], 3) == [[0, 3, 4], [1, 2, 5]]
+    assert balance([5, 9, 1, 7, 6, 8], 3, 2) == [[0, 3, 4], [1, 2, 5]]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Stacks of clients over one frozen model, a worker thread a core: the serial engine's results, several times faster.
 
-A cohort is divided into stacks of a fixed size, whatever the workers, so that the bits do not depend on them. Workers
-take stacks from a queue, each with one intra-op thread: torch gives up the interpreter lock inside its operators, and
-nothing waits at a barrier. Replies come in request order from a bounded window.
+A cohort is divided into stacks before anything is computed, so that the bits do not depend on who computes them when.
+Workers take stacks from a queue, each with one thread: torch gives up the interpreter lock inside its operators, and
+nothing waits at a barrier. Where a cohort has fewer clients than there are workers, a stack has the threads of those
+that would be idle. Replies come in request order from a bounded window.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 from fedllm.engines.allocator import freeze_gc, retain_freed_memory, single_arena
 from fedllm.engines.base import Engine
-from fedllm.engines.batched.load_balancing import BATCH_OF_STACKS, balance, stack_size
+from fedllm.engines.batched.load_balancing import Schedule, balance, stack_size
 from fedllm.engines.batched.matmul_peak import matmul_peak
 from fedllm.engines.batched.memory import (
     PRODUCTS,
@@ -36,18 +37,18 @@ from fedllm.engines.batched.workers import WorkerPool
 from fedllm.engines.client import Site
 from fedllm.engines.loopback import ReceivedReply, one_by_one, receive, round_trip, with_heap_trim
 from fedllm.engines.process_memory import address_space
-from fedllm.engines.torch_threads import one_thread
+from fedllm.engines.torch_threads import one_thread, torch_threads
 from fedllm.errors import ConfigError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted, MemoryMeasured
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call, Replies
 from fedllm.messages.update import Request
 from fedllm.models.kernels.prepack import kept_layouts
+from fedllm.models.kernels.threads import kernel_threads
 from fedllm.models.layers.quantized_linear import num_parameters
 from fedllm.training.client_stack import keep_buffers
 
 STACK = {"cuda": 16}  # elsewhere as many as the clients' batches suggest
-FEWEST = {"cpu": 2, "cuda": 1}  # stacks of a cohort, unless the size of a stack is set
 LOOKED_AT = 100  # clients, before the first round; one that comes later and does not fit ends the run then
 SIDE_BY_SIDE = {"work": True, "evaluate": False}  # calls that clients answer at the same time, and whether in stacks
 
@@ -57,9 +58,11 @@ class Batched(Engine):
     """The batched engine.
 
     Args:
-        stack: clients a stack, at most; results depend on it within rounding, on nothing else here. Default as many as
-            compute 512 tokens in a micro-batch, from 4 to 16, or fewer so that there are two stacks; on a GPU 16.
-        workers: threads. Default one a core, on a GPU one.
+        stack: clients a stack, at most; results depend on it within rounding. Default as many as compute 512 tokens in
+            a micro-batch, from 4 to 16, or fewer so that each worker has a stack; on a GPU 16.
+        workers: threads that train stacks. Default one a core, on a GPU one.
+        threads: of each stack. Default one, or more where there are fewer stacks than workers. Results depend on it
+            within rounding where PyTorch's operations compute, and not where kernels do.
         memory_budget: of all stacks together, as "2GB". Default 0.8 of the memory that is free at the start. With a
             budget, or a limit on the process's address space, the workers share one memory arena, and frozen weights
             are not laid out beforehand: smaller, and slower.
@@ -67,10 +70,11 @@ class Batched(Engine):
 
     stack: int | None = None
     workers: int | None = None
+    threads: int | None = None
     memory_budget: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stack", "workers"):
+        for name in ("stack", "workers", "threads"):
             value = self.__dict__[name]
             if value is not None and value < 1:
                 raise ConfigError(f"engine.batched.{name} is {value}; it must be 1 or more")
@@ -94,7 +98,7 @@ class Batched(Engine):
         with one_thread(), retain_freed_memory(emptied=not self._scarce):
             site = Site.of(experiment, folder)
             kind = torch.device(site.model.device).type
-            workers = self.workers or (1 if kind == "cuda" else os.cpu_count() or 1)
+            workers = self.workers or (1 if kind == "cuda" else cores())
             costs, budget = MemoryEstimate.measured(site.model, site.fresh), self._budget(site)
             layouts = 0 if self._scarce else layout_bytes(site.model, budget)
             gate, (now, most) = MemoryBudget(budget - layouts), taken_bytes(site.model.device)
@@ -103,9 +107,8 @@ class Batched(Engine):
             site.train = trainers.train
             laid_out = kept_layouts() if layouts else nullcontext()
             with freeze_gc(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
-                calls = BatchedCalls(
-                    site, trainers, pool, workers, *self._stacks(site, kind), (now + layouts, most), emit
-                )
+                schedule = Schedule(workers, *self._stacks(site, kind, workers), 1 if kind == "cuda" else self.threads)
+                calls = BatchedCalls(site, trainers, pool, schedule, (now + layouts, most), emit)
                 try:
                     yield with_heap_trim(calls.call)
                 finally:
@@ -122,17 +125,21 @@ class Batched(Engine):
         if not self._scarce:
             keep_buffers()
 
-    def _stacks(self, site: Site, kind: str) -> tuple[int, int]:
-        """Clients a stack and fewest stacks. Bits depend on both, so they know nothing of workers and memory."""
-        if self.stack is not None:
-            return self.stack, 1
-        size = STACK.get(kind) or stack_size(site.batch_tokens(site.population.clients[:LOOKED_AT]))
-        return size, FEWEST.get(kind, 1)
+    def _stacks(self, site: Site, kind: str, workers: int) -> tuple[int, int | None]:
+        """Clients a stack, and workers that each get as many. Bits depend on both, so they know nothing of memory."""
+        if self.stack is not None or kind in STACK:
+            return self.stack or STACK[kind], None
+        return stack_size(site.batch_tokens(site.population.clients[:LOOKED_AT])), workers
 
     def _budget(self, site: Site) -> int:
         if self.memory_budget is not None:
             return parse_bytes(self.memory_budget)
         return int(USABLE * max(0, free_bytes(site.model.device) - site.base_versions.reserve(site.stages)))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,27 +159,33 @@ class BatchedCalls:
     site: Site
     trainers: WorkerPool
     pool: ThreadPoolExecutor
-    workers: int
-    stack: int
-    fewest: int
+    schedule: Schedule
     taken: tuple[int, int]
     emit: Emit
     started: bool = field(default=False)
 
     def call(self, name: str, requests: Mapping[str, Request]) -> Replies:
         """Replies in request order, from a bounded window: more stacks are made when workers + 1 are left."""
+        schedule = self.schedule if SIDE_BY_SIDE.get(name) else replace(self.schedule, size=1, busy=None, threads=1)
+        threads = schedule.threads_of(len(requests))
         if not self.started:
-            self._start()
+            self._start(threads[0])
         if name not in SIDE_BY_SIDE:
             yield from one_by_one(self.site, self.emit)(name, requests)
             return
-        size, round = self.stack if SIDE_BY_SIDE[name] else 1, 0
-        batches, under_way = _cut(requests, BATCH_OF_STACKS * size), deque[PendingReply]()
-        while True:
-            while len(under_way) <= self.workers * size and (batch := next(batches, None)):
-                under_way.extend(self._submitted(name, batch, size))
-            if not under_way:
-                break
+        in_torch = 1 if self.site.model.trains_by_kernels else threads[0]
+        with torch_threads(in_torch):
+            yield from self._replies(name, requests, schedule, (in_torch, *threads))
+
+    def _replies(
+        self, name: str, requests: Mapping[str, Request], schedule: Schedule, threads: tuple[int, int, int]
+    ) -> Replies:
+        rest, under_way = iter(requests.values()), deque[PendingReply]()
+        batches, round = deque(schedule.batches(len(requests))), 0
+        while batches or under_way:
+            while batches and len(under_way) <= schedule.workers * schedule.size:
+                clients, stacks = batches.popleft()
+                under_way.extend(self._submitted(name, list(islice(rest, clients)), stacks, threads))
             pending = under_way.popleft()
             round, replies = pending.request.ctx.round, pending.stack.result()
             while self.trainers.notes:
@@ -182,23 +195,27 @@ class BatchedCalls:
             predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.trainers.gate.peak)
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
-    def _submitted(self, name: str, batch: Sequence[Request], size: int) -> list[PendingReply]:
+    def _submitted(
+        self, name: str, batch: Sequence[Request], count: int, threads: tuple[int, int, int]
+    ) -> list[PendingReply]:
         """In the order of the batch. Of clients of one stack, each takes its own reply."""
-        loads = [self.site.tokens(request.ctx) if size > 1 else 0 for request in batch]
+        in_torch, in_kernels, more = threads
+        loads = [self.site.tokens(request.ctx) if count < len(batch) else 0 for request in batch]
         replies: dict[int, PendingReply] = {}
-        for stack in balance(loads, size, self.fewest):
-            future = self.pool.submit(round_trip, self.site, name, [batch[at] for at in stack])
+        for number, stack in enumerate(balance(loads, self.schedule.size, count)):
+            asked, own = [batch[at] for at in stack], in_kernels + (number < more)
+            future = self.pool.submit(self._answered, name, asked, in_torch, own)
             replies |= {at: PendingReply(batch[at], future, place) for place, at in enumerate(stack)}
         return [replies[at] for at in range(len(batch))]
 
-    def _start(self) -> None:
+    def _answered(self, name: str, asked: Sequence[Request], in_torch: int, in_kernels: int) -> list[ReceivedReply]:
+        """What a worker does with a stack. Kernels give the same bits on any number of threads."""
+        torch.set_num_threads(in_torch)  # and not back at the end: other workers of the call still compute
+        with kernel_threads(in_kernels):
+            return round_trip(self.site, name, asked)
+
+    def _start(self, threads: int) -> None:
         self.started = True
-        base = self.site.model.base.model
-        peak = matmul_peak(self.pool, self.workers, base) if num_parameters(base) > 10**7 else None
-        self.emit(EngineStarted(self.workers, self.stack, self.trainers.gate.budget, num_parameters(base), peak))
-
-
-def _cut(requests: Mapping[str, Request], size: int) -> Iterator[Sequence[Request]]:
-    rest = iter(requests.values())
-    while part := list(islice(rest, size)):
-        yield part
+        base, gate, schedule = self.site.model.base.model, self.trainers.gate, self.schedule
+        peak = matmul_peak(self.pool, schedule.workers, base) if num_parameters(base) > 10**7 else None
+        self.emit(EngineStarted(schedule.workers, schedule.size, gate.budget, num_parameters(base), peak, threads))

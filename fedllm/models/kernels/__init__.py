@@ -1,4 +1,4 @@
-"""Kernels in C for models in bfloat16 on a CPU: what PyTorch does in many small passes, in one.
+"""Kernels in C for models in bfloat16 or float32 on a CPU: what PyTorch does in many small passes, in one.
 
 They are compiled on first use by the machine's C compiler. Where there is none, PyTorch's operations compute the same.
 `build` finds, compiles and loads; `ops` and `matmul` are the functions, on tensors.

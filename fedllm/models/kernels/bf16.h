@@ -1,5 +1,7 @@
 /* Numbers of 16 bits (bfloat16) to float and back, and the exponential, written so that a compiler makes vector code.
-   All functions of the library give 0, or what went wrong. */
+   All functions of the library give 0, or what went wrong.
+
+   `num` is the type of a model's numbers: float where FLOAT32 is defined, as in files that end in _float.c. */
 
 #ifndef FEDLLM_BF16_H
 #define FEDLLM_BF16_H
@@ -35,6 +37,20 @@ static inline bf16 narrow(float x) {
 }
 
 static inline float rounded(float x) { return wide(narrow(x)); }
+
+#ifdef FLOAT32
+typedef float num;
+#define KERNEL(name) name##_float
+static inline float wide_num(num x) { return x; }
+static inline num narrow_num(float x) { return x; }
+static inline float rounded_num(float x) { return x; }
+#else
+typedef bf16 num;
+#define KERNEL(name) name
+static inline float wide_num(num x) { return wide(x); }
+static inline num narrow_num(float x) { return narrow(x); }
+static inline float rounded_num(float x) { return rounded(x); }
+#endif
 
 /* e^x within 2 units in the last place; 0 below -87, where floats lose precision; a NaN stays one.
    e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2: Taylor's polynomial of degree 7. */

@@ -27,7 +27,7 @@ from fedllm.files import cache_dir
 
 VARIABLE, CHOICES = "FEDLLM_KERNELS", ("auto", "native", "torch")
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-fPIC", "-shared", "-pthread", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 OWN = {  # for this processor
     "x86_64": ("-march=native", "-mprefer-vector-width=512"),
     "aarch64": ("-mcpu=native",),
@@ -58,6 +58,11 @@ class Library:
     def products(self) -> bool:
         """Whether its products with frozen matrices are faster than PyTorch's."""
         return self.handle is not None and bool(self.handle.fedllm_has_products())
+
+    @cached_property
+    def floats(self) -> bool:
+        """Whether it has them all in float32, which the processor's vectors must be wide enough for."""
+        return self.handle is not None and bool(self.handle.fedllm_has_floats())
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,7 @@
-"""Calls of the library's functions on tensors; the C files have the formulas."""
+"""Calls of the library's functions on tensors; the C files have the formulas.
+
+A function is there for bfloat16 and, with another ending, for float32: its first tensor says which.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedllm.models.kernels.build import library
 
 ERRORS = {1: (MemoryError, "no memory"), 2: (IndexError, "a target is no word of the vocabulary")}  # as in bf16.h
+WIDE = "_float"  # the ending of functions for float32
 KINDS: Mapping[str, Any] = {"p": c_void_p, "n": c_int64, "x": c_float}
 SIGNATURES = {
     "norm": "ppppnnx",
@@ -27,6 +32,7 @@ SIGNATURES = {
     "low_rank_backward": "ppppppppp" + "n" * 8 + "xppn",
     "product": "pppppnnnnn",
     "laid_out": "ppnnn",
+    "threads": "n",
 }
 
 
@@ -36,7 +42,9 @@ def call(name: str, *arguments: Tensor | float | None) -> None:
     Raises:
         MemoryError, IndexError: see ERRORS.
     """
-    status = _function(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    first = arguments[0]
+    ending = WIDE if isinstance(first, Tensor) and first.dtype == torch.float32 else ""
+    status = _function(name + ending)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
     if status:
         kind, reason = ERRORS[status]
         raise kind(f"kernel {name}: {reason}")
@@ -46,8 +54,8 @@ def call(name: str, *arguments: Tensor | float | None) -> None:
 def _function(name: str) -> Any:
     handle = library().handle
     assert handle is not None, "see serve"
-    function = handle[f"fedllm_{name}"]
-    function.argtypes, function.restype = [KINDS[letter] for letter in SIGNATURES[name]], c_int
+    function, signature = handle[f"fedllm_{name}"], SIGNATURES[name.removesuffix(WIDE)]
+    function.argtypes, function.restype = [KINDS[letter] for letter in signature], c_int
     return function
 
 

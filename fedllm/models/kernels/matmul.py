@@ -1,4 +1,5 @@
-"""Products with frozen matrices and with low-rank factors of K clients, in bfloat16; see product.c and low_rank.c.
+"""Products with frozen matrices and with low-rank factors of K clients, in bfloat16 or float32; see product.c and
+low_rank.c, and those that end in _float.c.
 
 What they write is new, unless a name ends in an underscore: then it stands in the place of the first argument.
 """
@@ -123,7 +124,7 @@ def product(
 ) -> Tensor:
     """(T, k) rows times W (k, n), and the sum with a bias (n) and with `plus` (T, n).
 
-    `few`: most of x is zero. The product is the same, but zeros that stand in six rows of x take no time.
+    `few`: most of x is zero. The product is the same, but in bfloat16 zeros that stand in six rows of x take no time.
     """
     (k, n), (weight, form) = matrix.sizes, matrix.given
     assert x.shape[1] == k

@@ -1,4 +1,5 @@
-"""Kernels on tensors in bfloat16 that lie row by row in memory, but for products; see the C files for the formulas.
+"""Kernels on tensors in bfloat16 or float32 that lie row by row in memory, but for products; see the C files for the
+formulas.
 
 What they write is new, unless a name ends in an underscore: then it stands in the place of the first argument.
 """
@@ -21,31 +22,36 @@ if TYPE_CHECKING:
 WIDTH = 16  # numbers of a vector
 
 
-def is_bf16_cpu(*values: Tensor | PreTrainedModel) -> bool:
-    """Whether all are what kernels may be for: bfloat16 on a CPU."""
-    return all(value.dtype == torch.bfloat16 and value.device.type == "cpu" for value in values)
+def have_choice(*values: Tensor | PreTrainedModel) -> bool:
+    """Whether all are what kernels may be for: all bfloat16 or all float32, on a CPU."""
+    types = {value.dtype for value in values}
+    return types in ({torch.bfloat16}, {torch.float32}) and all(value.device.type == "cpu" for value in values)
 
 
 def supports(*values: Tensor | PreTrainedModel) -> bool:
     """Whether there are kernels for such tensors, or for a model's."""
-    return is_bf16_cpu(*values) and library().handle is not None
+    return have_choice(*values) and (library().floats if _wide(values[0]) else library().handle is not None)
+
+
+def _wide(value: Tensor | PreTrainedModel) -> bool:
+    return value.dtype == torch.float32
 
 
 def supports_low_rank(x: Tensor, size_out: int) -> bool:
     """Whether there are kernels for low-rank products of rows x (T, in) to (T, out)."""
-    return x.shape[1] % 4 == size_out % 4 == 0 and supports(x) and library().tiles
+    return x.shape[1] % 4 == size_out % 4 == 0 and supports(x) and (_wide(x) or library().tiles)
 
 
 def supports_product(weight: Tensor) -> bool:
     """Whether products with a frozen matrix are better computed by the kernel, and low-rank ones together with them."""
     fits = weight.is_contiguous() and weight.shape[0] % 2 == weight.shape[1] % 2 == 0
-    return fits and supports(weight) and library().products
+    return fits and supports(weight) and (_wide(weight) or library().products)
 
 
 def supports_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether there are kernels for attention over such states (heads, T, d)."""
     sizes = query.shape[2] % WIDTH == value.shape[2] % WIDTH == 0
-    return sizes and supports(query, key, value) and library().tiles
+    return sizes and supports(query, key, value) and (_wide(query) or library().tiles)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -5,34 +5,48 @@
    Forward, products are rounded, as PyTorch's are. */
 
 #include "bf16.h"
+#include "team.h"
+
+enum { LEAST = 16 }; /* positions of a part */
 
 /* x (positions, heads, n) with strides of a position and a head, c, s (positions, n), y (positions, heads, n) in one
    piece. */
-static inline __attribute__((always_inline)) int turned(const bf16 *x, int64_t next, int64_t head, const bf16 *c,
-                                                        const bf16 *s, bf16 *y, int64_t positions, int64_t heads,
-                                                        int64_t n, int back) {
-    int64_t half = n / 2;
-    for (int64_t t = 0; t < positions; t++, c += n, s += n)
-        for (int64_t h = 0; h < heads; h++, y += n) {
-            const bf16 *one = x + t * next + h * head, *two = one + half;
-            bf16 *first = y, *second = y + half;
+typedef struct {
+    const num *x, *c, *s;
+    num *y;
+    int64_t next, head, positions, heads, n, parts;
+} turn;
+
+static inline __attribute__((always_inline)) void turned(const turn *d, int64_t part, int back) {
+    int64_t n = d->n, half = n / 2;
+    for (int64_t t = begin(d->positions, part, d->parts); t < begin(d->positions, part + 1, d->parts); t++)
+        for (int64_t h = 0; h < d->heads; h++) {
+            const num *one = d->x + t * d->next + h * d->head, *two = one + half, *c = d->c + t * n, *s = d->s + t * n;
+            num *first = d->y + (t * d->heads + h) * n, *second = first + half;
 #pragma omp simd
             for (int64_t i = 0; i < half; i++) {
-                float a = wide(one[i]), b = wide(two[i]), s1 = wide(s[i]), s2 = wide(s[half + i]);
-                float along = a * wide(c[i]), along_two = b * wide(c[half + i]);
-                first[i] = narrow(back ? along + b * s2 : rounded(along) - rounded(b * s1));
-                second[i] = narrow(back ? along_two - a * s1 : rounded(along_two) + rounded(a * s2));
+                float a = wide_num(one[i]), b = wide_num(two[i]), s1 = wide_num(s[i]), s2 = wide_num(s[half + i]);
+                float along = a * wide_num(c[i]), along_two = b * wide_num(c[half + i]);
+                first[i] = narrow_num(back ? along + b * s2 : rounded_num(along) - rounded_num(b * s1));
+                second[i] = narrow_num(back ? along_two - a * s1 : rounded_num(along_two) + rounded_num(a * s2));
             }
         }
+}
+
+static void forward(void *job, int64_t part) { turned(job, part, 0); }
+
+static void backward(void *job, int64_t part) { turned(job, part, 1); }
+
+int KERNEL(fedllm_rotary)(const num *x, int64_t next, int64_t head, const num *c, const num *s, num *y,
+                          int64_t positions, int64_t heads, int64_t n) {
+    turn d = {x, c, s, y, next, head, positions, heads, n, parts_of(positions, LEAST)};
+    in_parallel(forward, &d, d.parts);
     return 0;
 }
 
-int fedllm_rotary(const bf16 *x, int64_t next, int64_t head, const bf16 *c, const bf16 *s, bf16 *y, int64_t positions,
-                  int64_t heads, int64_t n) {
-    return turned(x, next, head, c, s, y, positions, heads, n, 0);
-}
-
-int fedllm_rotary_backward(const bf16 *dy, int64_t next, int64_t head, const bf16 *c, const bf16 *s, bf16 *dx,
-                        int64_t positions, int64_t heads, int64_t n) {
-    return turned(dy, next, head, c, s, dx, positions, heads, n, 1);
+int KERNEL(fedllm_rotary_backward)(const num *dy, int64_t next, int64_t head, const num *c, const num *s, num *dx,
+                                   int64_t positions, int64_t heads, int64_t n) {
+    turn d = {dy, c, s, dx, next, head, positions, heads, n, parts_of(positions, LEAST)};
+    in_parallel(backward, &d, d.parts);
+    return 0;
 }

@@ -6,7 +6,7 @@
 
 #include "bf16.h"
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && !defined(FLOAT32)
 #define TILES
 
 #include <immintrin.h>

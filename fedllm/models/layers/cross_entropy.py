@@ -65,7 +65,7 @@ class _RowLosses(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if needs_hidden and not needs_head else None
         for rows in _cut(len(targets), pieces(head)[0]):
             logits = logits_of(hidden[rows], head)
-            if gradient is not None and cap is None and _by_kernel(head, logits):
+            if gradient is not None and cap is None and logits.element_size() == 2 and _by_kernel(head, logits):
                 losses[rows], gradient[rows] = _with_gradient(logits, targets[rows], head)
                 continue
             losses[rows] = _differentiated(logits, targets[rows], wide, cap, pieces(head)[1])

@@ -116,14 +116,15 @@ class _Kernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_dropped, *needs = ctx.needs_input_grad
-        layer, (u, *_) = ctx.layer, ctx.saved_tensors
+        layer, saved = ctx.layer, ctx.saved_tensors  # asked for once: with recomputation they are made then
+        u = saved[0]
         together = layer.with_product if needs_x and not needs_dropped else None
         matrix = prepack.matrix(together.weight, MatrixLayout.PLAIN) if together is not None else None
         dx: Tensor | None = None
         if needs_x:
             dx = layer.frozen.backward(dy) if together is None else torch.empty_like(u)
         du = torch.zeros_like(u) if needs_dropped else dx
-        saved, both = ctx.saved_tensors, (needs[0], needs[1])
+        both = needs[0], needs[1]
         da, db = matmul.low_rank_backward(dy, saved, layer.sizes, layer.scale, both, du, matrix)
         return dx, du if needs_dropped else None, da, db, None
 

@@ -1,4 +1,5 @@
-"""Root-mean-square norms of a 16-bit model: transformers' values, and their gradient in one pass by hand.
+"""Root-mean-square norms of a model in 16 bits, or in float32 where there are kernels: transformers' values, and their
+gradient in one pass by hand.
 
     y = w h,  h = r x rounded to 16 bits,  r = (mean(x^2) + eps)^(-1/2)           all else in float32
     dx = r (w dy) - x r^3 mean(x w dy)    dw = sum over rows of h dy
@@ -48,7 +49,7 @@ class RMSNorm:
 @torch.no_grad()
 def _is_same(normed: RMSNorm) -> bool:
     weight = normed.norm.weight
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.element_size() != 2:
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not (weight.element_size() == 2 or ops.supports(weight)):
         return False
     x = torch.linspace(-3, 5, 7 * len(weight), device=weight.device).view(7, -1).to(weight.dtype)
     return torch.equal(normed.norm(x), _by_torch(x, weight, normed.eps)[0])

@@ -1,4 +1,4 @@
-"""Rotary embeddings in one pass: transformers' values, to the bit.
+"""Rotary embeddings in one pass: transformers' values, in bfloat16 to the bit.
 
     y = x cos + turned(x) sin        turned(x1, x2) = (-x2, x1)
 
@@ -27,13 +27,17 @@ Pair = tuple[Tensor, Tensor]
 
 
 def prepare(model: PreTrainedModel) -> int:
-    """Give the attentions whose rotary embeddings have these values, to the bit, this function; how many they are."""
+    """Give the attentions whose rotary embeddings have these values this function; how many they are."""
     found = 0
     if not ops.supports(model):
         return found
     for module in model.modules():
         forward = type(module).forward
-        if isinstance(forward, FunctionType) and NAME in forward.__code__.co_names and _fits(module, forward):
+        if (
+            isinstance(forward, FunctionType)
+            and NAME in forward.__code__.co_names
+            and _fits(module, forward, model.dtype)
+        ):
             names = {**forward.__globals__, NAME: Rotary(forward.__globals__[NAME])}
             own = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
             own.__kwdefaults__ = forward.__kwdefaults__
@@ -57,19 +61,22 @@ class Rotary:
 
 
 @torch.no_grad()
-def _fits(module: nn.Module, forward: FunctionType) -> bool:
-    """Whether this is what the function computes for numbers that the kernel takes."""
+def _fits(module: nn.Module, forward: FunctionType, dtype: torch.dtype) -> bool:
+    """Whether this is what the function computes for numbers that the kernel takes; in float32 within its rounding,
+    since the kernel rounds once where a product is added."""
     other, size = forward.__globals__.get(NAME), vars(module).get("head_dim")
     if other is None or not isinstance(size, int) or size % 2:
         return False
-    q, k = (torch.linspace(-3, 5, heads * 7 * size).view(1, heads, 7, size).bfloat16() for heads in (2, 1))
+    q, k = (torch.linspace(-3, 5, heads * 7 * size).view(1, heads, 7, size).to(dtype) for heads in (2, 1))
     angles = torch.linspace(0, 9, 7 * size).view(1, 7, size)
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     try:
         theirs = other(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):  # another function of that name
         return False
     mine = Rotary(other)(q, k, cos, sin)
+    if dtype == torch.float32:
+        return all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(mine, theirs, strict=True))
     return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 

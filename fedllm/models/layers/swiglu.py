@@ -48,7 +48,7 @@ class SwiGLU:
 @torch.no_grad()
 def _is_same(mlp: Any) -> bool:
     """Whether it is a product with SiLU and nothing else."""
-    x = torch.linspace(-3, 5, 7 * mlp.gate_proj.in_features).view(7, -1).bfloat16()
+    x = torch.linspace(-3, 5, 7 * mlp.gate_proj.in_features).view(7, -1).to(mlp.gate_proj.weight.dtype)
     return torch.equal(mlp(x), mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)))
 
 

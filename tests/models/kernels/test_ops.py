@@ -319,8 +319,8 @@ def test_gradients_are_written_where_a_leaf_has_them_ready_and_only_once() -> No
 
 def test_other_numbers_and_devices_are_left_to_torch() -> None:
     assert ops.supports(torch.zeros(1).bfloat16())
-    assert not ops.supports(torch.zeros(1)) and not ops.supports(torch.zeros(1).half())
-    assert not ops.supports(torch.zeros(1).bfloat16(), torch.zeros(1, dtype=torch.float64))
+    assert not ops.supports(torch.zeros(1).double()) and not ops.supports(torch.zeros(1).half())
+    assert not ops.supports(torch.zeros(1).bfloat16(), torch.zeros(1))
     assert not ops.supports(torch.zeros(1, device="meta").bfloat16())
     assert not ops.supports_low_rank(torch.zeros(2, 6).bfloat16(), 8)
     assert not ops.supports_low_rank(torch.zeros(2, 8).bfloat16(), 6)
