@@ -12,6 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "team.h"
 #include "tiles.h"
 
 #ifdef TILES
@@ -29,12 +30,6 @@ typedef struct {
 } states;
 
 static int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-
-static int64_t longest(const sequence *all, int64_t count) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < count; i++) most = all[i].length > most ? all[i].length : most;
-    return most;
-}
 
 /* Position of a sequence's i-th key. */
 static int64_t place(const sequence *s, int64_t i) { return i < s->common ? s->first + i : s->own + i - s->common; }
@@ -209,71 +204,121 @@ static void backward(const shape *d, const sequence *s, states q, states dout, c
     }
 }
 
-/* Adds rows of a sequence's keys or values where they lie: more than one sequence may have them. */
-static void added(const float *restrict x, const sequence *s, float *restrict total, int64_t size) {
+/* Adds rows of a sequence's keys or values where they lie, `at` first: more than one sequence may have them. */
+static void added(const float *restrict x, const sequence *s, float *restrict total, int64_t at, int64_t size) {
     for (int64_t i = 0; i < s->length; i++, x += size) {
-        float *sum = total + place(s, i) * size;
+        float *sum = total + (place(s, i) - at) * size;
         for (int64_t j = 0; j < size; j++) sum[j] += x[j];
     }
 }
 
-/* q (heads, T, size), k, v (groups, T, .): strides of a head and of a position follow each. p: all probabilities. */
+/* What a call is given: strides of a head and of a position follow each of q (heads, T, size), k, v (groups, T, .).
+   p: all probabilities; dout (T, heads, size_v), dq (T, heads, size), dk (T, groups, size) and dv (T, groups, size_v)
+   lie in one piece. */
+typedef struct {
+    shape d;
+    const bf16 *q, *k, *v, *dout;
+    bf16 *p, *out, *dq, *dk, *dv;
+    int64_t q_head, q_next, k_head, k_next, v_head, v_next;
+    const sequence *all;
+    int64_t count;
+    int *status;
+} operands;
+
+static int64_t kept_before(const operands *o, int64_t sequences) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < sequences; i++) sum += o->d.heads * kept(o->all + i);
+    return sum;
+}
+
+/* A sequence, of one group of heads. */
+static void forward_item(void *given, int64_t item) {
+    const operands *o = given;
+    const shape *d = &o->d;
+    int64_t g = item % d->groups, per = d->heads / d->groups, at = item / d->groups;
+    const sequence *s = o->all + at;
+    int64_t N = padded(s->length);
+    bf16 *keys = malloc(N * (d->size + d->size_v) * sizeof *keys), *values = keys + N * d->size;
+    float *work = malloc(ROWS * (N + d->size_v) * sizeof *work);
+    if (keys && work) {
+        bf16 *p = o->p + kept_before(o, at);
+        in_columns((states){o->k + g * o->k_head, o->k_next}, s, d->size, keys);
+        in_rows((states){o->v + g * o->v_head, o->v_next}, s, 0, N, d->size_v, values);
+        for (int64_t h = g * per; h < (g + 1) * per; h++)
+            forward(d, s, (states){o->q + h * o->q_head, o->q_next}, keys, values, p + h * kept(s),
+                    o->out + h * d->size_v, work);
+    } else
+        *o->status = OUT_OF_MEMORY;
+    free(work);
+    free(keys);
+}
+
 int fedllm_attention(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
                      const bf16 *v, int64_t v_head, int64_t v_next, bf16 *p, bf16 *out, const sequence *all,
                      int64_t count, int64_t heads, int64_t groups, int64_t size, int64_t size_v, int64_t window,
                      float scale) {
-    shape d = {heads, groups, size, size_v, window, scale};
-    int64_t N = padded(longest(all, count)), per = heads / groups;
-    bf16 *keys = malloc(N * (size + size_v) * sizeof *keys), *values = keys + N * size;
-    float *work = malloc(ROWS * (N + size_v) * sizeof *work);
-    int status = keys && work ? 0 : OUT_OF_MEMORY;
-    for (const sequence *s = all; s < all + count && !status; s++)
-        for (int64_t g = 0; g < groups; g++) {
-            in_columns((states){k + g * k_head, k_next}, s, size, keys);
-            in_rows((states){v + g * v_head, v_next}, s, 0, padded(s->length), size_v, values);
-            for (int64_t h = g * per; h < (g + 1) * per; h++, p += kept(s))
-                forward(&d, s, (states){q + h * q_head, q_next}, keys, values, p, out + h * size_v, work);
-        }
-    free(work);
-    free(keys);
+    int status = 0;
+    operands o = {{heads, groups, size, size_v, window, scale}, q, k, v, NULL, p, out, NULL, NULL, NULL,
+                  q_head, q_next, k_head, k_next, v_head, v_next, all, count, &status};
+    in_parallel(forward_item, &o, count * groups);
     return status;
 }
 
-/* dout (T, heads, size_v), dq (T, heads, size), dk (T, groups, size) and dv (T, groups, size_v) lie in one piece. */
-int fedllm_attention_backward(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head, int64_t k_next,
-                           const bf16 *v, int64_t v_head, int64_t v_next, const bf16 *p, const bf16 *dout, bf16 *dq,
-                           bf16 *dk, bf16 *dv, const sequence *all, int64_t count, int64_t tokens, int64_t heads,
-                           int64_t groups, int64_t size, int64_t size_v, int64_t window, float scale) {
-    shape d = {heads, groups, size, size_v, window, scale};
-    int64_t N = padded(longest(all, count)), per = heads / groups, both = size + size_v;
+/* A run of sequences that share keys, of one group of heads: no other run has a key of theirs. */
+static void backward_item(void *given, int64_t item) {
+    const operands *o = given;
+    const shape *d = &o->d;
+    int64_t g = item % d->groups, per = d->heads / d->groups, run = item / d->groups, at = 0;
+    for (; run; run--)
+        for (at++; o->all[at].common;) at++;
+    const sequence *first = o->all + at, *end = first + 1;
+    int64_t N = padded(first->length), size = d->size, size_v = d->size_v, both = size + size_v;
+    for (; end < o->all + o->count && end->common; end++) N = max(N, padded(end->length));
+    int64_t begins = first->own, tokens = end[-1].own + end[-1].length - end[-1].common - begins;
     bf16 *numbers = malloc((2 * N * both + ROWS * N + 2 * N * N) * sizeof *numbers);
     float *floats = malloc((ROWS * (N > size ? N : size) + N * both + tokens * both) * sizeof *floats);
+    if (!numbers || !floats) {
+        *o->status = OUT_OF_MEMORY;
+        free(floats), free(numbers);
+        return;
+    }
     room r = {.values = numbers, .keys = numbers + N * size_v, .q_pairs = numbers + N * both};
     r.do_pairs = r.q_pairs + N * size, r.ds = r.do_pairs + N * size_v;
     r.ds_pairs = r.ds + ROWS * N, r.p_pairs = r.ds_pairs + N * N;
     r.dk = floats, r.dv = r.dk + N * size, r.found = r.dv + N * size_v;
     float *total_k = floats + N * both + ROWS * (N > size ? N : size), *total_v = total_k + tokens * size;
-    int status = numbers && floats ? 0 : OUT_OF_MEMORY;
-    for (int64_t g = 0; g < groups && !status; g++) {
-        const bf16 *own = p;
-        memset(total_k, 0, tokens * both * sizeof *total_k);
-        for (const sequence *s = all; s < all + count; own += heads * kept(s), s++) {
-            in_rows((states){k + g * k_head, k_next}, s, 0, padded(s->length), size, r.keys);
-            in_columns((states){v + g * v_head, v_next}, s, size_v, r.values);
-            memset(r.dk, 0, N * both * sizeof *r.dk);
-            for (int64_t h = g * per; h < (g + 1) * per; h++)
-                backward(&d, s, (states){q + h * q_head, q_next}, (states){dout + h * size_v, heads * size_v},
-                         own + h * kept(s), dq + h * size, &r);
-            added(r.dk, s, total_k, size);
-            added(r.dv, s, total_v, size_v);
-        }
-        for (int64_t t = 0; t < tokens; t++) {
-            row_narrowed(total_k + t * size, dk + (t * groups + g) * size, size);
-            row_narrowed(total_v + t * size_v, dv + (t * groups + g) * size_v, size_v);
-        }
+    const bf16 *own = o->p + kept_before(o, at);
+    memset(total_k, 0, tokens * both * sizeof *total_k);
+    for (const sequence *s = first; s < end; own += d->heads * kept(s), s++) {
+        in_rows((states){o->k + g * o->k_head, o->k_next}, s, 0, padded(s->length), size, r.keys);
+        in_columns((states){o->v + g * o->v_head, o->v_next}, s, size_v, r.values);
+        memset(r.dk, 0, N * both * sizeof *r.dk);
+        for (int64_t h = g * per; h < (g + 1) * per; h++)
+            backward(d, s, (states){o->q + h * o->q_head, o->q_next}, (states){o->dout + h * size_v, d->heads * size_v},
+                     own + h * kept(s), o->dq + h * size, &r);
+        added(r.dk, s, total_k, begins, size);
+        added(r.dv, s, total_v, begins, size_v);
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        row_narrowed(total_k + t * size, o->dk + ((begins + t) * d->groups + g) * size, size);
+        row_narrowed(total_v + t * size_v, o->dv + ((begins + t) * d->groups + g) * size_v, size_v);
     }
     free(floats);
     free(numbers);
+}
+
+int fedllm_attention_backward(const bf16 *q, int64_t q_head, int64_t q_next, const bf16 *k, int64_t k_head,
+                              int64_t k_next, const bf16 *v, int64_t v_head, int64_t v_next, const bf16 *p,
+                              const bf16 *dout, bf16 *dq, bf16 *dk, bf16 *dv, const sequence *all, int64_t count,
+                              int64_t tokens, int64_t heads, int64_t groups, int64_t size, int64_t size_v,
+                              int64_t window, float scale) {
+    (void)tokens;
+    int status = 0;
+    int64_t runs = 0;
+    for (int64_t i = 0; i < count; i++) runs += !all[i].common;
+    operands o = {{heads, groups, size, size_v, window, scale}, q, k, v, dout, (bf16 *)p, NULL, dq, dk, dv,
+                  q_head, q_next, k_head, k_next, v_head, v_next, all, count, &status};
+    in_parallel(backward_item, &o, runs * groups);
     return status;
 }
 

@@ -10,11 +10,12 @@
 #include <stdlib.h>
 
 #include "product.h"
+#include "team.h"
 #include "tiles.h"
 
 #ifdef TILES
 
-enum { GROUP = 8, ROWS = 8, BLOCK = 32 }; /* ranks and rows of a tile, rows of a block */
+enum { GROUP = 8, ROWS = 8, BLOCK = 32, STRIP = 128 }; /* ranks and rows of a tile, rows of a block, columns of a strip */
 
 /* z = s x F^T: x (rows, n), z (rows, R), 8 ranks of F (n / 4, R, 4), each in two places of a vector. */
 TILE dot_tile(const bf16 *x, const bf16 *f, bf16 *z, int rows, int64_t n, int64_t R, float s) {
@@ -89,13 +90,14 @@ TILE gather_tile(const bf16 *x, const bf16 *pairs, float *f, int64_t rows, int64
     UNROLL for (int k = 0; k < GROUP; k++) _mm512_mask_storeu_ps(f + k * n + 16, second, right[k]);
 }
 
-/* An odd last row is paired with itself, times zero. */
-static void gather(const bf16 *x, const bf16 *z, float *f, int64_t rows, int64_t n, int64_t R) {
+/* The columns from `first` up to `end`. An odd last row is paired with itself, times zero. */
+static void gather(const bf16 *x, const bf16 *z, float *f, int64_t rows, int64_t n, int64_t R, int64_t first,
+                   int64_t end) {
     bf16 two[BLOCK * GROUP]; /* ranks of two rows */
     for (int64_t q = 0; q < R; q += GROUP) {
         for (int64_t t = 0; t < rows + rows % 2; t++)
             for (int k = 0; k < GROUP; k++) two[(t / 2 * GROUP + k) * 2 + t % 2] = t < rows ? z[t * R + q + k] : 0;
-        for (int64_t c = 0; c < n; c += 32) gather_tile(x + c, two, f + q * n + c, rows, n, mask_of(n - c));
+        for (int64_t c = first; c < end; c += 32) gather_tile(x + c, two, f + q * n + c, rows, n, mask_of(n - c));
     }
 }
 
@@ -171,10 +173,49 @@ static void turned_back(const float *f, float *out, int64_t rank, int64_t n, flo
         }
 }
 
-static int64_t total(const int64_t *sizes, int64_t clients) {
+/* rows: room to lay out factors of each client; left, right: laid out; grad_a (clients, R, in), grad_b (clients, R, out). */
+typedef struct {
+    const bf16 *u, *dy, *z;
+    bf16 *y, *to_z, *dz, *dx, *rows, *left, *right;
+    const float *a, *b;
+    float *grad_a, *grad_b, *da, *db;
+    const int64_t *sizes;
+    int64_t clients, rank, R, in, out, next_a, next_b, next_da, next_db;
+    float s;
+} operands;
+
+/* Rows before client k's. */
+static int64_t before(const operands *d, int64_t k) {
     int64_t sum = 0;
-    for (int64_t k = 0; k < clients; k++) sum += sizes[k];
+    for (int64_t c = 0; c < k; c++) sum += d->sizes[c];
     return sum;
+}
+
+static int64_t blocks(const operands *d) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < d->clients; k++) sum += (d->sizes[k] + BLOCK - 1) / BLOCK;
+    return sum;
+}
+
+/* The client of a block, and the block's first row; how many it has. */
+static int64_t block_of(const operands *d, int64_t item, int64_t *client, int64_t *row) {
+    int64_t k = 0, at = 0, count;
+    for (; item >= (count = (d->sizes[k] + BLOCK - 1) / BLOCK); k++) item -= count, at += d->sizes[k];
+    *client = k, *row = at + item * BLOCK;
+    return min(BLOCK, d->sizes[k] - item * BLOCK);
+}
+
+static void lay_out(void *given, int64_t k) {
+    const operands *d = given;
+    laid_out(d->a + k * d->next_a, d->rows + k * d->R * d->in, d->left + k * d->R * d->in, d->rank, d->in, d->R, fours);
+    turned_pairs(d->b + k * d->next_b, d->right + k * d->R * d->out, d->rank, d->out, d->R);
+}
+
+static void forward(void *given, int64_t item) {
+    const operands *d = given;
+    int64_t k, t, n = block_of(d, item, &k, &t), R = d->R;
+    dot(d->u + t * d->in, d->left + k * R * d->in, d->to_z + t * R, n, d->in, R, 1);
+    if (d->y) add(d->y + t * d->out, d->to_z + t * R, d->right + k * R * d->out, n, d->out, R, d->s);
 }
 
 /* Where w is null, y is added to. `form`: of W's transpose. */
@@ -182,25 +223,69 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
                     int64_t clients, int64_t rank, int64_t in, int64_t out, int64_t next_a, int64_t next_b, float s,
                     const bf16 *x, const bf16 *w, const bf16 *bias, const bf16 *plus, int64_t form) {
     int64_t R = (rank + GROUP - 1) / GROUP * GROUP;
-    bf16 *rows = malloc(R * (2 * in + clients * out) * sizeof *rows);
-    bf16 *left = rows + R * in, *right = left + R * in;
-    int status = rows ? 0 : OUT_OF_MEMORY;
-    const bf16 *own_u = u, *pairs_of = right;
-    bf16 *own_z = z;
-    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * out) {
-        laid_out(a, rows, left, rank, in, R, fours);
-        turned_pairs(b, right + k * R * out, rank, out, R);
-        for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
-            int64_t n = min(BLOCK, sizes[k] - t);
-            dot(own_u, left, own_z, n, in, R, 1);
-            if (!w) add(y, own_z, pairs_of, n, out, R, s), y += n * out;
-            own_u += n * in, own_z += n * R;
-        }
-    }
-    own_part own = {z, right, sizes, R, s};
-    if (w && !status) status = product(x, (matrix){w, in, out, form, 0}, bias, plus, y, total(sizes, clients), &own);
-    free(rows);
+    operands d = {.u = u, .y = w ? NULL : y, .to_z = z, .a = a, .b = b, .sizes = sizes, .clients = clients, .rank = rank,
+                  .R = R, .in = in, .out = out, .next_a = next_a, .next_b = next_b, .s = s};
+    if (!(d.rows = malloc(clients * R * (2 * in + out) * sizeof *d.rows))) return OUT_OF_MEMORY;
+    d.left = d.rows + clients * R * in, d.right = d.left + clients * R * in;
+    in_parallel(lay_out, &d, clients);
+    in_parallel(forward, &d, blocks(&d));
+    own_part own = {z, d.right, sizes, R, s};
+    int status = w ? product(x, (matrix){w, in, out, form, 0}, bias, plus, y, before(&d, clients), &own) : 0;
+    free(d.rows);
     return status;
+}
+
+static void lay_out_back(void *given, int64_t k) {
+    const operands *d = given;
+    laid_out(d->a + k * d->next_a, d->rows + k * d->R * d->in, d->left + k * d->R * d->in, d->rank, d->in, d->R, pairs);
+    turned_fours(d->b + k * d->next_b, d->right + k * d->R * d->out, d->rank, d->out, d->R);
+}
+
+static void backward(void *given, int64_t item) {
+    const operands *d = given;
+    int64_t k, t, n = block_of(d, item, &k, &t), R = d->R;
+    dot(d->dy + t * d->out, d->right + k * R * d->out, d->dz + t * R, n, d->out, R, d->s);
+    if (d->dx) add(d->dx + t * d->in, d->dz + t * R, d->left + k * R * d->in, n, d->in, R, 1);
+}
+
+static void gather_a(const operands *d, int64_t k, int64_t t, int64_t n, int64_t first, int64_t end) {
+    gather(d->u + t * d->in, d->dz + t * d->R, d->grad_a + k * d->R * d->in, n, d->in, d->R, first, end);
+}
+
+static void gather_b(const operands *d, int64_t k, int64_t t, int64_t n, int64_t first, int64_t end) {
+    gather(d->dy + t * d->out, d->z + t * d->R, d->grad_b + k * d->R * d->out, n, d->out, d->R, first, end);
+}
+
+/* A client's gradients, block by block, while the block is in the cache: for a thread alone. */
+static void whole_client(void *given, int64_t k) {
+    const operands *d = given;
+    int64_t t = before(d, k), end = t + d->sizes[k], item = 0;
+    for (int64_t c = 0; c < k; c++) item += (d->sizes[c] + BLOCK - 1) / BLOCK;
+    for (; t < end; t += BLOCK, item++) {
+        int64_t n = min(BLOCK, end - t);
+        fetch(d->u + t * d->in, n * d->in);
+        backward(given, item);
+        if (d->db) gather_b(d, k, t, n, 0, d->out);
+        if (d->da) gather_a(d, k, t, n, 0, d->in);
+    }
+}
+
+/* Some columns of a client's gradients: those of A, then those of B. */
+static void strip(void *given, int64_t item) {
+    const operands *d = given;
+    int64_t of_a = (d->in + STRIP - 1) / STRIP, all = of_a + (d->out + STRIP - 1) / STRIP, k = item / all;
+    int64_t number = item % all, c = STRIP * (number < of_a ? number : number - of_a), first = before(d, k);
+    for (int64_t t = first; t < first + d->sizes[k]; t += BLOCK) {
+        int64_t n = min(BLOCK, first + d->sizes[k] - t);
+        if (number < of_a && d->da) gather_a(d, k, t, n, c, min(c + STRIP, d->in));
+        if (number >= of_a && d->db) gather_b(d, k, t, n, c, min(c + STRIP, d->out));
+    }
+}
+
+static void hand_over(void *given, int64_t k) {
+    const operands *d = given;
+    if (d->da) memcpy(d->da + k * d->next_da, d->grad_a + k * d->R * d->in, d->rank * d->in * sizeof *d->da);
+    if (d->db) turned_back(d->grad_b + k * d->R * d->out, d->db + k * d->next_db, d->rank, d->out, d->s);
 }
 
 /* da and db may be null, and dx, which is written where w is there and else added to. `form`: of W. */
@@ -208,33 +293,30 @@ int fedllm_low_rank_backward(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 
                           float *da, float *db, const int64_t *sizes, int64_t clients, int64_t rank, int64_t in,
                           int64_t out, int64_t next_a, int64_t next_b, int64_t next_da, int64_t next_db, float s,
                           const bf16 *w, const bf16 *plus, int64_t form) {
-    int64_t R = (rank + GROUP - 1) / GROUP * GROUP, T = total(sizes, clients);
-    bf16 *rows = malloc(R * (in + clients * in + out + T) * sizeof *rows);
-    bf16 *left = rows + R * in, *right = left + clients * R * in, *dz = right + R * out;
-    float *grad_a = malloc(R * (in + out) * sizeof *grad_a), *grad_b = grad_a + R * in;
-    int status = rows && grad_a ? 0 : OUT_OF_MEMORY;
-    const bf16 *own_dy = dy, *pairs_of = left;
-    bf16 *own_dz = dz, *own_dx = dx;
-    for (int64_t k = 0; k < clients && !status; k++, a += next_a, b += next_b, pairs_of += R * in) {
-        laid_out(a, rows, left + k * R * in, rank, in, R, pairs);
-        turned_fours(b, right, rank, out, R);
-        memset(grad_a, 0, R * (in + out) * sizeof *grad_a);
-        for (int64_t t = 0; t < sizes[k]; t += BLOCK) {
-            int64_t n = min(BLOCK, sizes[k] - t);
-            fetch(u, n * in);
-            dot(own_dy, right, own_dz, n, out, R, s);
-            if (db) gather(own_dy, z, grad_b, n, out, R);
-            if (da) gather(u, own_dz, grad_a, n, in, R);
-            if (dx && !w) add(own_dx, own_dz, pairs_of, n, in, R, 1), own_dx += n * in;
-            own_dy += n * out, u += n * in, z += n * R, own_dz += n * R;
+    int64_t R = (rank + GROUP - 1) / GROUP * GROUP;
+    operands d = {.u = u, .dy = dy, .z = z, .dx = w ? NULL : dx, .a = a, .b = b, .da = da, .db = db, .sizes = sizes,
+                  .clients = clients, .rank = rank, .R = R, .in = in, .out = out, .next_a = next_a, .next_b = next_b,
+                  .next_da = next_da, .next_db = next_db, .s = s};
+    int64_t T = before(&d, clients), strips = (in + STRIP - 1) / STRIP + (out + STRIP - 1) / STRIP;
+    d.rows = malloc(R * (clients * (2 * in + out) + T) * sizeof *d.rows);
+    d.grad_a = calloc(clients * R * (in + out), sizeof *d.grad_a);
+    int status = d.rows && d.grad_a ? 0 : OUT_OF_MEMORY;
+    if (!status) {
+        d.left = d.rows + clients * R * in, d.right = d.left + clients * R * in, d.dz = d.right + clients * R * out;
+        d.grad_b = d.grad_a + clients * R * in;
+        in_parallel(lay_out_back, &d, clients);
+        if (team_size() == 1)
+            in_parallel(whole_client, &d, clients);
+        else {
+            in_parallel(backward, &d, blocks(&d));
+            in_parallel(strip, &d, clients * strips);
         }
-        if (da) memcpy(da, grad_a, rank * in * sizeof *da), da += next_da;
-        if (db) turned_back(grad_b, db, rank, out, s), db += next_db;
+        in_parallel(hand_over, &d, clients);
+        own_part own = {d.dz, d.left, sizes, R, 1};
+        if (w && dx) status = product(dy, (matrix){w, out, in, form, 0}, NULL, plus, dx, T, &own);
     }
-    own_part own = {dz, left, sizes, R, 1};
-    if (w && dx && !status) status = product(dy, (matrix){w, out, in, form, 0}, NULL, plus, dx, T, &own);
-    free(grad_a);
-    free(rows);
+    free(d.grad_a);
+    free(d.rows);
     return status;
 }
 

@@ -10,6 +10,7 @@
 
 #include "nonzero_pairs.h"
 #include "panels.h"
+#include "team.h"
 
 #ifdef TILES
 
@@ -24,6 +25,8 @@ typedef struct {
     const own_part *own;
     const bf16 **g; /* of each row's client */
     const few *few; /* null: all pairs */
+    int64_t tiles, parts; /* parts: of the tiles */
+    int *status;
 } operands;
 
 /* Where rows of a tile lie: x from the panel's first row of W on, y and G from its first column on. */
@@ -141,29 +144,40 @@ static int few_of(few *p, const operands *o, int64_t tiles) {
     return 0;
 }
 
+/* 64 columns of some tiles. */
+static void item(void *given, int64_t number) {
+    const operands *o = given;
+    int64_t part = number % o->parts, column = number / o->parts * COLUMNS;
+    int64_t first = begin(o->tiles, part, o->parts), end = begin(o->tiles, part + 1, o->parts);
+    bf16 *room = o->w.form == LAID_OUT ? NULL : aligned_alloc(64, DEPTH * COLUMNS * sizeof *room);
+    sums *sofar = aligned_alloc(64, (o->w.k > DEPTH ? end - first + 1 : 1) * sizeof *sofar); /* until W's next rows come */
+    int ready = (room || o->w.form == LAID_OUT) && sofar;
+    if (!ready) *o->status = OUT_OF_MEMORY;
+    for (int64_t from = 0; from < o->w.k && ready; from += DEPTH) {
+        panel f = cut(&o->w, column, from);
+        f.pairs = laid_out(&o->w, &f, room);
+        for (int64_t t = first; t < end; t++) {
+            if (o->w.few && o->w.form == LAID_OUT) fetch_next(&f, t - first, end - first);
+            tile(o, &f, t, sofar[o->w.k > DEPTH ? t - first : 0]);
+        }
+    }
+    free(sofar);
+    free(room);
+}
+
 int product(const bf16 *x, matrix w, const bf16 *bias, const bf16 *plus, bf16 *y, int64_t rows, const own_part *own) {
-    operands o = {x, bias, plus, y, rows, w, own, malloc((rows + 1) * sizeof *o.g), NULL};
-    int64_t tiles = (rows + ROWS - 1) / ROWS;
-    bf16 *room = aligned_alloc(64, DEPTH * COLUMNS * sizeof *room);
-    sums *sofar = aligned_alloc(64, (w.k > DEPTH ? tiles + 1 : 1) * sizeof *sofar); /* until W's next rows come */
-    int status = room && sofar && o.g ? 0 : OUT_OF_MEMORY;
+    int64_t tiles = (rows + ROWS - 1) / ROWS, columns = (w.n + COLUMNS - 1) / COLUMNS;
+    int status = 0;
+    operands o = {x, bias, plus, y, rows, w, own, malloc((rows + 1) * sizeof *o.g), NULL, tiles, 1, &status};
+    if (!o.g) return OUT_OF_MEMORY;
+    if (team_size() > 1) o.parts = min(parts_of(tiles, 4), (8 * team_size() + columns - 1) / columns);
     for (int64_t c = 0, row = 0; own && row < rows && !status; c++)
         for (int64_t i = 0; i < own->sizes[c]; i++) o.g[row++] = own->pairs + c * own->order * w.n;
     few pairs = {0};
     if (w.few && !status) status = few_of(&pairs, &o, tiles), o.few = &pairs;
-    for (int64_t column = 0; column < w.n && !status; column += COLUMNS)
-        for (int64_t from = 0; from < w.k; from += DEPTH) {
-            panel f = cut(&w, column, from);
-            f.pairs = laid_out(&w, &f, room);
-            for (int64_t t = 0; t < tiles; t++) {
-                if (w.few && w.form == LAID_OUT) fetch_next(&f, t, tiles);
-                tile(&o, &f, t, sofar[w.k > DEPTH ? t : 0]);
-            }
-        }
+    if (!status) in_parallel(item, &o, columns * o.parts);
     free(pairs.starts);
     free(pairs.values);
-    free(sofar);
-    free(room);
     free(o.g);
     return status;
 }
