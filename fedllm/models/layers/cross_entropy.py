@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK = 256  # rows whose logits exist at once: a product with the head is fast from about here
+KEPT = 32 << 20  # bytes of logits on a CPU: malloc maps larger blocks anew each time, and each page costs a fault
+LEAST = 32  # rows, however large the vocabulary
 FEW = 4  # rows: from here on a product over the vocabulary is added up in blocks
 PART = 16  # rows whose probabilities exist at once, in float32: they stay in a CPU's cache
 WIDE = 1 << 27  # logits that exist at once on a GPU, which small pieces leave idle
@@ -40,7 +42,7 @@ def row_losses(hidden: Tensor, head: Head, targets: Tensor, cap: float | None = 
 def pieces(head: Head) -> tuple[int, int]:
     """Rows whose logits exist at once, and rows whose float32 probabilities do."""
     if not head.is_cuda:
-        return CHUNK, PART
+        return max(LEAST, min(CHUNK, KEPT // (len(head) * head.element_size()))), PART
     rows = max(CHUNK, WIDE // len(head))
     return rows, rows
 
