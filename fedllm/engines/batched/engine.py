@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -108,12 +108,13 @@ class Batched(Engine):
             laid_out = kept_layouts() if layouts else nullcontext()
             with freeze_gc(), laid_out, ThreadPoolExecutor(workers, initializer=self._begin_worker) as pool:
                 schedule = Schedule(workers, *self._stacks(site, kind, workers), 1 if kind == "cuda" else self.threads)
-                calls = BatchedCalls(site, trainers, pool, schedule, (now + layouts, most), emit)
+                calls = BatchedCalls(site, trainers, pool, schedule, (now + layouts, most), emit, self._begin_worker)
                 try:
                     yield with_heap_trim(calls.call)
                 finally:
                     trainers.closing.set()
-                    pool.shutdown(cancel_futures=True)
+                    for each in (pool, *calls.few.values()):
+                        each.shutdown(cancel_futures=True)
 
     @property
     def _scarce(self) -> bool:
@@ -154,7 +155,8 @@ class PendingReply:
 @dataclass(eq=False)
 class BatchedCalls:
     """Answers calls with the workers of a pool. `taken`: bytes of the process before any stack, with the laid-out
-    weights to come, and at most so far."""
+    weights to come, and at most so far. `few`: pools of as many workers as a cohort has stacks, where that is fewer: a
+    stack of the next round finds the memory that its worker has freed, and does not touch that of another."""
 
     site: Site
     trainers: WorkerPool
@@ -162,7 +164,9 @@ class BatchedCalls:
     schedule: Schedule
     taken: tuple[int, int]
     emit: Emit
+    begin_worker: Callable[[], None]
     started: bool = field(default=False)
+    few: dict[int, ThreadPoolExecutor] = field(default_factory=dict)
 
     def call(self, name: str, requests: Mapping[str, Request]) -> Replies:
         """Replies in request order, from a bounded window: more stacks are made when workers + 1 are left."""
@@ -182,10 +186,11 @@ class BatchedCalls:
     ) -> Replies:
         rest, under_way = iter(requests.values()), deque[PendingReply]()
         batches, round = deque(schedule.batches(len(requests))), 0
+        pool = self._pool(sum(count for _, count in batches))
         while batches or under_way:
             while batches and len(under_way) <= schedule.workers * schedule.size:
                 clients, stacks = batches.popleft()
-                under_way.extend(self._submitted(name, list(islice(rest, clients)), stacks, threads))
+                under_way.extend(self._submitted(pool, name, list(islice(rest, clients)), stacks, threads))
             pending = under_way.popleft()
             round, replies = pending.request.ctx.round, pending.stack.result()
             while self.trainers.notes:
@@ -195,8 +200,15 @@ class BatchedCalls:
             predicted = max(self.taken[1], self.taken[0] + PRODUCTS + self.trainers.gate.peak)
             self.emit(MemoryMeasured(round, predicted, taken_bytes(self.site.model.device)[1]))
 
+    def _pool(self, stacks: int) -> ThreadPoolExecutor:
+        if stacks >= self.schedule.workers:
+            return self.pool
+        if stacks not in self.few:
+            self.few[stacks] = ThreadPoolExecutor(max(1, stacks), initializer=self.begin_worker)
+        return self.few[stacks]
+
     def _submitted(
-        self, name: str, batch: Sequence[Request], count: int, threads: tuple[int, int, int]
+        self, pool: ThreadPoolExecutor, name: str, batch: Sequence[Request], count: int, threads: tuple[int, int, int]
     ) -> list[PendingReply]:
         """In the order of the batch. Of clients of one stack, each takes its own reply."""
         in_torch, in_kernels, more = threads
@@ -204,7 +216,7 @@ class BatchedCalls:
         replies: dict[int, PendingReply] = {}
         for number, stack in enumerate(balance(loads, self.schedule.size, count)):
             asked, own = [batch[at] for at in stack], in_kernels + (number < more)
-            future = self.pool.submit(self._answered, name, asked, in_torch, own)
+            future = pool.submit(self._answered, name, asked, in_torch, own)
             replies |= {at: PendingReply(batch[at], future, place) for place, at in enumerate(stack)}
         return [replies[at] for at in range(len(batch))]
 
