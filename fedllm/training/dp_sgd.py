@@ -28,6 +28,7 @@ from fedllm.messages.context import RoundContext
 from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example
+from fedllm.privacy.settings import BOUND, NOISE, is_bound, is_noise
 from fedllm.tensors.checksum import checksum
 from fedllm.training.base import ClientJob, Model, Outcome
 from fedllm.training.client_stack import give_back
@@ -78,11 +79,11 @@ class DpSgd(GradientDescent):
                 "work.dp_sgd.clip_norm bounds the mean of a batch, which hides no example; set work.dp_sgd.clip"
             )
         super().__post_init__()
-        if not 0 < self.clip < math.inf:
-            raise ConfigError(f"work.dp_sgd.clip is {self.clip}; it must be above 0 and finite")
+        if not is_bound(self.clip):
+            raise ConfigError(f"work.dp_sgd.clip is {self.clip}; it must be {BOUND}")
         noise = self.noise_multiplier
-        if noise is not None and not 0 <= noise < math.inf:
-            raise ConfigError(f"work.dp_sgd.noise_multiplier is {noise}; it must be 0 or more and finite")
+        if noise is not None and not is_noise(noise):
+            raise ConfigError(f"work.dp_sgd.noise_multiplier is {noise}; it must be {NOISE}")
 
     @property
     def traits(self) -> Traits:

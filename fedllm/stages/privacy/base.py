@@ -7,7 +7,6 @@ A stage says what one of its releases costs (`release`); what a run has spent is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
@@ -21,6 +20,7 @@ from fedllm.messages.traits import DELTA, SAME_DELTA, Bracket, Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.privacy.releases import Release
 from fedllm.privacy.schemes import Scheme
+from fedllm.privacy.settings import BOUND, NOISE, is_bound, is_noise
 from fedllm.stages.base import Stage
 from fedllm.stages.privacy.clipping import Group, Leaf, clipped, grouped, mapped, on_grid
 from fedllm.tensors.tree import Tree
@@ -51,13 +51,11 @@ class PrivateStage(Stage):
     traits = Traits(Bracket.PRIVATE, takes=DELTA, may_take=BESIDE, gives=Fact.BOUNDED, keeps=SAME_DELTA)
 
     def __post_init__(self) -> None:
-        above = "above 0 and finite"
-        require(0 < self.clip < math.inf, self, field="clip", value=self.clip, allowed=above)
-        for pattern, bound in self.groups.items():
-            require(0 < bound < math.inf, self, field=f"groups.{pattern}", value=bound, allowed=above)
+        for name, bound in [("clip", self.clip), *((f"groups.{own}", bound) for own, bound in self.groups.items())]:
+            require(is_bound(bound), self, field=name, value=bound, allowed=BOUND)
         noise = self.noise_multiplier
-        require(noise is None or 0 <= noise < math.inf, self, field="noise_multiplier", value=noise,
-                allowed="0 or more and finite, or null to calibrate it")  # fmt: skip
+        require(noise is None or is_noise(noise), self, field="noise_multiplier", value=noise,
+                allowed=f"{NOISE}, or null to calibrate it")  # fmt: skip
 
     def __hash__(self) -> int:
         return hash((type(self), self.clip, self.noise_multiplier, *self.groups.items()))

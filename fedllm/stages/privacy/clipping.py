@@ -92,17 +92,21 @@ def on_grid(update: Update, groups: Sequence[Group], clients: int) -> Update:
     """Clipped, and rounded to the grid: the norm of each group is at most its clip, behind the rounding.
 
     Rounding to the nearest moves a vector of d values by at most sqrt(d) step / 2, so it is first brought to that
-    much below the bound: x <- x min(1, (C - sqrt(d) step / 2) / ||x||).
+    much below the bound: x <- x min(1, (C - sqrt(d) step / 2) / ||x||). A group that is not finite counts as zeros:
+    in the sum it would take the place of what all others have sent.
     """
     dtype = grid_type(groups, clients, _type(update))
     factors, steps = dict[Leaf, float](), dict[Leaf, float]()
     for group in groups:
         step = step_of(group, clients, dtype)
         room, length = group.clip - math.sqrt(group.size) * step / 2, norm(update, group.leaves)
-        factors |= dict.fromkeys(group.leaves, min(1.0, room / length) if length else 1.0)
+        factor = 0.0 if not math.isfinite(length) else min(1.0, room / length) if length else 1.0
+        factors |= dict.fromkeys(group.leaves, factor)
         steps |= dict.fromkeys(group.leaves, step)
 
     def rounded(leaf: Leaf, value: Tensor) -> Tensor:
+        if not factors[leaf]:
+            return torch.zeros(value.shape, dtype=dtype)
         return (torch.round(value.double() * factors[leaf] / steps[leaf]) * steps[leaf]).to(dtype)
 
     coarsest = max(steps.values())

@@ -26,6 +26,7 @@ from fedllm.messages.update import Part, Update
 from fedllm.privacy.calibration import update_noise
 from fedllm.privacy.releases import Release
 from fedllm.privacy.schemes import Scheme
+from fedllm.privacy.settings import LARGEST, MOST, SMALLEST
 from fedllm.stages.privacy.base import PrivateStage, expected_cohort, in_type, is_scores, server_noise
 from fedllm.stages.privacy.clipping import Group, Lattice, digest, grouped, lengths, norm
 from fedllm.tensors.tree import Tree
@@ -48,9 +49,9 @@ class AdaptiveClip:
     floor: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, least in (("count_noise", 0.0), ("lr", 0.0), ("floor", 0.0)):
+        for name, most in (("count_noise", MOST), ("lr", 10.0), ("floor", 1.0)):
             value = self.__dict__[name]
-            require(least < value < math.inf, self, field=name, value=value, allowed="above 0 and finite")
+            require(0 < value <= most, self, field=name, value=value, allowed=f"above 0 and at most {most:g}")
         require(0 < self.quantile < 1, self, field="quantile", value=self.quantile, allowed="between 0 and 1")
 
 
@@ -141,4 +142,5 @@ class GaussianDp(PrivateStage):
         assert self.adaptive is not None
         share = min(1.0, max(0.0, above_half / expected_cohort(ctx) + 0.5))
         moved = clip * math.exp(-self.adaptive.lr * (share - self.adaptive.quantile))
-        return torch.tensor(max(moved, self.clip * self.adaptive.floor), dtype=torch.float64)
+        least = max(SMALLEST, self.clip * self.adaptive.floor)
+        return torch.tensor(min(max(moved, least), LARGEST), dtype=torch.float64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,3 +100,16 @@ def test_bounded_values_are_rounded_towards_zero_and_stay_on_the_grid(bits):
     assert torch.equal(values * 2**12, (values * 2**12).round()), "multiples of the grid"
     assert torch.equal(torch.frexp(scales).mantissa, torch.full((6,), 0.5)), "powers of two"
     assert float((values - rows).abs().max()) < float(scales.max())
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_counts_as_zeros_and_leaves_the_sum_of_the_others(broken):
+    """In a sum a NaN would take the place of what all others have sent."""
+    good, bad = drawn(2)
+    bad.parts["delta"].tree["a"].view(-1)[0] = broken
+    sent = [on_grid(update, grouped(update, 0.5, {}), 2) for update in (good, bad)]
+    assert not flat(sent[1]).any()
+    total = Update({"delta": Part({name: leaf + sent[1].parts["delta"].tree[name]
+                                   for name, leaf in sent[0].parts["delta"].tree.items()}, 2.0)})  # fmt: skip
+    (group,) = grouped(total, 0.5, {})
+    assert np.array_equal(Lattice.of(total, group, 2).values, Lattice.of(sent[0], group, 2).values)
