@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 from typing import Literal
 
@@ -64,7 +65,8 @@ class PrivacyPlan:
         assert z is not None
         if isinstance(self.mechanism, PrivateStage):
             return self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
-        return example_release(replace(self.mechanism, noise_multiplier=z), self.sizes[client])
+        own = self.mechanism.for_profile(self.experiment.federation.profile(client))
+        return example_release(replace(own, noise_multiplier=z), self.sizes[client])
 
     def ledger(self, rounds: int, noise: float | None = None) -> Ledger:
         """What so many rounds cost the client that they cost most."""
@@ -74,17 +76,23 @@ class PrivacyPlan:
             assert isinstance(self.mechanism, PrivateStage)
             release = self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
             return {release: min(rounds, 1) if release.kind == "correlated" else rounds}
-        client, most = self.busiest
-        share = ceil(most * rounds / max(1, self.experiment.rounds))
-        return {self.of_client(client, z): min(share, rounds)}
+        share = ceil(max(self.participations.values(), default=0) * rounds / max(1, self.experiment.rounds))
+        return {self._dearest(z): min(share, rounds)}
 
-    @property
-    def busiest(self) -> tuple[str, int]:
-        """The client whose rounds cost it most, and how many it is drawn for: of those with the fewest examples in
-        each number of rounds the one that is drawn most often."""
-        most = max(self.participations.values(), default=0)
-        smallest = min(self.sizes, key=lambda client: (self.sizes[client], client))
-        return smallest, most
+    def _dearest(self, noise: float) -> Release:
+        """A round that costs no client more: of `dp_sgd` with the largest rate and the most steps that any has."""
+        if isinstance(self.mechanism, PrivateStage):
+            return self.of_client(next(iter(self.sizes)), noise)
+        rate, steps = self._most
+        return Release("example", noise, PoissonScheme(rate), steps)
+
+    @cached_property
+    def _most(self) -> tuple[float, int]:
+        """The largest rate and the most steps of all clients, whose devices may differ."""
+        found = [self.of_client(client, 1.0) for client in self.sizes]
+        return max(one.scheme.rate for one in found if isinstance(one.scheme, PoissonScheme)), max(
+            one.steps for one in found
+        )
 
     def guarantee(self, rounds: int) -> Guarantee:
         """What the run promises after so many rounds."""

@@ -14,6 +14,7 @@ from fedllm.experiment.checks.check import check
 from fedllm.experiment.checks.privacy import check_privacy
 from fedllm.experiment.privacy import plan_of
 from fedllm.experiment.record import Experiment
+from fedllm.privacy.schemes import PoissonScheme
 from fedllm.runs.preview import preview
 from fedllm.runs.privacy_words import privacy_lines
 from tests.runs.small import SIZES, small, write_records
@@ -62,6 +63,15 @@ REFUSED = {
         "gaussian_dp has noise_multiplier 0, which hides nothing",
     ),
     "no number": ({"stages": [EXPECTED, {"gaussian_dp": 1.0}]}, "gaussian_dp has no noise_multiplier, and nothing"),
+    "a quorum": (
+        {"stages": [EXPECTED, GAUSSIAN], "limits": {"quorum": 2}},
+        r"limits\.quorum is 2: with one answer fewer those of all others would be dropped, .* the clip of gaussian_dp",
+    ),
+    "noise of the work that nobody sets": (
+        {"stages": [EXPECTED, {"gaussian_dp": 1.0}], "demands": {"privacy": {"target_epsilon": 8.0}},
+         "work": {"dp_sgd": {"steps": 1}}},
+        "work: dp_sgd has no noise_multiplier, and .* sets that of gaussian_dp; set work.dp_sgd.noise_multiplier",
+    ),
     "evaluations": (
         {"stages": [EXPECTED, GAUSSIAN], "evaluation": {"every": 1}},
         r"evaluation\.every asks for scores on the clients' records, which would leave them in the clear .*"
@@ -84,6 +94,7 @@ def test_what_is_next_to_it_passes(data: Path) -> None:
     check(made(data))
     check(made(data, GAUSSIAN, {"quantize": 8}, evaluation={"private": False, "every": 1, "compare": ["local_only"]}))
     check(made(data, {"gaussian_dp": 1.0}, demands={"privacy": {"target_epsilon": 8.0}}))
+    check(made(data, {"local_gaussian": {"clip": 1.0, "noise_multiplier": 1.0}}, limits={"quorum": 2}))
     check(small(data, stages=["scaffold", "momentum", {"top_k": 0.1}, EXPECTED, GAUSSIAN], evaluation={"metrics": []}))
 
 
@@ -103,6 +114,14 @@ WITH_CLIENTS = {
             sampled(d, PoissonSampling(0.1)), stages=small(d, stages=[{"uniform": "cohort"}, GAUSSIAN]).stages
         ),
         "uniform divides by the size of the cohort, which poisson leaves to chance; set its denominator: expected",
+    ),
+    "an end by chance": (
+        lambda d: sampled(d, PoissonSampling(0.1), limits={"bytes": 1000}),
+        r"limits\.bytes would end the run after a number of rounds that depends on who took part",
+    ),
+    "a band longer than the run": (
+        lambda d: made(d, {"dp_ftrl": {"clip": 1.0, "noise_multiplier": 1.0, "band": 9}}),
+        r"dp_ftrl\.band is 9, but the run has 3 rounds; set band to 3 or less",
     ),
     "correlated noise and chance": (
         lambda d: sampled(d, PoissonSampling(0.1), FTRL),
@@ -172,3 +191,18 @@ def test_the_plan_is_printed_before_a_model_loads(data: Path) -> None:
 
 def test_a_run_without_private_stages_promises_nothing(data: Path) -> None:
     assert plan_of(small(data), SIZES) is None and check_privacy(small(data), SIZES) is None
+
+
+def test_clients_of_other_steps_and_batches_are_accounted_for_as_they_train(data: Path) -> None:
+    """ben takes 10 steps of 2 of 3 examples, and not one step of 1: the promise is of the largest rate and number."""
+    work = {"dp_sgd": {"steps": 1, "batch_size": 1, "noise_multiplier": 1.0}}
+    exp = small(data, stages=["uniform"], work=work, evaluation={"metrics": []},
+                federation__shards__profiles={"ben": {"steps": 10, "batch_size": 2}})  # fmt: skip
+    plan = plan_of(exp, SIZES)
+    assert plan is not None
+    ben, ann = plan.of_client("ben"), plan.of_client("ann")
+    assert (ben.steps, ben.scheme) == (10, PoissonScheme(2 / 3)) and (ann.steps, ann.scheme) == (
+        1,
+        PoissonScheme(1 / 6),
+    )
+    assert dict(plan.ledger(3)) == {ben: 3}

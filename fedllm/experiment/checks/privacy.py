@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from fedllm.errors import CheckError, config_name, counted
 from fedllm.evaluation.settings import Evaluation
 from fedllm.experiment.privacy import PrivacyPlan, calibrated, mechanism_of, plan_of, separated, separation_of
-from fedllm.experiment.record import Experiment, PrivacyDemand
-from fedllm.privacy.schemes import EveryRound, PoissonScheme, RotationScheme
+from fedllm.experiment.record import Experiment, Limits, PrivacyDemand
+from fedllm.privacy.schemes import EveryRound, FixedSizeScheme, PoissonScheme, RotationScheme
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.training.base import Work
 from fedllm.training.dp_sgd import DpSgd
 
 
@@ -39,6 +40,8 @@ def check_promise(experiment: Experiment) -> None:
     if mechanism is None:
         return
     _noise(mechanism, demand)
+    _noise_of_work(mechanism, experiment.work)
+    _quorum(mechanism, experiment.limits)
     _in_the_clear(experiment.evaluation)
 
 
@@ -62,6 +65,24 @@ def _noise(mechanism: PrivateStage | DpSgd, demand: PrivacyDemand | None) -> Non
         raise CheckError(
             f"demands.privacy.unit is client, but {name} protects single examples; set unit to example, or use the "
             "stage gaussian_dp"
+        )
+
+
+def _noise_of_work(mechanism: PrivateStage | DpSgd, work: Work) -> None:
+    """Beside a private stage, whose noise the target sets, the work's own noise is given."""
+    if mechanism is not work and isinstance(work, DpSgd) and work.noise_multiplier is None:
+        raise CheckError(
+            f"work: dp_sgd has no noise_multiplier, and demands.privacy.target_epsilon sets that of "
+            f"{config_name(mechanism)}; set work.dp_sgd.noise_multiplier, or leave out one of the two"
+        )
+
+
+def _quorum(mechanism: PrivateStage | DpSgd, limits: Limits) -> None:
+    """No client decides by its answer whether those of all others count."""
+    if isinstance(mechanism, PrivateStage) and mechanism.noised_by == "server" and limits.quorum > 1:
+        raise CheckError(
+            f"limits.quorum is {limits.quorum}: with one answer fewer those of all others would be dropped, so that "
+            f"one client could change more than the clip of {config_name(mechanism)}; leave it out"
         )
 
 
@@ -95,6 +116,7 @@ def check_privacy(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPl
         return None
     _denominator(plan)
     _separation(plan)
+    _ends(plan)
     return plan_of(calibrated(experiment, sizes), sizes)
 
 
@@ -127,6 +149,17 @@ def _denominator(plan: PrivacyPlan) -> None:
             )
 
 
+def _ends(plan: PrivacyPlan) -> None:
+    """The number of rounds does not tell how many clients took part."""
+    limits = plan.experiment.limits
+    name = "bytes" if limits.bytes is not None else "seconds" if limits.seconds is not None else ""
+    if name and not plan.by_client and isinstance(plan.scheme, PoissonScheme | FixedSizeScheme):
+        raise CheckError(
+            f"limits.{name} would end the run after a number of rounds that depends on who took part, which "
+            f"{plan.name} counts on nobody knowing; leave it out, or use sampling all or rotation"
+        )
+
+
 def _separation(plan: PrivacyPlan) -> None:
     """The sampler keeps the distance that correlated noise counts on."""
     stage = plan.mechanism
@@ -142,4 +175,10 @@ def _separation(plan: PrivacyPlan) -> None:
         raise CheckError(
             f"stages: dp_ftrl.separation is {stage.separation}, but the sampler draws a client again after "
             f"{counted(kept, 'round')}; set separation to {kept}, or draw smaller cohorts"
+        )
+    rounds = plan.experiment.rounds
+    if stage.band is not None and stage.band > max(1, rounds):
+        raise CheckError(
+            f"stages: dp_ftrl.band is {stage.band}, but the run has {counted(rounds, 'round')}; set band to "
+            f"{max(1, rounds)} or less, or leave it out"
         )
