@@ -213,7 +213,10 @@ def _loaded(experiment: Experiment) -> tuple[PrivacyPlan | None, LoadedModel, Po
     model = load(experiment.task)
     dry_run(experiment, model, profiles)
     require_positions(experiment, model, population)
-    return private, model, replace(population, report=_data_report(experiment, model, population))
+    report, sizes = _data_report(experiment, model, population)
+    if report.dropped:  # clients draw from what is left, at a higher rate
+        private = check_privacy(experiment, sizes)
+    return private, model, replace(population, report=report)
 
 
 @contextmanager
@@ -243,13 +246,15 @@ def _session(plan: Plan, model: LoadedModel, population: Population) -> Iterator
             raise Interrupted(session.folder.path, session.state.round) from None
 
 
-def _data_report(experiment: Experiment, model: LoadedModel, population: Population) -> DataReported:
-    """The partition, with what the template cut or dropped.
+def _data_report(
+    experiment: Experiment, model: LoadedModel, population: Population
+) -> tuple[DataReported, dict[str, int]]:
+    """The partition, with what the template cut or dropped; the examples that each client is left with.
 
     Raises:
         RunError: a client is left without anything to train on.
     """
-    length, cut, dropped = experiment.work.max_length, 0, 0
+    length, cut, sizes = experiment.work.max_length, 0, dict[str, int]()
     for client, records in population.train.items():
         kept = 0
         for example in model.encode_all(records, length):
@@ -259,13 +264,14 @@ def _data_report(experiment: Experiment, model: LoadedModel, population: Populat
             raise RunError(
                 f"no record of {client} keeps a target token in {length} tokens; raise the work's max_length"
             )
-        dropped += len(records) - kept
+        sizes[client] = kept
     held = Scorer.of(experiment.evaluation, length, population).unfit(model, population)
-    return replace(
+    report = replace(
         population.report,
         cut=cut,
-        dropped=dropped,
+        dropped=sum(map(len, population.train.values())) - sum(sizes.values()),
         heldout_cut=held.cut,
         heldout_dropped=held.dropped,
         heldout_choices=held.choices,
     )
+    return report, sizes
