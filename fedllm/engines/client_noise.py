@@ -6,12 +6,14 @@ stream = NoiseStream(derive(key, round, client, purpose, digest of what is noise
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.errors import RunError, not_written
+from fedllm.files import sync
 from fedllm.messages.context import RoundContext
-from fedllm.privacy.noise import NoiseStream, derive, new_key
+from fedllm.privacy.noise import KEY_BYTES, NoiseStream, derive, new_key
 from fedllm.rng import Key
 
 FILE = "noise.key"
@@ -37,16 +39,37 @@ def key_file(path: Path) -> bytes:
     """
     try:
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(new_key().hex())
-                file.flush()
-                os.fsync(file.fileno())
-        return bytes.fromhex(path.read_text().strip())
+            _make_key(path)
+        key = bytes.fromhex(path.read_text().strip())
     except OSError as error:
         raise not_written(path, error, "resume the run") from error
-    except ValueError as error:
-        raise RunError(f"{path} holds no key; bring it back from a copy, or start again with another --out") from error
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:  # noise of a shorter key could be guessed
+        raise RunError(f"{path} holds no key; bring it back from a copy, or start again with another --out")
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key; of several processes that do so at once the first one's stays. It is never there in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part-{new_key().hex()[:16]}")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(new_key().hex())
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(part, path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def forget_key(path: Path) -> None:
+    """Delete a key, and what a process that died while it made one has left."""
+    for each in path.parent.glob(f"{path.name}*"):
+        each.unlink(missing_ok=True)
 
 
 def seeded_key(key: Key) -> bytes:
