@@ -14,20 +14,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedllm.errors import RunError, nearest
+from fedllm.errors import RunError, config_name, nearest
 from fedllm.events import Event, RunStarted, to_json
 from fedllm.experiment.config_file import ABOUT, build, difference, dump
+from fedllm.experiment.privacy import mechanism_of
 from fedllm.experiment.record import Experiment
 from fedllm.files import to_json_text
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.fingerprint import Inputs, changed_data, changed_model
 from fedllm.runs.folder import Folder
+from fedllm.runs.privacy_ledger import journal
 from fedllm.runs.resource_usage import limit_reached
 from fedllm.runs.state import ServerState
+from fedllm.stages.privacy.dp_ftrl import DpFtrl
 
 FREE = ("rounds", "evaluation", "limits", "work", "demands", "schedule")
 FREE_OF_TASK = ("objective", "template", "device", "dtype")
 STATE = ("stages", "aggregator", "federation")  # free where neither server nor clients have kept anything
+PRIVACY = ["demands", "privacy"]
+COHORTS = {"sampling", "failures", "failure_rate", "profiles", "devices"}  # settings of who takes part, and how
 LEFT_BEHIND = ("data_reported", "run_finished", "progress")
 
 
@@ -85,7 +90,9 @@ def origin_of(path: Path, experiment: Experiment) -> Origin:
             f"{experiment.rounds}; set it above {saved.round}"
         )
     _refuse(path, before, experiment, saved)
-    return Origin(folder, before, about, saved)
+    _refuse_unaccounted(path, before, experiment)
+    spent = {(record["round"], record["mark"]): record for record in (*saved.spent, *journal(path))}
+    return Origin(folder, before, about, replace(saved, spent=list(spent.values())))
 
 
 def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: ServerState) -> None:
@@ -93,8 +100,7 @@ def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: Serve
     Raises:
         RunError: names the setting that has changed, and the reason.
     """
-    old, new = (json.loads(json.dumps(dump(one))) for one in (before, experiment))
-    for text in difference(old, new):
+    for text in _differences(before, experiment):
         top, _, rest = text.partition(":")[0].partition(".")
         if top in FREE or (top == "task" and rest.partition(".")[0] in FREE_OF_TASK):
             continue
@@ -107,6 +113,32 @@ def _refuse(path: Path, before: Experiment, experiment: Experiment, saved: Serve
         raise RunError(f"--continue: {path} cannot be continued with {text}: {why}; put it back, or begin anew")
     if limit := limit_reached(experiment, saved):
         raise RunError(f"--continue: {limit}, which counts the rounds of {path}; raise it")
+
+
+def _refuse_unaccounted(path: Path, before: Experiment, experiment: Experiment) -> None:
+    """
+    Raises:
+        RunError: the rounds of the old run would not be in the epsilon that the new one states.
+    """
+    old, new = mechanism_of(before), mechanism_of(experiment)
+    if new is None or new.noise_multiplier == 0:
+        return
+    start, end = f"--continue: {path} cannot be continued with {config_name(new)}:", "put it back, or begin anew"
+    if old is None or old.noise_multiplier == 0:
+        raise RunError(f"{start} its rounds had no noise, so that no epsilon holds for what they came to; begin anew")
+    if type(old) is not type(new):
+        raise RunError(f"{start} its rounds had the noise of {config_name(old)}, which is counted otherwise; {end}")
+    for text in _differences(before, experiment):
+        keys = text.partition(":")[0].split(".")
+        if isinstance(new, DpFtrl) and (keys[0] in ("rounds", "stages", "federation") or keys[:2] == PRIVACY):
+            raise RunError(f"{start} its noise was made for a run without this change: {text}; {end}")
+        if keys[0] == "federation" and not set(keys[2:3]) & COHORTS:
+            raise RunError(f"{start} a client holds other records after this change: {text}; {end}")
+
+
+def _differences(before: Experiment, experiment: Experiment) -> list[str]:
+    old, new = (json.loads(json.dumps(dump(one))) for one in (before, experiment))
+    return difference(old, new)
 
 
 def refuse_another_model(origin: Origin, now: Inputs) -> None:

@@ -114,7 +114,8 @@ class Folder:
         text = write_yaml({ABOUT: about, **dump(experiment)})
         write_whole(self.experiment, text)
         self.events.unlink(missing_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
+        # those of a private run hold what its noise hides
+        self.checkpoints.mkdir(mode=0o700 if experiment.private else 0o777, exist_ok=True)
 
     def discard(self) -> None:
         """Take away a run that has not come to its first checkpoint."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedllm.engines.client_noise import FILE, key_file, seeded_key
-from fedllm.errors import RunError, not_written
+from fedllm.engines.client_noise import FILE, forget_key, key_file, seeded_key
+from fedllm.errors import PrivacyError, RunError, not_written
 from fedllm.events import PrivacySpent
 from fedllm.experiment.privacy import PrivacyPlan
 from fedllm.files import sync, write_durably
@@ -48,7 +48,7 @@ class PrivacyLedger:
 
     def restore(self, saved: Iterable[Record] = ()) -> None:
         """Take over what the journal and a checkpoint know of. What either of them knows was spent."""
-        for record in (*saved, *_read(self.folder / "privacy.jsonl")):
+        for record in (*saved, *journal(self.folder)):
             self.records[record["round"], record["mark"]] = record
 
     def told(self, round: int) -> PrivacySpent:
@@ -196,8 +196,8 @@ class PrivacyLedger:
 
     def forget(self, clients: Path) -> None:
         """The run has ended: nobody needs the keys any more. `clients`: the folder of a simulation's clients."""
-        (self.folder / "privacy.key").unlink(missing_ok=True)
-        (clients / FILE).unlink(missing_ok=True)
+        forget_key(self.folder / "privacy.key")
+        forget_key(clients / FILE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,8 +234,8 @@ def assumptions(plan: PrivacyPlan) -> list[str]:
     ]
     if plan.scheme.name in ("poisson", "fixed_size") and not plan.by_client:
         found.append(
-            "nobody who sees the model knows which clients took part: events.jsonl and checkpoints name them, so keep "
-            "them as secret as the data"
+            "nobody who sees the model knows which clients took part: events.jsonl, summary.json, the report and "
+            "checkpoints tell of them, so keep these as secret as the data"
         )
     if not plan.by_client:
         found.append("the checkpoints and the clients' memories are private data of the server and the clients")
@@ -257,12 +257,13 @@ def _composed(rounds: Mapping[tuple[int, Release], int]) -> dict[Release, int]:
     return dict(found)
 
 
-def _read(path: Path) -> list[Record]:
-    """The whole lines of a journal. One that was cut off released nothing, and is taken away.
+def journal(folder: Path) -> list[Record]:
+    """The whole lines of a run's journal. One that was cut off released nothing, and is taken away.
 
     Raises:
         RunError: a line in the middle is damaged.
     """
+    path = folder / "privacy.jsonl"
     if not path.is_file():
         return []
     data = path.read_bytes()
@@ -272,8 +273,12 @@ def _read(path: Path) -> list[Record]:
     found = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
+            record = json.loads(line)
+            _, _, found_releases = record["round"], record["mark"], record["releases"]
+            for release in found_releases:
+                release_from_json({name: value for name, value in release.items() if name != "clients"})
+            found.append(record)
+        except (ValueError, LookupError, TypeError, AttributeError, PrivacyError) as error:
             raise RunError(
                 f"{path}, line {number} is damaged, so nobody knows what was spent; bring the file back from a copy"
             ) from error

@@ -86,10 +86,12 @@ class RunSession:
     def take_over(self, origin: Origin, listeners: Sequence[Emit], now: Inputs, *, engine: str, name: str) -> None:
         """Go on from what another run has come to: its log and its last checkpoint, with a start and base scores of
         this run."""
+        if self.ledger is not None:
+            self.ledger.restore(origin.state.spent)
+            if passes := self.ledger.passes_budget():
+                raise CheckError(f"{passes}; raise it, or do not go on from {origin.folder.path}")
         hand_over(origin, self.folder, self.experiment, self._opening(engine, name))
         self.resume(listeners)
-        if self.ledger is not None and self.ledger.passes_budget():
-            raise CheckError(f"{self.ledger.passes_budget()}; raise it, or do not go on from {origin.folder.path}")
         if self._has_heldout():
             self.log(self.baselines.base())
         for text in warnings(origin, self.experiment, now):
@@ -200,14 +202,14 @@ class RunSession:
     def finish(self, engine: str) -> None:
         """The end of the log and the summary."""
         self._end(engine, note=self._limit(self.state))
-        if self.ledger is not None:
-            self.ledger.forget(self.folder.memories)
 
     def _end(self, engine: str, *, note: str, failure: str = "") -> None:
         seconds, title = elapsed(read(self.folder.events)), self.model.base.title
         self.log(RunFinished(self.state.round, round(seconds, 3), note))
         told = partial(summary, self.experiment, self.folder, self.state)
         write_summary(self.folder, told(engine=engine, seconds=seconds, title=title, failure=failure))
+        if self.ledger is not None:
+            self.ledger.forget(self.folder.memories)
 
     def _before(self) -> float:
         """Seconds since the command began."""

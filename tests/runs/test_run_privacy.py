@@ -251,3 +251,81 @@ def test_baselines_of_dp_sgd_are_noised_like_its_clients(data: Path, tmp_path: P
     assert all(result.summary["eval"][which]["nll"] > 0 for which in ("federated", "local_only", "centralised"))
     told = statement(result.folder)
     assert told["unit"] == "example" and told["epsilon"] == pytest.approx(recomputed(result.folder), abs=0.02)
+
+
+PLAIN: dict[str, Any] = {"stages": [MEAN], "evaluation": SILENT}
+NO_NOISE = settings({"gaussian_dp": {"clip": 0.1, "noise_multiplier": 0.0}})
+FTRL = settings({"dp_ftrl": {"clip": 0.1, "noise_multiplier": 2.0}})
+LOUDER = settings({"dp_ftrl": {"clip": 0.1, "noise_multiplier": 3.0}})
+EXAMPLES: dict[str, Any] = {
+    "stages": ["uniform"],
+    "evaluation": SILENT,
+    "work": {"dp_sgd": {"lr": 0.1, "steps": 1, "batch_size": 1, "max_length": 48, "noise_multiplier": 1.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "reason"),
+    [
+        (PLAIN, settings(), "its rounds had no noise, so that no epsilon holds for what they came to"),
+        (NO_NOISE, settings(), "its rounds had no noise"),
+        (EXAMPLES, settings(), "its rounds had the noise of dp_sgd, which is counted otherwise"),
+        (FTRL, FTRL, "its noise was made for a run without this change: rounds: 1 there, 2 here"),
+        (FTRL, {**LOUDER, "rounds": 2}, "its noise was made for a run without this change"),
+        (settings(), settings(federation__shards__heldout=0.5), "a client holds other records after this change"),
+    ],
+)
+def test_rounds_that_a_ledger_cannot_count_are_not_gone_on_from(
+    data: Path, tmp_path: Path, first: dict[str, Any], then: dict[str, Any], reason: str
+) -> None:
+    """Otherwise epsilon would be that of the new rounds alone, or of less noise than the old ones had."""
+    old = fedllm.run(small(data, **{"rounds": 1, **first}), engine="serial", out=tmp_path / "old")
+    with pytest.raises(RunError, match=f"--continue: .*{reason}"):
+        fedllm.run(small(data, **{"rounds": 2, **then}), engine="serial", continues=old.folder, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_who_takes_part_may_change_and_the_old_rounds_stay_spent(data: Path, tmp_path: Path) -> None:
+    old = fedllm.run(private(data, rounds=1), engine="serial", out=tmp_path / "old")
+    lost = {"round": 0, "mark": "lost with a process", "stage": "gaussian_dp", "releases": [
+        {"kind": "gaussian", "noise_multiplier": 2.0, "scheme": {"scheme": "every_round"}, "steps": 1}]}  # fmt: skip
+    with (old.folder / "privacy.jsonl").open("a") as journal:
+        journal.write(json.dumps(lost) + "\n")
+    more = private(data, rounds=2, federation__shards__sampling={"poisson": 0.5})
+    new = fedllm.run(more, engine="serial", continues=old.folder, out=tmp_path / "new")
+    schemes = [
+        (row["scheme"]["scheme"], row["count"], row["noise_multiplier"]) for row in statement(new.folder)["ledger"]
+    ]
+    # the first round was made twice with one cohort: one release of noise 2 / sqrt(2) in effect
+    assert sorted(schemes) == [("every_round", 1, pytest.approx(2**0.5)), ("poisson", 1, 2.0)]
+
+
+def test_records_that_are_not_used_do_not_make_the_rate_smaller(tmp_path: Path) -> None:
+    """Of four records one has no target token in 48: each step takes each of three with 1/3, not 1/4."""
+    rows = [{"prompt": f"{number}?", "response": "yes", "who": "ann"} for number in range(3)]
+    rows.append({"prompt": "long " * 60, "response": "yes", "who": "ann"})
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = fedllm.run(small(path, **EXAMPLES), engine="serial", out=tmp_path / "run")
+    (row,) = statement(result.folder)["ledger"]
+    assert row["scheme"] == {"scheme": "poisson", "rate": pytest.approx(1 / 3)}
+
+
+def test_nobody_else_reads_the_sums_of_a_private_run_and_keys_end_with_a_run_that_fails(
+    data: Path, tmp_path: Path
+) -> None:
+    failing = private(data, federation__shards__failure_rate=1.0)
+    with pytest.raises(RunError, match="no round of 3 had an answer"):
+        fedllm.run(failing, engine="serial", out=tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.key"))
+    assert (tmp_path / "run" / "checkpoints").stat().st_mode & 0o077 == 0
+
+
+def test_a_line_of_the_journal_that_is_no_release_is_told(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fedllm.run(private(data, rounds=1), engine="serial", out=out)
+    (out / "summary.json").unlink()
+    with (out / "privacy.jsonl").open("a") as journal:
+        journal.write("{}\n")
+    with pytest.raises(RunError, match=r"privacy\.jsonl, line 2 is damaged, so nobody knows what was spent"):
+        fedllm.run(private(data, rounds=1), engine="serial", out=out, resume=True)
