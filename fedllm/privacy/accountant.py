@@ -192,7 +192,10 @@ def _loss(steps: Steps, interval: float) -> _Loss:
         return _Renyi(_renyi(steps))
     if steps.precision and not steps.poisson:
         return _Gaussian(sqrt(steps.precision) * (2 if steps.relation == "replace-one" else 1))
-    return _Distribution(_distribution(steps, interval))
+    try:
+        return _Distribution(_distribution(steps, interval))
+    except OverflowError:  # a loss that float64 does not hold: no bound is known
+        return _Noiseless()
 
 
 def _library() -> Any:

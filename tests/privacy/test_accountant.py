@@ -296,3 +296,9 @@ def test_the_table_of_the_page_on_accounting() -> None:
         assert (found.relation, f"{found.epsilon:.2f}") == (relation, printed)
         there = epsilon({Release("gaussian", float(noise), SCHEMES[name]): 50}, 1e-5)
         assert there.epsilon == pytest.approx(8, rel=0.02)
+
+
+def test_a_loss_that_no_float_holds_is_infinite() -> None:
+    spent = {Release("gaussian", 1e-6, PoissonScheme(0.5)): 1}
+    assert epsilon(spent, 1e-5).epsilon == math.inf
+    assert delta_of(spent, 8.0).delta == 1.0
