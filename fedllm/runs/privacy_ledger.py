@@ -86,12 +86,15 @@ class PrivacyLedger:
         for client in cohort:
             clients[self.plan.of_client(client)].append(client)
         releases = [{**release.to_json(), "clients": names} for release, names in clients.items()]
-        self._write(round, derive(self.key, "cohort", digest).hex()[:16], self.plan.name, releases)
+        mark = derive(self.key, "cohort", digest, json.dumps(releases, sort_keys=True)).hex()[:16]
+        self._write(round, mark, self.plan.name, releases)
 
     def note_release(self, round: int, release: Release, stage: str, digest: bytes) -> NoiseStream:
         """Account for a noised sum, and then hand out its noise."""
-        self._write(round, derive(self.key, "mark", stage, digest).hex()[:16], stage, [release.to_json()])
-        return NoiseStream(derive(self.key, "server", round, stage, digest))
+        made = release.to_json()
+        told = json.dumps(made, sort_keys=True)  # the same draws at another scale would show the sum
+        self._write(round, derive(self.key, "mark", stage, digest, told).hex()[:16], stage, [made])
+        return NoiseStream(derive(self.key, "server", round, stage, digest, told))
 
     def _write(self, round: int, mark: str, stage: str, releases: list[dict[str, Any]]) -> None:
         record = {"round": round, "mark": mark, "stage": stage, "releases": releases}

@@ -145,6 +145,9 @@ class RunSession:
             for event in (*logged, Resumed(saved.round)):
                 self.observer.alarms(event)
         self.log(Resumed(saved.round, self._before()))
+        if self.ledger is not None and len(self.ledger.saved()) > len(saved.spent):  # by rounds that were lost
+            self.ledger.write()
+            self.log(self.ledger.told(max(0, saved.round - 1)))
 
     def rounds(self, call: Call) -> None:
         """The rounds that are left, unless a limit ends the run."""

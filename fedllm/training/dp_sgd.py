@@ -222,7 +222,8 @@ class DpSgd(GradientDescent):
                 f"client {job.ctx.client}: work.dp_sgd has no source of secret noise here; run it by fedllm.run, or "
                 "set work.dp_sgd.noise_multiplier to 0"
             )
-        stream = source.stream(f"dp_sgd/{carry.taken}", carry.digests[k])
+        purpose = f"dp_sgd/{carry.taken}/{self._noise!r}"  # the same draws at another scale would show the sum
+        stream = source.stream(purpose, carry.digests[k])
         return torch.from_numpy(stream.discrete_gaussian(self._noise * clip.levels, clip.size))
 
 

@@ -21,10 +21,14 @@ from fedllm.engines.base import Engine
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
 from fedllm.events import Evaluated, PrivacySpent, RoundFinished
+from fedllm.experiment.checks.privacy import check_privacy
 from fedllm.experiment.record import Experiment
 from fedllm.files import remove_folder
 from fedllm.messages.update import Update
+from fedllm.privacy.releases import Release
+from fedllm.privacy.schemes import EveryRound
 from fedllm.runs.checkpoints import Checkpoints
+from fedllm.runs.privacy_ledger import PrivacyLedger
 from fedllm.tensors import tree
 from tests.runs.small import SIZES, Spy, adapter_hash, events, small, spec
 
@@ -329,3 +333,37 @@ def test_a_line_of_the_journal_that_is_no_release_is_told(data: Path, tmp_path: 
         journal.write("{}\n")
     with pytest.raises(RunError, match=r"privacy\.jsonl, line 2 is damaged, so nobody knows what was spent"):
         fedllm.run(private(data, rounds=1), engine="serial", out=out, resume=True)
+
+
+def test_the_same_sum_with_other_noise_is_another_release_with_draws_of_its_own(data: Path, tmp_path: Path) -> None:
+    """The same draws, once times 2 and once times 3, would show the sum."""
+    plan = check_privacy(private(data), SIZES)
+    assert plan is not None
+    ledger = PrivacyLedger(plan, tmp_path)
+    draws = [
+        ledger.note_release(0, Release("gaussian", z, EveryRound()), "gaussian_dp", b"sum").bytes(8) for z in (2, 3)
+    ]
+    assert draws[0] != draws[1]
+    assert sum(ledger.ledgers()[""].values()) == 2
+    again = ledger.note_release(0, Release("gaussian", 2, EveryRound()), "gaussian_dp", b"sum").bytes(8)
+    assert again == draws[0] and sum(ledger.ledgers()[""].values()) == 2
+
+
+def test_a_round_that_is_lost_at_the_end_of_the_budget_is_in_the_statement(data: Path, tmp_path: Path) -> None:
+    """The process dies behind the last release, and no budget is left to make it again."""
+    asked = private(data, {"gaussian_dp": 0.1}, demands={"privacy": {"target_epsilon": 4.0}})
+    save = Checkpoints.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stopping(checkpoints: Checkpoints, run: Any) -> None:
+            if run.round == 3:
+                raise KeyboardInterrupt
+            save(checkpoints, run)
+
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            fedllm.run(asked, engine="serial", out=tmp_path / "run")
+    result = fedllm.run(asked, engine="serial", out=tmp_path / "run", resume=True)
+    (row,) = statement(result.folder)["ledger"]
+    assert row["count"] == 3 and 3.96 <= statement(result.folder)["epsilon"] <= 4.0
+    assert result.summary["epsilon"] == statement(result.folder)["epsilon"]

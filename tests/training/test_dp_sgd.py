@@ -321,9 +321,9 @@ def test_the_noise_is_that_of_the_stream_on_the_grid() -> None:
 
     one = replace(one, noise=Source())
     found = delta(*run_work(work, [one], model))
-    assert [purpose for purpose, _ in seen] == ["dp_sgd/0"] and len(seen[0][1]) == 32
+    assert [purpose for purpose, _ in seen] == ["dp_sgd/0/1.0"] and len(seen[0][1]) == 32
     size = sum(leaf.numel() for leaf in found.values())
-    integers = NoiseStream(derive(SECRET, "dp_sgd/0")).discrete_gaussian(2.0**20, size)
+    integers = NoiseStream(derive(SECRET, "dp_sgd/0/1.0")).discrete_gaussian(2.0**20, size)
     at = 0
     for name in sorted(found):
         leaf = found[name]

@@ -46,7 +46,8 @@ class LocalGaussian(PrivateStage):
         sums = [Lattice.of(sent, group, local.ctx.population) for group in groups]
         if local.noise is None:
             raise UnprotectedError("local_gaussian has no source of secret noise")
-        stream = local.noise.stream("local_gaussian", digest(lattice.values for lattice in sums))
+        purpose = f"local_gaussian/{self._multiplier()!r}"  # the same draws at another scale would show the update
+        stream = local.noise.stream(purpose, digest(lattice.values for lattice in sums))
         for lattice in sums:
             sent = lattice.noised(sent, self._multiplier() * math.sqrt(len(groups)), stream)
         return in_type(sent, {}, 1.0), memory
