@@ -33,7 +33,7 @@ FREE_OF_TASK = ("objective", "template", "device", "dtype")
 STATE = ("stages", "aggregator", "federation")  # free where neither server nor clients have kept anything
 PRIVACY = ["demands", "privacy"]
 COHORTS = {"sampling", "failures", "failure_rate", "profiles", "devices"}  # settings of who takes part, and how
-LEFT_BEHIND = ("data_reported", "run_finished", "progress")
+LEFT_BEHIND = ("data_reported", "privacy_promised", "run_finished", "progress")
 
 
 @dataclass(frozen=True, eq=False)

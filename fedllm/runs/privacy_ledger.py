@@ -128,6 +128,12 @@ class PrivacyLedger:
             return replace(epsilon({}, self.plan.delta), epsilon=math.inf)
         return worst(ledgers, self.plan.delta)[1] if ledgers else epsilon({}, self.plan.delta)
 
+    def promise(self, done: int) -> Guarantee:
+        """Of what was released and of all rounds to come, where `done` are over."""
+        more = self.plan.ledger(self.plan.experiment.rounds - done)
+        ledgers = self.ledgers() or {"": {}}
+        return worst({client: _with(spent, more) for client, spent in ledgers.items()}, self.plan.delta)[1]
+
     def passes_budget(self) -> str:
         """Why the next round may not begin; empty if it may."""
         demand = self.plan.experiment.demands.privacy
@@ -248,6 +254,14 @@ def assumptions(plan: PrivacyPlan) -> list[str]:
 def finite(epsilon: float) -> float | None:
     """Epsilon, or None where nothing is promised."""
     return epsilon if math.isfinite(epsilon) else None
+
+
+def _with(spent: Mapping[Release, int], more: Mapping[Release, int]) -> dict[Release, int]:
+    """Both together; a correlated run is one release."""
+    found = {**spent}
+    for release, count in more.items():
+        found[release] = 1 if release.kind == "correlated" else found.get(release, 0) + count
+    return found
 
 
 def _composed(rounds: Mapping[tuple[int, Release], int]) -> dict[Release, int]:

@@ -8,16 +8,17 @@ from fedllm.experiment.privacy import PrivacyPlan
 from fedllm.messages.traits import Fact
 from fedllm.models.adapters.lora import Lora
 from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme
-from fedllm.runs.privacy_ledger import assumptions, finite
+from fedllm.runs.privacy_ledger import PrivacyLedger, assumptions, finite
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 
 
-def promised(plan: PrivacyPlan) -> PrivacyPromised:
-    """The promise of a run whose noise is set."""
+def promised(ledger: PrivacyLedger, done: int = 0) -> PrivacyPromised:
+    """The promise of a run whose noise is set, of whose rounds `done` are over."""
+    plan = ledger.plan
     mechanism, demand = plan.mechanism, plan.experiment.demands.privacy
     noise = float(mechanism.noise_multiplier or 0.0)
-    found = plan.guarantee(plan.experiment.rounds) if noise and plan.experiment.rounds else None
+    found = ledger.promise(done) if noise and plan.experiment.rounds else None
     return PrivacyPromised(
         unit=plan.unit,
         mechanism=plan.name,

@@ -90,15 +90,15 @@ class RunSession:
             self.ledger.restore(origin.state.spent)
             if passes := self.ledger.passes_budget():
                 raise CheckError(f"{passes}; raise it, or do not go on from {origin.folder.path}")
-        hand_over(origin, self.folder, self.experiment, self._opening(engine, name))
+        hand_over(origin, self.folder, self.experiment, self._opening(engine, name, origin.state.round))
         self.resume(listeners)
         if self._has_heldout():
             self.log(self.baselines.base())
         for text in warnings(origin, self.experiment, now):
             self.log(Warned(text))
 
-    def _opening(self, engine: str, name: str) -> list[Event]:
-        """The events of the start."""
+    def _opening(self, engine: str, name: str, done: int = 0) -> list[Event]:
+        """The events of the start; `done`: rounds of the run that this one goes on from."""
         report = self.population.report
         return [
             RunStarted(
@@ -113,7 +113,7 @@ class RunSession:
                 versions={**versions(), **self.model.backend},
                 seconds=self._before(),
             ),
-            *([] if self.ledger is None else [promised(self.ledger.plan)]),
+            *([] if self.ledger is None else [promised(self.ledger, done)]),
             report,
             *(Warned(text) for text in _warnings(report, self.experiment.work.max_length)),
             *(Warned(text) for text in advice(self.experiment, self.population)),

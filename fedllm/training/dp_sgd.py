@@ -28,7 +28,6 @@ from fedllm.messages.context import RoundContext
 from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example
-from fedllm.privacy.settings import BOUND, NOISE, is_bound, is_noise
 from fedllm.tensors.checksum import checksum
 from fedllm.training.base import ClientJob, Model, Outcome
 from fedllm.training.client_stack import give_back
@@ -79,11 +78,11 @@ class DpSgd(GradientDescent):
                 "work.dp_sgd.clip_norm bounds the mean of a batch, which hides no example; set work.dp_sgd.clip"
             )
         super().__post_init__()
-        if not is_bound(self.clip):
-            raise ConfigError(f"work.dp_sgd.clip is {self.clip}; it must be {BOUND}")
+        if not 1e-30 <= self.clip <= 1e30:  # as of the private stages
+            raise ConfigError(f"work.dp_sgd.clip is {self.clip}; it must be 1e-30 to 1e+30")
         noise = self.noise_multiplier
-        if noise is not None and not is_noise(noise):
-            raise ConfigError(f"work.dp_sgd.noise_multiplier is {noise}; it must be {NOISE}")
+        if noise is not None and noise != 0 and not 1e-6 <= noise <= 1e6:
+            raise ConfigError(f"work.dp_sgd.noise_multiplier is {noise}; it must be 0, or 1e-06 to 1e+06")
 
     @property
     def traits(self) -> Traits:

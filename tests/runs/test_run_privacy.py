@@ -20,7 +20,7 @@ import fedllm
 from fedllm.engines.base import Engine
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, RunError
-from fedllm.events import Evaluated, PrivacySpent, RoundFinished
+from fedllm.events import Evaluated, PrivacyPromised, PrivacySpent, RoundFinished
 from fedllm.experiment.checks.privacy import check_privacy
 from fedllm.experiment.record import Experiment
 from fedllm.files import remove_folder
@@ -300,6 +300,8 @@ def test_who_takes_part_may_change_and_the_old_rounds_stay_spent(data: Path, tmp
     schemes = [
         (row["scheme"]["scheme"], row["count"], row["noise_multiplier"]) for row in statement(new.folder)["ledger"]
     ]
+    (promise,) = [event for event in events(new.folder) if isinstance(event, PrivacyPromised)]
+    assert promise.epsilon == pytest.approx(new.summary["epsilon"]), "the promise has the old rounds in it"
     # the first round was made twice with one cohort: one release of noise 2 / sqrt(2) in effect
     assert sorted(schemes) == [("every_round", 1, pytest.approx(2**0.5)), ("poisson", 1, 2.0)]
 
