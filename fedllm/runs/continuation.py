@@ -20,6 +20,7 @@ from fedllm.experiment.config_file import ABOUT, build, difference, dump
 from fedllm.experiment.privacy import mechanism_of
 from fedllm.experiment.record import Experiment
 from fedllm.files import to_json_text
+from fedllm.privacy.schemes import FixedSizeScheme
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.fingerprint import Inputs, changed_data, changed_model
 from fedllm.runs.folder import Folder
@@ -33,6 +34,7 @@ FREE_OF_TASK = ("objective", "template", "device", "dtype")
 STATE = ("stages", "aggregator", "federation")  # free where neither server nor clients have kept anything
 PRIVACY = ["demands", "privacy"]
 COHORTS = {"sampling", "failures", "failure_rate", "profiles", "devices"}  # settings of who takes part, and how
+MANY = 10**9  # clients: more than any cohort
 LEFT_BEHIND = ("data_reported", "privacy_promised", "run_finished", "progress")
 
 
@@ -128,8 +130,11 @@ def _refuse_unaccounted(path: Path, before: Experiment, experiment: Experiment) 
         raise RunError(f"{start} its rounds had no noise, so that no epsilon holds for what they came to; begin anew")
     if type(old) is not type(new):
         raise RunError(f"{start} its rounds had the noise of {config_name(old)}, which is counted otherwise; {end}")
+    kinds = {isinstance(one.federation.scheme(MANY), FixedSizeScheme) for one in (before, experiment)}
     for text in _differences(before, experiment):
         keys = text.partition(":")[0].split(".")
+        if keys[0] == "federation" and "sampling" in keys and len(kinds) > 1:
+            raise RunError(f"{start} cohorts of a fixed size are counted otherwise than others: {text}; {end}")
         if isinstance(new, DpFtrl) and (keys[0] in ("rounds", "stages", "federation") or keys[:2] == PRIVACY):
             raise RunError(f"{start} its noise was made for a run without this change: {text}; {end}")
         if keys[0] == "federation" and not set(keys[2:3]) & COHORTS:

@@ -100,6 +100,7 @@ class PrivacyLedger:
         record = {"round": round, "mark": mark, "stage": stage, "releases": releases}
         if (round, mark) in self.records:
             return
+        self._refuse_above_budget(round, mark, record)
         path = self.folder / "privacy.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -110,6 +111,19 @@ class PrivacyLedger:
         except OSError as error:
             raise not_written(path, error, "resume the run") from error
         self.records[round, mark] = record
+
+    def _refuse_above_budget(self, round: int, mark: str, record: Record) -> None:
+        """
+        Raises:
+            BudgetSpentError: with this release epsilon would be above its target, as where a lost round comes out
+                otherwise when it is run again.
+        """
+        demand = self.plan.experiment.demands.privacy
+        if demand is None or demand.target_epsilon is None:
+            return
+        after = replace(self, records={**self.records, (round, mark): record}).guarantee().epsilon
+        if after > demand.target_epsilon * (1 + 1e-9):
+            raise BudgetSpentError(_above(after, demand.target_epsilon))
 
     def ledgers(self) -> dict[str, dict[Release, int]]:
         """By client, or all under "" where the server adds the noise."""
@@ -134,18 +148,18 @@ class PrivacyLedger:
         ledgers = self.ledgers() or {"": {}}
         return worst({client: _with(spent, more) for client, spent in ledgers.items()}, self.plan.delta)[1]
 
-    def passes_budget(self) -> str:
-        """Why the next round may not begin; empty if it may."""
+    def passes_budget(self, round: int) -> str:
+        """Why this round may not begin; empty if it may. One that is in the journal already was lost behind it: run
+        again, it makes the same release, which costs nothing more."""
         demand = self.plan.experiment.demands.privacy
         if demand is None or demand.target_epsilon is None:
             return ""
-        found = max((epsilon(ledger, self.plan.delta).epsilon for ledger in self._next()), default=0.0)
+        known = any(noted == round for noted, _ in self.records)
+        ledgers = self.ledgers().values() if known else self._next()
+        found = max((epsilon(ledger, self.plan.delta).epsilon for ledger in ledgers), default=0.0)
         if found <= demand.target_epsilon * (1 + 1e-9):
             return ""
-        return (
-            f"the next round would bring epsilon to {found:.3f}, above demands.privacy.target_epsilon "
-            f"{demand.target_epsilon:g}"
-        )
+        return _above(found, demand.target_epsilon)
 
     def _next(self) -> list[Mapping[Release, int]]:
         """The ledgers after one more round, of the clients whose ledgers are the largest of their kind."""
@@ -249,6 +263,14 @@ def assumptions(plan: PrivacyPlan) -> list[str]:
     if not plan.by_client:
         found.append("the checkpoints and the clients' memories are private data of the server and the clients")
     return found
+
+
+class BudgetSpentError(Exception):
+    """A release that would pass the budget. Its noise was not drawn, and the run ends with the round before it."""
+
+
+def _above(found: float, target: float) -> str:
+    return f"the next round would bring epsilon to {found:.3f}, above demands.privacy.target_epsilon {target:g}"
 
 
 def finite(epsilon: float) -> float | None:

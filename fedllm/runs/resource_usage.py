@@ -59,4 +59,4 @@ def limit_reached(experiment: Experiment, state: ServerState, ledger: PrivacyLed
         return f"limits.bytes ({limits.bytes}) was reached with {sent} bytes after {counted(state.round, 'round')}"
     if limits.seconds is not None and totals.seconds >= limits.seconds:
         return f"limits.seconds ({limits.seconds}) was reached after {counted(state.round, 'round')}"
-    return "" if ledger is None else ledger.passes_budget()
+    return "" if ledger is None else ledger.passes_budget(state.round)

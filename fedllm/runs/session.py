@@ -49,7 +49,7 @@ from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs
 from fedllm.runs.folder import Folder, versions
 from fedllm.runs.monitor import RoundMonitor
-from fedllm.runs.privacy_ledger import PrivacyLedger
+from fedllm.runs.privacy_ledger import BudgetSpentError, PrivacyLedger
 from fedllm.runs.privacy_words import promised
 from fedllm.runs.resource_usage import TrafficMeter, elapsed, limit_reached
 from fedllm.runs.state import ServerState
@@ -70,6 +70,7 @@ class RunSession:
     state: ServerState
     began: float
     ledger: PrivacyLedger | None = None
+    spent: str = ""  # why the budget ends the run
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.folder.checkpoints, self.experiment.limits.keep_last)
@@ -88,7 +89,7 @@ class RunSession:
         this run."""
         if self.ledger is not None:
             self.ledger.restore(origin.state.spent)
-            if passes := self.ledger.passes_budget():
+            if passes := self.ledger.passes_budget(origin.state.round):
                 raise CheckError(f"{passes}; raise it, or do not go on from {origin.folder.path}")
         hand_over(origin, self.folder, self.experiment, self._opening(engine, name, origin.state.round))
         self.resume(listeners)
@@ -152,10 +153,13 @@ class RunSession:
     def rounds(self, call: Call) -> None:
         """The rounds that are left, unless a limit ends the run."""
         while self.state.round < self.experiment.rounds and not self._limit(self.state):
-            self._round(call)
+            try:
+                self._round(call)
+            except BudgetSpentError as spent:
+                self.spent = str(spent)
 
     def _limit(self, state: ServerState) -> str:
-        return limit_reached(self.experiment, state, self.ledger)
+        return self.spent or limit_reached(self.experiment, state, self.ledger)
 
     def failure(self) -> str:
         """Why the run has no result: no round had an answer. Empty if one had."""

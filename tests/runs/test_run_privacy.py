@@ -351,8 +351,12 @@ def test_the_same_sum_with_other_noise_is_another_release_with_draws_of_its_own(
     assert again == draws[0] and sum(ledger.ledgers()[""].values()) == 2
 
 
-def test_a_round_that_is_lost_at_the_end_of_the_budget_is_in_the_statement(data: Path, tmp_path: Path) -> None:
-    """The process dies behind the last release, and no budget is left to make it again."""
+@pytest.mark.parametrize("key", ["there", "gone"])
+def test_a_round_that_is_lost_at_the_end_of_the_budget_is_in_the_statement(
+    data: Path, tmp_path: Path, key: str
+) -> None:
+    """The process dies behind the last release. With its key the round is run again and costs nothing; without, its
+    noise would be another one, for which no budget is left."""
     asked = private(data, {"gaussian_dp": 0.1}, demands={"privacy": {"target_epsilon": 4.0}})
     save = Checkpoints.save
     with pytest.MonkeyPatch.context() as patch:
@@ -365,7 +369,10 @@ def test_a_round_that_is_lost_at_the_end_of_the_budget_is_in_the_statement(data:
         patch.setattr(Checkpoints, "save", stopping)
         with pytest.raises(KeyboardInterrupt):
             fedllm.run(asked, engine="serial", out=tmp_path / "run")
+    if key == "gone":
+        (tmp_path / "run" / "privacy.key").unlink()
     result = fedllm.run(asked, engine="serial", out=tmp_path / "run", resume=True)
+    assert result.summary["rounds"] == (3 if key == "there" else 2)
     (row,) = statement(result.folder)["ledger"]
     assert row["count"] == 3 and 3.96 <= statement(result.folder)["epsilon"] <= 4.0
     assert result.summary["epsilon"] == statement(result.folder)["epsilon"]
