@@ -9,6 +9,7 @@
     |-- ClientError        one client failed (client, round, step)
     |-- RunError           a run folder, a checkpoint, a resume, a limit that was reached
     |-- PrivacyError       a privacy guarantee that cannot be given, or not be computed
+    |-- SecureSumError     a party that refuses to go on with a secure sum
     `-- MissingExtra       an optional dependency, with its install line
 
 Each message is one sentence: what is wrong, where, and what to do.
@@ -92,6 +93,10 @@ class RunError(FedllmError):
 
 class PrivacyError(FedllmError):
     """A guarantee of differential privacy that cannot be given, or not be computed."""
+
+
+class SecureSumError(FedllmError):
+    """A party refuses to go on with a secure sum; `privacy/secure_aggregation/faults.py` has the kinds."""
 
 
 class MissingExtra(FedllmError):

@@ -43,8 +43,18 @@ FORBIDDEN = {
 WITHOUT = {"privacy": {"torch", "random", "numpy.random"}}  # not even through another file
 
 # Optional or heavy packages: each is imported in one file, or nowhere outside of the folder named here.
-SINGLE_FILE = {"datasets", "dp_accounting", "flwr", "flwr_datasets", "nvflare", "plotly", "pyarrow", "ray"}
-SINGLE_FOLDER = {"peft": "models", "dp_accounting": "privacy"}
+SINGLE_FILE = {
+    "cryptography",
+    "datasets",
+    "dp_accounting",
+    "flwr",
+    "flwr_datasets",
+    "nvflare",
+    "plotly",
+    "pyarrow",
+    "ray",
+}
+SINGLE_FOLDER = {"peft": "models", "cryptography": "privacy", "dp_accounting": "privacy"}
 CODE_LOADERS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {
     *("eval", "exec", "builtins.eval", "builtins.exec", "torch.load", "torch.serialization.load", "torch.jit.load"),
