@@ -12,6 +12,8 @@ from enum import IntEnum
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
+import numpy as np
+
 from fedllm.privacy.secure_aggregation import messages
 from fedllm.privacy.secure_aggregation.encoding import Reader
 from fedllm.privacy.secure_aggregation.faults import (
@@ -24,7 +26,7 @@ from fedllm.privacy.secure_aggregation.faults import (
 from fedllm.privacy.secure_aggregation.graph import neighbours
 from fedllm.privacy.secure_aggregation.identity import Identity
 from fedllm.privacy.secure_aggregation.manifest import Manifest, read_manifest
-from fedllm.privacy.secure_aggregation.masks import Mask, apply_masks
+from fedllm.privacy.secure_aggregation.masks import Mask, apply_masks, apply_to_check
 from fedllm.privacy.secure_aggregation.messages import FRAME, Advertisement, Kind, Parcel, Secret
 from fedllm.privacy.secure_aggregation.pairs import (
     channel_key,
@@ -34,9 +36,9 @@ from fedllm.privacy.secure_aggregation.pairs import (
     seal_shares,
     seed_commitment,
 )
-from fedllm.privacy.secure_aggregation.policy import Content, Policy, check_manifest
+from fedllm.privacy.secure_aggregation.policy import Content, Policy, check_manifest, check_threshold
 from fedllm.privacy.secure_aggregation.primitives import KEY, digest, exchange, exchange_pair, random_bytes
-from fedllm.privacy.secure_aggregation.rings import Vector, check_vector, to_wire
+from fedllm.privacy.secure_aggregation.rings import CHECK, Vector, check_vector, to_wire
 from fedllm.privacy.secure_aggregation.shamir import split
 
 
@@ -122,7 +124,7 @@ def advertise(manifest: bytes, identity: Identity, policy: Policy, content: Cont
     state.channel_secret, state.mask_secret, state.seed = channel_secret, mask_secret, random_bytes()
     own = Advertisement(channel, mask_key, seed_commitment(found, state.own, state.seed))
     state.keys[state.own] = own
-    return messages.frame(Kind.ADVERTISEMENT, found, state.own, own.to_bytes(), identity), state
+    return messages.frame(Kind.ADVERTISEMENT, found, state.own, (own.to_bytes(),), identity), state
 
 
 @_after(Stage.ADVERTISED)
@@ -145,12 +147,13 @@ def share(state: ClientState, bundle: bytes) -> bytes:
         raise TooFewError(
             f"{len(keys)} clients sent keys; client {name!r} sums with at least {state.policy.min_cohort}"
         )
+    check_threshold(manifest, state.policy, len(keys))
     state.keys = keys
     state.peers = neighbours(sorted(keys), manifest.degree, state.bundle)[state.own]
     if len(state.peers) < manifest.threshold:
         raise TooFewError(f"{len(state.peers)} neighbours of {name!r} sent keys; the threshold is {manifest.threshold}")
     body = state.bundle + messages.join(state.peers, [parcel.to_bytes() for parcel in _parcels(state)])
-    return messages.frame(Kind.SHARES, manifest, state.own, body, state.identity)
+    return messages.frame(Kind.SHARES, manifest, state.own, (body,), state.identity)
 
 
 def read_bundle(bundle: bytes, manifest: Manifest) -> tuple[dict[int, Advertisement], bytes]:
@@ -197,6 +200,8 @@ def mask(state: ClientState, inbox: bytes, vector: Vector, threads: int = 1) -> 
 
         y_u = x_u + PRG(seed_u) + sum_(v < u) PRG(k_uv) - sum_(v > u) PRG(k_uv)   mod 2^bits
 
+    Behind the vector go a few entries of 1, whose sum shows whether all masks were taken off.
+
     vector: (length,) ring elements; masked in place, so that what was in it is gone.
     The round is marked as spent, on the disk, before this returns.
 
@@ -218,8 +223,11 @@ def mask(state: ClientState, inbox: bytes, vector: Vector, threads: int = 1) -> 
         key = mask_of_pair(manifest, state.bundle, (place, state.mask_secret), (peer, state.keys[peer].mask))
         masks.append(Mask(key, peer < place))
     state.policy.spent.spend(manifest.task, manifest.round)
+    check = np.ones(CHECK, vector.dtype)
     apply_masks(vector, masks, manifest.cipher, threads)
-    return messages.frame(Kind.MASKED, manifest, place, to_wire(vector, manifest.bits), state.identity)
+    apply_to_check(check, masks, manifest.cipher, manifest.length)
+    body = (to_wire(vector, manifest.bits), to_wire(check, manifest.bits))
+    return messages.frame(Kind.MASKED, manifest, place, body, state.identity)
 
 
 def _read_inbox(state: ClientState, inbox: bytes) -> None:
@@ -260,7 +268,9 @@ def agree(state: ClientState, survivors: bytes) -> bytes:
         if not holds:
             raise SurvivorsError(f"the list of survivors that client {state.identity.name!r} was shown {sentence}")
     state.survivors = found
-    return messages.frame(Kind.CONSENT, manifest, state.own, messages.survivors_hash(manifest, found), state.identity)
+    return messages.frame(
+        Kind.CONSENT, manifest, state.own, (messages.survivors_hash(manifest, found),), state.identity
+    )
 
 
 @_after(Stage.AGREED)
@@ -287,7 +297,7 @@ def unmask(state: ClientState, consents: bytes) -> bytes:
             shares.append(bytes([secret]) + pair[0 if secret == Secret.MASK else 1])
     state.erase()
     body = messages.join(owners, shares)
-    return messages.frame(Kind.UNMASKING, manifest, state.own, body, state.identity)
+    return messages.frame(Kind.UNMASKING, manifest, state.own, (body,), state.identity)
 
 
 def _consenting(state: ClientState, consents: bytes) -> set[int]:

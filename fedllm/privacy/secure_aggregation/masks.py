@@ -29,22 +29,29 @@ class Mask:
     add: bool = True
 
 
-def apply_masks(vector: Vector, masks: Sequence[Mask], cipher: str, threads: int = 1) -> None:
+def apply_masks(vector: Vector, masks: Sequence[Mask], cipher: str, threads: int = 1, first: int = 0) -> None:
     """Add masks to a vector in place, modulo 2^16 or 2^32 by its type.
 
     vector: contiguous uint16 or uint32.
     threads: how many share the work; the result is the same.
+    first: the byte of the keystreams that the vector begins at, a multiple of 64.
     """
     blocks = -(-vector.nbytes // BLOCK)
     per_thread = -(-blocks // threads) * BLOCK // vector.itemsize
     parts = [(start, vector[start : start + per_thread]) for start in range(0, len(vector), max(per_thread, 1))]
     if len(parts) <= 1:
         for start, part in parts:
-            _apply(part, masks, cipher, start * vector.itemsize)
+            _apply(part, masks, cipher, first + start * vector.itemsize)
         return
     with ThreadPoolExecutor(len(parts)) as pool:
-        for done in [pool.submit(_apply, part, masks, cipher, start * vector.itemsize) for start, part in parts]:
+        size = vector.itemsize
+        for done in [pool.submit(_apply, part, masks, cipher, first + start * size) for start, part in parts]:
             done.result()
+
+
+def apply_to_check(check: Vector, masks: Sequence[Mask], cipher: str, entries: int) -> None:
+    """Add masks to the check that follows a vector of `entries`, by keystream that no entry of the vector has met."""
+    apply_masks(check, masks, cipher, first=-(-entries * check.itemsize // 64) * 64)
 
 
 def _apply(part: Vector, masks: Sequence[Mask], cipher: str, first: int) -> None:

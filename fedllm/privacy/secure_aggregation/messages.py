@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from hashlib import sha256
 
 from fedllm.privacy.secure_aggregation.encoding import Reader, number
 from fedllm.privacy.secure_aggregation.faults import MessageError
@@ -40,10 +41,18 @@ class Kind(IntEnum):
     CONSENTS = 14
 
 
-def frame(kind: Kind, manifest: Manifest, sender: int, body: bytes | memoryview, identity: Identity) -> bytes:
-    """A client's signed message."""
+def frame(kind: Kind, manifest: Manifest, sender: int, body: Sequence[bytes | memoryview], identity: Identity) -> bytes:
+    """A client's signed message; its body comes in pieces, which are copied once."""
     front = HEAD + number(kind, 1) + manifest.hash + number(sender, PLACE)
-    return b"".join((front, body, identity.sign(digest("frame", front, body))))
+    return b"".join((front, *body, identity.sign(frame_hash(front, *body))))
+
+
+def frame_hash(*pieces: bytes | memoryview) -> bytes:
+    """What a client signs of a frame."""
+    found = sha256(b"fedllm secure sum 1 frame\0")
+    for piece in pieces:
+        found.update(piece)
+    return found.digest()
 
 
 def sender_of(data: bytes, kind: Kind, manifest: Manifest) -> int:
@@ -77,7 +86,7 @@ def open_frame(data: bytes, kind: Kind, manifest: Manifest, most: int) -> tuple[
         reader.take(len(data) - FRAME) if len(data) >= FRAME else reader.take(most),
     )
     name, public = manifest.cohort[sender]
-    verify(public, reader.bytes(SIGNATURE), digest("frame", front, body), f"{_called(kind)} of client {name!r}")
+    verify(public, reader.bytes(SIGNATURE), frame_hash(front, body), f"{_called(kind)} of client {name!r}")
     return sender, body
 
 

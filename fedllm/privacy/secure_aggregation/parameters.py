@@ -32,7 +32,9 @@ class Degree:
 def choose(clients: int, corrupt: float = 0.1, dropout: float = 0.1) -> Degree:
     """The degree k and the threshold t.
 
-    corrupt, dropout: fractions of the clients, from 0 on and below 1.
+    corrupt, dropout: fractions of the clients, from 0 on and below 1. Clients that never advertise leave the corrupt
+        ones among fewer, which the others check. With 500 clients or more, ask for somewhat more corrupt ones here than
+        the clients' policies do.
 
     Raises:
         TooFewError: no graph of that many clients stands so much corruption and dropout.
@@ -50,13 +52,18 @@ def choose(clients: int, corrupt: float = 0.1, dropout: float = 0.1) -> Degree:
 
 def least_threshold(clients: int, degree: int, corrupt: float) -> int:
     """The smallest t with 2 t > k + C."""
-    return (degree + most_corrupt(clients, degree, corrupt)) // 2 + 1
+    return (degree + most_corrupt(clients, degree, corrupt_clients(clients, corrupt))) // 2 + 1
+
+
+def corrupt_clients(clients: int, corrupt: float) -> int:
+    """How many of a cohort may be corrupt."""
+    return ceil(corrupt * clients)
 
 
 @cache
-def most_corrupt(clients: int, degree: int, corrupt: float) -> int:
-    """C: corrupt neighbours that no client exceeds but with chance 2^-40."""
-    marked = min(ceil(corrupt * clients), clients - 1)
+def most_corrupt(clients: int, degree: int, marked: int) -> int:
+    """C: corrupt neighbours that no client exceeds but with chance 2^-40, where `marked` of the clients are corrupt."""
+    marked = min(marked, clients - 1)
     if degree >= clients - 1:
         return marked
     above = 0.0

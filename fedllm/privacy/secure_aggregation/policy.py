@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedllm.privacy.secure_aggregation.faults import IdentityError, ManifestError
 from fedllm.privacy.secure_aggregation.identity import Identity
 from fedllm.privacy.secure_aggregation.manifest import Manifest
-from fedllm.privacy.secure_aggregation.parameters import most_corrupt
+from fedllm.privacy.secure_aggregation.parameters import corrupt_clients, most_corrupt
 from fedllm.privacy.secure_aggregation.primitives import CIPHERS
 from fedllm.privacy.secure_aggregation.spent import Marker, SpentInMemory
 
@@ -54,18 +54,12 @@ def check_manifest(manifest: Manifest, identity: Identity, policy: Policy, conte
     check_peers(manifest, identity, policy)
     policy.spent.check(manifest.task, manifest.round)
     where = f"round {manifest.round} of {manifest.task!r}"
-    n, k, t = len(manifest.cohort), manifest.degree, manifest.threshold
-    most = most_corrupt(n, k, policy.corrupt)
+    n = len(manifest.cohort)
     for holds, sentence in (
         (n >= policy.min_cohort, f"has {n} clients; this client sums with at least {policy.min_cohort}"),
         (
             manifest.min_survivors >= policy.min_survivors,
             f"would show a sum of {manifest.min_survivors} clients; this client asks for {policy.min_survivors}",
-        ),
-        (
-            2 * t > k + most,
-            f"has threshold {t} with {k} neighbours, of whom {most} may be corrupt; it must be at least "
-            f"{(k + most) // 2 + 1}, or a server could show two lists of survivors",
         ),
         (
             manifest.cipher in policy.ciphers,
@@ -77,6 +71,25 @@ def check_manifest(manifest: Manifest, identity: Identity, policy: Policy, conte
     ):
         if not holds:
             raise ManifestError(f"{where} {sentence}")
+    check_threshold(manifest, policy, n)
+
+
+def check_threshold(manifest: Manifest, policy: Policy, members: int) -> None:
+    """Pass if no client of `members` has so many corrupt neighbours that a server which shows two lists of survivors
+    could collect both secrets of it: 2 t > k + C.
+
+    As many of the cohort may be corrupt, however few advertise, so that a server gains nothing by leaving others out.
+
+    Raises:
+        ManifestError: the threshold is too low.
+    """
+    k, t = min(manifest.degree, members - 1), manifest.threshold
+    most = most_corrupt(members, k, corrupt_clients(len(manifest.cohort), policy.corrupt))
+    if 2 * t <= k + most:
+        raise ManifestError(
+            f"round {manifest.round} of {manifest.task!r} has threshold {t} with {k} neighbours, of whom {most} may be "
+            f"corrupt; it must be at least {(k + most) // 2 + 1}, or a server could show two lists of survivors"
+        )
 
 
 def check_peers(manifest: Manifest, identity: Identity, policy: Policy) -> None:

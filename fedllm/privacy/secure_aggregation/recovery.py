@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, combinations, islice
 
-from fedllm.privacy.secure_aggregation.faults import StageError, TooFewError
-from fedllm.privacy.secure_aggregation.masks import Mask, apply_masks
+from fedllm.privacy.secure_aggregation.faults import StageError, TooFewError, VectorError
+from fedllm.privacy.secure_aggregation.masks import Mask, apply_masks, apply_to_check
 from fedllm.privacy.secure_aggregation.messages import Secret
 from fedllm.privacy.secure_aggregation.pairs import mask_of_pair, mask_of_seed, seed_commitment
 from fedllm.privacy.secure_aggregation.primitives import exchange_public
-from fedllm.privacy.secure_aggregation.rings import Vector, signed
+from fedllm.privacy.secure_aggregation.rings import Vector, largest, signed
 from fedllm.privacy.secure_aggregation.server import ServerState, Stage
 from fedllm.privacy.secure_aggregation.shamir import combine
 
@@ -55,10 +55,32 @@ def finish(state: ServerState, threads: int = 1) -> SecureSum:
         masks += _masks_of_dropout(state, own)
     state.stage = Stage.FINISHED
     apply_masks(state.total, masks, manifest.cipher, threads)
+    apply_to_check(state.check, masks, manifest.cipher, manifest.length)
+    check_sum(state)
     names = {manifest.name(client): what for client, what in sorted(state.blamed.items())}
     values = signed(state.total, manifest.bits)
     survivors = tuple(manifest.name(client) for client in state.survivors)
     return SecureSum(values, survivors, names, state.transcript)
+
+
+def check_sum(state: ServerState) -> None:
+    """Pass if all masks are off and the sum is one that the survivors can reach.
+
+    Raises:
+        VectorError: it is not, and shows nothing; clients were told different things, or one of them did not mask as
+            it should.
+    """
+    manifest, count = state.manifest, len(state.survivors)
+    where = f"the sum of round {manifest.round} of {manifest.task!r}"
+    if any(signed(state.check, manifest.bits) != count):
+        raise VectorError(
+            f"{where} still has masks in it; clients were told different things, or one sent a wrong vector"
+        )
+    if (found := largest(state.total, manifest.bits)) > count * manifest.bound:
+        raise VectorError(
+            f"{where} has an entry of magnitude {found}; {count} clients can reach {count * manifest.bound}, so one of "
+            "them sent a wrong vector"
+        )
 
 
 def _masks_of_dropout(state: ServerState, own: int) -> Iterator[Mask]:

@@ -20,6 +20,7 @@ from fedllm.privacy.secure_aggregation.faults import MessageError, VectorError
 Vector = npt.NDArray[Any]  # uint16 or uint32
 RINGS = (16, 20, 32)
 BLOCK = 1 << 16  # entries that are looked at in one piece
+CHECK = 4  # entries behind a vector, each of them 1: their sum is the number of clients, or a mask was left in it
 
 
 def dtype_of(bits: int) -> np.dtype[Any]:
@@ -55,6 +56,15 @@ def signed(vector: Vector, bits: int) -> npt.NDArray[Any]:
     return (vector.view("<i4") << shift) >> shift
 
 
+def largest(vector: Vector, bits: int) -> int:
+    """The largest magnitude of the numbers that a vector stands for."""
+    found = 0
+    for start in range(0, len(vector), BLOCK):
+        block = signed(vector[start : start + BLOCK], bits)
+        found = max(found, -int(block.min()), int(block.max()))
+    return found
+
+
 def check_vector(vector: Vector, length: int, bits: int, bound: int) -> None:
     """Pass if a client's vector is what it may send.
 
@@ -68,12 +78,10 @@ def check_vector(vector: Vector, length: int, bits: int, bound: int) -> None:
         )
     if len(vector) != length:
         raise VectorError(f"the vector to mask has {len(vector):,} entries; this round's have {length:,}")
-    for start in range(0, length, BLOCK):
-        block = signed(vector[start : start + BLOCK], bits)
-        if int(block.min()) < -bound or int(block.max()) > bound:
-            raise VectorError(
-                f"the vector to mask has an entry beyond {bound}, which could overflow the sum; clip it before masking"
-            )
+    if (found := largest(vector, bits)) > bound:
+        raise VectorError(
+            f"the vector to mask has an entry of magnitude {found}; beyond {bound} the sum could overflow; clip it"
+        )
 
 
 def wire_bytes(length: int, bits: int) -> int:

@@ -19,7 +19,7 @@ from fedllm.privacy.secure_aggregation.graph import neighbours
 from fedllm.privacy.secure_aggregation.manifest import Manifest
 from fedllm.privacy.secure_aggregation.messages import Advertisement, Kind, Parcel, Secret, share_hash
 from fedllm.privacy.secure_aggregation.primitives import KEY, SIGNATURE, digest
-from fedllm.privacy.secure_aggregation.rings import Vector, dtype_of, from_wire, wire_bytes
+from fedllm.privacy.secure_aggregation.rings import CHECK, Vector, dtype_of, from_wire, wire_bytes
 from fedllm.privacy.secure_aggregation.shamir import SHARE
 
 
@@ -51,6 +51,7 @@ class ServerState:
     parcels: dict[tuple[int, int], bytes] = field(default_factory=dict)
     shared: set[int] = field(default_factory=set)
     total: Vector = field(default_factory=lambda: np.empty(0, "<u4"))
+    check: Vector = field(default_factory=lambda: np.empty(0, "<u4"))
     survivors: list[int] = field(default_factory=list)
     shares: dict[tuple[int, Secret], dict[int, bytes]] = field(default_factory=dict)
     unmasked: set[int] = field(default_factory=set)
@@ -138,7 +139,8 @@ def inboxes(state: ServerState) -> dict[str, bytes]:
         TooFewError: too few for a sum.
     """
     _move(state, Stage.SHARES, Stage.MASKED, len(state.shared))
-    state.total = np.zeros(state.manifest.length, dtype_of(state.manifest.bits))
+    ring = dtype_of(state.manifest.bits)
+    state.total, state.check = np.zeros(state.manifest.length, ring), np.zeros(CHECK, ring)
     found = {}
     for holder in sorted(state.shared):
         owners = [owner for owner in state.graph[holder] if owner in state.shared]
@@ -154,13 +156,19 @@ def add_masked(state: ServerState, data: bytes) -> str:
         MessageError, SignatureError, StageError: not what it should be, or not now; the total is as it was.
     """
     manifest = state.manifest
-    most = wire_bytes(manifest.length, manifest.bits)
+    size = wire_bytes(manifest.length, manifest.bits)
+    most = size + wire_bytes(CHECK, manifest.bits)
     sender, body = _accept(state, Stage.MASKED, Kind.MASKED, data, most, set(state.survivors))
     if sender not in state.shared:
         raise MessageError(
             f"client {manifest.name(sender)!r} sent a masked vector and no shares before; it is left out"
         )
-    np.add(state.total, from_wire(body, manifest.length, manifest.bits), out=state.total)
+    vector, check = (
+        from_wire(body[:size], manifest.length, manifest.bits),
+        from_wire(body[size:], CHECK, manifest.bits),
+    )
+    np.add(state.total, vector, out=state.total)
+    np.add(state.check, check, out=state.check)
     state.survivors.append(sender)
     _note(state, memoryview(data)[-SIGNATURE:])
     return manifest.name(sender)
