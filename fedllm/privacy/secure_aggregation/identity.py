@@ -70,14 +70,16 @@ def load_identity(path: Path, name: str) -> Identity:
         raise IdentityError(
             f"the identity file {path} cannot be opened ({error.strerror}); make one, or name it"
         ) from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077 or found.st_uid != os.geteuid():
             raise IdentityError(
                 f"the identity file {path} is not its owner's alone (mode {stat.S_IMODE(found.st_mode):04o}); "
                 f"run: chmod 600 {path}"
             )
-        words = file.read(4 * KEY).decode("ascii", "replace").strip()
+        words = os.read(handle, 4 * KEY).decode("ascii", "replace").strip()
+    finally:
+        os.close(handle)
     if not HEX_KEY.fullmatch(words):
         raise IdentityError(f"the identity file {path} does not hold a key of {KEY} bytes in hex")
     return Identity(name, bytes.fromhex(words))

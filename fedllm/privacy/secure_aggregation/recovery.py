@@ -19,7 +19,7 @@ MOST_TRIES = 1000  # subsets of the shares of one secret
 
 
 @dataclass(frozen=True)
-class SecureSum:
+class Total:
     """What a round ends with.
 
     Args:
@@ -35,7 +35,7 @@ class SecureSum:
     transcript: bytes
 
 
-def finish(state: ServerState, threads: int = 1) -> SecureSum:
+def finish(state: ServerState, threads: int = 1) -> Total:
     """Stage 6: the sum of the survivors' vectors.
 
     threads: how many share the work of taking masks off.
@@ -60,7 +60,7 @@ def finish(state: ServerState, threads: int = 1) -> SecureSum:
     names = {manifest.name(client): what for client, what in sorted(state.blamed.items())}
     values = signed(state.total, manifest.bits)
     survivors = tuple(manifest.name(client) for client in state.survivors)
-    return SecureSum(values, survivors, names, state.transcript)
+    return Total(values, survivors, names, state.transcript)
 
 
 def check_sum(state: ServerState) -> None:

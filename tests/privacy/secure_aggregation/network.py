@@ -15,7 +15,7 @@ from fedllm.privacy.secure_aggregation.identity import Identity, new_identity
 from fedllm.privacy.secure_aggregation.manifest import Manifest
 from fedllm.privacy.secure_aggregation.policy import Content, Policy
 from fedllm.privacy.secure_aggregation.primitives import AES, digest
-from fedllm.privacy.secure_aggregation.recovery import SecureSum
+from fedllm.privacy.secure_aggregation.recovery import Total
 from fedllm.privacy.secure_aggregation.rings import Vector, dtype_of, largest_bound
 from fedllm.privacy.secure_aggregation.server import ServerState
 
@@ -78,7 +78,7 @@ def same(stage: str, name: str, message: bytes) -> bytes:
     return message
 
 
-def play(cohort: Cohort, drops: Mapping[str, str] | None = None, change: Change = same) -> SecureSum:
+def play(cohort: Cohort, drops: Mapping[str, str] | None = None, change: Change = same) -> Total:
     """A whole round. drops: client -> the stage from which on it is silent. change: what becomes of its messages.
 
     A client that refuses is silent from then on; its error is in `cohort.refused`.
@@ -138,3 +138,14 @@ def conclude(state: ServerState, stage: str) -> dict[str, bytes]:
         message = server.survivors(state)
         return {name(place): message for place in state.survivors}
     return server.consents(state) if stage == "agree" else {}
+
+
+def until(cohort: Cohort, stage: str) -> tuple[ServerState, dict[str, bytes]]:
+    """A round up to a stage: the server, and what each client is sent for that stage."""
+    state = server.begin(cohort.manifest)
+    to_clients = {name: cohort.manifest.to_bytes() for name in cohort.identities}
+    for earlier in STAGES[: STAGES.index(stage)]:
+        for name, message in to_clients.items():
+            deliver(state, earlier, answer(cohort, earlier, name, message))
+        to_clients = conclude(state, earlier)
+    return state, to_clients

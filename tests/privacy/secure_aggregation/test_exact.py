@@ -10,14 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from fedllm.privacy.secure_aggregation import client, server
+from fedllm.privacy.secure_aggregation import client
 from fedllm.privacy.secure_aggregation.faults import TooFewError
 from fedllm.privacy.secure_aggregation.primitives import AES, CHACHA
 from fedllm.privacy.secure_aggregation.rings import from_wire, wire_bytes
-from tests.privacy.secure_aggregation.network import STAGES, answer, cohort, conclude, deliver, encode, play
+from tests.privacy.secure_aggregation.network import STAGES, Cohort, cohort, encode, play, until
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_sum_is_exact_whoever_drops_out(data: st.DataObject) -> None:
     clients = data.draw(st.integers(2, 9), "clients")
@@ -64,14 +64,9 @@ def test_min_survivors_holds_above_the_threshold() -> None:
         play(cohort(6, min_survivors=6), {"client0": "mask"})
 
 
-def masked(group, name: str, bits: int) -> np.ndarray:
+def masked(group: Cohort, name: str, bits: int) -> np.ndarray:
     """A client's masked vector, as the server reads it, in a new round."""
-    state = server.begin(group.manifest)
-    to_clients = {other: group.manifest.to_bytes() for other in group.identities}
-    for stage in ("advertise", "share"):
-        for other, message in to_clients.items():
-            deliver(state, stage, answer(group, stage, other, message))
-        to_clients = conclude(state, stage)
+    _, to_clients = until(group, "mask")
     data = client.mask(group.states[name], to_clients[name], encode(group, name))
     size = wire_bytes(group.manifest.length, bits)
     front = 4 + 1 + 32 + 2
@@ -105,12 +100,7 @@ def test_two_rounds_never_have_the_same_mask() -> None:
 
 def test_the_total_is_the_only_vector_that_the_server_keeps() -> None:
     group = cohort(4, 1000)
-    state = server.begin(group.manifest)
-    to_clients = {name: group.manifest.to_bytes() for name in group.identities}
-    for stage in STAGES[:3]:
-        for name, message in to_clients.items():
-            deliver(state, stage, answer(group, stage, name, message))
-        to_clients = conclude(state, stage)
+    state, _ = until(group, "agree")
     held = [value for value in vars(state).values() if isinstance(value, np.ndarray)]
     assert sum(value.nbytes for value in held) == 4 * (1000 + 4)
     assert not any(isinstance(value, bytes) and len(value) > 1000 for value in vars(state).values())
