@@ -194,12 +194,20 @@ def _parcels(state: ClientState) -> list[Parcel]:
     return parcels
 
 
-@_after(Stage.SHARED)
 def mask(state: ClientState, inbox: bytes, vector: Vector, threads: int = 1) -> bytes:
+    """Stage 3: `mask_in_pieces` as one message."""
+    return b"".join(mask_in_pieces(state, inbox, vector, threads))
+
+
+@_after(Stage.SHARED)
+def mask_in_pieces(
+    state: ClientState, inbox: bytes, vector: Vector, threads: int = 1
+) -> tuple[bytes | memoryview, ...]:
     """Stage 3: hide the vector under the client's own mask and one with each neighbour that shared.
 
         y_u = x_u + PRG(seed_u) + sum_(v < u) PRG(k_uv) - sum_(v > u) PRG(k_uv)   mod 2^bits
 
+    The message comes in pieces, to be sent one after another; with 16 and 32 bits the vector itself is one of them.
     Behind the vector go a few entries of 1, whose sum shows whether all masks were taken off.
 
     vector: (length,) ring elements; masked in place, so that what was in it is gone.
@@ -227,7 +235,7 @@ def mask(state: ClientState, inbox: bytes, vector: Vector, threads: int = 1) -> 
     apply_masks(vector, masks, manifest.cipher, threads)
     apply_to_check(check, masks, manifest.cipher, manifest.length)
     body = (to_wire(vector, manifest.bits), to_wire(check, manifest.bits))
-    return messages.frame(Kind.MASKED, manifest, place, body, state.identity)
+    return messages.pieces(Kind.MASKED, manifest, place, body, state.identity)
 
 
 def _read_inbox(state: ClientState, inbox: bytes) -> None:

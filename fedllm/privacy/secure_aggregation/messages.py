@@ -42,9 +42,16 @@ class Kind(IntEnum):
 
 
 def frame(kind: Kind, manifest: Manifest, sender: int, body: Sequence[bytes | memoryview], identity: Identity) -> bytes:
-    """A client's signed message; its body comes in pieces, which are copied once."""
+    """A client's signed message."""
+    return b"".join(pieces(kind, manifest, sender, body, identity))
+
+
+def pieces(
+    kind: Kind, manifest: Manifest, sender: int, body: Sequence[bytes | memoryview], identity: Identity
+) -> tuple[bytes | memoryview, ...]:
+    """A client's signed message in pieces, of which those of the body are not copied."""
     front = HEAD + number(kind, 1) + manifest.hash + number(sender, PLACE)
-    return b"".join((front, *body, identity.sign(frame_hash(front, *body))))
+    return front, *body, identity.sign(frame_hash(front, *body))
 
 
 def frame_hash(*pieces: bytes | memoryview) -> bytes:

@@ -396,7 +396,7 @@ def test_a_second_vector_of_a_round_is_refused() -> None:
     group = cohort(4, threshold=2)
     _, inboxes = until(group, "mask")
     answer(group, "mask", "client0", inboxes["client0"])
-    with pytest.raises(StageError, match="was asked to mask after MASKED"):
+    with pytest.raises(StageError, match="was asked to mask_in_pieces after MASKED"):
         answer(group, "mask", "client0", inboxes["client0"])
     with pytest.raises(RoundSpentError):
         advertise(group)
