@@ -8,8 +8,8 @@ mask_kernel_gbps: keystream made and added, of one mask; beside it the machine's
     (aes_ctr_gbps), and mask_u32_share, mask_u16_share: the bytes of all masks at that speed over the measured time.
 setup_100_ms: all of a client's work with 100 neighbours but the masks: keys, signatures, shares.
 rss_over_output: peak memory above the float32 input over the masked vector, at 1e8 parameters in 2^32.
-exact_cases: random cases with dropouts at every stage, in all rings, by both ciphers, of which none was wrong. Those that fell
-    below the threshold are counted apart.
+exact_cases: random cases with dropouts at every stage, in all rings, by both ciphers, whose sum was right; beside them
+    those whose sum was wrong, and those that fell below the threshold.
 flower_over_ours: Flower's SecAgg+ client work over mask_u32_s; null where `flwr` is not installed for --peers.
 """
 

@@ -1,8 +1,8 @@
 """Secure aggregation: a server adds up the vectors of its clients and learns the sum and nothing else.
 
 The protocol is SecAgg+ (Bell et al. 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead",
-arXiv:2003.13445) with the consistency round of Bonawitz et al. 2017 ("Practical Secure Aggregation for
-Privacy-Preserving Machine Learning", arXiv:1611.04482), pinned identities and the hash of the model in every key.
+IACR ePrint 2020/704) with the consistency round of Bonawitz et al. 2017 ("Practical Secure Aggregation for
+Privacy-Preserving Machine Learning", IACR ePrint 2017/281), pinned identities and the hash of the model in every key.
 
     stage        client (client.py)                         server (server.py)
     1 advertise  advertise(manifest, ...) -> frame          add_advertisement(frame), bundle()
