@@ -30,14 +30,14 @@ from fedllm.privacy.secure_aggregation.masks import Mask, apply_masks, apply_to_
 from fedllm.privacy.secure_aggregation.messages import FRAME, Advertisement, Kind, Parcel, Secret
 from fedllm.privacy.secure_aggregation.pairs import (
     channel_key,
-    mask_of_pair,
+    mask_key,
     mask_of_seed,
     open_shares,
     seal_shares,
     seed_commitment,
 )
 from fedllm.privacy.secure_aggregation.policy import Content, Policy, check_manifest, check_threshold
-from fedllm.privacy.secure_aggregation.primitives import KEY, digest, exchange, exchange_pair, random_bytes
+from fedllm.privacy.secure_aggregation.primitives import KEY, digest, exchange_pair, exchanges, random_bytes
 from fedllm.privacy.secure_aggregation.rings import CHECK, Vector, check_vector, to_wire
 from fedllm.privacy.secure_aggregation.shamir import split
 
@@ -56,7 +56,8 @@ class Stage(IntEnum):
 class ClientState:
     """What a client remembers within a round. The secrets are erased when it is done.
 
-    own: its place in the cohort. keys: what each client advertised. peers: its neighbours. shares: of each neighbour
+    own: its place in the cohort. keys: what each client advertised. peers: its neighbours. channels: the
+    secret that it shares with each of them. shares: of each neighbour
     that shared, its share of the mask secret and of the seed; None where the parcel could not be opened.
     """
 
@@ -68,6 +69,7 @@ class ClientState:
     channel_secret: bytes = field(default=b"", repr=False)
     mask_secret: bytes = field(default=b"", repr=False)
     seed: bytes = field(default=b"", repr=False)
+    channels: dict[int, bytes] = field(default_factory=dict, repr=False)
     bundle: bytes = b""
     keys: dict[int, Advertisement] = field(default_factory=dict)
     peers: list[int] = field(default_factory=list)
@@ -78,7 +80,7 @@ class ClientState:
         """Forget every secret of the round."""
         self.stage = Stage.DONE
         self.channel_secret = self.mask_secret = self.seed = b""
-        self.shares = {}
+        self.shares, self.channels = {}, {}
 
 
 Given = ParamSpec("Given")
@@ -149,7 +151,7 @@ def share(state: ClientState, bundle: bytes) -> bytes:
         )
     check_threshold(manifest, state.policy, len(keys))
     state.keys = keys
-    state.peers = neighbours(sorted(keys), manifest.degree, state.bundle)[state.own]
+    state.peers = neighbours(sorted(keys), manifest.degree, state.bundle, {state.own})[state.own]
     if len(state.peers) < manifest.threshold:
         raise TooFewError(f"{len(state.peers)} neighbours of {name!r} sent keys; the threshold is {manifest.threshold}")
     body = state.bundle + messages.join(state.peers, [parcel.to_bytes() for parcel in _parcels(state)])
@@ -186,10 +188,10 @@ def _parcels(state: ClientState) -> list[Parcel]:
     manifest, told = state.manifest, state.manifest.hash + state.bundle
     holders = [peer + 1 for peer in state.peers]
     of_mask, of_seed = (split(secret, holders, manifest.threshold) for secret in (state.mask_secret, state.seed))
+    state.channels = exchanges(state.channel_secret, {peer: state.keys[peer].channel for peer in state.peers})
     parcels = []
     for peer, mask_share, seed_share in zip(state.peers, of_mask, of_seed, strict=True):
-        shared = exchange(state.channel_secret, state.keys[peer].channel)
-        key = channel_key(manifest, state.bundle, state.own, peer, shared)
+        key = channel_key(manifest, state.bundle, state.own, peer, state.channels[peer])
         parcels.append(seal_shares(key, state.own, peer, mask_share, seed_share, told))
     return parcels
 
@@ -227,9 +229,10 @@ def mask_in_pieces(
             f"{len(state.shares)} neighbours of {state.identity.name!r} shared; the threshold is {manifest.threshold}"
         )
     masks = [Mask(mask_of_seed(manifest, state.bundle, place, state.seed))]
-    for peer in state.shares:
-        key = mask_of_pair(manifest, state.bundle, (place, state.mask_secret), (peer, state.keys[peer].mask))
-        masks.append(Mask(key, peer < place))
+    shared = exchanges(state.mask_secret, {peer: state.keys[peer].mask for peer in state.shares})
+    masks += [
+        Mask(mask_key(manifest, state.bundle, place, peer, secret), peer < place) for peer, secret in shared.items()
+    ]
     state.policy.spent.spend(manifest.task, manifest.round)
     check = np.ones(CHECK, vector.dtype)
     apply_masks(vector, masks, manifest.cipher, threads)
@@ -247,8 +250,7 @@ def _read_inbox(state: ClientState, inbox: bytes) -> None:
     for peer, data in messages.part(body, Parcel.size, clients, "the inbox").items():
         if peer not in state.peers:
             raise MessageError(f"the inbox of {state.identity.name!r} has shares of client {peer}, who is no neighbour")
-        shared = exchange(state.channel_secret, state.keys[peer].channel)
-        key = channel_key(manifest, state.bundle, peer, state.own, shared)
+        key = channel_key(manifest, state.bundle, peer, state.own, state.channels[peer])
         state.shares[peer] = open_shares(key, peer, state.own, Parcel.read(data), told)
 
 

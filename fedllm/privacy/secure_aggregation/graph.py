@@ -7,15 +7,25 @@ clients compute themselves, so that the server cannot choose a client's neighbou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fedllm.privacy.secure_aggregation.primitives import digest
 
 
-def neighbours(members: Sequence[int], degree: int, seed: bytes) -> dict[int, list[int]]:
-    """Client -> its neighbours, both by their places in the cohort and in ascending order."""
+def neighbours(
+    members: Sequence[int], degree: int, seed: bytes, owners: Collection[int] | None = None
+) -> dict[int, list[int]]:
+    """Client -> its neighbours, both by their places in the cohort and in ascending order.
+
+    owners: whose are wanted; default: everybody's.
+    """
+    owners = members if owners is None else owners
     if degree >= len(members) - 1:
-        return {own: [other for other in members if other != own] for own in members}
+        return {own: [other for other in members if other != own] for own in owners}
     circle = sorted(members, key=lambda member: digest("circle", seed, member.to_bytes(2, "big")))
     steps = [step for step in range(-(degree // 2), degree // 2 + 1) if step]
-    return {own: sorted(circle[(place + step) % len(circle)] for step in steps) for place, own in enumerate(circle)}
+    return {
+        own: sorted(circle[(place + step) % len(circle)] for step in steps)
+        for place, own in enumerate(circle)
+        if own in owners
+    }

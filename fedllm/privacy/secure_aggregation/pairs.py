@@ -21,9 +21,13 @@ def key_info(purpose: str, manifest: Manifest, bundle: bytes, first: int, second
 
 def mask_of_pair(manifest: Manifest, bundle: bytes, own: tuple[int, bytes], peer: tuple[int, bytes]) -> bytes:
     """The key of the mask that two clients share: (own place, own secret) and (peer's place, peer's public key)."""
-    low, high = sorted((own[0], peer[0]))
-    info = key_info("pairwise mask", manifest, bundle, low, high)
-    return derive(exchange(own[1], peer[1]), info, MASK_KEY[manifest.cipher])
+    return mask_key(manifest, bundle, own[0], peer[0], exchange(own[1], peer[1]))
+
+
+def mask_key(manifest: Manifest, bundle: bytes, first: int, second: int, shared: bytes) -> bytes:
+    """The key of the mask that two clients share, from their shared secret."""
+    low, high = sorted((first, second))
+    return derive(shared, key_info("pairwise mask", manifest, bundle, low, high), MASK_KEY[manifest.cipher])
 
 
 def mask_of_seed(manifest: Manifest, bundle: bytes, own: int, seed: bytes) -> bytes:

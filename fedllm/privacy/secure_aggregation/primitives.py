@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -72,17 +72,23 @@ def exchange_public(secret: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
 
 
-@_needs_cryptography
 def exchange(secret: bytes, public: bytes) -> bytes:
-    """The X25519 shared secret.
+    """The X25519 shared secret of a secret key and a public key."""
+    return exchanges(secret, {0: public})[0]
+
+
+@_needs_cryptography
+def exchanges(secret: bytes, publics: Mapping[int, bytes]) -> dict[int, bytes]:
+    """The X25519 shared secrets of a secret key and several public keys.
 
     Raises:
-        MessageError: the public key is a point of small order, with which every secret would be the same.
+        MessageError: a public key is a point of small order, with which every secret would be the same.
     """
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
     try:
-        return X25519PrivateKey.from_private_bytes(secret).exchange(X25519PublicKey.from_public_bytes(public))
+        own = X25519PrivateKey.from_private_bytes(secret)
+        return {peer: own.exchange(X25519PublicKey.from_public_bytes(public)) for peer, public in publics.items()}
     except ValueError as error:
         raise MessageError("a public key is a point of small order; leave its owner out of the round") from error
 

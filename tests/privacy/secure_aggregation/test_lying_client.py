@@ -200,13 +200,13 @@ def test_a_message_in_anothers_name_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_vector_that_is_not_masked_as_agreed_leaves_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Client 2 makes masks with its peers that they do not make with it."""
-    honest = client.mask_of_pair
+    honest = client.mask_key
 
     def other(*given: Any) -> bytes:
         return random_bytes(len(honest(*given)))
 
     def once(stage: str, name: str, message: bytes) -> bytes:  # after client 1 it is the turn of client 2
-        monkeypatch.setattr(client, "mask_of_pair", other if (stage, name) == ("mask", "client1") else honest)
+        monkeypatch.setattr(client, "mask_key", other if (stage, name) == ("mask", "client1") else honest)
         return message
 
     with pytest.raises(VectorError, match="still has masks in it"):
