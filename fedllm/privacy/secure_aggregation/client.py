@@ -56,9 +56,9 @@ class Stage(IntEnum):
 class ClientState:
     """What a client remembers within a round. The secrets are erased when it is done.
 
-    own: its place in the cohort. keys: what each client advertised. peers: its neighbours. channels: the
-    secret that it shares with each of them. shares: of each neighbour
-    that shared, its share of the mask secret and of the seed; None where the parcel could not be opened.
+    own: its place in the cohort. keys: what each client advertised. peers: its neighbours. channels: the secret that it
+    shares with each of them. shares: of each neighbour that shared, its share of the mask secret and of the seed; None
+    where the parcel could not be opened.
     """
 
     manifest: Manifest
