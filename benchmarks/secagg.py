@@ -42,6 +42,7 @@ from fedllm.privacy.secure_aggregation.rings import RINGS, Vector, dtype_of, lar
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 NEIGHBOURS, REPEATS = 32, 5
+PIECE = 1 << 14  # entries that are rounded at a time
 Figures = dict[str, Any]
 
 
@@ -74,19 +75,19 @@ def best(act: Callable[[], object], repeats: int) -> float:
 
 def quantise(values: np.ndarray, scale: float, bits: int) -> Vector:
     """Round at random, without bias, by bits of AES: floor(scale x + u), u uniform on a grid of 2^-16."""
-    ring = dtype_of(bits)
-    found = np.empty(len(values), ring)
+    found = np.empty(len(values), dtype_of(bits))
+    numbers = found.view("<i2" if bits == 16 else "<i4")  # the same memory
     stream = keystream(AES, secrets.token_bytes(16))
-    size = BLOCK // 4
-    drawn, work = np.empty(2 * size + 16, np.uint8), np.empty(size, np.float32)
-    for start in range(0, len(values), size):
-        block = values[start : start + size]
-        stream.update_into(memoryview(ZEROS)[: 2 * len(block)], drawn.data)
-        part = work[: len(block)]
-        np.multiply(drawn[: 2 * len(block)].view("<u2"), np.float32(2**-16), out=part)
-        part += block * np.float32(scale)
-        np.floor(part, out=part)
-        found[start : start + size] = part.astype(np.int32).astype(ring)
+    drawn, work, offsets = np.empty(2 * PIECE + 16, np.uint8), np.empty(PIECE, np.float32), np.empty(PIECE, np.float32)
+    for start in range(0, len(values), PIECE):
+        block = values[start : start + PIECE]
+        size = len(block)
+        stream.update_into(memoryview(ZEROS)[: 2 * size], drawn.data)
+        np.multiply(drawn[: 2 * size].view("<u2"), np.float32(2**-16), out=offsets[:size])
+        np.multiply(block, np.float32(scale), out=work[:size])
+        work[:size] += offsets[:size]
+        np.floor(work[:size], out=work[:size])
+        numbers[start : start + size] = work[:size]
     return found
 
 
