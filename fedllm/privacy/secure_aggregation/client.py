@@ -96,7 +96,7 @@ def _after(stage: Stage) -> Callable[[Step[Given, Made]], Step[Given, Made]]:
         def call(state: ClientState, /, *args: Given.args, **kwargs: Given.kwargs) -> Made:
             if state.stage != stage:
                 raise StageError(
-                    f"client {state.identity.name!r} was asked to {step.__name__} after {state.stage.name}; "
+                    f"client {state.identity.name!r} was asked for {Stage(stage + 1).name} after {state.stage.name}; "
                     f"that comes once, after {stage.name}"
                 )
             try:

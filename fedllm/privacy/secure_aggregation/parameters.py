@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil, comb, floor
 
-from fedllm.privacy.secure_aggregation.faults import TooFewError
+from fedllm.privacy.secure_aggregation.faults import ManifestError, TooFewError
 
 COMPLETE = 64  # clients up to which every pair is joined
 PRIVACY, SUCCESS = 2.0**-40, 2.0**-20
@@ -37,8 +37,14 @@ def choose(clients: int, corrupt: float = 0.1, dropout: float = 0.1) -> Degree:
         the clients' policies do.
 
     Raises:
+        ManifestError: fewer than two clients, or a fraction that is none.
         TooFewError: no graph of that many clients stands so much corruption and dropout.
     """
+    if clients < 2 or not (0 <= corrupt < 1 and 0 <= dropout < 1):
+        raise ManifestError(
+            f"{clients} clients, {corrupt} of them corrupt and {dropout} absent, cannot be right; ask for 2 clients "
+            "or more, and fractions from 0 on and below 1"
+        )
     partial = range(2, clients - 1, 2) if clients > COMPLETE else ()
     for degree in (*partial, clients - 1):
         threshold = least_threshold(clients, degree, corrupt)

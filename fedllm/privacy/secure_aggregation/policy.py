@@ -23,7 +23,10 @@ class Policy:
         min_survivors: clients that a sum must be of.
         corrupt: the fraction of clients that may work with the server, from 0 on and below 1.
         ciphers: masks that it can make.
-        spent: where it remembers in which rounds it has masked.
+        spent: where it remembers in which rounds it has masked; by default in memory, which ends with the process.
+
+    Raises:
+        ManifestError: a condition that protects nothing, or none that can be met.
     """
 
     peers: Mapping[str, bytes]
@@ -32,6 +35,25 @@ class Policy:
     corrupt: float = 0.1
     ciphers: frozenset[str] = frozenset(CIPHERS)
     spent: Marker = field(default_factory=SpentInMemory)
+
+    def __post_init__(self) -> None:
+        for holds, sentence in (
+            (
+                self.min_cohort >= 2,
+                f"min_cohort is {self.min_cohort}; one client alone has no sum to hide in, so ask for 2 or more",
+            ),
+            (
+                self.min_survivors >= 2,
+                f"min_survivors is {self.min_survivors}; a sum of one client is its vector, so ask for 2 or more",
+            ),
+            (0 <= self.corrupt < 1, f"corrupt is {self.corrupt}; it is a fraction from 0 on and below 1"),
+            (
+                bool(self.ciphers) and self.ciphers <= set(CIPHERS),
+                f"ciphers are {sorted(self.ciphers)}; there are {' and '.join(CIPHERS)}",
+            ),
+        ):
+            if not holds:
+                raise ManifestError(f"a client's policy cannot be right: {sentence}")
 
 
 @dataclass(frozen=True)

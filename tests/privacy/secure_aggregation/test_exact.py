@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from fedllm.privacy.secure_aggregation import client
+from fedllm.privacy.secure_aggregation import client, server
 from fedllm.privacy.secure_aggregation.faults import TooFewError
 from fedllm.privacy.secure_aggregation.primitives import AES, CHACHA
 from fedllm.privacy.secure_aggregation.rings import from_wire, wire_bytes
@@ -86,6 +86,16 @@ def test_masked_vectors_are_uniform_over_the_ring(bits: int) -> None:
         counts = np.bincount(part, minlength=256)
         statistic = ((counts - length / 256) ** 2 / (length / 256)).sum()
         assert chi2.ppf(1e-6, 255) < statistic < chi2.ppf(1 - 1e-6, 255)
+
+
+@pytest.mark.parametrize(("bits", "shared"), [(16, True), (20, False), (32, True)])
+def test_a_message_in_pieces_holds_the_vector_itself(bits: int, shared: bool) -> None:
+    group = cohort(3, 1001, bits)
+    state, to_clients = until(group, "mask")
+    vector = encode(group, "client0")
+    pieces = client.mask_in_pieces(group.states["client0"], to_clients["client0"], vector)
+    assert np.shares_memory(np.frombuffer(pieces[1], np.uint8), vector) == shared
+    server.add_masked(state, b"".join(pieces))
 
 
 def test_two_rounds_never_have_the_same_mask() -> None:

@@ -75,6 +75,14 @@ def test_a_manifest_that_breaks_the_policy_is_refused(attack: str) -> None:
     advertise(group, replace(group.manifest, **changes))
 
 
+@pytest.mark.parametrize(
+    "setting", [{"min_cohort": 1}, {"min_survivors": 1}, {"corrupt": 1.0}, {"ciphers": frozenset({"rot13"})}], ids=str
+)
+def test_a_policy_that_protects_nothing_cannot_be_made(setting: dict[str, Any]) -> None:
+    with pytest.raises(ManifestError, match=f"policy cannot be right: {next(iter(setting))}"):
+        policy.Policy({}, **setting)
+
+
 def test_a_shrunk_cohort_is_refused() -> None:
     group = cohort(3)
     group.policies["client0"] = replace(group.policies["client0"], min_cohort=4)
@@ -307,7 +315,7 @@ def both_secrets(group: Cohort, again: Callable[[ClientState], None]) -> list[in
 
 
 def test_both_kinds_of_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StageError, match="was asked to agree after DONE"):
+    with pytest.raises(StageError, match="was asked for AGREED after DONE"):
         both_secrets(cohort(6, threshold=4), lambda state: None)
 
     def reopen(state: ClientState) -> None:
@@ -396,7 +404,7 @@ def test_a_second_vector_of_a_round_is_refused() -> None:
     group = cohort(4, threshold=2)
     _, inboxes = until(group, "mask")
     answer(group, "mask", "client0", inboxes["client0"])
-    with pytest.raises(StageError, match="was asked to mask_in_pieces after MASKED"):
+    with pytest.raises(StageError, match="was asked for MASKED after MASKED"):
         answer(group, "mask", "client0", inboxes["client0"])
     with pytest.raises(RoundSpentError):
         advertise(group)

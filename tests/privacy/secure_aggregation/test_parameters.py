@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedllm.privacy.secure_aggregation.faults import TooFewError, VectorError
+from fedllm.privacy.secure_aggregation.faults import ManifestError, TooFewError, VectorError
 from fedllm.privacy.secure_aggregation.graph import neighbours
 from fedllm.privacy.secure_aggregation.parameters import choose
 from fedllm.privacy.secure_aggregation.rings import (
@@ -61,6 +61,9 @@ def test_too_much_corruption_is_refused() -> None:
         choose(10, corrupt=0.5, dropout=0.4)
     with pytest.raises(TooFewError, match="2 clients"):
         choose(2)
+    for wrong in ((1, 0.1, 0.1), (10, 1.0, 0.0), (10, 0.1, -0.1), (10, float("nan"), 0.0)):
+        with pytest.raises(ManifestError, match="cannot be right; ask for 2 clients"):
+            choose(*wrong)
 
 
 def test_the_graph_is_regular_symmetric_and_moves_with_its_seed() -> None:
