@@ -7,6 +7,7 @@
     |-- ModelError         a base model that cannot be had, read or used
     |-- WireError          bytes that do not hold what they claim
     |-- ClientError        one client failed (client, round, step)
+    |-- RoundVoid          a sum that cannot be had; its round counts as an empty one
     |-- RunError           a run folder, a checkpoint, a resume, a limit that was reached
     |-- PrivacyError       a privacy guarantee that cannot be given, or not be computed
     |-- SecureSumError     a party that refuses to go on with a secure sum
@@ -85,6 +86,10 @@ class WireError(FedllmError):
 
 class ClientError(FedllmError):
     """One client could not do its work; the round goes on without it."""
+
+
+class RoundVoid(FedllmError):
+    """A sum that cannot be had, and why; the round counts as an empty one."""
 
 
 class RunError(FedllmError):

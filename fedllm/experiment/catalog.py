@@ -54,6 +54,7 @@ from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
@@ -96,6 +97,7 @@ STAGES: Table = {
     "gaussian_dp": GaussianDp,
     "dp_ftrl": DpFtrl,
     "local_gaussian": LocalGaussian,
+    "fixed_point": FixedPoint,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,

@@ -105,7 +105,7 @@ def run_round(
         noise.asks(cohort, run.params)
     total = experiment.aggregator.reduce(watch, requests)
     note = ""
-    if len(watch.answered) < experiment.limits.quorum or "delta" not in total.parts:
+    if len(watch.answered) < experiment.limits.quorum or not total.parts:
         note = "nobody was drawn" if not cohort else f"{len(watch.answered)} of {len(cohort)} answered: an empty round"
         total = empty_total(experiment, run, everyone)
     expected = experiment.federation.expected_cohort(len(clients))
