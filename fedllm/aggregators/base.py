@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm.messages.call import Call
 from fedllm.messages.context import RoundContext
 from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Request, Update
+from fedllm.aggregators.keyring import Keyring
 
 
 @dataclass
 class ClientSession:
-    """What a client remembers within one round, on its own side; dropped when the round ends."""
+    """What a client remembers within one round, on its own side; dropped when the round ends.
+
+    keyring: the identities of the client's site. sent: hash of the parameters that the client was sent.
+    """
 
     ctx: RoundContext
     notes: dict[str, Any] = field(default_factory=dict)
+    keyring: Keyring = field(default_factory=Keyring)
+    sent: bytes = b""
 
 
 Handler = Callable[[Request, ClientSession], Update]
@@ -29,7 +35,10 @@ Handler = Callable[[Request, ClientSession], Update]
 
 @dataclass(frozen=True)
 class Aggregator:
-    """A frozen dataclass of settings."""
+    """A frozen dataclass of settings. `upload`: the call by which a client's update reaches the sum, where this is not
+    the one that `reduce` is asked for."""
+
+    upload: ClassVar[str | None] = None
 
     @property
     def traits(self) -> Traits:
@@ -46,5 +55,9 @@ class Aggregator:
         return update
 
     def reduce(self, call: Call, requests: Mapping[str, Request], name: str = "work") -> Update:
-        """Talk to the clients and return the total. Nobody answered: an update without parts."""
+        """Talk to the clients and return the total. Nobody answered: an update without parts.
+
+        Raises:
+            RoundVoid: the sum cannot be had; the round counts as an empty one.
+        """
         raise NotImplementedError

@@ -25,9 +25,10 @@ from fedllm.errors import ClientError, FedllmError, RunError, nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import ClientContext, RoundContext
-from fedllm.messages.update import Failure, Part, Request, Update
+from fedllm.messages.update import Failure, Part, Request, Update, sent_hash
 from fedllm.models.batch import Example, spared
 from fedllm.models.loaded_model import LoadedModel, load
+from fedllm.aggregators.keyring import FOLDER, Keyring
 from fedllm.privacy.noise import new_key
 from fedllm.stages.round_trip import Received, adjust_grads, changes_gradients, encode_all, receive_all
 from fedllm.tensors import tree
@@ -49,6 +50,7 @@ class Prepared:
     memories: tuple[Tree, ...]
     local: ClientContext
     model: LoadedModel
+    sent: bytes = b""  # hash of the request, where the aggregator asks for more than the work
 
 
 @dataclass(eq=False)
@@ -62,6 +64,7 @@ class Site:
     base_deltas: BaseDeltaStore = field(default_factory=lambda: BaseDeltaStore(None))
     sessions: dict[str, ClientSession] = field(default_factory=dict)
     noise_key: bytes | None = None  # of clients that add noise; it never leaves the site
+    keyring: Keyring = field(default_factory=Keyring)  # secrets of the clients, for aggregators that hide updates
 
     def __post_init__(self) -> None:
         self.train: Callable[[Sequence[ClientJob], LoadedModel], Sequence[Outcome]] = self._train
@@ -83,7 +86,9 @@ class Site:
         keep = experiment.limits.keep_last * experiment.limits.checkpoint_every
         data, store = experiment.federation.load(experiment.key), ClientStore(folder, keep)
         shifts, key = BaseDeltaStore(folder, keep), noise_key(experiment, folder)
-        return Site(experiment, model or load(experiment.task), data, store, shifts, noise_key=key)
+        keyring = Keyring(None if folder is None else folder.parent / FOLDER)
+        keyring.check()
+        return Site(experiment, model or load(experiment.task), data, store, shifts, noise_key=key, keyring=keyring)
 
     def answer(self, name: str, request: Request) -> Update | Failure:
         """One call to one client."""
@@ -153,7 +158,8 @@ class Site:
             frozen=tree.to(held, device),
             noise=noise,
         )
-        return Prepared(client, job, arrival, memories, local, model)
+        sent = sent_hash(request) if self.talks else b""
+        return Prepared(client, job, arrival, memories, local, model, sent)
 
     def _split(self, params: Tree, round: int) -> tuple[Tree, Tree]:
         """The tensors that train in a round, and the others."""
@@ -196,7 +202,7 @@ class Site:
         update = Update({name: replace(part, tree=tree.to(part.tree, "cpu")) for name, part in made.parts.items()})
         local = replace(prepared.local, facts={**facts, "examples": float(len(prepared.job.examples))})
         update, memories = encode_all(self.stages, update, prepared.arrival, prepared.memories, local)
-        sealed = self.experiment.aggregator.seal(update, self.session(ctx))
+        sealed = self.experiment.aggregator.seal(update, self.session(ctx, prepared.sent))
         self.store.save(prepared.client, ctx.round + 1, memories)
         return sealed
 
@@ -209,18 +215,20 @@ class Site:
         update = Update({"metrics": Part(sums, 0.0)})
         local = replace(prepared.local, facts={"examples": 1.0, "steps": 0.0, "lr_sum": 0.0, "tokens": 0.0})
         update, _ = encode_all(self.stages, update, prepared.arrival, prepared.memories, local)
-        return self.experiment.aggregator.seal(update, self.session(request.ctx))
+        return self.experiment.aggregator.seal(update, self.session(request.ctx, prepared.sent))
 
-    def session(self, ctx: RoundContext) -> ClientSession:
+    def session(self, ctx: RoundContext, sent: bytes = b"") -> ClientSession:
         """The client's session of this round; those of an earlier one are dropped. Where an aggregator asks only once
-        none is kept: an evaluation asks all clients there are."""
+        none is kept: an evaluation asks all clients there are. `sent`: hash of what the client was sent."""
         if not self.talks:
             return ClientSession(ctx)
         with self.lock:
             held = next(iter(self.sessions.values()), None)
             if held is not None and (held.ctx.round, held.ctx.key) != (ctx.round, ctx.key):
                 self.sessions.clear()
-            return self.sessions.setdefault(str(ctx.client), ClientSession(ctx))
+            found = self.sessions.setdefault(str(ctx.client), ClientSession(ctx, keyring=self.keyring))
+            found.sent = sent or found.sent
+            return found
 
     def _examples(self, client: str) -> tuple[Example, ...]:
         max_length = self.experiment.work.max_length

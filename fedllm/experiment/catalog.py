@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedllm.aggregators.base import Aggregator
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.aggregators.sum import Sum
 from fedllm.data.federation import Federation
 from fedllm.data.partitioners.base import Partitioner
@@ -101,7 +102,7 @@ STAGES: Table = {
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
-    Aggregator: {"sum": Sum},
+    Aggregator: {"sum": Sum, "secure_sum": SecureSum},
     Work: {"sgd": Sgd, "dp_sgd": DpSgd},
     Federation: {"shards": Shards},
     Partitioner: {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedllm.messages.context import RoundContext
+from fedllm.tensors import tree
 from fedllm.tensors.base_delta import BaseDelta
 from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
@@ -32,6 +34,14 @@ class Request:
     ctx: RoundContext
     base_delta: BaseDelta = BaseDelta()
     asks: Callable[[str], Asked | None] = field(default=not_known, compare=False, repr=False)
+
+
+def sent_hash(request: Request) -> bytes:
+    """SHA-256 of the parameters and the extras that a request sends, and of the version of the frozen weights."""
+    found = hashlib.sha256(str(request.base_delta.version).encode())
+    for leaves in (request.params, *request.extras):
+        found.update(tree.digest(leaves).encode())
+    return found.digest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from functools import lru_cache
 
 import torch
 
-from fedllm.aggregators.base import Aggregator
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Asked, Part, Request, Update
@@ -55,10 +54,9 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
             None: the client trains.
 
     Returns:
-        None where it is not known: the aggregator seals updates, or a stage or the work takes no zeros.
+        None where it is not known: a stage or the work takes no zeros. An aggregator that seals updates makes others
+        of them.
     """
-    if type(experiment.aggregator).seal is not Aggregator.seal:
-        return None
     question = Question(
         stages=experiment.pipeline,
         work=experiment.work,

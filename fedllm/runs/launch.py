@@ -17,6 +17,7 @@ from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.events import DataReported, Emit, EngineChosen, Warned
 from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.checks.privacy import check_privacy, check_secret_draws
+from fedllm.experiment.checks.secrecy import check_weights
 from fedllm.experiment.privacy import PrivacyPlan
 from fedllm.experiment.record import Experiment
 from fedllm.models.loaded_model import LoadedModel, load
@@ -208,7 +209,9 @@ def _loaded(experiment: Experiment) -> tuple[PrivacyPlan | None, LoadedModel, Po
     population = experiment.federation.load(experiment.key)
     profiles = {client: experiment.federation.profile(client) for client in population.clients}
     check_profiles(experiment, profiles)
-    private = check_privacy(experiment, {client: len(own) for client, own in population.train.items()})
+    sizes = {client: len(own) for client, own in population.train.items()}
+    check_weights(experiment, sizes)
+    private = check_privacy(experiment, sizes)
     Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     model = load(experiment.task)
     dry_run(experiment, model, profiles)

@@ -11,6 +11,7 @@ from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.experiment.checks.advice import advice
 from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.checks.privacy import check_privacy
+from fedllm.experiment.checks.secrecy import check_weights
 from fedllm.experiment.config_file import dump, experiment_hash
 from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import write_line
@@ -36,6 +37,7 @@ def preview(experiment: Experiment, path: Path) -> list[tuple[str, str]]:
     population = experiment.federation.load(experiment.key)
     check_profiles(experiment, {client: experiment.federation.profile(client) for client in population.clients})
     sizes = {client: len(records) for client, records in population.train.items()}
+    check_weights(experiment, sizes)
     private = check_privacy(experiment, sizes)
     Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     data = population.report

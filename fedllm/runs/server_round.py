@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fedllm.errors import RunError
+from fedllm.aggregators.base import Aggregator
+from fedllm.errors import RoundVoid, RunError
 from fedllm.events import ClientFailed, ClientFinished, Emit, RoundStarted
 from fedllm.experiment.record import Experiment
 from fedllm.messages.call import Call, Replies
@@ -38,6 +39,7 @@ class ObservedCall:
     round: int
     shown: bool  # False where the server must learn nothing but sums
     observe: UpdateObserver | None = None  # is shown each update; keeps copies of what it needs
+    upload: str | None = None  # the call by which updates reach the sum, if it is another than the one asked for
     answered: list[str] = field(default_factory=list)
     scores: dict[str, Figures] = field(default_factory=dict)
 
@@ -51,11 +53,12 @@ class ObservedCall:
                 self._note(name, client, reply, perf_counter() - started)
                 if name == "work" and self.shown and self.observe is not None:
                     self.observe(requests[client], reply)
+            if isinstance(reply, Update) and name in ((self.upload,) if self.upload else ("work", "evaluate")):
+                self.answered.append(client)
             yield client, reply
             started = perf_counter()
 
     def _note(self, name: str, client: str, reply: Update, seconds: float) -> None:
-        self.answered.append(client)
         figures = _mean(reply, "metrics") if self.shown else {}
         counts = _mean(reply, "counts") if self.shown else {}
         if name == "evaluate":
@@ -99,18 +102,20 @@ def run_round(
     cohort = experiment.federation.sample(clients, run.round, run.key)
     emit(RoundStarted(run.round, tuple(cohort)))
     everyone = RoundContext(run.round, run.key, len(cohort), len(clients), experiment.rounds)
-    watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy, observe)
+    aggregator = experiment.aggregator
+    watch = ObservedCall(call, emit, run.round, not experiment.demands.secrecy, observe, aggregator.upload)
     requests = requests_for(experiment, run, cohort, everyone)
     if noise is not None:
         noise.asks(cohort, run.params)
-    total = experiment.aggregator.reduce(watch, requests)
-    note = ""
-    if len(watch.answered) < experiment.limits.quorum or not total.parts:
-        note = "nobody was drawn" if not cohort else f"{len(watch.answered)} of {len(cohort)} answered: an empty round"
-        total = empty_total(experiment, run, everyone)
+    total, note = _added_up(experiment, watch, requests)
     expected = experiment.federation.expected_cohort(len(clients))
     known = ServerContext(**vars(everyone), expected=expected, noise=noise)
-    total, states = decode_all(stages, total, run.params, run.states, known)
+    try:
+        total = empty_total(experiment, run, everyone) if note else total
+        total, states = decode_all(stages, total, run.params, run.states, known)
+    except RoundVoid as error:
+        note = f"{error}: an empty round"
+        total, states = decode_all(stages, empty_total(experiment, run, everyone), run.params, run.states, known)
     params = tree.add(run.params, total.parts["delta"].tree)
     after = replace(run, params=params, states=states, round=run.round + 1, pending=(), **_moved(run, total, watch))
     loss, counts = _tree(total, "metrics").get("loss"), _tree(total, "counts")
@@ -124,6 +129,18 @@ def run_round(
         added=_tree(total, "base_delta"),
     )
     return after, result
+
+
+def _added_up(experiment: Experiment, watch: ObservedCall, requests: Mapping[str, Request]) -> tuple[Update, str]:
+    """The total of the cohort, or why the round is empty."""
+    try:
+        total = experiment.aggregator.reduce(watch, requests)
+    except RoundVoid as error:
+        return Update({}), f"{error}: an empty round"
+    if len(watch.answered) >= experiment.limits.quorum and total.parts:
+        return total, ""
+    count = f"{len(watch.answered)} of {len(requests)} answered: an empty round"
+    return total, count if requests else "nobody was drawn"
 
 
 def _moved(run: ServerState, total: Update, watch: ObservedCall) -> dict[str, Any]:
@@ -161,7 +178,8 @@ class Requests(Mapping[str, Request]):
     def _asked(self, request: Request, call: str) -> Asked | None:
         """The same for all clients."""
         scores = self.scores if call == "evaluate" else None
-        if call != "work" and scores is None:
+        sealed = type(self.experiment.aggregator).seal is not Aggregator.seal
+        if sealed or (call != "work" and scores is None):
             return None
         if call not in self.known:
             self.known[call] = asked(self.experiment, request, self.run.params, scores)

@@ -5,6 +5,7 @@ weights     one stage weighs
 parts       made once, taken by somebody, taken only behind the stage that makes them; what is bounded holds every part
 adapter     a stage that works on one adapter has it
 optimisers  control terms go with the local rule that they are derived for
+integers    a stage that makes them goes with its neighbours and with the aggregator (`secrecy`)
 examples    a work that clips each example goes with what takes each by itself (`per_example`)
 facts       what one needs, no other loses: the table in `rules`
 clients     a quorum that there can be; ranks that are not above the adapter's; and the table again
@@ -20,6 +21,7 @@ from fedllm.experiment.checks.parties import Party, client, parties
 from fedllm.experiment.checks.per_example import check_per_example
 from fedllm.experiment.checks.privacy import check_promise
 from fedllm.experiment.checks.rules import conflicts
+from fedllm.experiment.checks.secrecy import check_cohorts, check_integers
 from fedllm.experiment.record import Experiment
 from fedllm.messages.context import Profile
 from fedllm.messages.traits import Bracket, Fact
@@ -44,6 +46,7 @@ def check(experiment: Experiment) -> None:
     for conflict in conflicts(everyone):
         raise CheckError(str(conflict))
     _optimizers(experiment, stages)
+    check_integers(experiment)
     check_promise(experiment)
 
 
@@ -62,6 +65,8 @@ def check_profiles(experiment: Experiment, profiles: Mapping[str, Profile]) -> N
             f"limits.quorum is {quorum}, but a round asks {most} of {len(profiles)} clients at most, so that every "
             f"round would be empty; set limits.quorum to {most} or less"
         )
+    if profiles:
+        check_cohorts(experiment, len(profiles))
     adapter = experiment.task.adapter
     for name, profile in profiles.items():
         if isinstance(adapter, Lora) and profile.rank is not None and profile.rank > adapter.rank:

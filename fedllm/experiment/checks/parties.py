@@ -19,6 +19,9 @@ from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.no_figures import NoFigures
 
 
+ONE_MODEL = "binds its masks to one model, the same for all clients"
+
+
 @dataclass(frozen=True, eq=False)
 class Party:
     """One of them.
@@ -45,7 +48,9 @@ def parties(experiment: Experiment) -> list[Party]:
         Party(f"work {config_name(work)}", work.traits),
         Party(f"schedule {config_name(schedule)}", schedule.traits),
         *_stages(experiment),
-        Party(f"aggregator {config_name(aggregator)}", aggregator.traits),
+        Party(
+            f"aggregator {config_name(aggregator)}", aggregator.traits, words=dict.fromkeys([Fact.ANY_RANK], ONE_MODEL)
+        ),
     ]
     if experiment.demands.secrecy:
         found.append(Party("demands.secrecy", Traits(needs=Fact.HIDDEN)))

@@ -18,7 +18,7 @@ Text = str | Callable[[Party, Party], str]  # of the needer and the loser; "{nee
 Where = Callable[[int, int, Party, Party], bool]  # places of needer and loser, and the two
 
 APART = "leave out one of the two"
-NO_SECRECY = "no aggregator that comes with fedllm hides them, so set demands.secrecy to false"
+NO_SECRECY = "use the aggregator secure_sum and put the stage fixed_point last, or set demands.secrecy to false"
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ ROWS: dict[Fact, Row] = {
     Fact.BOUNDED: Row(_behind, "needs a bound", "behind it does not say by how much it may grow it",
                       "put {loser} before {needer}", "bounds the norm of an update", "add a stage that does"),
     Fact.INTEGERS: Row(_behind, "adds integers", "behind it would make fractions of them",
-                       "put {loser} before {needer}", "yields integers", "put a stage that rounds last"),
+                       "put {loser} before {needer}", "yields integers", "put the stage fixed_point last"),
     Fact.FITTED: Row(_behind, "has a bandwidth", "behind it would change its size",
                      "put {loser} before {needer}, or leave it out", "fits the update to a bandwidth",
                      "use method haflq, add the stage lora_cap, or leave bandwidth out"),

@@ -1,0 +1,98 @@
+"""What a sum of integers, and a secure sum of them, does not go with: refused before a model loads, with the remedy.
+
+That a demand for secrecy needs such an aggregator, and it integers, is in the table of rules. Here is what needs the
+settings of both, the number of clients, or their sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedllm.aggregators.secure_sum import SecureSum
+from fedllm.errors import CheckError, ConfigError, SecureSumError, config_name
+from fedllm.experiment.record import Experiment
+from fedllm.privacy.secure_aggregation.parameters import choose
+from fedllm.stages.base import Stage
+from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.privacy.fixed_point import FixedPoint
+from fedllm.stages.privacy.local_gaussian import LocalGaussian
+from fedllm.stages.weighting.by_examples import ByExamples
+
+BESIDE: Mapping[type[Stage], str] = {
+    Quantize: "rounds to a grid of its own, which the ring of fixed_point replaces: it would add noise and save no "
+    "byte; leave out quantize, and choose fixed_point.ring for the bytes",
+    LocalGaussian: "adds noise beyond the bound that the range of fixed_point is made for; use gaussian_dp, whose "
+    "server adds the noise to the sum",
+}
+
+
+def check_integers(experiment: Experiment) -> None:
+    """Refuse what no number of clients could mend.
+
+    Raises:
+        CheckError: the first rule that is broken.
+    """
+    stage, aggregator = fixed_point_of(experiment), experiment.aggregator
+    if stage is None:
+        return
+    for other in experiment.stages:
+        if type(other) in BESIDE:
+            raise CheckError(f"stages: {config_name(other)} before fixed_point {BESIDE[type(other)]}")
+    if isinstance(aggregator, SecureSum) and aggregator.ring != stage.ring:
+        raise CheckError(
+            f"fixed_point has ring {stage.ring}, but aggregator secure_sum has ring {aggregator.ring}; set both to the "
+            "same"
+        )
+
+
+def check_cohorts(experiment: Experiment, clients: int) -> None:
+    """Refuse cohorts that the ring has no room for, or that no secure sum can be made of.
+
+    Args:
+        clients: how many there are.
+
+    Raises:
+        CheckError: the first rule that is broken.
+    """
+    stage, aggregator = fixed_point_of(experiment), experiment.aggregator
+    most = experiment.federation.largest_cohort(clients)
+    try:
+        if stage is not None and clients:
+            stage.levels(most)
+            stage.digit_bits(clients)  # an evaluation asks all of them
+        if isinstance(aggregator, SecureSum):
+            if most < aggregator.min_survivors:
+                raise ConfigError(
+                    f"aggregator secure_sum shows no sum of fewer than {aggregator.min_survivors} clients, but a round "
+                    f"asks {most} at most; draw larger cohorts, or lower min_survivors (with two, each knows the other)"
+                )
+            choose(most, aggregator.corrupt, aggregator.dropout)
+    except SecureSumError as error:
+        raise CheckError(f"aggregator secure_sum: {error}") from error
+    except ConfigError as error:
+        raise CheckError(str(error)) from error
+
+
+def check_weights(experiment: Experiment, sizes: Mapping[str, int]) -> None:
+    """Refuse a client whose weight is above the cap.
+
+    Args:
+        sizes: examples by client.
+
+    Raises:
+        CheckError: names the client and the cap that it needs.
+    """
+    stage = fixed_point_of(experiment)
+    if stage is None or not any(isinstance(other, ByExamples) for other in experiment.stages) or not sizes:
+        return
+    client = max(sizes, key=lambda name: sizes[name])
+    if sizes[client] > stage.max_weight:
+        raise CheckError(
+            f"client {client} has {sizes[client]} examples, above fixed_point.max_weight {stage.max_weight:g}; set "
+            f"max_weight to {sizes[client]} or more, or weigh with uniform"
+        )
+
+
+def fixed_point_of(experiment: Experiment) -> FixedPoint | None:
+    """The stage that makes integers."""
+    return next((stage for stage in experiment.stages if isinstance(stage, FixedPoint)), None)
