@@ -15,6 +15,7 @@ from fedllm.aggregators.base import Aggregator
 from fedllm.engines.registry import engine_of
 from fedllm.errors import ELSEWHERE, ConfigError, nearest
 from fedllm.experiment.catalog import NOUNS
+from fedllm.experiment.checks.rules import NO_SECRECY
 from fedllm.experiment.methods import METHODS
 from fedllm.experiment.overrides import overridden
 from fedllm.experiment.record import Experiment
@@ -100,9 +101,10 @@ def test_an_unknown_engine_lists_auto_as_well() -> None:
     assert engine_of("auto") is None
 
 
-def test_what_demands_secrecy_is_told_that_nothing_hides_updates() -> None:
-    """The sentence is in `rules.NO_SECRECY`; it is to be changed by whoever adds an aggregator that hides them."""
-    assert all(Fact.HIDDEN in cls().traits.loses for cls in NOUNS[Aggregator].values())
+def test_what_demands_secrecy_is_told_what_hides_updates() -> None:
+    """`rules.NO_SECRECY` names the aggregators that do."""
+    hiding = {name for name, cls in NOUNS[Aggregator].items() if Fact.HIDDEN not in cls().traits.loses}
+    assert hiding == {"secure_sum"} and all(f"aggregator {name}" in NO_SECRECY for name in hiding)
 
 
 def test_the_nearest_of_equal_spellings_is_the_one_that_means_the_same() -> None:

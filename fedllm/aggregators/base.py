@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from fedllm.aggregators.keyring import Keyring
 from fedllm.messages.call import Call
 from fedllm.messages.context import RoundContext
 from fedllm.messages.traits import Fact, Traits
 from fedllm.messages.update import Request, Update
-from fedllm.aggregators.keyring import Keyring
 
 
 @dataclass

@@ -16,6 +16,7 @@ from threading import Lock
 from typing import TypeVar
 
 from fedllm.aggregators.base import ClientSession
+from fedllm.aggregators.keyring import FOLDER, Keyring
 from fedllm.data.federation import Population
 from fedllm.engines.base_model_versions import BaseDeltaStore, BaseModelVersions
 from fedllm.engines.client_noise import FILE, RoundStreams, key_file, seeded_key
@@ -28,7 +29,6 @@ from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update, sent_hash
 from fedllm.models.batch import Example, spared
 from fedllm.models.loaded_model import LoadedModel, load
-from fedllm.aggregators.keyring import FOLDER, Keyring
 from fedllm.privacy.noise import new_key
 from fedllm.stages.round_trip import Received, adjust_grads, changes_gradients, encode_all, receive_all
 from fedllm.tensors import tree

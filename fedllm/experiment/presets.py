@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fedllm.errors import ConfigError, nearest
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedllm.experiment.catalog import Table
     from fedllm.experiment.methods import Method
 
+SECURE = {"secure_sum": "fixed_point"}  # aggregators that a method that adds up goes with, and the stage they need
 PROPER = 0.82  # secure_fedavg and fedmedian are other methods, fedprx is a misspelt one
 Same = Callable[[str, Any, Any], bool]  # (key of an experiment, one value, another): do they mean the same
 
@@ -31,7 +32,7 @@ def expand(
     name, settings = _named(spec["method"])
     if name not in methods:
         raise ConfigError(f"unknown method '{name}'{nearest(name, methods, PROPER)}")
-    method = methods[name]
+    method = _under(methods[name], spec.get("aggregator"))
     sets = {"stages": _configured(name, method, settings, nouns[Stage]), "aggregator": method.aggregator}
     for key, value in sets.items():
         if key in spec and not same(key, spec[key], value):
@@ -45,6 +46,15 @@ def expand(
     if method.scope:
         expanded["task"] = _with_scope(name, method.scope, expanded.get("task", {}))
     return expanded, name
+
+
+def _under(method: Method, aggregator: Any) -> Method:
+    """A method that adds up, with the aggregator of the file and the stage that this one needs."""
+    kind = next(iter(aggregator), None) if isinstance(aggregator, Mapping) else aggregator
+    if kind not in SECURE or method.aggregator != "sum":
+        return method
+    extra = () if SECURE[kind] in map(_stage_name, method.stages) else (SECURE[kind],)
+    return replace(method, aggregator=aggregator, stages=(*method.stages, *extra))
 
 
 def _named(value: Any) -> tuple[str, Mapping[str, Any]]:

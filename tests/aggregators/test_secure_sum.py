@@ -1,4 +1,4 @@
-"""Secure sums in whole runs: the plain sum's bits, with clients lost at every call; nothing of a client reaches the server.
+"""Secure sums in whole runs: the plain sum's bits, with clients lost at every call; nothing of one is seen.
 
 The reference is the plain sum of the same integers. The protocol itself is tested in tests/privacy/secure_aggregation.
 """
@@ -33,6 +33,7 @@ from fedllm.messages import serialization
 from fedllm.messages.call import Call, Replies
 from fedllm.messages.context import Profile
 from fedllm.messages.update import Part, Request, Update
+from fedllm.models.loaded_model import load
 from fedllm.privacy.secure_aggregation.messages import FRONT, PLACE, SIGNATURE, Kind
 from fedllm.runs.launch import Interrupted, Result, run
 from fedllm.tensors import tree
@@ -264,7 +265,7 @@ class Dies(Engine):
 
 @pytest.mark.parametrize("call", ["work", "mask", "unmask"])
 def test_a_resumed_run_comes_to_the_same(call: str, tmp_path: Path) -> None:
-    """Killed in the second round, also behind the masks: its keys are gone, and the round is asked with a new number."""
+    """Killed in the second round, also behind the masks: the keys are gone, and the sum is asked with a new number."""
     made = secure(tmp_path, evaluation={"metrics": []}, rounds=3)
     with pytest.raises(Interrupted):
         run(made, engine=Dies(call, 1), out=tmp_path / "killed")
@@ -280,7 +281,7 @@ def test_a_key_that_others_can_read_ends_the_run(tmp_path: Path) -> None:
     (key,) = (tmp_path / "run").rglob("ben.key")
     assert key.stat().st_mode & 0o777 == 0o600
     os.chmod(key, 0o644)
-    with pytest.raises(RunError, match="ben.key is not its owner's alone .*chmod 600"):
+    with pytest.raises(RunError, match=r"ben\.key is not its owner's alone .*chmod 600"):
         run(made, engine="serial", out=tmp_path / "run", resume=True)
 
 
@@ -297,6 +298,7 @@ def test_what_is_refused_before_a_model_loads(tmp_path: Path) -> None:
     assert "no stage yields integers; put the stage fixed_point last" in refused(tmp_path, stages=["by_examples"])
     assert "ring 16, but aggregator secure_sum has ring 32" in refused(tmp_path, stages=stages(ring=16))
     assert "quantize before fixed_point" in refused(tmp_path, stages=["by_examples", {"quantize": 4}, point])
+    assert "stands twice" in refused(tmp_path, stages=["by_examples", point, point])
     behind = refused(tmp_path, stages=["by_examples", point, {"quantize": 4}])
     assert "quantize behind it would make fractions" in behind
     local = {"local_gaussian": {"clip": 1.0, "noise_multiplier": 1.0}}
@@ -310,7 +312,7 @@ def test_what_is_refused_before_a_model_loads(tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=r"has \d+ examples, above fixed_point.max_weight 1; set max_weight to \d+"):
         run(secure(tmp_path, stages=["by_examples", "fixed_point"]), engine="serial", out=tmp_path / "run")
     made = secure(tmp_path)
-    with pytest.raises(CheckError, match="has rank 1 .*secure_sum binds its masks to one model"):
+    with pytest.raises(CheckError, match=r"has rank 1 .*secure_sum binds its masks to one model"):
         check_profiles(made, {**{str(k): Profile() for k in range(4)}, "odd": Profile(rank=1)})
 
 
@@ -347,3 +349,46 @@ def test_a_layout_comes_back_and_what_is_none_is_refused() -> None:
     for text in texts:
         with pytest.raises(WireError, match="layout of a vector"):
             VectorLayout.read(text)
+
+
+UNIFORM = {"fixed_point": {"max_weight": 1}}
+PRIVATE = [{"uniform": {"denominator": "expected"}}, {"gaussian_dp": {"clip": 0.5, "noise_multiplier": 1.0}}, UNIFORM]
+TOGETHER: Mapping[str, Mapping[str, Any]] = {
+    "server optimiser": {"stages": ["adam", *stages()]},
+    "prox": {"stages": [{"prox": {"mu": 0.1}}, *stages()]},
+    "scaffold": {"stages": ["scaffold", "uniform", UNIFORM]},
+    "top_k": {"stages": [{"top_k": {"fraction": 0.3}}, *stages()]},
+    "rotation": {"stages": stages(rotate=True, bound=0.1)},
+    "products": {"stages": ["lora_product", *stages()]},
+    "pruning": {"stages": ["lora_prune", "uniform", {"fixed_point": {"max_weight": 1000}}]},
+    "gaussian_dp": {
+        "stages": PRIVATE,
+        "evaluation": {"metrics": []},
+        "demands": {"secrecy": True, "privacy": {"seeded_noise": True}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_what_goes_together_comes_to_the_plain_sum_and_near_the_run_without_integers(name: str, tmp_path: Path) -> None:
+    """Two rounds. The secure sum is the plain sum of the integers to the bit; without integers the run is within their
+    rounding, and on the grid of a private stage it is the same to the bit."""
+    changes = {"rounds": 2, "evaluation": {"metrics": []}, **TOGETHER[name]}
+    hidden = secure(tmp_path, **changes)
+    plain = config_file.build({**config_file.dump(hidden), "aggregator": "sum", "demands": shown(changes)})
+    without = replace(plain, stages=plain.stages[:-1])
+    made = {"hidden": hidden, "plain": plain, "without": without}
+    hidden_, plain_, without_ = (run(each, engine="serial", out=tmp_path / key).params for key, each in made.items())
+    assert tree.equal(hidden_, plain_)
+    start = first_params(hidden)
+    moved, off = tree.norm(tree.sub(without_, start)), tree.norm(tree.sub(plain_, without_))
+    assert moved > 0 and off <= (0.0 if name == "gaussian_dp" else 1e-3) * moved
+
+
+def shown(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The demands without secrecy."""
+    return {**changes.get("demands", {}), "secrecy": False}
+
+
+def first_params(made: Experiment) -> dict[str, torch.Tensor]:
+    return load(made.task).initial_params(made.key)

@@ -87,7 +87,8 @@ def evaluation_passes(case: Case, bench: Bench) -> None:
     sent, memories = encode_all(
         site.stages, Update({"metrics": Part(scores, 0.0)}), prepared.arrival, prepared.memories, local
     )
-    assert sent.parts.keys() == {"metrics"}, f"an evaluation sends {sorted(sent.parts)}"
+    plain = Fact.INTEGERS not in case.stage.traits.gives
+    assert not plain or sent.parts.keys() == {"metrics"}, f"an evaluation sends {sorted(sent.parts)}"
     assert all(map(tree.equal, memories, prepared.memories)), "an evaluation changes what a client remembers"
     run = bench.run(case.pipeline()).after[1]
     total, states = decode_all(site.stages, sent, run.params, run.states, RoundContext(1, Key(0), 2, 2))
@@ -139,6 +140,8 @@ def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
     """The parts beyond the work's own are those that it declares, and its own decode removes them."""
     site, prepared = bench.visit(case.pipeline())
     sent, _ = sent_by(site, prepared)
+    if Fact.INTEGERS in case.stage.traits.gives:  # all parts become integers together, and come back
+        sent = decode_all(site.stages[-1:], wire_copy(sent), {}, [{}], RoundContext(0, Key(0), 2, 2))[0]
     makes = {part for stage in site.stages for part in stage.traits.makes}
     assert sent.parts.keys() - site.experiment.work.traits.makes == makes, "it makes other parts than it declares"
     run = bench.run(case.pipeline()).after[1]
@@ -150,7 +153,10 @@ def takes_out_what_it_makes(case: Case, bench: Bench) -> None:
 def declares_its_shape(case: Case, bench: Bench) -> None:
     """A delta is shaped like the parameters, or the stage says that it is not."""
     site, prepared = bench.visit(case.pipeline())
-    delta = sent_by(site, prepared)[0].parts["delta"].tree
+    sent, _ = sent_by(site, prepared)
+    if Fact.INTEGERS in case.stage.traits.gives:  # all parts become integers together, and come back
+        sent = decode_all(site.stages[-1:], sent, {}, [{}], RoundContext(0, Key(0), 2, 2))[0]
+    delta = sent.parts["delta"].tree
     shapes = {name: leaf.shape for name, leaf in site.fresh.items()}
     shaped = bool(delta) and all(leaf.shape == shapes.get(name) for name, leaf in delta.items())
     assert shaped == case.keeps_space == (Fact.SHAPE not in case.stage.traits.loses), (
@@ -167,8 +173,9 @@ def rounds_without_bias(case: Case, bench: Bench) -> None:
     total = torch.zeros_like(values)
     for draw in range(DRAWS):
         update = Update({"delta": Part({"w": values.clone()}, 1.0)})
-        sent, _ = case.stage.encode(update, {}, {}, ClientContext(RoundContext(draw, Key(2), 1, 1)))
-        total += sent.parts["delta"].tree["w"]
+        ctx = RoundContext(draw, Key(2), 1, 1)
+        sent, _ = case.stage.encode(update, {}, {}, ClientContext(ctx))
+        total += case.stage.decode(sent, {}, {}, ctx)[0].parts["delta"].tree["w"]
     step = case.rounding * 0.5
     worst = float((total / DRAWS - values).abs().max())
     assert worst < 5 * step / 2 / DRAWS**0.5, f"the mean of {DRAWS} draws is off by {worst:.1e}"

@@ -23,6 +23,7 @@ from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import AdaptiveClip, GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
@@ -68,6 +69,7 @@ class Case:
 
 
 HUGE = 2.0**40  # Adagrad: Δ² is lost in the rounding of tau², so the denominator stays 2 tau
+ROUNDED = FixedPoint(ring=16, bound=0.5, max_weight=600.0)  # 54 levels for one client
 
 CASES: dict[str, Case] = {
     "keep": Case(Keep(("*lora_B",)), books.KeepBook, neutral=Keep(("*.no_such_leaf",))),
@@ -130,5 +132,6 @@ CASES: dict[str, Case] = {
         sizes=EQUAL,
         weigher=Uniform("cohort"),
     ),
+    "fixed_point": Case(ROUNDED, rounding=3 * ROUNDED.bound / ROUNDED.levels(1)),
     "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

@@ -28,6 +28,7 @@ from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import AdaptiveClip, GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
@@ -456,6 +457,19 @@ class LocalUnclipped(LocalGaussian):
         return update, memory
 
 
+class FixedDown(FixedPoint):
+    """Always rounds down."""
+
+    def encode(self, update, scratch, memory, local):
+        sent, memory = super().encode(update, scratch, memory, local)
+        scale = self.levels(local.ctx.cohort) / self.bound
+        down = {
+            key: torch.floor(update.parts["delta"].tree[key.split("/", 2)[2]] * scale).to(leaf.dtype)
+            for key, leaf in sent.parts["values"].tree.items()
+        }
+        return sent.having("values", replace(sent.parts["values"], tree=down)), memory
+
+
 @dataclass(frozen=True)
 class Unhashable(Stage):
     """Holds a list."""
@@ -511,6 +525,7 @@ TWINS = (
     Twin("dp_ftrl", FtrlUnclipped(0.02, 0.0), "equals_its_paper"),
     Twin("local_gaussian", LocalUnclipped(0.02, 0.0), "equals_its_paper"),
     Twin("local_gaussian", LocalScores(0.02, 0.0), "evaluation_passes", error=KeyError),
+    Twin("fixed_point", FixedDown(16, 0.5, 600.0), "rounds_without_bias"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),
     Twin("quantize", QuantizeOffGrid(bits=4), "survives_the_wire"),

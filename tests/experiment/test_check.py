@@ -8,6 +8,7 @@ from itertools import pairwise, permutations
 import pytest
 
 from fedllm.aggregators.base import Aggregator
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.aggregators.sum import Sum
 from fedllm.data.sampling import All, PoissonSampling, UniformSampling
 from fedllm.data.shards import Shards
@@ -646,6 +647,7 @@ def test_every_fact_is_spoken_of_by_a_component_of_the_catalog():
         LoraProduct("product"),
         COHORT,
         Sum(),
+        SecureSum(),
     ]
     declared = [component.traits for component in components]
     said = {fact for traits in declared for fact in traits.needs | traits.gives | traits.loses}

@@ -53,29 +53,28 @@ LORA = "lora_fair lora_pad lora_stack lora_prune lora_product lora_svd lora_merg
 
 # By stage, those that may stand behind it in the list; the adapter is sparse_lora, and all clients weigh the same.
 PAIRS = {
-    "keep": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_pad {DP}",
-    "prox": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} {DP}",
-    "scaffold": f"prox dyn {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP}",
+    "keep": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_pad {DP} fixed_point",
+    "prox": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} {DP} fixed_point",
+    "scaffold": f"prox dyn {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP} fixed_point",
     "dyn": f"prox scaffold lora_pad {DP}",
     **dict.fromkeys(
-        OPTIMIZERS.split(), f"prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_prune {DP}"
+        OPTIMIZERS.split(), f"prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_prune {DP} fixed_point"
     ),
-    "top_k": f"prox {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP}",
+    "top_k": f"prox {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP} fixed_point",
     "quantize": f"keep prox scaffold {OPTIMIZERS} top_k quantize {LORA} {DP}",
-    **dict.fromkeys(["lora_fair", "lora_stack", "lora_merge", "lora_residual"], "prox quantize"),
+    **dict.fromkeys(["lora_fair", "lora_stack", "lora_merge", "lora_residual"], "prox quantize fixed_point"),
     "lora_pad": f"prox scaffold dyn {OPTIMIZERS} top_k quantize lora_fair lora_cap lora_product lora_svd lora_merge "
-    "lora_residual sparse_first",
-    "lora_prune": f"{OPTIMIZERS} top_k quantize lora_cap lora_svd sparse_first",
+    "lora_residual sparse_first fixed_point",
+    "lora_prune": f"{OPTIMIZERS} top_k quantize lora_cap lora_svd sparse_first fixed_point",
     "lora_cap": "lora_pad lora_prune",
-    "lora_product": f"prox {OPTIMIZERS} top_k quantize {DP}",
-    "lora_svd": f"prox quantize {LORA} gaussian_dp local_gaussian",
-    "sparse_first": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} gaussian_dp local_gaussian",
+    "lora_product": f"prox {OPTIMIZERS} top_k quantize {DP} fixed_point",
+    "lora_svd": f"prox quantize {LORA} gaussian_dp local_gaussian fixed_point",
+    "sparse_first": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} gaussian_dp local_gaussian fixed_point",
     # Private stages stand behind the weigher, wherever they are listed: here is what may stand beside them.
-    **dict.fromkeys(
-        ("gaussian_dp", "local_gaussian"),
-        f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product lora_svd sparse_first",
-    ),
-    "dp_ftrl": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product",
+    "gaussian_dp": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product lora_svd sparse_first fixed_point",
+    "local_gaussian": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product lora_svd sparse_first",
+    "dp_ftrl": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product fixed_point",
+    "fixed_point": f"keep prox scaffold {OPTIMIZERS} top_k {LORA} gaussian_dp dp_ftrl",
 }
 
 TASK = Task("tiny-llama", adapter=SparseLora())
@@ -113,6 +112,7 @@ ALONE = {
     "sparse_first": "freeze alternate share full int4 rank bandwidth",
     **dict.fromkeys(("gaussian_dp", "local_gaussian"), "by_examples rank bandwidth"),
     "dp_ftrl": "alternate gossip by_examples rank bandwidth",
+    "fixed_point": "rank bandwidth",
 }
 
 
@@ -159,7 +159,7 @@ def behind(*stages: Stage, profiles: dict[str, Profile] | None = None) -> set[st
 
 
 def test_behind_the_products_themselves_stands_what_does_not_need_steps() -> None:
-    assert behind(LoraProduct("product")) == {"prox", "quantize"}
+    assert behind(LoraProduct("product")) == {"prox", "quantize", "fixed_point"}
 
 
 def test_beside_padding_clients_may_have_unequal_ranks_where_all_of_an_update_has_one_shape() -> None:
@@ -169,7 +169,8 @@ def test_beside_padding_clients_may_have_unequal_ranks_where_all_of_an_update_ha
 
 
 def test_behind_a_bound_stands_what_does_not_encode_or_rounds() -> None:
-    assert behind(EarlyClip()) == {"prox", *OPTIMIZERS.split(), "quantize", "lora_svd", "sparse_first", *DP.split()}
+    rounding = {"quantize", "fixed_point"}
+    assert behind(EarlyClip()) == {"prox", *OPTIMIZERS.split(), *rounding, "lora_svd", "sparse_first", *DP.split()}
     assert passes(with_stages(LoraPad(), EarlyClip(), LoraCap()))
 
 

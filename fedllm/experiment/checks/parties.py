@@ -18,7 +18,6 @@ from fedllm.stages.base import Stage
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.no_figures import NoFigures
 
-
 ONE_MODEL = "binds its masks to one model, the same for all clients"
 
 

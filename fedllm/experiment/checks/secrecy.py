@@ -35,6 +35,8 @@ def check_integers(experiment: Experiment) -> None:
     stage, aggregator = fixed_point_of(experiment), experiment.aggregator
     if stage is None:
         return
+    if sum(isinstance(other, FixedPoint) for other in experiment.stages) > 1:
+        raise CheckError("stages: fixed_point makes integers, and stands twice; keep one")
     for other in experiment.stages:
         if type(other) in BESIDE:
             raise CheckError(f"stages: {config_name(other)} before fixed_point {BESIDE[type(other)]}")
