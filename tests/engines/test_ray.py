@@ -127,6 +127,18 @@ def test_a_secure_sum_of_several_conversations(
     assert lost == ["ben"]
 
 
+def test_a_secure_sum_is_the_plain_sum(data: Path, ray_actors: RayActors, tmp_path: Path) -> None:
+    """With the keys of each client in a file that all actors see, and masks between clients of different actors."""
+    pytest.importorskip("ray")
+    plain = small(data, rounds=2, stages=["scaffold", "uniform", "fixed_point"])
+    secret = override(plain, ["aggregator.secure_sum.corrupt=0", "demands.secrecy=true"])
+    reference = run(plain, "serial", tmp_path / "plain")
+    found = run(secret, Kept(ray_actors), tmp_path / "secure")
+    assert adapter_hash(found) == adapter_hash(reference)
+    assert figures(found)["eval"]["federated"]["nll"] == figures(reference)["eval"]["federated"]["nll"]
+    assert not [event for event in events(found) if isinstance(event, ClientFailed)]
+
+
 def test_a_lost_actor_is_replaced_and_changes_no_bit(
     data: Path, serial: Path, ray_actors: RayActors, tmp_path: Path
 ) -> None:
