@@ -1,8 +1,8 @@
 """The table of LoRA aggregations and what goes with them, written into its page when the site is built.
 
 MkDocs runs this file as a hook. A row is a method of the catalog that needs the adapter lora; a column is a stage that
-may be put beside it, or clients of unequal ranks. What a cell says is what `check` says of the two together, and the
-tests run every cell: see `tests/compat`.
+may be put beside it, clients of unequal ranks, or secure sums. What a cell says is what `check` says of the two
+together, and the tests run every cell: see `tests/compat`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.errors import CheckError
 from fedllm.experiment import config_file
 from fedllm.experiment.catalog import NOUNS, name_of
 from fedllm.experiment.checks.check import check, check_profiles
 from fedllm.experiment.methods import METHODS
-from fedllm.experiment.record import Experiment
+from fedllm.experiment.record import Demands, Experiment
 from fedllm.messages.context import Profile
 from fedllm.messages.traits import Bracket
 from fedllm.models.adapters.base import Adapter
@@ -29,6 +30,7 @@ from fedllm.stages.compression.quantize import Quantize
 from fedllm.stages.compression.top_k import TopK
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
+from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.server_optimizers.adagrad import Adagrad
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 PLACE = "<!-- compatibility -->"
 RANKS = "unequal ranks"
+SECURE = "secure sums"
 PARTNERS: tuple[Stage, ...] = (
     *(Momentum(), Adagrad(), Adam(), Yogi(), Nesterov()),
     *(Prox(), Scaffold(), Dyn(), TopK(0.1), Quantize(4)),
@@ -75,8 +78,8 @@ def aggregations() -> list[str]:
 
 
 def columns() -> list[str]:
-    """The partners' names, and the unequal ranks."""
-    return [*map(name_of, PARTNERS), RANKS]
+    """The partners' names, the unequal ranks, and sums that hide updates."""
+    return [*map(name_of, PARTNERS), RANKS, SECURE]
 
 
 def alone(method: str) -> Experiment:
@@ -88,6 +91,8 @@ def cell(method: str, column: str) -> Cell:
     """What `check` says. The reason is that of the partner's first place."""
     if column == RANKS:
         return _with_ranks(alone(method))
+    if column == SECURE:
+        return _hidden(alone(method))
     (partner,) = (stage for stage in PARTNERS if name_of(stage) == column)
     return beside(alone(method), partner)
 
@@ -129,6 +134,17 @@ def _with_ranks(experiment: Experiment) -> Cell:
     except CheckError as error:
         return Cell(reason=str(error))
     return Cell(experiment)
+
+
+def _hidden(experiment: Experiment) -> Cell:
+    """Under a demand for secrecy, with integers behind all stages."""
+    stages = (*experiment.stages, FixedPoint(max_weight=1000))
+    hidden = replace(experiment, stages=stages, aggregator=SecureSum(), demands=Demands(secrecy=True))
+    try:
+        check(hidden)
+    except CheckError as error:
+        return Cell(reason=str(error))
+    return Cell(hidden)
 
 
 def table() -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedllm.aggregators.sum import Sum
 from fedllm.data.partitioners.by import By
 from fedllm.data.shards import Shards
 from fedllm.engines.base import Engine
@@ -26,7 +27,7 @@ from fedllm.errors import CheckError
 from fedllm.evaluation.settings import Evaluation
 from fedllm.experiment.catalog import name_of
 from fedllm.experiment.checks.check import check
-from fedllm.experiment.record import Experiment
+from fedllm.experiment.record import Demands, Experiment
 from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.traits import OWN_STEP, PER_ENTRY, Fact
 from fedllm.messages.update import Update
@@ -54,6 +55,7 @@ SAME = {"*": Profile(rank=RANK)}
 
 # By method the columns that it refuses, each with a word of the method's side that the reason names.
 ONE_SHAPE = {pages.RANKS: "the adapter rank"}
+SHOWN = pages.SECURE  # by a sum in which each client has a block of its own
 ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if PER_ENTRY in case.stage.traits.needs}
 MERGED = dict.fromkeys(ONE_BASIS, "lora_merge")
 STEERING = {name: "lora_residual" for name, case in CASES.items() if OWN_STEP in case.stage.traits.loses}
@@ -71,17 +73,17 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "ffa_lora": ONE_SHAPE,
     "rolora": {"dp_ftrl": "task.scope.alternate", **ONE_SHAPE},
     "fedsa_lora": ONE_SHAPE,
-    "lora_fair": {"dyn": "lora_fair", **unbounded("lora_fair"), **ONE_SHAPE},
+    "lora_fair": {"dyn": "lora_fair", SHOWN: "lora_fair", **unbounded("lora_fair"), **ONE_SHAPE},
     "zero_padding": unbounded("lora_pad"),
     "rbla": unbounded("lora_pad"),
-    "flexlora": {**ONE_BASIS, **unbounded("lora_stack")},
-    "raflora": {**ONE_BASIS, **unbounded("lora_stack")},
+    "flexlora": {SHOWN: "lora_stack", **ONE_BASIS, **unbounded("lora_stack")},
+    "raflora": {SHOWN: "lora_stack", **ONE_BASIS, **unbounded("lora_stack")},
     "hetlora": {"scaffold": "lora_prune", "dyn": "lora_prune", **unbounded("lora_prune")},
-    "haflq": unbounded("lora_pad"),
+    "haflq": {SHOWN: "lora_cap", **unbounded("lora_pad")},
     "federa": ONE_SHAPE,
     "slora": {"dp_ftrl": "sparse_first", **ONE_SHAPE},
-    "flora": {**MERGED, **unbounded("lora_merge")},
-    "fedex_lora": {**STEERING, **unbounded("lora_residual"), **ONE_SHAPE},
+    "flora": {SHOWN: "lora_merge", **MERGED, **unbounded("lora_merge")},
+    "fedex_lora": {SHOWN: "lora_residual", **STEERING, **unbounded("lora_residual"), **ONE_SHAPE},
     "fedsvd": {**TURNED, "dp_ftrl": "lora_svd", **ONE_SHAPE},
 }
 
@@ -179,6 +181,8 @@ def set_apart(bench: Bench, pair: Experiment, column: str) -> tuple[Experiment, 
     """Two experiments that must end differently: the pair at other settings, and the aggregation alone."""
     if column == pages.RANKS:
         return bench.ready(pair, MIXED), bench.ready(pair)
+    if column == pages.SECURE:
+        return bench.ready(pair), bench.ready(pair)
     stage = CASES[column].stage
     if isinstance(stage, PrivateStage):  # by its bound alone: noise follows from the last bit of a sum
         stage = replace(stage, clip=1e-3, noise_multiplier=0.0)
@@ -187,6 +191,12 @@ def set_apart(bench: Bench, pair: Experiment, column: str) -> tuple[Experiment, 
 
 def works(bench: Bench, pair: Experiment, column: str) -> None:
     """What a cell promises that is not refused."""
+    if column == pages.SECURE:
+        hidden, plain = bench.ready(pair), bench.ready(replace(pair, aggregator=Sum(), demands=Demands()))
+        assert tree.equal(bench.run(hidden), bench.run(plain)), "it is not the sum of the same integers"
+        alone = bench.run(replace(plain, stages=plain.stages[:-1]))
+        assert 0 < (gap := distance(bench.run(hidden), alone)) < 1e-3, f"it is off by more than rounding ({gap:.1e})"
+        return
     calm, expected = map(bench.run, neutral(bench, pair, column))
     assert (gap := distance(calm, expected)) < 1e-9, f"neutral, it is not the aggregation alone ({gap:.1e})"
     moving, plain = set_apart(bench, pair, column)
@@ -210,7 +220,7 @@ def test_cell(method: str, column: str, bench: Bench) -> None:
         works(bench, found.experiment, column)
         return
     assert found.experiment is None, f"{method} with {column} is listed as refused, but passes"
-    sides = ("rank 4" if column == pages.RANKS else column, REFUSED[method][column])
+    sides = ({pages.RANKS: "rank 4", pages.SECURE: "but"}.get(column, column), REFUSED[method][column])
     assert all(side in found.reason for side in sides), found.reason
     assert len(found.reason) > 80 and "\n" not in found.reason
 
