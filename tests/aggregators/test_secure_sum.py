@@ -35,6 +35,7 @@ from fedllm.messages.context import Profile
 from fedllm.messages.update import Part, Request, Update
 from fedllm.models.loaded_model import load
 from fedllm.privacy.secure_aggregation.messages import FRONT, PLACE, SIGNATURE, Kind
+from fedllm.privacy.secure_aggregation.rings import CHECK
 from fedllm.runs.launch import Interrupted, Result, run
 from fedllm.tensors import tree
 from tests.test_extension_points import lose, outcome, spec
@@ -158,7 +159,7 @@ def masked_vector(data: bytes) -> np.ndarray:
     assert isinstance(reply, Update)
     frame = reply.parts["frame"].tree["message"].numpy().tobytes()
     assert frame[4] == Kind.MASKED
-    return np.frombuffer(frame[FRONT + PLACE : -SIGNATURE], "<u4")
+    return np.frombuffer(frame[FRONT + PLACE : -SIGNATURE], "<u4")[:-CHECK]  # which follow the vector
 
 
 def correlation(one: np.ndarray, two: np.ndarray) -> float:
