@@ -12,6 +12,7 @@ from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.errors import CheckError, ConfigError, SecureSumError, config_name
 from fedllm.experiment.record import Experiment
 from fedllm.privacy.secure_aggregation.parameters import choose
+from fedllm.privacy.secure_aggregation.primitives import exchange_pair
 from fedllm.stages.base import Stage
 from fedllm.stages.compression.quantize import Quantize
 from fedllm.stages.privacy.fixed_point import FixedPoint
@@ -55,6 +56,7 @@ def check_cohorts(experiment: Experiment, clients: int) -> None:
 
     Raises:
         CheckError: the first rule that is broken.
+        MissingExtra: a secure sum, without the package that encrypts.
     """
     stage, aggregator = fixed_point_of(experiment), experiment.aggregator
     most = experiment.federation.largest_cohort(clients)
@@ -69,6 +71,7 @@ def check_cohorts(experiment: Experiment, clients: int) -> None:
                     f"asks {most} at most; draw larger cohorts, or lower min_survivors (with two, each knows the other)"
                 )
             choose(most, aggregator.corrupt, aggregator.dropout)
+            exchange_pair()  # a missing package is told here, and not by each client
     except SecureSumError as error:
         raise CheckError(f"aggregator secure_sum: {error}") from error
     except ConfigError as error:
