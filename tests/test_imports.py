@@ -44,15 +44,8 @@ WITHOUT = {"privacy": {"torch", "random", "numpy.random"}}  # not even through a
 
 # Optional or heavy packages: each is imported in one file, or nowhere outside of the folder named here.
 SINGLE_FILE = {
-    "cryptography",
-    "datasets",
-    "dp_accounting",
-    "flwr",
-    "flwr_datasets",
-    "nvflare",
-    "plotly",
-    "pyarrow",
-    "ray",
+    *("cryptography", "datasets", "dp_accounting", "flwr", "flwr_datasets"),
+    *("nvflare", "plotly", "pyarrow", "ray"),
 }
 SINGLE_FOLDER = {"peft": "models", "cryptography": "privacy", "dp_accounting": "privacy"}
 CODE_LOADERS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
