@@ -41,7 +41,8 @@ class FixedPoint(Stage):
     """Integers for a sum that nobody may look into. Declared rounding: an entry of w x moves by less than 1 / s.
 
     Entries of w x beyond W c are cut to it. Needs a weigher before it, and nothing behind it may touch the integers.
-    What is sent is dense: zeros of a sparse part, and all that lies outside of a window, are sent too.
+    What is sent is dense: zeros of a sparse part, and all that lies outside of a window, are sent too. No setting is
+    neutral: rounding is what it does, so leave the stage out.
 
     Args:
         ring: bits of the integers; 16 travels as 2 bytes a value, 32 as 4, 20 as 4 where the aggregator does not pack.
