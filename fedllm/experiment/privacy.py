@@ -18,9 +18,8 @@ from fedllm.experiment.record import Experiment
 from fedllm.privacy.accountant import Guarantee, epsilon, epsilons
 from fedllm.privacy.calibration import noise_multiplier
 from fedllm.privacy.releases import Release
-from fedllm.privacy.schemes import PoissonScheme, RotationScheme, Scheme
+from fedllm.privacy.schemes import PoissonScheme, Scheme
 from fedllm.stages.privacy.base import PrivateStage
-from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.training.dp_sgd import DpSgd
 
 Unit = Literal["client", "example"]
@@ -34,7 +33,7 @@ class PrivacyPlan:
 
     Args:
         mechanism: the stage or the work that adds the noise. scheme: how clients come into a round.
-        sizes: examples by client. participations: the rounds of a whole run that each client is drawn for.
+        sizes: examples by client.
     """
 
     experiment: Experiment
@@ -42,7 +41,6 @@ class PrivacyPlan:
     scheme: Scheme
     delta: float
     sizes: Mapping[str, int]
-    participations: Mapping[str, int]
 
     @property
     def unit(self) -> Unit:
@@ -64,7 +62,7 @@ class PrivacyPlan:
         z = self.mechanism.noise_multiplier if noise is None else noise
         assert z is not None
         if isinstance(self.mechanism, PrivateStage):
-            return self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
+            return self.mechanism.release(z, self.scheme)
         own = self.mechanism.for_profile(self.experiment.federation.profile(client))
         return example_release(replace(own, noise_multiplier=z), self.sizes[client])
 
@@ -74,10 +72,17 @@ class PrivacyPlan:
         assert z is not None
         if not self.by_client:
             assert isinstance(self.mechanism, PrivateStage)
-            release = self.mechanism.release(z, self.scheme, self.experiment.rounds, len(self.sizes))
+            release = self.mechanism.release(z, self.scheme)
             return {release: min(rounds, 1) if release.kind == "correlated" else rounds}
-        share = ceil(max(self.participations.values(), default=0) * rounds / max(1, self.experiment.rounds))
+        share = ceil(self._participations * rounds / max(1, self.experiment.rounds))
         return {self._dearest(z): min(share, rounds)}
+
+    @cached_property
+    def _participations(self) -> int:
+        """The most rounds of a whole run that one client is drawn for."""
+        exp, clients = self.experiment, tuple(self.sizes)
+        cohorts = (exp.federation.sample(clients, round, exp.key) for round in range(exp.rounds))
+        return max(Counter(client for cohort in cohorts for client in cohort).values(), default=0)
 
     def _dearest(self, noise: float) -> Release:
         """A round that costs no client more: of `dp_sgd` with the largest rate and the most steps that any has."""
@@ -147,12 +152,7 @@ def plan_of(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPlan | N
             f"federation: {config_name(mechanism)} cannot account for a sampler that the accountant does not know; "
             "use all, poisson, uniform or rotation"
         )
-    drawn = Counter(
-        client
-        for round in range(experiment.rounds)
-        for client in experiment.federation.sample(clients, round, experiment.key)
-    )
-    plan = PrivacyPlan(experiment, mechanism, scheme, 0.5, sizes, {client: drawn[client] for client in clients})
+    plan = PrivacyPlan(experiment, mechanism, scheme, 0.5, sizes)
     return replace(plan, delta=_delta(plan))
 
 
@@ -176,34 +176,41 @@ def _delta(plan: PrivacyPlan) -> float:
     return asked
 
 
-def calibrated(experiment: Experiment, sizes: Mapping[str, int]) -> Experiment:
-    """The experiment with the least noise that keeps to its target; as it is where the noise is set.
+def calibrated(plan: PrivacyPlan) -> PrivacyPlan:
+    """The plan with the least noise that keeps to its target; as it is where the noise is set.
 
     Raises:
         CheckError: no noise reaches the target.
     """
-    plan = plan_of(experiment, sizes)
-    if plan is None or plan.mechanism.noise_multiplier is not None:
-        return experiment
+    experiment, mechanism = plan.experiment, plan.mechanism
+    if mechanism.noise_multiplier is not None:
+        return plan
     demand = experiment.demands.privacy
     assert demand is not None and demand.target_epsilon is not None  # `check` has refused it
     try:
         z = noise_multiplier(demand.target_epsilon, plan.delta, lambda noise: plan.ledger(experiment.rounds, noise))
     except PrivacyError as error:
         raise CheckError(f"demands.privacy.target_epsilon: {error}") from error
-    if isinstance(plan.mechanism, PrivateStage):
-        noised = replace(plan.mechanism, noise_multiplier=z)
-        return replace(
-            experiment, stages=tuple(noised if stage is plan.mechanism else stage for stage in experiment.stages)
+    noised = replace(mechanism, noise_multiplier=z)
+    if isinstance(noised, DpSgd):
+        return replace(plan, experiment=replace(experiment, work=noised), mechanism=noised)
+    stages = tuple(noised if stage is mechanism else stage for stage in experiment.stages)
+    return replace(plan, experiment=replace(experiment, stages=stages), mechanism=noised)
+
+
+def assumptions(plan: PrivacyPlan) -> list[str]:
+    """What the guarantee rests on, in words."""
+    who = "the server" if not plan.by_client else "each client's own software"
+    found = [
+        f"{who} adds the noise and keeps it secret",
+        "clients follow the protocol: whoever sends more than the clip has no guarantee, and others keep theirs",
+        "settings were not chosen by looking at private data of the same clients",
+    ]
+    if plan.scheme.name in ("poisson", "fixed_size") and not plan.by_client:
+        found.append(
+            "nobody who sees the model knows which clients took part: events.jsonl, summary.json, the report and "
+            "checkpoints tell of them, so keep these as secret as the data"
         )
-    return replace(experiment, work=replace(plan.mechanism, noise_multiplier=z))
-
-
-def separation_of(scheme: Scheme) -> int:
-    """Rounds from one part of a client to its next, at least."""
-    return scheme.min_separation if isinstance(scheme, RotationScheme) else 1
-
-
-def separated(stage: PrivateStage) -> int:
-    """The separation that a stage counts on."""
-    return stage.separation if isinstance(stage, DpFtrl) else 1
+    if not plan.by_client:
+        found.append("the checkpoints and the clients' memories are private data of the server and the clients")
+    return found

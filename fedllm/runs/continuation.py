@@ -21,10 +21,10 @@ from fedllm.experiment.privacy import mechanism_of
 from fedllm.experiment.record import Experiment
 from fedllm.files import to_json_text
 from fedllm.privacy.schemes import FixedSizeScheme
+from fedllm.runs import privacy_journal
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.fingerprint import Inputs, changed_data, changed_model
 from fedllm.runs.folder import Folder
-from fedllm.runs.privacy_ledger import journal
 from fedllm.runs.resource_usage import limit_reached
 from fedllm.runs.state import ServerState
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
@@ -93,7 +93,7 @@ def origin_of(path: Path, experiment: Experiment) -> Origin:
         )
     _refuse(path, before, experiment, saved)
     _refuse_unaccounted(path, before, experiment)
-    spent = {(record["round"], record["mark"]): record for record in (*saved.spent, *journal(path))}
+    spent = {(record["round"], record["mark"]): record for record in (*saved.spent, *privacy_journal.read(path))}
     return Origin(folder, before, about, replace(saved, spent=list(spent.values())))
 
 

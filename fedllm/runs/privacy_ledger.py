@@ -1,6 +1,6 @@
 """What a run has released: a journal that is on the disk before the noise is used, and never gets shorter.
 
-    privacy.jsonl   one line a release; appended and flushed to the disk first, then the noise is drawn
+    privacy.jsonl   one line a release (privacy_journal.py)
     privacy.json    the ledger and its guarantee, from which anybody can compute epsilon again
     privacy.key     32 secret bytes of the operating system, readable by the owner alone, until the run ends
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,19 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.engines.client_noise import FILE, forget_key, key_file, seeded_key
-from fedllm.errors import PrivacyError, RunError, not_written
+from fedllm.errors import PrivacyError, not_written
 from fedllm.events import PrivacySpent
-from fedllm.experiment.privacy import PrivacyPlan
-from fedllm.files import sync, write_durably
+from fedllm.experiment.privacy import PrivacyPlan, assumptions
 from fedllm.messages.context import ServerNoise
 from fedllm.privacy.accountant import Guarantee, epsilon, worst
 from fedllm.privacy.noise import NoiseStream, derive
 from fedllm.privacy.releases import Kind, Release, ledger_to_json, release_from_json
+from fedllm.runs import privacy_journal
+from fedllm.runs.folder import write_whole
+from fedllm.runs.privacy_journal import Record
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
 from fedllm.version import __version__
 
-Record = Mapping[str, Any]  # a line of the journal: round, mark, what, releases (each with its clients)
+Made = Counter[tuple[int, Release]]  # how often a release was made in a round
 
 
 @dataclass(eq=False)
@@ -45,15 +46,22 @@ class PrivacyLedger:
     records: dict[tuple[int, str], Record] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)  # signal over noise, by round
     clips: dict[int, float] = field(default_factory=dict)  # that clients were given, by round
+    made: dict[str, Made] = field(default_factory=dict)  # what the records hold, by client; all under "" on the server
+    known: tuple[int, str, Guarantee] | None = None  # of so many records: who has lost most, and how much
 
     def restore(self, saved: Iterable[Record] = ()) -> None:
         """Take over what the journal and a checkpoint know of. What either of them knows was spent."""
-        for record in (*saved, *journal(self.folder)):
+        for record in (*saved, *privacy_journal.read(self.folder)):
+            self._take(record)
+
+    def _take(self, record: Record) -> None:
+        if (record["round"], record["mark"]) not in self.records:
             self.records[record["round"], record["mark"]] = record
+            _add(self.made, record)
 
     def told(self, round: int) -> PrivacySpent:
         """What the run has spent, after a round."""
-        found = self.guarantee()
+        _, found = self.worst()
         mechanism = self.plan.mechanism
         return PrivacySpent(
             round=round,
@@ -100,47 +108,48 @@ class PrivacyLedger:
         record = {"round": round, "mark": mark, "stage": stage, "releases": releases}
         if (round, mark) in self.records:
             return
-        self._refuse_above_budget(round, mark, record)
-        path = self.folder / "privacy.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            sync(self.folder)
-        except OSError as error:
-            raise not_written(path, error, "resume the run") from error
-        self.records[round, mark] = record
+        self._refuse_above_budget(record)
+        privacy_journal.append(self.folder, record)
+        self._take(record)
 
-    def _refuse_above_budget(self, round: int, mark: str, record: Record) -> None:
+    def _refuse_above_budget(self, record: Record) -> None:
         """
         Raises:
             BudgetSpentError: with this release epsilon would be above its target, as where a lost round comes out
                 otherwise when it is run again.
         """
+        after = {client: Counter(rounds) for client, rounds in self.made.items()}
+        _add(after, record)
+        if text := self._above(_composed(rounds) for rounds in after.values()):
+            raise BudgetSpentError(text)
+
+    def _above(self, ledgers: Iterable[Mapping[Release, int]]) -> str:
+        """Why ledgers are above the budget; empty if none is, or if there is no budget."""
         demand = self.plan.experiment.demands.privacy
         if demand is None or demand.target_epsilon is None:
-            return
-        after = replace(self, records={**self.records, (round, mark): record}).guarantee().epsilon
-        if after > demand.target_epsilon * (1 + 1e-9):
-            raise BudgetSpentError(_above(after, demand.target_epsilon))
+            return ""
+        numbered = {str(number): ledger for number, ledger in enumerate(ledgers)}
+        found = worst(numbered, self.plan.delta)[1].epsilon if numbered else 0.0
+        if found <= demand.target_epsilon * (1 + 1e-9):
+            return ""
+        return (
+            f"the next round would bring epsilon to {found:.3f}, above demands.privacy.target_epsilon "
+            f"{demand.target_epsilon:g}"
+        )
 
     def ledgers(self) -> dict[str, dict[Release, int]]:
         """By client, or all under "" where the server adds the noise."""
-        found: dict[str, Counter[tuple[int, Release]]] = defaultdict(Counter)
-        for record in self.records.values():
-            for entry in record["releases"]:
-                given = {name: value for name, value in entry.items() if name != "clients"}
-                for client in entry.get("clients", [""]):
-                    found[client][record["round"], release_from_json(given)] += 1
-        return {client: _composed(rounds) for client, rounds in found.items()}
+        return {client: _composed(rounds) for client, rounds in self.made.items()}
 
-    def guarantee(self) -> Guarantee:
-        """Of what was released so far: the one of the client that has lost most."""
-        ledgers = self.ledgers()
-        if not self.plan.mechanism.noise_multiplier:  # no release is made, and nothing is hidden
-            return replace(epsilon({}, self.plan.delta), epsilon=math.inf)
-        return worst(ledgers, self.plan.delta)[1] if ledgers else epsilon({}, self.plan.delta)
+    def worst(self) -> tuple[str, Guarantee]:
+        """The client that has lost most, and its guarantee; "" where the server adds the noise, or nothing was made."""
+        if self.known is None or self.known[0] != len(self.records):
+            ledgers, delta = self.ledgers(), self.plan.delta
+            found = worst(ledgers, delta) if ledgers else ("", epsilon({}, delta))
+            if not self.plan.mechanism.noise_multiplier:  # no release is made, and nothing is hidden
+                found = "", replace(epsilon({}, delta), epsilon=math.inf)
+            self.known = (len(self.records), *found)
+        return self.known[1:]
 
     def promise(self, done: int) -> Guarantee:
         """Of what was released and of all rounds to come, where `done` are over."""
@@ -151,53 +160,32 @@ class PrivacyLedger:
     def passes_budget(self, round: int) -> str:
         """Why this round may not begin; empty if it may. One that is in the journal already was lost behind it: run
         again, it makes the same release, which costs nothing more."""
-        demand = self.plan.experiment.demands.privacy
-        if demand is None or demand.target_epsilon is None:
-            return ""
         known = any(noted == round for noted, _ in self.records)
-        ledgers = self.ledgers().values() if known else self._next()
-        found = max((epsilon(ledger, self.plan.delta).epsilon for ledger in ledgers), default=0.0)
-        if found <= demand.target_epsilon * (1 + 1e-9):
-            return ""
-        return _above(found, demand.target_epsilon)
+        return self._above(self.ledgers().values() if known else self._next())
 
     def _next(self) -> list[Mapping[Release, int]]:
-        """The ledgers after one more round, of the clients whose ledgers are the largest of their kind."""
+        """The ledgers after one more round."""
         spent = self.ledgers()
-        if not self.plan.by_client:
-            ledger = spent.get("", {})
-            (release,) = self.plan.ledger(1)
-            known = release.kind == "correlated" and release in ledger
-            return [ledger if known else {**ledger, release: ledger.get(release, 0) + 1}]
-        after = {}
-        for client in self.plan.sizes:
-            ledger, release = spent.get(client, {}), self.plan.of_client(client)
-            grown = {**ledger, release: ledger.get(release, 0) + 1}
-            after[tuple(sorted((repr(one), count) for one, count in grown.items()))] = grown
-        return list(after.values())
+        if self.plan.by_client:
+            return [_with(spent.get(client, {}), {self.plan.of_client(client): 1}) for client in self.plan.sizes]
+        return [_with(spent.get("", {}), self.plan.ledger(1))]
 
     def saved(self) -> list[Record]:
         """For the checkpoint."""
         return list(self.records.values())
 
-    def write(self) -> Guarantee:
-        """`privacy.json`; returns what it promises."""
-        found = self.guarantee()
-        text = json.dumps(self.statement(found), indent=2) + "\n"
+    def write(self) -> None:
+        """`privacy.json`."""
         path = self.folder / "privacy.json"
         try:
-            part = path.with_suffix(".part")
-            write_durably(part, text.encode())
-            part.replace(path)
+            write_whole(path, json.dumps(self.statement(), indent=2) + "\n")
         except OSError as error:
             raise not_written(path, error, "resume the run") from error
-        return found
 
-    def statement(self, found: Guarantee) -> dict[str, Any]:
+    def statement(self) -> dict[str, Any]:
         """The privacy statement of the run, machine-readable."""
-        plan, ledgers = self.plan, self.ledgers()
+        plan, (client, found) = self.plan, self.worst()
         demand = plan.experiment.demands.privacy
-        client = worst(ledgers, plan.delta)[0] if ledgers else ""
         return {
             "unit": plan.unit,
             "mechanism": plan.name,
@@ -209,7 +197,7 @@ class PrivacyLedger:
             "clients": len(plan.sizes),
             "rounds": len({round for round, _ in self.records}),
             "of_client": client or None,
-            "ledger": ledger_to_json(ledgers.get(client, {})),
+            "ledger": ledger_to_json(self.ledgers().get(client, {})),
             "noise": "seeded" if demand is not None and demand.seeded_noise else "secret",
             "sampling": "simulated: drawn from the run's public seed",
             "figures_in_the_clear": not plan.experiment.evaluation.private,
@@ -237,7 +225,8 @@ class RoundNoise(ServerNoise):
     def release(self, stage: str, kind: Kind, noise_multiplier: float, digest: bytes) -> NoiseStream:
         """Accounted for as the plan has it, with the scheme of the sampler that runs."""
         (made,) = self.ledger.plan.ledger(1, noise_multiplier)
-        assert made.kind == kind
+        if made.kind != kind:
+            raise PrivacyError(f"{stage} makes a release of kind {kind}, but the plan accounts for {made.kind}")
         return self.ledger.note_release(self.round, made, stage, digest)
 
     def measured(self, noised: float, noise: float, clip: float) -> None:
@@ -247,35 +236,21 @@ class RoundNoise(ServerNoise):
             self.ledger.ratios[self.round] = max(0.0, noised**2 - noise**2) ** 0.5 / noise
 
 
-def assumptions(plan: PrivacyPlan) -> list[str]:
-    """What the guarantee rests on, in words."""
-    who = "the server" if not plan.by_client else "each client's own software"
-    found = [
-        f"{who} adds the noise and keeps it secret",
-        "clients follow the protocol: whoever sends more than the clip has no guarantee, and others keep theirs",
-        "settings were not chosen by looking at private data of the same clients",
-    ]
-    if plan.scheme.name in ("poisson", "fixed_size") and not plan.by_client:
-        found.append(
-            "nobody who sees the model knows which clients took part: events.jsonl, summary.json, the report and "
-            "checkpoints tell of them, so keep these as secret as the data"
-        )
-    if not plan.by_client:
-        found.append("the checkpoints and the clients' memories are private data of the server and the clients")
-    return found
-
-
 class BudgetSpentError(Exception):
     """A release that would pass the budget. Its noise was not drawn, and the run ends with the round before it."""
-
-
-def _above(found: float, target: float) -> str:
-    return f"the next round would bring epsilon to {found:.3f}, above demands.privacy.target_epsilon {target:g}"
 
 
 def finite(epsilon: float) -> float | None:
     """Epsilon, or None where nothing is promised."""
     return epsilon if math.isfinite(epsilon) else None
+
+
+def _add(made: dict[str, Made], record: Record) -> None:
+    """Count the releases of a record."""
+    for entry in record["releases"]:
+        release = release_from_json({name: value for name, value in entry.items() if name != "clients"})
+        for client in entry.get("clients", [""]):
+            made.setdefault(client, Counter())[record["round"], release] += 1
 
 
 def _with(spent: Mapping[Release, int], more: Mapping[Release, int]) -> dict[Release, int]:
@@ -286,7 +261,7 @@ def _with(spent: Mapping[Release, int], more: Mapping[Release, int]) -> dict[Rel
     return found
 
 
-def _composed(rounds: Mapping[tuple[int, Release], int]) -> dict[Release, int]:
+def _composed(rounds: Made) -> dict[Release, int]:
     """A ledger from (round, release) and how often it was made; a correlated run is one release."""
     times = [(release.repeated(count) if count > 1 else release) for (_, release), count in rounds.items()]
     correlated = [release for release in times if release.kind == "correlated"]
@@ -294,31 +269,3 @@ def _composed(rounds: Mapping[tuple[int, Release], int]) -> dict[Release, int]:
     if correlated:
         found[min(correlated, key=lambda release: release.noise_multiplier)] = 1
     return dict(found)
-
-
-def journal(folder: Path) -> list[Record]:
-    """The whole lines of a run's journal. One that was cut off released nothing, and is taken away.
-
-    Raises:
-        RunError: a line in the middle is damaged.
-    """
-    path = folder / "privacy.jsonl"
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(path, len(whole))
-    found = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
-            _, _, found_releases = record["round"], record["mark"], record["releases"]
-            for release in found_releases:
-                release_from_json({name: value for name, value in release.items() if name != "clients"})
-            found.append(record)
-        except (ValueError, LookupError, TypeError, AttributeError, PrivacyError) as error:
-            raise RunError(
-                f"{path}, line {number} is damaged, so nobody knows what was spent; bring the file back from a copy"
-            ) from error
-    return found

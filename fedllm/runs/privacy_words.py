@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fedllm.errors import counted
 from fedllm.events import PrivacyPromised
-from fedllm.experiment.privacy import PrivacyPlan
+from fedllm.experiment.privacy import PrivacyPlan, assumptions
 from fedllm.messages.traits import Fact
 from fedllm.models.adapters.lora import Lora
 from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme
-from fedllm.runs.privacy_ledger import PrivacyLedger, assumptions, finite
+from fedllm.runs.privacy_ledger import PrivacyLedger, finite
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fedllm.errors import CheckError, config_name, counted
 from fedllm.evaluation.settings import Evaluation
-from fedllm.experiment.privacy import PrivacyPlan, calibrated, mechanism_of, plan_of, separated, separation_of
+from fedllm.experiment.privacy import PrivacyPlan, calibrated, mechanism_of, plan_of
 from fedllm.experiment.record import Experiment, Limits, PrivacyDemand
 from fedllm.privacy.schemes import EveryRound, FixedSizeScheme, PoissonScheme, RotationScheme
 from fedllm.stages.privacy.base import PrivateStage
@@ -117,7 +117,7 @@ def check_privacy(experiment: Experiment, sizes: Mapping[str, int]) -> PrivacyPl
     _denominator(plan)
     _separation(plan)
     _ends(plan)
-    return plan_of(calibrated(experiment, sizes), sizes)
+    return calibrated(plan)
 
 
 def check_secret_draws(plan: PrivacyPlan | None, *, simulated: bool) -> None:
@@ -170,8 +170,8 @@ def _separation(plan: PrivacyPlan) -> None:
             "federation: dp_ftrl counts on rounds between two parts of one client, which chance does not keep; use "
             "sampling rotation, or the stage gaussian_dp"
         )
-    kept = separation_of(plan.scheme)
-    if separated(stage) > kept:
+    kept = plan.scheme.min_separation if isinstance(plan.scheme, RotationScheme) else 1
+    if stage.separation > kept:
         raise CheckError(
             f"stages: dp_ftrl.separation is {stage.separation}, but the sampler draws a client again after "
             f"{counted(kept, 'round')}; set separation to {kept}, or draw smaller cohorts"

@@ -60,8 +60,8 @@ class PrivateStage(Stage):
     def __hash__(self) -> int:
         return hash((type(self), self.clip, self.noise_multiplier, *self.groups.items()))
 
-    def release(self, noise_multiplier: float, scheme: Scheme, rounds: int, population: int) -> Release:
-        """What one release with this noise is to an accountant, in a run of so many rounds."""
+    def release(self, noise_multiplier: float, scheme: Scheme) -> Release:
+        """What one release with this noise is to an accountant."""
         raise NotImplementedError
 
     def _bounded(self, update: Update, clip: float, local: ClientContext) -> tuple[Update, list[Group]]:

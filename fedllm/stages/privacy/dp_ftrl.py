@@ -70,7 +70,7 @@ class DpFtrl(PrivateStage):
         most = math.ceil(rounds / self.separation)
         return toeplitz.sensitivity(self.coefficients(rounds) / SCALE, most, self.separation)
 
-    def release(self, noise_multiplier: float, scheme: Scheme, rounds: int, population: int) -> Release:
+    def release(self, noise_multiplier: float, scheme: Scheme) -> Release:
         """The whole run."""
         return Release("correlated", noise_multiplier, RotationScheme(self.separation))
 

@@ -82,7 +82,7 @@ class GaussianDp(PrivateStage):
         own = PrivateStage.traits
         return replace(own, makes=frozenset({"uncut"})) if self.adaptive else own
 
-    def release(self, noise_multiplier: float, scheme: Scheme, rounds: int, population: int) -> Release:
+    def release(self, noise_multiplier: float, scheme: Scheme) -> Release:
         """One noised sum of a cohort."""
         return Release("gaussian", noise_multiplier, scheme)
 

@@ -32,7 +32,7 @@ class LocalGaussian(PrivateStage):
 
     __hash__ = PrivateStage.__hash__
 
-    def release(self, noise_multiplier: float, scheme: Scheme, rounds: int, population: int) -> Release:
+    def release(self, noise_multiplier: float, scheme: Scheme) -> Release:
         """One message of one client."""
         return Release("local", noise_multiplier, EveryRound())
 

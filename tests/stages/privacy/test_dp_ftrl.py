@@ -76,7 +76,7 @@ def test_it_goes_on_from_its_state_and_keeps_no_more_than_its_band():
 
 
 def test_the_release_is_one_for_the_whole_run():
-    release = STAGE.release(Z, None, ROUNDS, 4)  # type: ignore[arg-type]
+    release = STAGE.release(Z, None)  # type: ignore[arg-type]
     assert (release.kind, release.noise_multiplier) == ("correlated", Z)
 
 
