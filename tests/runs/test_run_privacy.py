@@ -62,6 +62,22 @@ def recomputed(folder: Path) -> float:
     return float(accountant.get_epsilon(told["delta"]))
 
 
+@contextmanager
+def dying_before_checkpoint(number: int) -> Iterator[None]:
+    """A run in here stops before this checkpoint is on the disk, behind the releases of its round."""
+    save = Checkpoints.save
+
+    def stopping(checkpoints: Checkpoints, run: Any) -> None:
+        if run.round == number:
+            raise KeyboardInterrupt
+        save(checkpoints, run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
 RUNS = {
     "gaussian_dp": ({"gaussian_dp": {"clip": 0.1, "noise_multiplier": 2.0}}, {}),
     "poisson": (
@@ -164,17 +180,8 @@ def test_another_sum_in_a_round_that_is_run_again_counts_again(data: Path, tmp_p
 
                 yield dropping
 
-    save = Checkpoints.save
-    with pytest.MonkeyPatch.context() as patch:
-
-        def stopping(checkpoints: Checkpoints, run: Any) -> None:
-            if run.round == 2:
-                raise KeyboardInterrupt
-            save(checkpoints, run)
-
-        patch.setattr(Checkpoints, "save", stopping)
-        with pytest.raises(BaseException, match=""):
-            fedllm.run(private(data), engine=Dying(), out=tmp_path / "run")
+    with dying_before_checkpoint(2):
+        fedllm.run(private(data), engine=Dying(), out=tmp_path / "run")
     resumed = fedllm.run(private(data), engine=Dying(lost=False), out=tmp_path / "run", resume=True)
     rounds = [json.loads(line)["round"] for line in (resumed.folder / "privacy.jsonl").read_text().splitlines()]
     assert rounds == [0, 1, 1, 2]
@@ -358,17 +365,8 @@ def test_a_round_that_is_lost_at_the_end_of_the_budget_is_in_the_statement(
     """The process dies behind the last release. With its key the round is run again and costs nothing; without, its
     noise would be another one, for which no budget is left."""
     asked = private(data, {"gaussian_dp": 0.1}, demands={"privacy": {"target_epsilon": 4.0}})
-    save = Checkpoints.save
-    with pytest.MonkeyPatch.context() as patch:
-
-        def stopping(checkpoints: Checkpoints, run: Any) -> None:
-            if run.round == 3:
-                raise KeyboardInterrupt
-            save(checkpoints, run)
-
-        patch.setattr(Checkpoints, "save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            fedllm.run(asked, engine="serial", out=tmp_path / "run")
+    with dying_before_checkpoint(3):
+        fedllm.run(asked, engine="serial", out=tmp_path / "run")
     if key == "gone":
         (tmp_path / "run" / "privacy.key").unlink()
     result = fedllm.run(asked, engine="serial", out=tmp_path / "run", resume=True)

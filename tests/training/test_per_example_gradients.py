@@ -65,20 +65,9 @@ def test_all_at_once_is_one_by_one(adapter: Adapter) -> None:
 
 
 def test_each_is_that_of_peft() -> None:
-    from peft import LoraConfig, get_peft_model
-
     model = load(Task("tiny-llama", adapter=Lora(rank=4, alpha=16, targets=("q_proj", "down_proj")), dtype="float64"))
     params = trained(model)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    other: Any = get_peft_model(load_base("tiny-llama", dtype="float64").model, config)
-    named = {
-        name.removeprefix("base_model.model.").removesuffix(".default.weight"): value
-        for name, value in other.named_parameters()
-        if value.requires_grad
-    }
-    with torch.no_grad():
-        for name, value in named.items():
-            value.copy_(params[name])
+    other, named = peft_twin("tiny-llama", params, "float64", rank=4, alpha=16)
     grads, _ = fedllm.per_example_gradients(model, params, examples())
     for place, example in enumerate(examples()):
         logits = other(input_ids=example.tokens[None]).logits[0]
@@ -117,7 +106,7 @@ def test_on_other_architectures_each_is_that_of_peft(kind: str, dtype: Any, tmp_
     )
     assert (model.why_not_stackable is not None) is (kind == "mamba")
     params = {name: leaf.to(getattr(torch, dtype)) for name, leaf in trained(model).items()}
-    other, named = peft_twin(tmp_path, params, dtype)
+    other, named = peft_twin(str(tmp_path), params, dtype, rank=2, alpha=6)
     items = [*examples()[1:], examples()[0]]
     layout = BufferLayout.of([params])
     stack = Stack(layout.filled([params]).expand(len(items), -1), layout.zeros(len(items)), layout.stacked, {})
@@ -130,14 +119,14 @@ def test_on_other_architectures_each_is_that_of_peft(kind: str, dtype: Any, tmp_
         assert float(losses[place]) == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
-def peft_twin(folder: Path, params: Tree, dtype: str) -> tuple[Any, dict[str, Any]]:
+def peft_twin(model: str, params: Tree, dtype: str, *, rank: int, alpha: int) -> tuple[Any, dict[str, Any]]:
     """The same model with peft's layers, and its trained weights by fedllm's names."""
     from peft import LoraConfig, get_peft_model
 
     paths = sorted({name.rpartition(".lora_")[0] for name in params})
     turned = any(path.endswith("c_attn") for path in paths)
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=paths, fan_in_fan_out=turned, task_type="CAUSAL_LM")
-    other: Any = get_peft_model(load_base(str(folder), dtype=dtype).model, config)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths, fan_in_fan_out=turned, task_type="CAUSAL_LM")
+    other: Any = get_peft_model(load_base(model, dtype=dtype).model, config)
     named = {
         name.removeprefix("base_model.model.").removesuffix(".default.weight"): value
         for name, value in other.named_parameters()

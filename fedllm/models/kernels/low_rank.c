@@ -17,6 +17,8 @@
 
 enum { GROUP = 8, ROWS = 8, BLOCK = 32, STRIP = 128 }; /* ranks and rows of a tile, rows of a block, columns of a strip */
 
+#include "row_blocks.h"
+
 /* z = s x F^T: x (rows, n), z (rows, R), 8 ranks of F (n / 4, R, 4), each in two places of a vector. */
 TILE dot_tile(const bf16 *x, const bf16 *f, bf16 *z, int rows, int64_t n, int64_t R, float s) {
     __m512 sum[ROWS];
@@ -184,27 +186,6 @@ typedef struct {
     float s;
 } operands;
 
-/* Rows before client k's. */
-static int64_t before(const operands *d, int64_t k) {
-    int64_t sum = 0;
-    for (int64_t c = 0; c < k; c++) sum += d->sizes[c];
-    return sum;
-}
-
-static int64_t blocks(const operands *d) {
-    int64_t sum = 0;
-    for (int64_t k = 0; k < d->clients; k++) sum += (d->sizes[k] + BLOCK - 1) / BLOCK;
-    return sum;
-}
-
-/* The client of a block, and the block's first row; how many it has. */
-static int64_t block_of(const operands *d, int64_t item, int64_t *client, int64_t *row) {
-    int64_t k = 0, at = 0, count;
-    for (; item >= (count = (d->sizes[k] + BLOCK - 1) / BLOCK); k++) item -= count, at += d->sizes[k];
-    *client = k, *row = at + item * BLOCK;
-    return min(BLOCK, d->sizes[k] - item * BLOCK);
-}
-
 static void lay_out(void *given, int64_t k) {
     const operands *d = given;
     laid_out(d->a + k * d->next_a, d->rows + k * d->R * d->in, d->left + k * d->R * d->in, d->rank, d->in, d->R, fours);
@@ -213,7 +194,7 @@ static void lay_out(void *given, int64_t k) {
 
 static void forward(void *given, int64_t item) {
     const operands *d = given;
-    int64_t k, t, n = block_of(d, item, &k, &t), R = d->R;
+    int64_t k, t, n = block_of(d->sizes, item, &k, &t), R = d->R;
     dot(d->u + t * d->in, d->left + k * R * d->in, d->to_z + t * R, n, d->in, R, 1);
     if (d->y) add(d->y + t * d->out, d->to_z + t * R, d->right + k * R * d->out, n, d->out, R, d->s);
 }
@@ -228,9 +209,9 @@ int fedllm_low_rank(const bf16 *u, bf16 *y, bf16 *z, const float *a, const float
     if (!(d.rows = malloc(clients * R * (2 * in + out) * sizeof *d.rows))) return OUT_OF_MEMORY;
     d.left = d.rows + clients * R * in, d.right = d.left + clients * R * in;
     in_parallel(lay_out, &d, clients);
-    in_parallel(forward, &d, blocks(&d));
+    in_parallel(forward, &d, blocks_before(sizes, clients));
     own_part own = {z, d.right, sizes, R, s};
-    int status = w ? product(x, (matrix){w, in, out, form, 0}, bias, plus, y, before(&d, clients), &own) : 0;
+    int status = w ? product(x, (matrix){w, in, out, form, 0}, bias, plus, y, rows_before(sizes, clients), &own) : 0;
     free(d.rows);
     return status;
 }
@@ -243,7 +224,7 @@ static void lay_out_back(void *given, int64_t k) {
 
 static void backward(void *given, int64_t item) {
     const operands *d = given;
-    int64_t k, t, n = block_of(d, item, &k, &t), R = d->R;
+    int64_t k, t, n = block_of(d->sizes, item, &k, &t), R = d->R;
     dot(d->dy + t * d->out, d->right + k * R * d->out, d->dz + t * R, n, d->out, R, d->s);
     if (d->dx) add(d->dx + t * d->in, d->dz + t * R, d->left + k * R * d->in, n, d->in, R, 1);
 }
@@ -259,8 +240,7 @@ static void gather_b(const operands *d, int64_t k, int64_t t, int64_t n, int64_t
 /* A client's gradients, block by block, while the block is in the cache: for a thread alone. */
 static void whole_client(void *given, int64_t k) {
     const operands *d = given;
-    int64_t t = before(d, k), end = t + d->sizes[k], item = 0;
-    for (int64_t c = 0; c < k; c++) item += (d->sizes[c] + BLOCK - 1) / BLOCK;
+    int64_t t = rows_before(d->sizes, k), end = t + d->sizes[k], item = blocks_before(d->sizes, k);
     for (; t < end; t += BLOCK, item++) {
         int64_t n = min(BLOCK, end - t);
         fetch(d->u + t * d->in, n * d->in);
@@ -274,7 +254,7 @@ static void whole_client(void *given, int64_t k) {
 static void strip(void *given, int64_t item) {
     const operands *d = given;
     int64_t of_a = (d->in + STRIP - 1) / STRIP, all = of_a + (d->out + STRIP - 1) / STRIP, k = item / all;
-    int64_t number = item % all, c = STRIP * (number < of_a ? number : number - of_a), first = before(d, k);
+    int64_t number = item % all, c = STRIP * (number < of_a ? number : number - of_a), first = rows_before(d->sizes, k);
     for (int64_t t = first; t < first + d->sizes[k]; t += BLOCK) {
         int64_t n = min(BLOCK, first + d->sizes[k] - t);
         if (number < of_a && d->da) gather_a(d, k, t, n, c, min(c + STRIP, d->in));
@@ -297,7 +277,7 @@ int fedllm_low_rank_backward(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 
     operands d = {.u = u, .dy = dy, .z = z, .dx = w ? NULL : dx, .a = a, .b = b, .da = da, .db = db, .sizes = sizes,
                   .clients = clients, .rank = rank, .R = R, .in = in, .out = out, .next_a = next_a, .next_b = next_b,
                   .next_da = next_da, .next_db = next_db, .s = s};
-    int64_t T = before(&d, clients), strips = (in + STRIP - 1) / STRIP + (out + STRIP - 1) / STRIP;
+    int64_t T = rows_before(sizes, clients), strips = (in + STRIP - 1) / STRIP + (out + STRIP - 1) / STRIP;
     d.rows = malloc(R * (clients * (2 * in + out) + T) * sizeof *d.rows);
     d.grad_a = calloc(clients * R * (in + out), sizeof *d.grad_a);
     int status = d.rows && d.grad_a ? 0 : OUT_OF_MEMORY;
@@ -308,7 +288,7 @@ int fedllm_low_rank_backward(const bf16 *dy, const bf16 *u, const bf16 *z, bf16 
         if (team_size() == 1)
             in_parallel(whole_client, &d, clients);
         else {
-            in_parallel(backward, &d, blocks(&d));
+            in_parallel(backward, &d, blocks_before(sizes, clients));
             in_parallel(strip, &d, clients * strips);
         }
         in_parallel(hand_over, &d, clients);

@@ -20,6 +20,8 @@ enum {
     STRIP = 128,                /* and columns of an item */
 };
 
+#include "row_blocks.h"
+
 typedef struct {
     const float *u, *dy, *a, *b, *z;
     float *to_z, *dz, *turned, *da, *db; /* turned: (clients, rank, out), the transposes of B */
@@ -89,27 +91,6 @@ static void gather(const float *x, const float *z, float *f, int64_t next, int64
     }
 }
 
-/* Rows before client k's. */
-static int64_t before(const operands *d, int64_t k) {
-    int64_t sum = 0;
-    for (int64_t c = 0; c < k; c++) sum += d->sizes[c];
-    return sum;
-}
-
-static int64_t blocks(const operands *d) {
-    int64_t sum = 0;
-    for (int64_t k = 0; k < d->clients; k++) sum += (d->sizes[k] + BLOCK - 1) / BLOCK;
-    return sum;
-}
-
-/* The client of a block, and the block's first row; how many it has. */
-static int64_t block_of(const operands *d, int64_t item, int64_t *client, int64_t *row) {
-    int64_t k = 0, at = 0, count;
-    for (; item >= (count = (d->sizes[k] + BLOCK - 1) / BLOCK); k++) item -= count, at += d->sizes[k];
-    *client = k, *row = at + item * BLOCK;
-    return min(BLOCK, d->sizes[k] - item * BLOCK);
-}
-
 static void turn(void *given, int64_t k) {
     const operands *d = given;
     const float *b = d->b + k * d->next_b;
@@ -120,20 +101,20 @@ static void turn(void *given, int64_t k) {
 
 static void forward(void *given, int64_t item) {
     const operands *d = given;
-    int64_t k, t, rows = block_of(d, item, &k, &t);
+    int64_t k, t, rows = block_of(d->sizes, item, &k, &t);
     dot(d->u + t * d->in, d->a + k * d->next_a, d->to_z + t * d->R, rows, d->in, d->rank, d->R, 1);
 }
 
 static void backward(void *given, int64_t item) {
     const operands *d = given;
-    int64_t k, t, rows = block_of(d, item, &k, &t);
+    int64_t k, t, rows = block_of(d->sizes, item, &k, &t);
     dot(d->dy + t * d->out, d->turned + k * d->rank * d->out, d->dz + t * d->R, rows, d->out, d->rank, d->R, d->s);
 }
 
 /* Columns of a client's dA, then of its dB. */
 static void gradients(void *given, int64_t item) {
     const operands *d = given;
-    int64_t k = item / d->strips, c = item % d->strips * STRIP, t = before(d, k), rank = d->rank;
+    int64_t k = item / d->strips, c = item % d->strips * STRIP, t = rows_before(d->sizes, k), rank = d->rank;
     int64_t of_a = (d->in + STRIP - 1) / STRIP * STRIP;
     if (c < of_a) {
         if (d->da)
@@ -161,10 +142,10 @@ int fedllm_low_rank_float(const float *u, float *y, float *z, const float *a, co
                   .R = (rank + 7) / 8 * 8, .in = in, .out = out, .next_a = next_a, .next_b = next_b};
     if (!(d.turned = malloc((clients * rank * out + 1) * sizeof *d.turned))) return OUT_OF_MEMORY;
     in_parallel(turn, &d, clients);
-    in_parallel(forward, &d, blocks(&d));
+    in_parallel(forward, &d, blocks_before(sizes, clients));
     own_float own = {z, d.turned, sizes, clients, rank, d.R, rank * out, s};
     int status = product_float(x, (matrix_float){w, w ? in : 0, out, form}, bias, w ? plus : y, y,
-                               before(&d, clients), &own);
+                               rows_before(sizes, clients), &own);
     free(d.turned);
     return status;
 }
@@ -177,11 +158,11 @@ int fedllm_low_rank_backward_float(const float *dy, const float *u, const float 
                                    int64_t form) {
     operands d = {u, dy, a, b, z, NULL, NULL, NULL, da, db, sizes, clients, rank, (rank + 7) / 8 * 8, in, out,
                   next_a, next_b, next_da, next_db, (in + STRIP - 1) / STRIP + (out + STRIP - 1) / STRIP, s};
-    int64_t rows = before(&d, clients);
+    int64_t rows = rows_before(sizes, clients);
     if (!(d.turned = malloc((clients * rank * out + rows * d.R + 1) * sizeof *d.turned))) return OUT_OF_MEMORY;
     d.dz = d.turned + clients * rank * out;
     in_parallel(turn, &d, clients);
-    in_parallel(backward, &d, blocks(&d));
+    in_parallel(backward, &d, blocks_before(sizes, clients));
     in_parallel(gradients, &d, clients * d.strips);
     own_float own = {d.dz, a, sizes, clients, rank, d.R, next_a, 1};
     int status = 0;
