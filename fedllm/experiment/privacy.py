@@ -211,6 +211,10 @@ def assumptions(plan: PrivacyPlan) -> list[str]:
             "nobody who sees the model knows which clients took part: events.jsonl, summary.json, the report and "
             "checkpoints tell of them, so keep these as secret as the data"
         )
+    if plan.experiment.limits.seconds is not None:
+        found.append(
+            "how long rounds take tells nothing of what clients hold: limits.seconds ends the run by the clock"
+        )
     if plan.experiment.aggregator.upload is not None:
         found.append("whether a client is lost does not depend on what it holds: a sum of too few clients is void")
     if not plan.by_client:

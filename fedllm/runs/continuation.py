@@ -130,6 +130,11 @@ def _refuse_unaccounted(path: Path, before: Experiment, experiment: Experiment) 
         raise RunError(f"{start} its rounds had no noise, so that no epsilon holds for what they came to; begin anew")
     if type(old) is not type(new):
         raise RunError(f"{start} its rounds had the noise of {config_name(old)}, which is counted otherwise; {end}")
+    if experiment.evaluation.private and not before.evaluation.private:
+        raise RunError(
+            f"{start} its figures were in the clear (evaluation.private: false), outside of the guarantee; keep "
+            "evaluation.private: false, so that privacy.json says so"
+        )
     kinds = {isinstance(one.federation.scheme(MANY), FixedSizeScheme) for one in (before, experiment)}
     for text in _differences(before, experiment):
         keys = text.partition(":")[0].split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from fedllm.runs.continuation import Origin, origin_of, refuse_another_model
 from fedllm.runs.dry_run import dry_run, require_positions
 from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs, changed, changed_since, inputs_of
-from fedllm.runs.folder import ELSEWHERE, Folder, Status, default_folder
+from fedllm.runs.folder import ELSEWHERE, Folder, Status, default_folder, versions
 from fedllm.runs.lock import locked
 from fedllm.runs.privacy_ledger import PrivacyLedger
 from fedllm.runs.resource_usage import TrafficMeter
@@ -149,7 +150,7 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
     else:
         _refuse_changes(plan, now)
     kind = engine_name(runner)
-    opened = _session(plan, model, population)
+    opened = _session(plan, model, population, _computed_by(runner, model))
     with opened as session, runner.open(session.experiment, folder.memories, session.log) as call:
         if not new:
             session.resume(plan.listeners)
@@ -233,12 +234,20 @@ def _nothing_half_written(folder: Folder, experiment: Experiment) -> Iterator[No
         raise
 
 
+def _computed_by(runner: Engine, model: LoadedModel) -> str:
+    """What a client's bits depend on beside the experiment. A GPU does not repeat its bits, so there no two processes
+    are the same."""
+    told = {"engine": repr(runner), "cores": str(os.cpu_count()), **versions(), **model.backend}
+    own = "" if model.device == "cpu" else os.urandom(16).hex()
+    return repr((sorted(told.items()), own))
+
+
 @contextmanager
-def _session(plan: Plan, model: LoadedModel, population: Population) -> Iterator[RunSession]:
+def _session(plan: Plan, model: LoadedModel, population: Population, computed_by: str) -> Iterator[RunSession]:
     """A session that writes the log. Ctrl-C leaves every complete round on the disk."""
     private, folder = plan.private, plan.folder
     traffic, experiment = TrafficMeter(), plan.experiment if private is None else private.experiment
-    ledger = None if private is None else PrivacyLedger(private, folder.path)
+    ledger = None if private is None else PrivacyLedger(private, folder.path, computed_by)
     start = server_round.initial_state(experiment, model.initial_params(experiment.key))
     with closing(Log(plan.folder.events, (traffic, *plan.listeners))) as log:
         session = RunSession(experiment, folder, model, population, log, traffic, start, plan.began, ledger)

@@ -43,6 +43,7 @@ class PrivacyLedger:
 
     plan: PrivacyPlan
     folder: Path
+    computed_by: str = ""  # what a client's bits depend on beside the experiment
     records: dict[tuple[int, str], Record] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)  # signal over noise, by round
     clips: dict[int, float] = field(default_factory=dict)  # that clients were given, by round
@@ -87,14 +88,16 @@ class PrivacyLedger:
         return RoundNoise(self, round)
 
     def note_cohort(self, round: int, cohort: Sequence[str], digest: bytes) -> None:
-        """Clients that add their own noise are about to send. `digest`: of what they start from."""
+        """Clients that add their own noise are about to send. `digest`: of what they start from. Asked again, clients
+        send the same only where the same computes it: elsewhere their noise is fresh, and counts again."""
         if not self.plan.by_client:
             return
         clients = defaultdict[Release, list[str]](list)
         for client in cohort:
             clients[self.plan.of_client(client)].append(client)
         releases = [{**release.to_json(), "clients": names} for release, names in clients.items()]
-        mark = derive(self.key, "cohort", digest, json.dumps(releases, sort_keys=True)).hex()[:16]
+        told = json.dumps([releases, self.computed_by], sort_keys=True)
+        mark = derive(self.key, "cohort", digest, told).hex()[:16]
         self._write(round, mark, self.plan.name, releases)
 
     def note_release(self, round: int, release: Release, stage: str, digest: bytes) -> NoiseStream:

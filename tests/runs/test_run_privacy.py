@@ -267,6 +267,7 @@ def test_baselines_of_dp_sgd_are_noised_like_its_clients(data: Path, tmp_path: P
 PLAIN: dict[str, Any] = {"stages": [MEAN], "evaluation": SILENT}
 NO_NOISE = settings({"gaussian_dp": {"clip": 0.1, "noise_multiplier": 0.0}})
 FTRL = settings({"dp_ftrl": {"clip": 0.1, "noise_multiplier": 2.0}})
+OPEN = settings(evaluation={"metrics": [], "private": False})
 LOUDER = settings({"dp_ftrl": {"clip": 0.1, "noise_multiplier": 3.0}})
 EXAMPLES: dict[str, Any] = {
     "stages": ["uniform"],
@@ -284,6 +285,7 @@ EXAMPLES: dict[str, Any] = {
         (FTRL, FTRL, "its noise was made for a run without this change: rounds: 1 there, 2 here"),
         (FTRL, {**LOUDER, "rounds": 2}, "its noise was made for a run without this change"),
         (settings(), settings(federation__shards__heldout=0.5), "a client holds other records after this change"),
+        (OPEN, settings(), r"its figures were in the clear \(evaluation.private: false\)"),
     ],
 )
 def test_rounds_that_a_ledger_cannot_count_are_not_gone_on_from(
@@ -356,6 +358,23 @@ def test_the_same_sum_with_other_noise_is_another_release_with_draws_of_its_own(
     assert sum(ledger.ledgers()[""].values()) == 2
     again = ledger.note_release(0, Release("gaussian", 2, EveryRound()), "gaussian_dp", b"sum").bytes(8)
     assert again == draws[0] and sum(ledger.ledgers()[""].values()) == 2
+
+
+@pytest.mark.parametrize(("second", "count"), [("one core", 1), ("another machine", 2)])
+def test_clients_that_noise_an_update_with_other_bits_have_sent_twice(
+    data: Path, tmp_path: Path, second: str, count: int
+) -> None:
+    """A client draws fresh noise for an update that is not the same to the bit. Only where the same processor computes
+    a round again is it."""
+    plan = check_privacy(private(data, {"local_gaussian": {"clip": 0.1, "noise_multiplier": 2.0}}), SIZES)
+    assert plan is not None
+    for computed_by in ("one core", second):
+        ledger = PrivacyLedger(plan, tmp_path, computed_by)
+        ledger.restore()
+        ledger.note_cohort(0, ["ann"], b"the same start")
+    assert sum(release.steps * n for release, n in ledger.ledgers()["ann"].items()) == 1
+    assert len(ledger.records) == count
+    assert next(iter(ledger.ledgers()["ann"])).noise_multiplier == pytest.approx(2 / count**0.5)
 
 
 @pytest.mark.parametrize("key", ["there", "gone"])
