@@ -28,7 +28,7 @@ USAGE = typer.BadParameter.__mro__[1]  # click's UsageError, whether typer impor
 File = Annotated[str, typer.Argument(help="An experiment file, or a packaged recipe (fedllm ls recipes).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as in work.sgd.lr=1e-3")]
 What = Annotated[str, typer.Argument(help="methods, stages, aggregators, works, models, data, recipes or schema.")]
-ENGINES = "auto, serial, batched, ray, or one with settings: '{batched: {stack: 8}}'."
+ENGINES = "auto, serial, batched, ray, sites, or one with settings: '{batched: {stack: 8}}'."
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.")]
 
 

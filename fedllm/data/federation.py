@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import overload
 
-from fedllm.errors import Record
+from fedllm.errors import DataError, Record, nearest
 from fedllm.events import DataReported
 from fedllm.messages.context import Profile
 from fedllm.privacy.schemes import Scheme
@@ -27,6 +27,16 @@ class Population:
     def clients(self) -> tuple[str, ...]:
         """All clients, in a fixed order."""
         return tuple(self.train)
+
+    def of(self, client: str) -> Population:
+        """One client alone.
+
+        Raises:
+            DataError: there is no such client.
+        """
+        if client not in self.train:
+            raise DataError(f"there is no client '{client}' in this federation{nearest(client, self.clients)}")
+        return replace(self, train={client: self.train[client]}, heldout={client: self.heldout.get(client, ())})
 
 
 class ConcatRecords(Sequence[Record]):

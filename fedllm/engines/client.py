@@ -78,13 +78,19 @@ class Site:
         self.examples = SizedLRUCache(self._examples, _num_tokens, MOST_TOKENS)
 
     @staticmethod
-    def of(experiment: Experiment, folder: Path | None, model: LoadedModel | None = None) -> Site:
-        """Load the task, unless `model` is it, and the clients' data.
+    def of(
+        experiment: Experiment, folder: Path | None, model: LoadedModel | None = None, client: str | None = None
+    ) -> Site:
+        """Load the task, unless `model` is it, and the clients' data; or of one client alone.
 
         `folder` holds the clients' memories; None keeps them in this process.
+
+        Raises:
+            DataError: there is no such client.
         """
         keep = experiment.limits.keep_last * experiment.limits.checkpoint_every
         data, store = experiment.federation.load(experiment.key), ClientStore(folder, keep)
+        data = data if client is None else data.of(client)
         shifts, key = BaseDeltaStore(folder, keep), noise_key(experiment, folder)
         keyring = Keyring(None if folder is None else folder.parent / FOLDER)
         keyring.check()

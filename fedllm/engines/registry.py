@@ -8,6 +8,7 @@ from __future__ import annotations
 from fedllm.engines.base import Engine
 from fedllm.engines.batched.engine import Batched
 from fedllm.engines.remote.ray import Ray
+from fedllm.engines.remote.sites import Sites
 from fedllm.engines.serial import Serial
 from fedllm.errors import CheckError, ConfigError, nearest
 from fedllm.experiment.reader import ConfigReader, named, settings_of
@@ -15,7 +16,7 @@ from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml
 from fedllm.models.loaded_model import LoadedModel
 
-ENGINES: dict[str, type[Engine]] = {"serial": Serial, "batched": Batched, "ray": Ray}
+ENGINES: dict[str, type[Engine]] = {"serial": Serial, "batched": Batched, "ray": Ray, "sites": Sites}
 
 
 def choose(engine: Engine | None, experiment: Experiment, model: LoadedModel) -> tuple[Engine, str]:
