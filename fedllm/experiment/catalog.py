@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedllm.aggregators.base import Aggregator
+from fedllm.aggregators.bucketed import Bucketed
 from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.aggregators.sum import Sum
 from fedllm.data.federation import Federation
@@ -102,7 +103,7 @@ STAGES: Table = {
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
-    Aggregator: {"sum": Sum, "secure_sum": SecureSum},
+    Aggregator: {"sum": Sum, "secure_sum": SecureSum, "bucketed": Bucketed},
     Work: {"sgd": Sgd, "dp_sgd": DpSgd},
     Federation: {"shards": Shards},
     Partitioner: {

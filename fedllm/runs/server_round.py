@@ -58,6 +58,12 @@ class ObservedCall:
             yield client, reply
             started = perf_counter()
 
+    def refused(self, name: str, client: str, reason: str) -> None:
+        """The aggregator leaves a reply out: its client is lost."""
+        self.emit(ClientFailed(self.round, client, reason, name))
+        if client in self.answered and name == self.upload:
+            self.answered.remove(client)
+
     def _note(self, name: str, client: str, reply: Update, seconds: float) -> None:
         figures = _mean(reply, "metrics") if self.shown else {}
         counts = _mean(reply, "counts") if self.shown else {}

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fedllm.aggregators.base import ClientSession
+from fedllm.aggregators.masked_sum import MaskedSum
 from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.aggregators.vector_layout import VectorLayout
 from fedllm.data.shards import ClientOutage
@@ -93,7 +94,7 @@ TRUE: dict[tuple[str, int], np.ndarray] = {}  # client, entries of its vector ->
 def true(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], np.ndarray]:
     """What clients have sealed."""
     TRUE.clear()
-    seal = SecureSum.seal
+    seal = MaskedSum.seal
 
     def watched(self: SecureSum, update: Update, session: ClientSession) -> Update:
         sealed = seal(self, update, session)
@@ -101,7 +102,7 @@ def true(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], np.ndarray]:
         TRUE[str(session.ctx.client), len(vector)] = vector.copy()
         return sealed
 
-    monkeypatch.setattr(SecureSum, "seal", watched)
+    monkeypatch.setattr(MaskedSum, "seal", watched)
     return TRUE
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedllm.aggregators.secure_sum import SecureSum
+from fedllm.aggregators.bucketed import Bucketed
+from fedllm.aggregators.masked_sum import MaskedSum
 from fedllm.errors import CheckError, ConfigError, SecureSumError, config_name
+from fedllm.experiment.privacy import mechanism_of
 from fedllm.experiment.record import Experiment
 from fedllm.privacy.secure_aggregation.parameters import choose
 from fedllm.privacy.secure_aggregation.primitives import exchange_pair
@@ -41,10 +43,15 @@ def check_integers(experiment: Experiment) -> None:
     for other in experiment.stages:
         if type(other) in BESIDE:
             raise CheckError(f"stages: {config_name(other)} before fixed_point {BESIDE[type(other)]}")
-    if isinstance(aggregator, SecureSum) and aggregator.ring != stage.ring:
+    if isinstance(aggregator, MaskedSum) and aggregator.ring != stage.ring:
         raise CheckError(
-            f"fixed_point has ring {stage.ring}, but aggregator secure_sum has ring {aggregator.ring}; set both to the "
-            "same"
+            f"fixed_point has ring {stage.ring}, but aggregator {config_name(aggregator)} has ring {aggregator.ring}; "
+            "set both to the same"
+        )
+    if isinstance(aggregator, Bucketed) and aggregator.rule == "median" and experiment.private:
+        raise CheckError(
+            f"aggregator bucketed: {config_name(mechanism_of(experiment))} bounds what one client changes in a sum, "
+            "and a median is none; set its rule to mean"
         )
 
 
@@ -64,18 +71,33 @@ def check_cohorts(experiment: Experiment, clients: int) -> None:
         if stage is not None and clients:
             stage.levels(most)
             stage.digit_bits(clients)  # an evaluation asks all of them
-        if isinstance(aggregator, SecureSum):
+        if isinstance(aggregator, MaskedSum):
             if most < aggregator.min_survivors:
                 raise ConfigError(
-                    f"aggregator secure_sum shows no sum of fewer than {aggregator.min_survivors} clients, but a round "
-                    f"asks {most} at most; draw larger cohorts, or lower min_survivors (with two, each knows the other)"
+                    f"aggregator {config_name(aggregator)} shows no sum of fewer than {aggregator.min_survivors} "
+                    f"clients, but a round asks {most} at most; draw larger cohorts, or lower min_survivors (with two, "
+                    "each knows the other)"
                 )
-            choose(most, aggregator.corrupt, aggregator.dropout)
+            _check_groups(aggregator, most)
+            smallest = min(most, aggregator.group) if isinstance(aggregator, Bucketed) else most
+            choose(smallest, aggregator.corrupt, aggregator.dropout)
             exchange_pair()  # a missing package is told here, and not by each client
     except SecureSumError as error:
-        raise CheckError(f"aggregator secure_sum: {error}") from error
+        raise CheckError(f"aggregator {config_name(aggregator)}: {error}") from error
     except ConfigError as error:
         raise CheckError(str(error)) from error
+
+
+def _check_groups(aggregator: MaskedSum, most: int) -> None:
+    """
+    Raises:
+        ConfigError: a median of fewer than three groups, which no group outvotes.
+    """
+    if isinstance(aggregator, Bucketed) and aggregator.rule == "median" and most < 3 * aggregator.group:
+        raise ConfigError(
+            f"aggregator bucketed takes the median of groups of {aggregator.group}, but a round asks {most} clients at "
+            f"most, and a median needs three groups; draw {3 * aggregator.group} or more, or set rule to mean"
+        )
 
 
 def check_weights(experiment: Experiment, sizes: Mapping[str, int]) -> None:
