@@ -29,6 +29,7 @@ from fedllm.stages.client_drift.scaffold import Scaffold
 from fedllm.stages.compression.quantize import Quantize
 from fedllm.stages.compression.top_k import TopK
 from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
@@ -51,7 +52,7 @@ SECURE = "secure sums"
 PARTNERS: tuple[Stage, ...] = (
     *(Momentum(), Adagrad(), Adam(), Yogi(), Nesterov()),
     *(Prox(), Scaffold(), Dyn(), TopK(0.1), Quantize(4)),
-    *(GaussianDp(1.0, 1.0), DpFtrl(1.0, 1.0), LocalGaussian(1.0, 1.0)),
+    *(GaussianDp(1.0, 1.0), DpFtrl(1.0, 1.0), LocalGaussian(1.0, 1.0), DiscreteNoise(1.0, 1.0)),
 )
 EQUAL_WEIGHTS = (Scaffold, Dyn, PrivateStage)  # as their own presets have them
 PROFILES = {"bank": Profile(), "clinic": Profile(rank=4)}
@@ -100,6 +101,8 @@ def cell(method: str, column: str) -> Cell:
 def beside(experiment: Experiment, partner: Stage) -> Cell:
     """The partner among the stages of its bracket: at the first of its places that `check` lets pass."""
     reasons = []
+    if isinstance(partner, DiscreteNoise):  # parts of the noise hide nothing but in a sum
+        experiment = secret(experiment)
     for stages in placed(weighed(experiment, partner).stages, partner):
         try:
             check(replace(experiment, stages=stages))
@@ -138,13 +141,17 @@ def _with_ranks(experiment: Experiment) -> Cell:
 
 def _hidden(experiment: Experiment) -> Cell:
     """Under a demand for secrecy, with integers behind all stages."""
-    stages = (*experiment.stages, FixedPoint(max_weight=1000))
-    hidden = replace(experiment, stages=stages, aggregator=SecureSum(), demands=Demands(secrecy=True))
+    hidden = replace(secret(experiment), demands=Demands(secrecy=True))
     try:
         check(hidden)
     except CheckError as error:
         return Cell(reason=str(error))
     return Cell(hidden)
+
+
+def secret(experiment: Experiment) -> Experiment:
+    """The experiment with a secure sum."""
+    return replace(experiment, stages=(*experiment.stages, FixedPoint(max_weight=1000)), aggregator=SecureSum())
 
 
 def table() -> str:

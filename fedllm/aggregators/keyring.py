@@ -28,6 +28,7 @@ class Keyring:
     folder: Path | None = None
     identities: dict[str, Identity] = field(default_factory=dict, repr=False)
     marks: dict[str, SpentInMemory] = field(default_factory=dict)
+    shared: dict[str, bytes] = field(default_factory=dict, repr=False)  # keys that all clients have
 
     def check(self) -> None:
         """Look at the key files that are there.

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedllm.aggregators.base import Aggregator
 from fedllm.aggregators.bucketed import Bucketed
+from fedllm.aggregators.homomorphic_sum import HomomorphicSum
 from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.aggregators.sum import Sum
 from fedllm.data.federation import Federation
@@ -55,10 +56,12 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
+from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -99,11 +102,13 @@ STAGES: Table = {
     "gaussian_dp": GaussianDp,
     "dp_ftrl": DpFtrl,
     "local_gaussian": LocalGaussian,
+    "discrete_noise": DiscreteNoise,
+    "selective_encryption": SelectiveEncryption,
     "fixed_point": FixedPoint,
 }
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
-    Aggregator: {"sum": Sum, "secure_sum": SecureSum, "bucketed": Bucketed},
+    Aggregator: {"sum": Sum, "secure_sum": SecureSum, "bucketed": Bucketed, "homomorphic_sum": HomomorphicSum},
     Work: {"sgd": Sgd, "dp_sgd": DpSgd},
     Federation: {"shards": Shards},
     Partitioner: {

@@ -20,6 +20,7 @@ from fedllm.privacy.calibration import noise_multiplier
 from fedllm.privacy.releases import Release
 from fedllm.privacy.schemes import PoissonScheme, Scheme
 from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.training.dp_sgd import DpSgd
 
 Unit = Literal["client", "example"]
@@ -206,6 +207,10 @@ def assumptions(plan: PrivacyPlan) -> list[str]:
         "clients follow the protocol: whoever sends more than the clip has no guarantee, and others keep theirs",
         "settings were not chosen by looking at private data of the same clients",
     ]
+    if isinstance(plan.mechanism, DiscreteNoise):
+        found.append(
+            f"at least {plan.mechanism.survivors} clients of each sum add their noise and do not tell it to the others"
+        )
     if plan.scheme.name in ("poisson", "fixed_size") and not plan.by_client:
         found.append(
             "nobody who sees the model knows which clients took part: events.jsonl, summary.json, the report and "

@@ -53,6 +53,7 @@ class Part:
     exact: values that no stage may round; a note for the client's own stages, which is not sent.
     grid: above 0, the values are multiples of it, a power of two, and their norm is bounded: a stage behind may round
     them towards zero, to multiples of it; such a note, too.
+    bits: of such a multiple, at most 2^bits; 0: as many as the type's grid has.
     answered: on the server, behind the weigher's `decode`: the sum of the weights over what it was divided by. Below 1
     where the denominator counts clients that were lost. What is no difference from what was sent needs it: the old
     value stands for the rest, 1 - answered.
@@ -63,6 +64,7 @@ class Part:
     wire_format: WireFormat = DENSE
     exact: bool = False
     grid: float = 0.0
+    bits: int = 0
     answered: float = 1.0
 
 

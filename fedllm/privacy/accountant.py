@@ -2,7 +2,7 @@
 
 Privacy loss distributions (PLD; Koskela et al. 2020, arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380)
 wherever they know the release; they are rounded upwards, so that epsilon is an upper bound. Renyi divergences (RDP;
-Mironov 2017, arXiv 1702.07476) for a cohort of fixed size, for which dp-accounting has no PLD.
+Mironov 2017, arXiv 1702.07476) for a cohort of fixed size and for Skellam noise, for which dp-accounting has no PLD.
 
 Noise is std / C in every ledger. Where neighbours replace one unit they are 2 C apart, and that is said once: the
 closed form is given the distance, RDP half of the noise, because its Gaussian knows nothing of neighbours.
@@ -28,6 +28,7 @@ INTERVAL = 1e-4  # width of a bin of the privacy loss: dp-accounting's own defau
 FINEST = 5e-6  # below it the library's differences of probabilities are rounding errors
 PER_DEVIATION = 5  # bins for the standard deviation of one step's loss
 MOST_BINS = 2**18  # for the loss of a whole ledger, about
+ORDERS = (*range(2, 257), 384, 512, 1024, 2048, 4096)  # whole ones
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _together(by_round: Sequence[Ledger], rounds: int) -> Ledger:
 
 def _guarantee(steps: Steps, epsilon: float, delta: float) -> Guarantee:
     _library()  # also where epsilon is infinite, and nothing was computed
-    accountant: Literal["pld", "rdp"] = "rdp" if steps.fixed_size else "pld"
+    accountant: Literal["pld", "rdp"] = "rdp" if steps.fixed_size or steps.rho else "pld"
     return Guarantee(epsilon, delta, steps.relation, accountant, f"dp-accounting {version('dp-accounting')}")
 
 
@@ -188,6 +189,8 @@ class _Renyi:
 def _loss(steps: Steps, interval: float) -> _Loss:
     if steps.noiseless:
         return _Noiseless()
+    if steps.rho:
+        return _Renyi(_skellam(steps))
     if steps.fixed_size:
         return _Renyi(_renyi(steps))
     if steps.precision and not steps.poisson:
@@ -238,4 +241,21 @@ def _renyi(steps: Steps) -> Any:
         accountant.compose(event, count)
     if steps.precision:
         accountant.compose(library.GaussianDpEvent(steps.precision**-0.5 / 2))
+    return accountant
+
+
+def _skellam(steps: Steps) -> Any:
+    """An RDP accountant of Skellam steps, whose divergences are known for integer orders alone; and of Gaussian ones
+    beside them.
+
+    Raises:
+        PrivacyError: steps by chance beside them.
+    """
+    if steps.poisson or steps.fixed_size:
+        raise PrivacyError("one ledger has Skellam releases and sampled ones; account for each by itself")
+    library = _library()
+    accountant = library.rdp.RdpAccountant(orders=ORDERS)
+    accountant.compose(library.ZCDpEvent(steps.rho, steps.xi))
+    if steps.precision:
+        accountant.compose(library.GaussianDpEvent(steps.precision**-0.5))
     return accountant

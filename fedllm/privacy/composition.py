@@ -27,18 +27,21 @@ class Steps:
         precision: the sum of 1 / noise^2 over the steps without chance.
         poisson: how many steps by (noise, rate).
         fixed_size: how many steps by (noise, population, cohort).
+        rho, xi: a Renyi divergence of at most xi + rho alpha for integer orders alpha, of the Skellam steps together.
     """
 
     relation: Relation
     precision: float = 0.0
     poisson: Mapping[tuple[float, float], int] = field(default_factory=dict)
     fixed_size: Mapping[tuple[float, int, int], int] = field(default_factory=dict)
+    rho: float = 0.0
+    xi: float = 0.0
 
     @property
     def noiseless(self) -> bool:
         """Some step has no noise at all."""
         noises = [*(noise for noise, _ in self.poisson), *(noise for noise, _, _ in self.fixed_size)]
-        return self.precision == math.inf or 0 in noises
+        return math.inf in (self.precision, self.rho) or 0 in noises
 
 
 def steps_of(releases: Ledger) -> Steps:
@@ -53,19 +56,38 @@ def steps_of(releases: Ledger) -> Steps:
             raise PrivacyError(f"a release of kind '{release.kind}' was made {count} times; a count must be 0 or more")
     _check_alike("units", (release.unit for release in made))
     _check_alike("neighbours", (release.relation for release in made))
+    rho = xi = 0.0
     precision, poisson, fixed_size = 0.0, Counter[tuple[float, float]](), Counter[tuple[float, int, int]]()
     for release, count in _of_one_client(made):
         noise, scheme, steps = release.noise_multiplier, release.scheme, count * release.steps
         if not steps:
             continue
-        if isinstance(scheme, FixedSizeScheme):
+        if release.kind == "skellam":
+            one = skellam_divergence(noise, release.levels)
+            rho, xi = rho + steps * one[0], xi + steps * one[1]
+        elif isinstance(scheme, FixedSizeScheme):
             fixed_size[noise, scheme.population, scheme.cohort] += steps
         elif isinstance(scheme, PoissonScheme) and scheme.rate < 1:
             poisson[noise, scheme.rate] += steps
         else:
             precision += steps * noise**-2 if noise else math.inf
     relation: Relation = next((release.relation for release in made), "add-remove")
-    return Steps(relation, precision, poisson, fixed_size)
+    return Steps(relation, precision, poisson, fixed_size, rho, xi)
+
+
+def skellam_divergence(noise: float, levels: int) -> tuple[float, float]:
+    """rho and xi of one Skellam step on a grid of so many levels: a Renyi divergence of at most xi + rho alpha.
+
+        mu = (z L)^2        rho = (1 + 1 / mu) / (2 z^2)        xi = 11 L^2 / (4 mu^2)
+
+    L: the 2-norm of the integers, at least `levels`. Their 1-norm D1 is at most 2 L^2, because sqrt(d) is at most 2 L
+    where rounding leaves room for anything. Agarwal, Kairouz and Liu 2021, arXiv 2110.04995, theorem 3.5, first term of
+    the minimum: alpha L^2 / (2 mu) + ((2 alpha - 1) L^2 + 6 D1) / (4 mu^2).
+    """
+    if not noise:
+        return math.inf, 0.0
+    mu = (noise * levels) ** 2
+    return (1 + 1 / mu) / (2 * noise**2), 11 * levels**2 / (4 * mu**2)
 
 
 def _check_alike(what: str, found: Iterable[str]) -> None:
@@ -141,4 +163,4 @@ def covers(large: Steps, small: Steps) -> bool:
             count -= taken
         if count:
             return False
-    return small.precision <= large.precision
+    return small.precision <= large.precision and small.rho <= large.rho and small.xi <= large.xi

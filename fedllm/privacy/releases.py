@@ -7,6 +7,7 @@ The number of times that a release was made stands beside it: a ledger is a mapp
 | gaussian | a noised sum of client updates, each clipped to C | std / C | one client more or less |
 | correlated | all sums of a run with correlated noise | std / (sensitivity x C) | one client's updates or zeros |
 | local | one client's own noised update | std / C | any two updates of the ball: 2 C apart |
+| skellam | a secure sum of integers that clients have noised | std of the sum / C | one client's update or zeros |
 | example | `steps` noised local steps of one client, each example clipped to C | std / C | one example more or less |
 
 Where the scheme is `FixedSizeScheme`, neighbours differ in one replaced client or example: 2 C apart. The accountant
@@ -30,15 +31,17 @@ from fedllm.privacy.schemes import (
     scheme_from_json,
 )
 
-Kind = Literal["gaussian", "correlated", "local", "example"]
+Kind = Literal["gaussian", "correlated", "local", "skellam", "example"]
 Relation = Literal["add-remove", "replace-one"]
 Unit = Literal["client", "example"]
 
+LEAST_LEVELS = 16  # of a grid from 0 to the clip
 KINDS: tuple[str, ...] = get_args(Kind)
 ALLOWED: Mapping[str, tuple[type[Scheme], ...]] = {
     "gaussian": (EveryRound, PoissonScheme, FixedSizeScheme, RotationScheme),
     "correlated": (EveryRound, RotationScheme),  # its sensitivity counts who comes back when, and no coins
     "local": (EveryRound, RotationScheme),  # whose update it is is known
+    "skellam": (EveryRound, RotationScheme),  # the server knows whose updates are in a sum
     "example": (EveryRound, PoissonScheme, FixedSizeScheme),
 }
 
@@ -53,6 +56,7 @@ class Release:
             0 is no noise, whose epsilon is infinite.
         scheme: who takes part; for `example`, which of a client's examples are in a step.
         steps: noised steps in one release; only `example` has more than 1.
+        levels: of `skellam`, grid steps from 0 to C; 0 for all others, whose noise is as good as continuous.
 
     Raises:
         PrivacyError: unknown kind or scheme, a scheme that this kind cannot have, a number out of its range.
@@ -62,6 +66,7 @@ class Release:
     noise_multiplier: float
     scheme: Scheme
     steps: int = 1
+    levels: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -72,6 +77,11 @@ class Release:
             raise PrivacyError(f"a release of kind '{self.kind}' has the scheme {scheme}; it may have {names}")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise PrivacyError(f"a release has noise_multiplier {self.noise_multiplier!r}; it must be 0 or more")
+        if (self.kind == "skellam") != (self.levels >= LEAST_LEVELS):
+            raise PrivacyError(
+                f"a release of kind '{self.kind}' has {self.levels!r} levels; 'skellam' has {LEAST_LEVELS} or more, "
+                "all others 0"
+            )
         if self.steps < 0 or (self.steps != 1 and self.kind != "example"):
             raise PrivacyError(f"a release of kind '{self.kind}' has {self.steps!r} steps; only 'example' has several")
 
@@ -101,6 +111,7 @@ class Release:
             "noise_multiplier": self.noise_multiplier,
             "scheme": self.scheme.to_json(),
             "steps": self.steps,
+            **({"levels": self.levels} if self.levels else {}),
         }
 
 

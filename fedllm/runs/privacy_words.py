@@ -9,6 +9,7 @@ from fedllm.messages.traits import Fact
 from fedllm.models.adapters.lora import Lora
 from fedllm.privacy.schemes import FixedSizeScheme, PoissonScheme, RotationScheme
 from fedllm.runs.privacy_ledger import PrivacyLedger, finite
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 
@@ -62,6 +63,7 @@ def _noise(plan: PrivacyPlan, noise: float) -> str:
         most = plan.mechanism.sensitivity(plan.experiment.rounds)
         return f"{noise:.4g} x {most:.4g}, what one client can change in the whole run, x the clip {clip:g}"
     where = "the sum of a round" if not plan.by_client else "what a client sends"
+    where = "a secure sum" if isinstance(plan.mechanism, DiscreteNoise) else where
     where = where if plan.unit == "client" else "the sum of a step"
     return f"{noise:.4g} x the clip {clip:g} on every value of {where}"
 
@@ -80,6 +82,8 @@ def _sampling(plan: PrivacyPlan) -> str:
     secret = "nobody who sees the model may know who took part"
     if plan.by_client:
         secret = "it makes no difference, for each client adds its own noise"
+    if isinstance(plan.mechanism, DiscreteNoise):
+        secret = "it makes no difference, for the server knows whose updates are in a sum"
     match plan.scheme:
         case PoissonScheme(rate):
             return f"each client by a coin of {rate:g}; {secret}"

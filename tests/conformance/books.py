@@ -194,6 +194,18 @@ class TopKBook(Book):
         return sent
 
 
+class SelectiveBook(Book):
+    """Top entries of sum_k |w_k Δ_k| of the first round, and nothing else later (Jin et al. 2023, in effect)."""
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        whole = super().combined(sent, x)
+        if "map" in self.held:
+            return whole * self.held["map"]
+        sizes = sum(w * d.abs() for w, d in sent)
+        self.held["map"] = torch.zeros_like(x).index_fill(0, sizes.topk(round(self.settings.share * len(x))).indices, 1)
+        return whole
+
+
 class MomentumBook(Book):
     def step(self, mean: Tensor, clients: int) -> Tensor:
         beta = self.settings.beta

@@ -22,10 +22,12 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import AdaptiveClip, GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
+from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -132,6 +134,19 @@ CASES: dict[str, Case] = {
         sizes=EQUAL,
         weigher=Uniform("cohort"),
     ),
+    "discrete_noise": Case(
+        DiscreteNoise(clip=0.02, noise_multiplier=0.0),
+        books.ClippedBook,
+        neutral=DiscreteNoise(clip=2.0**40, noise_multiplier=0.0),
+        sizes=EQUAL,
+        weigher=Uniform("cohort"),
+    ),
     "fixed_point": Case(ROUNDED, rounding=3 * ROUNDED.bound / ROUNDED.levels(1)),
+    "selective_encryption": Case(
+        SelectiveEncryption(0.3, "drop"),
+        books.SelectiveBook,
+        neutral=SelectiveEncryption(1.0, "drop"),
+        keeps_space=False,
+    ),
     "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

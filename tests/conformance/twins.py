@@ -27,10 +27,12 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import AdaptiveClip, GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
+from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
@@ -450,6 +452,20 @@ class LocalScores(LocalGaussian):
         return super().encode(update.having("delta", part), scratch, memory, local)
 
 
+class SmallestFirst(SelectiveEncryption):
+    """Picks the entries that move least."""
+
+    def _map(self, sizes):
+        return super()._map({name: -leaf for name, leaf in sizes.items()})
+
+
+class DiscreteUnclipped(DiscreteNoise):
+    """Bounds nothing."""
+
+    def encode(self, update, scratch, memory, local):
+        return update, memory
+
+
 class LocalUnclipped(LocalGaussian):
     """Bounds nothing."""
 
@@ -525,6 +541,8 @@ TWINS = (
     Twin("dp_ftrl", FtrlUnclipped(0.02, 0.0), "equals_its_paper"),
     Twin("local_gaussian", LocalUnclipped(0.02, 0.0), "equals_its_paper"),
     Twin("local_gaussian", LocalScores(0.02, 0.0), "evaluation_passes", error=KeyError),
+    Twin("discrete_noise", DiscreteUnclipped(0.02, 0.0), "equals_its_paper"),
+    Twin("selective_encryption", SmallestFirst(0.3, "drop"), "equals_its_paper"),
     Twin("fixed_point", FixedDown(16, 0.5, 600.0), "rounds_without_bias"),
     Twin("quantize", QuantizeUnscaled(bits=4), "equals_its_paper"),
     Twin("quantize", QuantizeDown(bits=4), "rounds_without_bias"),

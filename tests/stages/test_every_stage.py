@@ -30,11 +30,13 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
 from fedllm.stages.privacy.no_figures import NoFigures
+from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
 from fedllm.stages.round_trip import broadcast_all, decode_all, encode_all, receive_all
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
@@ -51,7 +53,8 @@ STAGES = [
     LoraCap(), LoraFair(), LoraMerge(), LoraPad(), LoraProduct(), LoraPrune(), LoraResidual(), LoraStack(),
     LoraSvd(), SparseFirst(rounds=1), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
-    GaussianDp(1e9, 0.0), DpFtrl(1e9, 0.0), LocalGaussian(1e9, 0.0), NoFigures(), FixedPoint(max_weight=9),
+    GaussianDp(1e9, 0.0), DpFtrl(1e9, 0.0), LocalGaussian(1e9, 0.0), DiscreteNoise(1e9, 0.0),
+    NoFigures(), SelectiveEncryption(0.3), FixedPoint(max_weight=9),
 ]  # fmt: skip
 CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2, client="0")
 LOCAL = ClientContext(CTX, {"examples": 3.0, "steps": 2, "lr_sum": 0.2, "tokens": 8}, leaves(0.5))
@@ -142,7 +145,7 @@ def test_what_it_makes_it_takes_out_again(stage):
     made = {name for update in course.sent for name in update.parts} - {"delta", "metrics"}
     assert made == stage.traits.makes
     sent = course.sent[-1].parts
-    zeros = Update({name: Part(tree.zeros_like(sent[name].tree), 0.0) for name in ("delta", *stage.traits.makes)})
+    zeros = Update({name: Part(tree.zeros_like(part.tree), 0.0) for name, part in sent.items() if name != "metrics"})
     total, _ = decode_all(stages, zeros, course.params, course.states, CTX)
     assert total.parts.keys() - ({"base_delta"} if Fact.WRITABLE_BASE in stage.traits.needs else set()) == {"delta"}
 

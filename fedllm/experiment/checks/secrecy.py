@@ -6,9 +6,12 @@ settings of both, the number of clients, or their sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from fedllm.aggregators.bucketed import Bucketed
+from fedllm.aggregators.ckks import check_installed
+from fedllm.aggregators.homomorphic_sum import HomomorphicSum
 from fedllm.aggregators.masked_sum import MaskedSum
 from fedllm.errors import CheckError, ConfigError, SecureSumError, config_name
 from fedllm.experiment.privacy import mechanism_of
@@ -17,8 +20,10 @@ from fedllm.privacy.secure_aggregation.parameters import choose
 from fedllm.privacy.secure_aggregation.primitives import exchange_pair
 from fedllm.stages.base import Stage
 from fedllm.stages.compression.quantize import Quantize
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
+from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
 from fedllm.stages.weighting.by_examples import ByExamples
 
 BESIDE: Mapping[type[Stage], str] = {
@@ -36,6 +41,19 @@ def check_integers(experiment: Experiment) -> None:
         CheckError: the first rule that is broken.
     """
     stage, aggregator = fixed_point_of(experiment), experiment.aggregator
+    noise = mechanism_of(experiment)
+    if isinstance(noise, DiscreteNoise) and noise.noise_multiplier != 0 and not isinstance(aggregator, MaskedSum):
+        raise CheckError(
+            "stages: discrete_noise gives each client a part of the noise, which hides it in a sum alone, and "
+            f"aggregator {config_name(aggregator)} shows each by itself; use the aggregator secure_sum, or the stage "
+            "local_gaussian"
+        )
+    picks = [other for other in experiment.stages if isinstance(other, SelectiveEncryption)]
+    if picks and picks[0].rest == "clear" and not isinstance(aggregator, HomomorphicSum):
+        raise CheckError(
+            f"stages: selective_encryption says what is encrypted, but aggregator {config_name(aggregator)} encrypts "
+            "nothing; use the aggregator homomorphic_sum, or leave it out"
+        )
     if stage is None:
         return
     if sum(isinstance(other, FixedPoint) for other in experiment.stages) > 1:
@@ -55,6 +73,26 @@ def check_integers(experiment: Experiment) -> None:
         )
 
 
+def _check_noise(experiment: Experiment, most: int) -> None:
+    """Noise of several clients needs a sum of at least as many that are honest.
+
+    Raises:
+        ConfigError: there may be fewer.
+    """
+    stage, aggregator = mechanism_of(experiment), experiment.aggregator
+    if not (isinstance(stage, DiscreteNoise) and isinstance(aggregator, MaskedSum)) or stage.noise_multiplier == 0:
+        return
+    corrupt = math.floor(aggregator.corrupt * most)
+    honest = aggregator.min_survivors - corrupt
+    if stage.survivors > honest:
+        raise ConfigError(
+            f"stages: discrete_noise.survivors is {stage.survivors}, but a sum may be of "
+            f"{aggregator.min_survivors} clients (aggregator {config_name(aggregator)}, min_survivors), of whom "
+            f"{corrupt} of {most} may be corrupt; set min_survivors to {stage.survivors + corrupt} or more, or "
+            "survivors lower"
+        )
+
+
 def check_cohorts(experiment: Experiment, clients: int) -> None:
     """Refuse cohorts that the ring has no room for, or that no secure sum can be made of.
 
@@ -71,6 +109,15 @@ def check_cohorts(experiment: Experiment, clients: int) -> None:
         if stage is not None and clients:
             stage.levels(most)
             stage.digit_bits(clients)  # an evaluation asks all of them
+        if clients:
+            _check_noise(experiment, most)
+        if isinstance(aggregator, HomomorphicSum):
+            check_installed()
+            if most < aggregator.min_clients:
+                raise ConfigError(
+                    f"aggregator homomorphic_sum reads no total of fewer than {aggregator.min_clients} clients, but a "
+                    f"round asks {most} at most; draw larger cohorts, or lower min_clients"
+                )
         if isinstance(aggregator, MaskedSum):
             if most < aggregator.min_survivors:
                 raise ConfigError(

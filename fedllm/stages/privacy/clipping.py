@@ -96,9 +96,19 @@ def on_grid(update: Update, groups: Sequence[Group], clients: int) -> Update:
     in the sum it would take the place of what all others have sent.
     """
     dtype = grid_type(groups, clients, _type(update))
+    steps = {group: step_of(group, clients, dtype) for group in groups}
+    rounded, coarsest = rounded_within(update, groups, steps, dtype), max(steps.values())
+    parts = {n: p if n in FIGURES else replace(p, grid=coarsest) for n, p in rounded.parts.items()}
+    return replace(update, parts=parts)
+
+
+def rounded_within(
+    update: Update, groups: Sequence[Group], step_of_group: Mapping[Group, float], dtype: torch.dtype
+) -> Update:
+    """Each group in multiples of its step, with a norm of at most its clip."""
     factors, steps = dict[Leaf, float](), dict[Leaf, float]()
     for group in groups:
-        step = step_of(group, clients, dtype)
+        step = step_of_group[group]
         room, length = group.clip - math.sqrt(group.size) * step / 2, norm(update, group.leaves)
         factor = 0.0 if not math.isfinite(length) else min(1.0, room / length) if length else 1.0
         factors |= dict.fromkeys(group.leaves, factor)
@@ -109,9 +119,7 @@ def on_grid(update: Update, groups: Sequence[Group], clients: int) -> Update:
             return torch.zeros(value.shape, dtype=dtype)
         return (torch.round(value.double() * factors[leaf] / steps[leaf]) * steps[leaf]).to(dtype)
 
-    coarsest = max(steps.values())
-    parts = {n: p if n in FIGURES else replace(p, grid=coarsest) for n, p in mapped(update, rounded).parts.items()}
-    return replace(update, parts=parts)
+    return mapped(update, rounded)
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,7 @@ class FixedPoint(Stage):
                 if name in FIGURES or part.exact or not value.is_floating_point():
                     digits[key] = self._digits(value, FIGURE if name in FIGURES else EXACT, local.ctx, key)
                 elif part.grid:
-                    grid[key] = self._on_grid(value, part.grid, local.ctx, key)
+                    grid[key] = self._on_grid(value, part, local.ctx, key)
                 else:
                     plain[key] = value.double()
         sent = {VALUES: self._rounded(plain, local.ctx), GRID: grid, DIGITS: digits}
@@ -150,11 +150,12 @@ class FixedPoint(Stage):
         found = {name: piece.reshape(leaves[name].shape) for name, piece in zip(names, pieces, strict=False)}
         return found if back else {**found, PADDING: pieces[-1]}
 
-    def _on_grid(self, value: Tensor, grid: float, ctx: RoundContext, key: str) -> Tensor:
+    def _on_grid(self, value: Tensor, part: Part, ctx: RoundContext, key: str) -> Tensor:
         """(digits, ...): x / grid towards zero, so that no value grows. One digit where the sums have room for it."""
         _finite(value, key)
-        size = GRID_BITS[value.dtype] - math.ceil(math.log2(max(1, ctx.population)))  # |x / grid| <= 2^size
-        whole = (value.double() / grid).trunc()
+        room = GRID_BITS[value.dtype] - math.ceil(math.log2(max(1, ctx.population)))
+        size = part.bits or room  # |x / grid| <= 2^size
+        whole = (value.double() / part.grid).trunc()
         if whole.numel() and float(whole.abs().max()) > 2.0**size:
             raise ClientError(f"{key} is beyond the bound that its grid was made for")
         base = self.digit_bits(ctx.cohort)
