@@ -318,14 +318,25 @@ def test_cells_of_the_price_of_privacy_are_measured_once(
 def test_secure_sums_print_what_they_promise(benchmarks: None, capsys: pytest.CaptureFixture[str]) -> None:
     import secagg as bench
 
-    words = ["--json", "--quick", "--repeats", "1", "--sections", "masks,setup,exact,flower", "--peers", "no-python"]
-    assert bench.main(words) == 0
+    words = ["--json", "--quick", "--repeats", "1", "--sections", "masks,setup,rounding,exact,flower", "--peers"]
+    assert bench.main([*words, "no-python"]) == 0
     printed = capsys.readouterr()
     (line,) = printed.out.splitlines()
     figures = json.loads(line)
     assert (figures["exact_cases"], figures["wrong_cases"]) == (20, 0)
     assert all(figures[name] > 0 for name in ("mask_u32_s", "mask_u16_s", "mask_kernel_gbps", "setup_100_ms"))
+    assert figures["bytes_per_parameter"] == 2.0 and figures["relative_rms_error"] < 0.005
     assert figures["flower_over_ours"] is None and "flower was not measured" in printed.err
+
+
+def test_homomorphic_sums_print_their_curve(benchmarks: None, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tenseal")
+    import homomorphic as bench
+
+    assert bench.main(["--json", "--parameters", "5000", "--clients", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert all(row["error"] < 2.0**-22 for row in rows)
+    assert 7 < rows[-1]["bytes_over_float32"] < 14, "three ciphertexts of 64 KB for 5,000 values"
 
 
 def test_rounding_to_a_ring_is_without_bias(benchmarks: None) -> None:

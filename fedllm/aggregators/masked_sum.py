@@ -14,6 +14,7 @@ same way. Clients train before the first message, so that a slow one is not one 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class MaskedSum(Aggregator):
             "advertise": self._advertise,
             "share": lambda request, session: _step(protocol.share, request, session),
             "mask": _mask,
-            "agree": lambda request, session: _step(protocol.agree, request, session),
+            "agree": _agree,
             "unmask": lambda request, session: _step(protocol.unmask, request, session),
         }
 
@@ -240,6 +241,16 @@ def told(request: Request) -> bytes:
 
 def _step(step: Callable[[protocol.ClientState, bytes], bytes], request: Request, session: ClientSession) -> Update:
     return _frame(step(_state(session), told(request)))
+
+
+def _agree(request: Request, session: ClientSession) -> Update:
+    """Sign the list of survivors; but no second one of this round that differs."""
+    state, ctx = _state(session), session.ctx
+    frame = protocol.agree(state, told(request))
+    names = sorted(state.manifest.name(place) for place in state.survivors)
+    summed = digest("sum", state.manifest.model, json.dumps(names).encode())
+    session.keyring.spent(str(ctx.client)).agree(task_of(ctx), ctx.round, summed)
+    return _frame(frame)
 
 
 def _mask(request: Request, session: ClientSession) -> Update:

@@ -72,7 +72,11 @@ def absence(history: RunHistory) -> str:
     if started.settings["evaluation"]["diagnostics"] is None:
         return "Not computed: evaluation.diagnostics is null."
     if started.settings.get("demands", {}).get("secrecy"):
-        return "Not computed: the server may learn nothing but sums of updates (demands.secrecy)."
+        return (
+            "Not computed: the server may learn nothing but sums of updates (demands.secrecy). So this page has no "
+            "drift, no cosines and no bias of the aggregation, and of a single client no loss, no tokens, no bytes of "
+            "its parts and no scores: neither the worst client nor any other."
+        )
     if any(not event.note for event in history.of(RoundFinished)):
         return "Not computed: the updates are hidden from the server, or are integers that no stage has converted back."
     return ""

@@ -54,9 +54,11 @@ def asked(experiment: Experiment, request: Request, params: Tree, scores: Tree |
             None: the client trains.
 
     Returns:
-        None where it is not known: a stage or the work takes no zeros. An aggregator that seals updates makes others
-        of them.
+        None where it is not known: a stage or the work takes no zeros, or makes sizes of values. An aggregator that
+        seals updates makes others of them.
     """
+    if any(stage.sizes_follow_values for stage in experiment.pipeline):
+        return None
     question = Question(
         stages=experiment.pipeline,
         work=experiment.work,

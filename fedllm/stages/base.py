@@ -14,6 +14,7 @@ refused in `experiment/checks/check.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.traits import Traits
@@ -23,7 +24,12 @@ from fedllm.tensors.tree import Tree
 
 @dataclass(frozen=True)
 class Stage:
-    """Five hooks, each the identity. Override what the method needs; never override another stage."""
+    """Five hooks, each the identity. Override what the method needs; never override another stage.
+
+    `sizes_follow_values`: how large what it sends is depends on values of a request, so that nobody knows it before.
+    """
+
+    sizes_follow_values: ClassVar[bool] = False
 
     @property
     def traits(self) -> Traits:

@@ -51,6 +51,7 @@ class Case:
         rounding: of a stage that rounds, the largest step of its grid over the largest entry; instead of a book.
         keeps_space: the update keeps the shape of the parameters, so that it has neutral settings or a rounding, or
             says in its docstring why not.
+        in_some_rounds: parts that it makes, but not in each.
         needs: stages that make what it takes.
     """
 
@@ -62,6 +63,7 @@ class Case:
     keeps_space: bool = True
     weigher: Stage = ByExamples()
     needs: tuple[Stage, ...] = ()
+    in_some_rounds: frozenset[str] = frozenset()
 
     def pipeline(self, stage: Stage | None = None) -> tuple[Stage, ...]:
         """A list of stages around the case's own, or around `stage`."""
@@ -147,6 +149,7 @@ CASES: dict[str, Case] = {
         books.SelectiveBook,
         neutral=SelectiveEncryption(1.0, "drop"),
         keeps_space=False,
+        in_some_rounds=frozenset({"sensitivity"}),
     ),
     "lora_svd": Case(LoraSvd(), books.SvdBook),  # with lora_A held still: tests/papers/test_fedsvd.py
 }

@@ -1,7 +1,11 @@
-"""The durable marker that a client has masked in a round.
+"""The durable markers of a client: in which sums it has masked, and to which sum of a round it has agreed.
 
-Two masked vectors of one round, under other keys or of other values, could show their difference. So the marker is on
+Two masked vectors of one sum, under other keys or of other values, could show their difference. So the marker is on
 the disk before the first byte leaves: after a crash a client sends the very same bytes or is a client that dropped out.
+
+A round that was broken off may be asked for again as another sum. Two sums of one round over different clients show
+what those have sent in whom they differ. So a client that has agreed to one agrees again only to the same: over the
+same clients, from the same model.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 from fedllm.errors import not_written
-from fedllm.privacy.secure_aggregation.faults import RoundSpentError
+from fedllm.privacy.secure_aggregation.faults import RoundSpentError, SurvivorsError
 from fedllm.privacy.secure_aggregation.primitives import digest
+
+KEPT = 64  # rounds before the newest, to whose sums a client remembers that it has agreed
 
 
 class Marker(Protocol):
@@ -34,11 +40,24 @@ def _check(task: str, round: int, last: int) -> None:
         )
 
 
+def _check_agreed(step: int, before: str, now: str) -> None:
+    if before != now:
+        raise SurvivorsError(
+            f"round {step + 1}: this client has agreed to a sum over other clients, or from another model, before; "
+            "the two would show their difference, so this round has no second sum"
+        )
+
+
 @dataclass(frozen=True)
 class SpentInMemory:
     """For simulations and tests, where a client ends with its process."""
 
     rounds: dict[str, int] = field(default_factory=dict)
+    agreed: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def agree(self, task: str, step: int, sum: bytes) -> None:
+        """See SpentOnDisk."""
+        _check_agreed(step, self.agreed.setdefault((task, step), sum.hex()), sum.hex())
 
     def check(self, task: str, round: int) -> None:
         """See Marker."""
@@ -92,6 +111,32 @@ class SpentOnDisk:
         for path in folder.glob("[0-9]*"):
             if int(path.name) < round:
                 path.unlink(missing_ok=True)
+
+    def agree(self, task: str, step: int, sum: bytes) -> None:
+        """Mark to which sum of a round of training a client has agreed. When this returns, the mark survives a loss of
+        power.
+
+        Args:
+            step: the round. sum: hash of the clients and of the model.
+
+        Raises:
+            SurvivorsError: to another one.
+        """
+        path = self._task(task) / f"agreed-{step}"
+        try:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("w") as file:
+                    file.write(sum.hex())
+                _sync(path)
+                _sync(path.parent)
+                for other in path.parent.glob("agreed-*"):
+                    if int(other.name.removeprefix("agreed-")) < step - KEPT:
+                        other.unlink(missing_ok=True)
+            before = path.read_text()
+        except OSError as error:
+            raise not_written(path, error) from error
+        _check_agreed(step, before, sum.hex())
 
 
 def _sync(path: Path) -> None:

@@ -11,12 +11,12 @@ much as the first round's update does. What travels in the clear can be attacked
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fedllm.errors import ClientError, RoundVoid, require
+from fedllm.errors import RoundVoid, require
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.traits import DELTA, NONE, Bracket, Fact, Traits
 from fedllm.messages.update import Part, Update
@@ -40,6 +40,7 @@ class SelectiveEncryption(Stage):
 
     share: float = 0.1
     rest: Literal["clear", "drop"] = "clear"
+    sizes_follow_values: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 < self.share <= 1, self, field="share", value=self.share, allowed="above 0 and at most 1")
@@ -62,11 +63,7 @@ class SelectiveEncryption(Stage):
         return params, extra
 
     def encode(self, update: Update, scratch: Tree, memory: Tree, local: ClientContext) -> tuple[Update, Tree]:
-        """The delta in two parts; in the first round, whole and with its magnitudes.
-
-        Raises:
-            ClientError: a map that chooses nothing, which no sum of magnitudes gives.
-        """
+        """The delta in two parts; in the first round, whole and with its magnitudes."""
         delta = update.parts.get("delta")
         if delta is None:
             return update, memory
@@ -74,8 +71,6 @@ class SelectiveEncryption(Stage):
             sizes = {name: leaf.abs() for name, leaf in delta.tree.items()}
             return update.having(SENSITIVITY, Part(sizes, 0.0)), memory
         chosen = {name: scratch[name].bool() for name in delta.tree}
-        if not any(bool(one.any()) for one in chosen.values()):
-            raise ClientError("the map of selective_encryption chooses no entry")
         secret = {name: leaf[chosen[name]] for name, leaf in delta.tree.items()}
         sent = update.having("delta", replace(delta, tree=secret))
         if self.rest == "clear":
