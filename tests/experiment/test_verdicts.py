@@ -27,9 +27,11 @@ from fedllm.stages.lora.pad import LoraPad
 from fedllm.stages.lora.product import LoraProduct
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.privacy.base import PrivateStage
+from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.privacy.local_gaussian import LocalGaussian
+from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.training.sgd import Sgd
@@ -43,37 +45,47 @@ GIVEN: dict[str, Stage] = {
     "gaussian_dp": GaussianDp(1.0, 1.0),
     "dp_ftrl": DpFtrl(1.0, 1.0),
     "local_gaussian": LocalGaussian(1.0, 1.0),
+    "selective_encryption": SelectiveEncryption(0.5, "drop"),
 }
 POOL: dict[str, Stage] = {
-    name: GIVEN[name] if name in GIVEN else cls() for name, cls in STAGES.items() if cls not in (ByExamples, Uniform)
+    name: GIVEN[name] if name in GIVEN else cls()
+    for name, cls in STAGES.items()
+    if cls not in (ByExamples, Uniform, DiscreteNoise)  # the last needs a secure sum: its column of the compatibility
 }
 OPTIMIZERS = "momentum adagrad adam yogi nesterov"
+SELECT = "selective_encryption"
 DP = "gaussian_dp dp_ftrl local_gaussian"
 LORA = "lora_fair lora_pad lora_stack lora_prune lora_product lora_svd lora_merge lora_residual sparse_first"
 
 # By stage, those that may stand behind it in the list; the adapter is sparse_lora, and all clients weigh the same.
 PAIRS = {
-    "keep": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_pad {DP} fixed_point",
-    "prox": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} {DP} fixed_point",
-    "scaffold": f"prox dyn {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP} fixed_point",
+    "keep": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_pad {DP} fixed_point {SELECT}",
+    "prox": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} {DP} fixed_point {SELECT}",
+    "scaffold": f"prox dyn {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP} fixed_point "
+    f"{SELECT}",
     "dyn": f"prox scaffold lora_pad {DP}",
     **dict.fromkeys(
-        OPTIMIZERS.split(), f"prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_prune {DP} fixed_point"
+        OPTIMIZERS.split(),
+        f"prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_prune {DP} fixed_point {SELECT}",
     ),
-    "top_k": f"prox {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP} fixed_point",
-    "quantize": f"keep prox scaffold {OPTIMIZERS} top_k quantize {LORA} {DP}",
-    **dict.fromkeys(["lora_fair", "lora_stack", "lora_merge", "lora_residual"], "prox quantize fixed_point"),
+    "top_k": f"prox {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_residual sparse_first {DP} fixed_point "
+    f"{SELECT}",
+    "quantize": f"keep prox scaffold {OPTIMIZERS} top_k quantize {LORA} {DP} {SELECT}",
+    **dict.fromkeys(["lora_fair", "lora_stack", "lora_merge", "lora_residual"], f"prox quantize fixed_point {SELECT}"),
     "lora_pad": f"prox scaffold dyn {OPTIMIZERS} top_k quantize lora_fair lora_cap lora_product lora_svd lora_merge "
-    "lora_residual sparse_first fixed_point",
+    f"lora_residual sparse_first fixed_point {SELECT}",
     "lora_prune": f"{OPTIMIZERS} top_k quantize lora_cap lora_svd sparse_first fixed_point",
     "lora_cap": "lora_pad lora_prune",
-    "lora_product": f"prox {OPTIMIZERS} top_k quantize {DP} fixed_point",
-    "lora_svd": f"prox quantize {LORA} gaussian_dp local_gaussian fixed_point",
-    "sparse_first": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} gaussian_dp local_gaussian fixed_point",
+    "lora_product": f"prox {OPTIMIZERS} top_k quantize {DP} fixed_point {SELECT}",
+    "lora_svd": f"prox quantize {LORA} gaussian_dp local_gaussian fixed_point {SELECT}",
+    "sparse_first": f"prox scaffold dyn {OPTIMIZERS} top_k quantize {LORA} gaussian_dp local_gaussian "
+    f"fixed_point {SELECT}",
     # Private stages stand behind the weigher, wherever they are listed: here is what may stand beside them.
     "gaussian_dp": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product lora_svd sparse_first fixed_point",
     "local_gaussian": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product lora_svd sparse_first",
     "dp_ftrl": f"keep prox scaffold dyn {OPTIMIZERS} top_k quantize lora_product fixed_point",
+    SELECT: f"keep prox scaffold {OPTIMIZERS} top_k quantize lora_fair lora_pad lora_stack lora_product lora_svd "
+    "lora_merge lora_residual sparse_first fixed_point",
     "fixed_point": f"keep prox scaffold {OPTIMIZERS} top_k {LORA} gaussian_dp dp_ftrl",
 }
 
@@ -113,6 +125,7 @@ ALONE = {
     **dict.fromkeys(("gaussian_dp", "local_gaussian"), "by_examples rank bandwidth"),
     "dp_ftrl": "alternate gossip by_examples rank bandwidth",
     "fixed_point": "rank bandwidth",
+    SELECT: "rank bandwidth",
 }
 
 
@@ -159,11 +172,11 @@ def behind(*stages: Stage, profiles: dict[str, Profile] | None = None) -> set[st
 
 
 def test_behind_the_products_themselves_stands_what_does_not_need_steps() -> None:
-    assert behind(LoraProduct("product")) == {"prox", "quantize", "fixed_point"}
+    assert behind(LoraProduct("product")) == {"prox", "quantize", "fixed_point", SELECT}
 
 
 def test_beside_padding_clients_may_have_unequal_ranks_where_all_of_an_update_has_one_shape() -> None:
-    refused = {"scaffold", "dyn", "lora_fair", "lora_residual"}
+    refused = {"scaffold", "dyn", "lora_fair", "lora_residual", SELECT}
     assert behind(LoraPad(), profiles=PROFILES["rank"]) == set(PAIRS["lora_pad"].split()) - refused
     assert not passes(with_stages(GIVEN["keep"], LoraPad()), PROFILES["rank"])
 

@@ -18,7 +18,10 @@ Text = str | Callable[[Party, Party], str]  # of the needer and the loser; "{nee
 Where = Callable[[int, int, Party, Party], bool]  # places of needer and loser, and the two
 
 APART = "leave out one of the two"
-NO_SECRECY = "use the aggregator secure_sum and put the stage fixed_point last, or set demands.secrecy to false"
+NO_SECRECY = (
+    "use the aggregator secure_sum or bucketed and put the stage fixed_point last, or the aggregator homomorphic_sum, or "
+    "set demands.secrecy to false"
+)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,10 @@ MOST_LEVELS = 2**40
 class DiscreteNoise(PrivateStage):
     """Skellam noise on the clients, for secure sums. Neutral, to the bit: a large clip and `noise_multiplier: 0`.
 
-    Who takes part is known to the server, so sampling amplifies nothing.
+    Who takes part is known to the server, so sampling amplifies nothing. `noise_multiplier` is the noise's standard
+    deviation in a sum over the clip, if `survivors` clients have added it; with more of them there is more noise.
 
     Args:
-        noise_multiplier: standard deviation of the noise in a sum over the clip, if `survivors` clients have added it;
-            with more of them there is more noise.
         survivors: h, clients of each sum that are sure to be there and to be honest.
         levels: steps of the grid from 0 to the clip, at least. Rounding takes about sqrt(d) / (2 levels) of the bound.
     """

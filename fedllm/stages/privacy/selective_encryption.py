@@ -22,6 +22,7 @@ from fedllm.messages.traits import DELTA, NONE, Bracket, Fact, Traits
 from fedllm.messages.update import Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
+from fedllm.tensors.wire_format import DENSE
 
 SENSITIVITY, CLEAR = "sensitivity", "clear"
 
@@ -72,7 +73,7 @@ class SelectiveEncryption(Stage):
             return update.having(SENSITIVITY, Part(sizes, 0.0)), memory
         chosen = {name: scratch[name].bool() for name in delta.tree}
         secret = {name: leaf[chosen[name]] for name, leaf in delta.tree.items()}
-        sent = update.having("delta", replace(delta, tree=secret))
+        sent = update.having("delta", replace(delta, tree=secret, wire_format=DENSE))
         if self.rest == "clear":
             sent = sent.having(CLEAR, Part({name: leaf[~chosen[name]] for name, leaf in delta.tree.items()}, 0.0))
         return sent, memory
