@@ -19,8 +19,8 @@ Where = Callable[[int, int, Party, Party], bool]  # places of needer and loser, 
 
 APART = "leave out one of the two"
 NO_SECRECY = (
-    "use the aggregator secure_sum or bucketed and put the stage fixed_point last, or the aggregator homomorphic_sum, or "
-    "set demands.secrecy to false"
+    "use the aggregator secure_sum or bucketed and put the stage fixed_point last, or use the aggregator "
+    "homomorphic_sum, or set demands.secrecy to false"
 )
 
 
