@@ -153,6 +153,18 @@ def report(
     report_runs(folders, out=out)
 
 
+@app.command("audit")
+def audit_command(
+    folder: RunFolder,
+    records: Annotated[int, typer.Option(min=1, help="Records of each side, at most.")] = 400,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Attack a run's model: could somebody tell which records it was trained on?"""
+    from fedllm.cli.audit import audit_run
+
+    audit_run(folder, records=records, as_text=json)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit code 2; anything unexpected keeps its traceback."""
     try:
