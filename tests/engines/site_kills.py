@@ -48,7 +48,18 @@ def main(folder: Path, seeds: int) -> dict[str, Any]:
 def run_under_fire(file: Path, out: Path, chance: random.Random) -> Counter[str]:
     """Until the run has its summary."""
     killed = Counter[str]()
-    command = [sys.executable, "-m", "fedllm.cli.main", "run", str(file), "--engine", "sites", "--out", str(out), "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "fedllm.cli.main",
+        "run",
+        str(file),
+        "--engine",
+        "sites",
+        "--out",
+        str(out),
+        "--resume",
+    ]
     while not (out / "summary.json").is_file():
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 120

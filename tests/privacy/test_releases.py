@@ -55,7 +55,10 @@ def test_two_noised_outputs_of_one_draw_are_one_of_less_noise() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (("laplace", 1.0, EveryRound()), "of kind 'laplace'; known kinds: gaussian, correlated, local, example"),
+        (
+            ("laplace", 1.0, EveryRound()),
+            "of kind 'laplace'; known kinds: gaussian, correlated, local, skellam, example",
+        ),
         (("gaussian", 1.0, None), "has the scheme None; it may have every_round, poisson, fixed_size, rotation"),
         (
             ("correlated", 1.0, PoissonScheme(0.1)),

@@ -49,13 +49,13 @@ def test_a_client_adds_its_share_of_the_noise_to_integers() -> None:
 
 
 def test_the_bound_holds_behind_a_coarse_rounding() -> None:
-    """221 values on 16 steps to the bound: rounding to the nearest alone would bring 0.5 to 0.93."""
-    update = Update({"delta": Part({"a": torch.full((17, 13), 10.0)}, 1.0)})
+    """100 equal values of 1.6 steps: rounding to the nearest alone makes 2 of each, and 0.625 of 0.5."""
+    update = Update({"delta": Part({"a": torch.full((20, 5), 10.0)}, 1.0)})
     groups, step = grouped(update, CLIP, {}), CLIP / 16
     found = flat(rounded_within(update, groups, dict.fromkeys(groups, step), torch.float64))
     assert float(found.norm()) <= CLIP and torch.equal(found, (found / step).round() * step)
     nearest = (flat(clipped(update, groups)) / step).round() * step
-    assert float(nearest.norm()) > 0.9
+    assert float(nearest.norm()) == 0.625
     with pytest.raises(ClientError, match=r"levels is 16, too few for 300 values; set it to 18 or more"):
         sent(DiscreteNoise(CLIP, Z, levels=16), 0, Update({"delta": Part({"a": torch.ones(300)}, 1.0)}))
 
