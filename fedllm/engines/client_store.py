@@ -119,7 +119,15 @@ class ClientStore:
 
     def _path(self, client: str, version: int) -> Path:
         assert self._folder is not None
-        plain = client.isprintable() and not set(client) & set('\\/:*?"<>|')
-        if client in ("", ".", "..") or not plain or len(client.encode()) > MOST_NAME_BYTES:
-            raise RunError(f"client {client!r} cannot name a folder; use letters, digits, '_', '.' and '-', at most 64")
+        require_folder_name(client)
         return self._folder / client / f"{version:06d}.safetensors"
+
+
+def require_folder_name(client: str) -> None:
+    """
+    Raises:
+        RunError: a client's name cannot name a folder.
+    """
+    plain = client.isprintable() and not set(client) & set('\\/:*?"<>|')
+    if client in ("", ".", "..") or not plain or len(client.encode()) > MOST_NAME_BYTES:
+        raise RunError(f"client {client!r} cannot name a folder; use letters, digits, '_', '.' and '-', at most 64")

@@ -17,7 +17,7 @@ from fedllm.models.base_models.load import Base, materialise
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.runs.folder import Folder, write_whole
 from fedllm.runs.state import ServerState
-from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.round_trip import has_personal, personal_all
 from fedllm.tensors.tree import Tree
 
 
@@ -28,9 +28,10 @@ def write_adapters(experiment: Experiment, folder: Folder, model: LoadedModel, s
         RunError: the disk, or a client's memory is gone.
     """
     bound = model.with_constants(experiment.key)
-    complete = {**bound.constants, **model.initial_params(experiment.key)}
+    initial = model.initial_params(experiment.key)
+    complete = {**bound.constants, **initial}
     save_adapter(model, state.base_delta.folded({**complete, **state.params}), folder.path / "adapter", RESUME)
-    for client, own in personal_leaves(experiment, folder, state).items():
+    for client, own in personal_leaves(experiment, folder, state, {**initial, **state.params}).items():
         save_adapter(model, {**complete, **state.params, **own}, folder.path / "clients" / client / "adapter", RESUME)
 
 
@@ -60,15 +61,14 @@ def base_name(model: LoadedModel) -> str:
     return str(materialise(base))
 
 
-def personal_leaves(experiment: Experiment, folder: Folder, state: ServerState) -> Mapping[str, Tree]:
-    """What each client has kept to itself.
+def personal_leaves(experiment: Experiment, folder: Folder, state: ServerState, params: Tree) -> dict[str, Tree]:
+    """What the model of each client that remembers something has of its own. `params`: complete, of the server.
 
     Raises:
         RunError: a client's memory is gone or damaged.
     """
     stages = experiment.pipeline
-    places = [place for place, stage in enumerate(stages) if isinstance(stage, Keep)]
-    if not places or not folder.memories.is_dir():
+    if not has_personal(stages) or not folder.memories.is_dir():
         return {}
     store = ClientStore(folder.memories)
     found: dict[str, Tree] = {}
@@ -76,8 +76,14 @@ def personal_leaves(experiment: Experiment, folder: Folder, state: ServerState) 
     store.require({client: version for client, version in state.remembered.items() if client not in clients})
     for client in sorted(clients):
         memories = store.load(client, state.round, len(stages))
-        found[client] = {name: leaf for place in places for name, leaf in memories[place].items()}
+        found[client] = personal_all(stages, params, memories, state.states, client)
     return found
+
+
+def newcomer(experiment: Experiment, state: ServerState, params: Tree, client: str) -> Tree:
+    """What the model of a client that remembers nothing has of its own."""
+    stages = experiment.pipeline
+    return personal_all(stages, params, [{} for _ in stages], state.states, client)
 
 
 def summary(

@@ -54,6 +54,11 @@ class Folder:
         return self.checkpoints / "clients"
 
     @property
+    def clients(self) -> Path:
+        """The clients' own adapters, each in a folder of the client's name."""
+        return self.path / "clients"
+
+    @property
     def started(self) -> bool:
         """True if a run lives here."""
         return self.experiment.is_file()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedllm.errors import RunError, nearest
 from fedllm.experiment.config_file import build
 from fedllm.experiment.record import Experiment
 from fedllm.models.loaded_model import LoadedModel, load
-from fedllm.runs.artifacts import personal_leaves
+from fedllm.runs.artifacts import newcomer, personal_leaves
 from fedllm.runs.checkpoints import Checkpoints
 from fedllm.runs.folder import Folder
+from fedllm.runs.personal_files import own_part, personalised, run_clients
 from fedllm.runs.state import ServerState
+from fedllm.stages.round_trip import has_personal
 from fedllm.tensors.tree import Tree
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
     """`params` are complete: shared, personal and frozen tensors, and among the components of the factors what was
-    added to the frozen weights. `own`: what each client has kept to itself."""
+    added to the frozen weights. `own`: what each client has of its own, those included who came after the run.
+    `shared`: the tensors that train, as the server has them. `clients`: those of the run, then those who came after."""
 
     folder: Folder
     experiment: Experiment
@@ -28,10 +31,16 @@ class LoadedRun:
     state: ServerState
     params: Tree
     own: Mapping[str, Tree]
+    shared: Tree
+    clients: Sequence[str] = ()
 
     def params_of(self, client: str) -> Tree:
-        """The parameters with the client's own tensors, where it has any."""
-        return {**self.params, **self.own.get(client, {})}
+        """The parameters of the client's model: with its own tensors, or with those that a newcomer begins with."""
+        return {**self.params, **self.own_of(client)}
+
+    def own_of(self, client: str) -> Tree:
+        """What the client's model has of its own; {} where all clients have one model."""
+        return self.own[client] if client in self.own else newcomer(self.experiment, self.state, self.shared, client)
 
 
 def open_run(path: Path, *, client: str | None = None, best: bool = False) -> LoadedRun:
@@ -43,15 +52,30 @@ def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Lo
     folder = Folder(path)
     experiment = build(folder.read_experiment())
     state = _state(folder, experiment, best=best)
-    own = personal_leaves(experiment, folder, state)
-    if client is not None and client not in own:
-        what = nearest(client, own) if own else "; no client of this run has parameters of its own"
-        raise RunError(f"{path} has no personal model of '{client}'{what}")
+    came = personalised(folder)
+    clients = (*run_clients(folder), *came)
+    if client is not None:
+        _require_client(path, client, clients, personal=has_personal(experiment.pipeline))
     model = load(experiment.task)
-    leaves = {**model.with_constants(experiment.key).constants, **model.initial_params(experiment.key), **state.params}
-    params = state.base_delta.folded(leaves)
-    opened = LoadedRun(folder, experiment, model, state, params, own)
-    return opened if client is None else LoadedRun(folder, experiment, model, state, opened.params_of(client), own)
+    shared = {**model.initial_params(experiment.key), **state.params}
+    params = state.base_delta.folded({**model.with_constants(experiment.key).constants, **shared})
+    own = {**personal_leaves(experiment, folder, state, shared), **{name: own_part(folder, name) for name in came}}
+    opened = LoadedRun(folder, experiment, model, state, params, own, shared, clients)
+    return opened if client is None else replace(opened, params=opened.params_of(client))
+
+
+def _require_client(path: Path, client: str, clients: Sequence[str], *, personal: bool) -> None:
+    """
+    Raises:
+        RunError: the run has no model of this client's own.
+    """
+    if not personal:
+        raise RunError(
+            f"{path} has no personal model of '{client}'; no client of this run has parameters of its own: leave out "
+            "--client, or train with a method that keeps some, such as method: fedsa_lora"
+        )
+    if client not in clients:
+        raise RunError(f"{path} has no personal model of '{client}'{nearest(client, clients)}")
 
 
 def _state(folder: Folder, experiment: Experiment, *, best: bool) -> ServerState:

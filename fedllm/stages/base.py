@@ -26,6 +26,7 @@ from fedllm.tensors.tree import Tree
 class Stage:
     """Five hooks, each the identity. Override what the method needs; never override another stage.
 
+`personal` is no hook of the round trip: it says what a client has of its own where a run is read.
     `sizes_follow_values`: how large what it sends is depends on values of a request, so that nobody knows it before.
     """
 
@@ -39,6 +40,16 @@ class Stage:
     def trains_in_round(self, name: str, round: int) -> bool:
         """Whether a leaf that the scope trains does so in this round."""
         return True
+
+    def personal(self, params: Tree, memory: Tree, state: Tree, client: str) -> Tree:
+        """What a client's own model has in place of the server's `params`, for what is made of a finished run: its
+        files, evaluation on all clients, chat, export, `fedllm personalise`. {}: all clients have one model.
+
+        Args:
+            params: complete, at their initial values where the server has none. memory: the client's, of this stage; {}
+                of a newcomer, which is given what it would begin with. state: the stage's, on the server.
+        """
+        return {}
 
     def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """Server, down: (parameters to send, extra for this stage's `receive`)."""

@@ -43,6 +43,22 @@ def receive_all(
     return params, Received(tuple(reversed(scratch)), tuple(reversed(names)))
 
 
+def has_personal(stages: Sequence[Stage]) -> bool:
+    """True if a stage gives clients models of their own."""
+    return any(type(stage).personal is not Stage.personal for stage in stages)
+
+
+def personal_all(
+    stages: Sequence[Stage], params: Tree, memories: Sequence[Tree], states: Sequence[Tree], client: str
+) -> Tree:
+    """What a client's model has in place of the server's parameters; of two stages that say so the first counts, for
+    it is the last that `receive` passes through."""
+    own: Tree = {}
+    for stage, memory, state in reversed(list(zip(stages, memories, states, strict=True))):
+        own |= stage.personal({**params, **own}, memory, state, client)
+    return own
+
+
 def changes_gradients(stages: Sequence[Stage]) -> bool:
     """True if a stage changes gradients."""
     return any(type(stage).grads is not Stage.grads for stage in stages)

@@ -166,7 +166,7 @@ def test_fedsa_lora_never_sends_b_which_differs_between_clients(data: Path, tmp_
     assert all(kinds(leaves) == {"lora_A"} for leaves in [*params, *(d for r in sent.values() for d in r.values())])
     state = Checkpoints(tmp_path / "run" / "checkpoints", 9).load(ROUNDS)
     assert state is not None
-    own = personal_leaves(exp, Folder(tmp_path / "run"), state)
+    own = personal_leaves(exp, Folder(tmp_path / "run"), state, state.params)
     assert kinds(own["ann"]) == {"lora_B"} and not tree.equal(dict(own["ann"]), dict(own["ben"]))
 
 

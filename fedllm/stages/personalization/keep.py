@@ -41,6 +41,10 @@ class Keep(Stage):
         allowed = 'a list of at least one pattern, such as ["*lora_B"]'
         require(listed, self, field="patterns", value=self.patterns, allowed=allowed)
 
+    def personal(self, params: Tree, memory: Tree, state: Tree, client: str) -> Tree:
+        """The leaves of these names: as the client remembers them, or as they begin."""
+        return {**self._own(params), **memory}
+
     def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """Send the shared leaves alone."""
         return {name: leaf for name, leaf in params.items() if not tree.matches(name, self.patterns)}, {}
