@@ -233,13 +233,26 @@ class Diagnosed(Event):
 
 @dataclass(frozen=True)
 class Evaluated(Event):
-    """`which` is base, federated, local_only or centralised; `round` counts completed rounds."""
+    """`which` is base, federated, local_only, fedavg or centralised; `round` counts completed rounds."""
 
     which: str
     round: int
     metrics: Scores
     clients: Mapping[str, Scores] = field(default_factory=dict)
     note: str = ""
+
+
+@dataclass(frozen=True)
+class PersonalEvaluated(Event):
+    """The own models of some clients after `round` completed rounds. `matrix`: of each on each of their test sets;
+    `others`: of each on those of the others together; `union`: on all of them. `population`: how many clients there
+    are."""
+
+    round: int
+    matrix: Mapping[str, Mapping[str, Scores]]
+    others: Mapping[str, Scores]
+    union: Mapping[str, Scores]
+    population: int
 
 
 @dataclass(frozen=True)

@@ -107,11 +107,32 @@ def evaluate(
     folder: RunFolder,
     overrides: Overrides = None,
     best: Annotated[bool, typer.Option("--best", help="The best checkpoint instead of the last.")] = False,
+    client: Annotated[str | None, typer.Option(help="Its personal model alone, on all records.")] = None,
 ) -> None:
     """Score a run's model again. Other `evaluation` settings may be given, as in evaluation.metrics=[rouge_l]."""
     from fedllm.cli.evaluate import evaluate_run
 
-    evaluate_run(folder, overrides or [], best=best)
+    evaluate_run(folder, overrides or [], best=best, client=client)
+
+
+@app.command()
+def personalise(
+    folder: RunFolder,
+    data: Annotated[str, typer.Option(help="Records of a client that took no part: a file, or packaged data.")],
+    name: Annotated[str, typer.Option(help="Its name; chat, eval and export take it as --client.")],
+    fields: Annotated[
+        list[str] | None, typer.Option(help="NAME=FIELD, once for each, as in prompt=question; default: the run's.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Local steps; default: a client's in the whole run.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the run's.")] = None,
+    heldout: Annotated[
+        float | None, typer.Option(help="Fraction of the records to test with; default: the run's, or 0.1.")
+    ] = None,
+) -> None:
+    """Give a newcomer its own model: train the personal part alone; the shared one stays as it is."""
+    from fedllm.cli.personalise import personalise_run
+
+    personalise_run(folder, data=data, name=name, fields=fields or [], steps=steps, lr=lr, heldout=heldout)
 
 
 @app.command()

@@ -45,6 +45,22 @@ class Diagnostics:
 
 
 @dataclass(frozen=True)
+class Personal:
+    """After the last round each client's own model is scored on its own, the others' and all held-out records.
+
+    Args:
+        clients: whose models, at most, and on whose records, spread evenly over all; the cost is this many evaluations
+            of their held-out records together.
+    """
+
+    clients: int = 16
+
+    def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise ConfigError(f"evaluation.personal.clients is {self.clients}; it must be 1 or more")
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What is measured, when, and against what.
 
@@ -52,12 +68,14 @@ class Evaluation:
         metrics: of nll, perplexity, exact_match, accuracy, rouge_l. every: rounds between evaluations; None: the
             base and the end only. by: a field of the records; figures by its values are added (`nll/private`).
         limit: held-out records per client at most. max_new_tokens: of generation. batch_size: of evaluation.
-        compare: local_only (each client alone) and centralised (the pooled data) at the run's own learning rate, or
-            at the best of `compare_lr` by loss on held-out records.
+        compare: local_only (each client alone), fedavg (the plain federated model: the same experiment with every
+            tensor shared, averaged by examples) and centralised (the pooled data), at the run's own learning rate;
+            local_only and centralised at the best of `compare_lr`, if given, by loss on held-out records.
         best: the metric that chooses the best checkpoint; None: the first of `metrics`.
         diagnostics: of the clients' updates in each round, and alarms; None: none.
         private: in a run with differential privacy no loss, count or score leaves a client, and nobody looks at a
             single update. False: they do, outside of the guarantee.
+        personal: of the clients' own models, on each other's records; None: none.
     """
 
     metrics: tuple[str, ...] = ("nll",)
@@ -66,11 +84,12 @@ class Evaluation:
     limit: int | None = None
     max_new_tokens: int = 16
     batch_size: int = 16
-    compare: tuple[Literal["local_only", "centralised"], ...] = ()
+    compare: tuple[Literal["local_only", "fedavg", "centralised"], ...] = ()
     compare_lr: tuple[float, ...] = ()
     best: str | None = None
     diagnostics: Diagnostics | None = Diagnostics()
     private: bool = True
+    personal: Personal | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "limit"):

@@ -19,6 +19,8 @@ from fedllm.experiment.record import Experiment
 from fedllm.experiment.yaml import read_yaml
 from fedllm.stages.base import Stage
 
+# By record, settings that came after runs were made, and their defaults: left out of the hash, which stays what it was.
+LATER: Mapping[str, Mapping[str, Any]] = {"evaluation": {"personal": None}}
 ABOUT = "about"  # what a resolved file says of itself; not part of the experiment
 
 
@@ -91,7 +93,8 @@ def dump(experiment: Experiment) -> dict[str, Any]:
 
 def experiment_hash(experiment: Experiment) -> str:
     """SHA-256 of the resolved experiment: the run's identity. Equal experiments have equal hashes."""
-    return hashlib.sha256(json.dumps(_canonical(dump(experiment)), sort_keys=True).encode()).hexdigest()
+    settings = _canonical(_without_defaults(dump(experiment)))
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
@@ -151,6 +154,16 @@ def _plain(value: Any, path: str) -> Any:
         f"{path.lstrip('.')} is {value!r}, of type {type(value).__name__}; an experiment holds text, numbers, "
         "true, false, null, tuples, mappings and frozen dataclasses of these"
     )
+
+
+def _without_defaults(dumped: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings of LATER that are at their defaults."""
+    kept = dict(dumped)
+    for record, settings in LATER.items():
+        kept[record] = {
+            key: value for key, value in dumped[record].items() if key not in settings or value != settings[key]
+        }
+    return kept
 
 
 def _canonical(value: Any) -> Any:

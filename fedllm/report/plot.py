@@ -22,7 +22,13 @@ PALETTE = (
     "#4477aa", "#dd8833", "#2f9e77", "#a05fb0", "#cc5566", "#3fa7c4",
     "#a39a35", "#8c6d5a", "#6f7fd0", "#d077a5", "#6aa84f", "#8a9099",
 )  # fmt: skip
-SHADE = {"base": "#8a9099", "local_only": "#dd8833", "federated": "#4477aa", "centralised": "#2f9e77"}
+SHADE = {
+    "base": "#8a9099",
+    "local_only": "#dd8833",
+    "fedavg": "#a05fb0",
+    "federated": "#4477aa",
+    "centralised": "#2f9e77",
+}
 DASHES = ("solid", "dash")
 _OVER_ROUNDS = "%{fullData.name}<br>round %{x}: %{y:.5~g}<extra></extra>"
 

@@ -23,6 +23,7 @@ from fedllm.events import (
     Evaluated,
     Event,
     MessageSent,
+    PersonalEvaluated,
     PrivacySpent,
     Resumed,
     RoundFinished,
@@ -35,7 +36,13 @@ from fedllm.events import (
 )
 from fedllm.report.formatting import finite
 
-COMPARED = {"base": "base", "local_only": "local-only", "federated": "federated", "centralised": "centralised"}
+COMPARED = {
+    "base": "base",
+    "local_only": "local-only",
+    "fedavg": "FedAvg",
+    "federated": "federated",
+    "centralised": "centralised",
+}
 OWN = "own/"  # before a metric: of a model of one client, on that client's own records
 E = TypeVar("E", bound=Event)
 
@@ -61,7 +68,7 @@ def _superseded(event: Event, start: int) -> bool:
             return event.round >= start
         case Warned(round=int(round)):
             return round >= start
-        case Evaluated(which="federated") | CheckpointSaved():
+        case Evaluated(which="federated") | PersonalEvaluated() | CheckpointSaved():
             return event.round > start
         case RunFinished():
             return True
@@ -99,7 +106,7 @@ class RunHistory:
 
     @property
     def evaluations(self) -> dict[str, Evaluated]:
-        """The newest evaluation of each kind, in the order base, local-only, federated, centralised."""
+        """The newest evaluation of each kind, in the order base, local-only, FedAvg, federated, centralised."""
         newest = {event.which: event for event in self.of(Evaluated)}
         return {which: newest[which] for which in COMPARED if which in newest}
 

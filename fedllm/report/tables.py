@@ -16,6 +16,7 @@ from fedllm.events import (
     RunStarted,
     Warned,
 )
+from fedllm.report.fairness import client_gains
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.formatting import NOTHING, duration, figure, labelled, lower_is_better, part_of_whole, share, size
 from fedllm.report.markup import Html, el, folded, joined, table
@@ -183,22 +184,21 @@ def _spread(metric: str, found: Mapping[str, float]) -> list[str]:
     return [names[0], figure(found[first]), figure(fmean(found.values())), figure(found[last]), names[1]]
 
 
+BETTER_THAN = {"local_only": "training alone", "fedavg": "the plain federated model (FedAvg)"}
+
+
 def gains(history: RunHistory) -> Html:
-    """For how many clients the federation beats training alone."""
-    alone, together = history.evaluations.get("local_only"), history.evaluations.get("federated")
-    if alone is None or together is None:
-        return Html("")
-    counts = [(name, _gains(name, alone, together)) for name in together.metrics if "/" not in name]
-    said = [f"{sum(gain > 0 for gain in found)} of {len(found)} in {name}" for name, found in counts if found]
-    if not said:
-        return Html("")
-    return el("p", f"Clients that the federation serves better than training alone: {', '.join(said)}.")
-
-
-def _gains(metric: str, alone: Evaluated, together: Evaluated) -> list[float]:
-    before, after = client_scores(alone, metric), client_scores(together, metric)
-    sign = -1 if lower_is_better(metric) else 1
-    return [sign * (after[client] - before[client]) for client in before if client in after]
+    """For how many clients the federation beats training alone, and the model that shares everything."""
+    found, together = history.evaluations, history.evaluations.get("federated")
+    said = []
+    for which, title in BETTER_THAN.items():
+        if which not in found or together is None:
+            continue
+        counts = [(name, client_gains(name, found[which], together)) for name in together.metrics if "/" not in name]
+        told = [f"{sum(g > 0 for g in gain.values())} of {len(gain)} in {name}" for name, gain in counts if gain]
+        if told:
+            said.append(el("p", f"Clients that the federation serves better than {title}: {', '.join(told)}."))
+    return joined(said)
 
 
 def spending(histories: Sequence[RunHistory]) -> Html:

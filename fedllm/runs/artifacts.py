@@ -10,11 +10,21 @@ from fedllm.engines.checksummed_files import RESUME
 from fedllm.engines.client_store import ClientStore
 from fedllm.engines.process_memory import peak_memory
 from fedllm.evaluation.scores import LOWER_IS_BETTER
-from fedllm.events import ClientFinished, DataReported, EngineStarted, Evaluated, Event, PrivacySpent, read
+from fedllm.events import (
+    ClientFinished,
+    DataReported,
+    EngineStarted,
+    Evaluated,
+    Event,
+    PersonalEvaluated,
+    PrivacySpent,
+    read,
+)
 from fedllm.experiment.record import Experiment
 from fedllm.files import atomic_folder, to_json_text
 from fedllm.models.base_models.load import Base, materialise
 from fedllm.models.loaded_model import LoadedModel
+from fedllm.report.fairness import personal_summary
 from fedllm.runs.folder import Folder, write_whole
 from fedllm.runs.state import ServerState
 from fedllm.stages.round_trip import has_personal, personal_all
@@ -97,15 +107,17 @@ def summary(
     failure: str = "",
 ) -> dict[str, Any]:
     """The figures of `summary.json`. `failure`: why the run has no result."""
-    told = DataReported | ClientFinished | EngineStarted | Evaluated | PrivacySpent
+    told = DataReported | ClientFinished | EngineStarted | Evaluated | PersonalEvaluated | PrivacySpent
     events = [event for _, event in read(folder.events) if isinstance(event, told)]
     totals, spent = state.totals, [event for event in events if isinstance(event, PrivacySpent)]
     evaluated = {event.which: event for event in events if isinstance(event, Evaluated)}
     tables = {
         which: dict(evaluated[which].metrics) if which in evaluated else None
-        for which in ("base", "federated", "local_only", "centralised")
+        for which in ("base", "federated", "local_only", "fedavg", "centralised")
     }
     federated = evaluated.get("federated")
+    personal = [event for event in events if isinstance(event, PersonalEvaluated)]
+    own = {"personal": personal_summary(personal[-1], evaluated)} if personal else {}
     return {
         "experiment_hash": folder.about["experiment_hash"],
         "engine": engine,
@@ -128,6 +140,7 @@ def summary(
         "clients": _clients(events, federated),
         "worst": _worst(federated),
         "epsilon": spent[-1].epsilon if spent else None,
+        **own,
     }
 
 

@@ -1,6 +1,7 @@
 """Baselines, which a run is compared with: the base model, each client alone, and the pooled data.
 
     local_only    each client by itself: rounds x steps of its own batches, optimiser kept
+    fedavg        the plain federated model: the same rounds and cohorts with every tensor shared, averaged by examples
     centralised   the pooled data: rounds x steps of batch size x cohort, optimiser kept
 
 Each at the run's own learning rate, or at the best of `compare_lr` by loss on held-out records. A figure is cached by
@@ -13,27 +14,34 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from threading import get_ident
+from typing import Any
 
 import torch
 
+from fedllm.aggregators.sum import Sum
 from fedllm.data.federation import ConcatRecords, Population
+from fedllm.engines.client import Site, noise_key
 from fedllm.engines.client_noise import RoundStreams
+from fedllm.engines.client_store import ClientStore
+from fedllm.engines.loopback import one_by_one
 from fedllm.errors import RunError
 from fedllm.evaluation.scores import Scorer
-from fedllm.events import Emit, Evaluated, Progress
+from fedllm.events import Emit, Evaluated, Event, Progress
 from fedllm.experiment.config_file import dump
-from fedllm.experiment.record import Experiment
+from fedllm.experiment.record import Demands, Experiment
 from fedllm.files import cache_dir, to_json_text, write_durably
 from fedllm.messages.context import RoundContext
 from fedllm.models.batch import Example
 from fedllm.models.loaded_model import LoadedModel
 from fedllm.privacy.noise import new_key
+from fedllm.runs.server_round import initial_state, run_round
+from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.tensors.tree import Tree, add
 from fedllm.training.base import ClientJob, Work, run_steps
 from fedllm.version import __version__
@@ -79,6 +87,34 @@ class Baselines:
         made = self._made({POOLED: self.population.clients}, "centralised", times=self._cohort())
         scores, lr = made[POOLED]
         return Evaluated("centralised", self.experiment.rounds, scores, {}, f"lr {lr:g}")
+
+    def fedavg(self) -> Evaluated:
+        """The plain federated model, on all held-out records and by client."""
+        plain = plainly_shared(self.experiment)
+        whole = dump(plain)
+        settings = {name: whole[name] for name in ("task", "federation", "work", "stages", "limits", "rounds", "seed")}
+        made = self._kept("fedavg", settings, lambda: self._federate(plain))
+        clients = {client: dict(scores) for client, scores in made["clients"].items()}
+        return Evaluated("fedavg", self.experiment.rounds, dict(made["all"]), clients, f"lr {plain.work.lr:g}")
+
+    def _federate(self, plain: Experiment) -> dict[str, Any]:
+        """All its rounds, and the scores of what they come to.
+
+        Raises:
+            RunError: no client answered in any round.
+        """
+        state, answered = initial_state(plain, self.model.initial_params(plain.key)), 0
+        site = Site(plain, self.model, self.population, ClientStore(None), noise_key=noise_key(plain, None))
+        call = one_by_one(site, _unheard)
+        self.emit(Progress("fedavg", 0, plain.rounds))
+        for done in range(plain.rounds):
+            state, result = run_round(state, plain, self.population.clients, call, _unheard)
+            answered += result.clients
+            self.emit(Progress("fedavg", done + 1, plain.rounds))
+        if not answered:
+            raise RunError("no client answered in any round of the plain federated model")
+        everyone, by_client = self._scored(self.model.with_constants(plain.key), state.params)
+        return {"all": everyone, "clients": by_client}
 
     def _made(self, groups: Mapping[str, Sequence[str]], what: str, *, times: int) -> dict[str, tuple[Scores, float]]:
         """For each group of clients the scores at the best learning rate, and that rate. A group that could be trained
@@ -181,22 +217,46 @@ class Baselines:
 
     def _cached(self, what: str, work: Work, clients: Sequence[str]) -> Scores:
         whole = dump(replace(self.experiment, work=work))
-        left_out = ("compare", "compare_lr", "every", "best")
-        evaluation = {name: value for name, value in whole["evaluation"].items() if name not in left_out}
         kept = {name: whole[name] for name in ("task", "federation", "work", "rounds", "seed")}
+        scores = self._kept(what, kept, lambda: self._train(work, clients))
+        return {name: math.nan if value is None else value for name, value in scores.items()}
+
+    def _kept(self, what: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the cache holds for these settings, or what is made now and kept there."""
+        left_out = ("compare", "compare_lr", "every", "best", "personal")
+        whole = dump(self.experiment)["evaluation"]
+        evaluation = {name: value for name, value in whole.items() if name not in left_out}
         made = {"fedllm": __version__, **self.model.backend}
-        text = json.dumps([made, what, kept, evaluation, _fingerprint(self.population), self.start], sort_keys=True)
+        text = json.dumps([made, what, settings, evaluation, _fingerprint(self.population), self.start], sort_keys=True)
         path = cache_dir() / "compare" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
         with suppress(OSError, ValueError):  # not there, or damaged
-            known = json.loads(path.read_text(encoding="utf-8"))
-            return {name: math.nan if value is None else value for name, value in known.items()}
-        scores = self._train(work, clients)
+            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return known
+        scores = make()
         with suppress(OSError):  # a cache that cannot be written to costs time and no figure
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}-{get_ident()}.part")
             write_durably(part, to_json_text(scores).encode())
             part.replace(path)
         return scores
+
+
+def plainly_shared(experiment: Experiment) -> Experiment:
+    """The same experiment with every tensor that trains shared, averaged by examples, and nothing else on its way: of
+    an adapter with lora_A and lora_B that is FedIT."""
+    scope = replace(experiment.task.scope, share=("*",), hold=())
+    return replace(
+        experiment,
+        task=replace(experiment.task, scope=scope),
+        stages=(ByExamples(),),
+        aggregator=Sum(),
+        demands=Demands(),
+        evaluation=replace(experiment.evaluation, personal=None),
+    )
+
+
+def _unheard(event: Event) -> None:
+    """The rounds of a baseline are none of the run's."""
 
 
 def _counted(values: Mapping[str, Sequence[float]], clients: int) -> list[str]:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fedllm.errors import ConfigError
+from fedllm.evaluation.personal import added_up, sums_by_client
 from fedllm.evaluation.scores import Scorer, check_metrics
 from fedllm.experiment.config_file import override
 from fedllm.experiment.record import Experiment
 from fedllm.runs.loaded_run import LoadedRun
+from fedllm.runs.personal_files import facts_of
+from fedllm.runs.personalise import held_out_of
 from fedllm.tensors import tree
 
 Figures = dict[str, float]
@@ -38,3 +41,21 @@ def score_run(opened: LoadedRun, experiment: Experiment, warn: Callable[[str], N
         scores[client] = scorer.figures(sums)
         total = tree.add(sums, total)
     return {**scores, "all": scorer.figures(total)}
+
+
+def score_client(
+    opened: LoadedRun, experiment: Experiment, client: str, warn: Callable[[str], None]
+) -> dict[str, Figures]:
+    """Figures of one client's model: on its own held-out records, on the other clients', and on all of them. One who
+    came after the run is scored on the records that it held out; a part without records is left out."""
+    population = experiment.federation.load(experiment.key)
+    if client not in population.heldout:
+        own = held_out_of(opened.experiment, facts_of(opened.folder, client), client)
+        population = replace(population, heldout={**population.heldout, client: own})
+    scorer = Scorer.of(experiment.evaluation, experiment.work.max_length, population)
+    for text in scorer.unfit(opened.model, population).warnings(scorer.max_length):
+        warn(text)
+    sums = sums_by_client(scorer, opened.model, opened.params_of(client), population.heldout)
+    parts = {"its own": [client], "others": [who for who in sums if who != client], "all": list(sums)}
+    found = {name: scorer.figures(added_up(sums, who)) for name, who in parts.items()}
+    return {name: figures for name, figures in found.items() if figures}

@@ -163,6 +163,7 @@ def _run(plan: Plan, model: LoadedModel, population: Population, runner: Engine,
         if failure := session.failure():
             session.fail(kind, failure)
         session.adapters()
+        session.score_personal()
         session.train_baselines()
         session.finish(kind)
     return Result(folder.path, folder.read_summary(), session.state.params, session.state.base_delta)

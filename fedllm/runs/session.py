@@ -26,6 +26,7 @@ from fedllm.events import (
     Emit,
     Evaluated,
     Event,
+    PersonalEvaluated,
     Resumed,
     RoundFinished,
     RunFinished,
@@ -49,6 +50,7 @@ from fedllm.runs.event_log import Log
 from fedllm.runs.fingerprint import Inputs
 from fedllm.runs.folder import Folder, versions
 from fedllm.runs.monitor import RoundMonitor
+from fedllm.runs.personal_evaluation import scored
 from fedllm.runs.privacy_ledger import BudgetSpentError, PrivacyLedger
 from fedllm.runs.privacy_words import promised
 from fedllm.runs.resource_usage import TrafficMeter, elapsed, limit_reached
@@ -201,10 +203,26 @@ class RunSession:
                 continue
             made: Event
             try:
-                made = self.baselines.local_only() if which == "local_only" else self.baselines.centralised()
+                made = getattr(self.baselines, which)()
             except Exception as error:
                 made = Warned(f"{which} has no figures: {reason(error)}")
             self.log(made)
+
+    def score_personal(self) -> None:
+        """What `evaluation.personal` asks for and the log does not hold yet; it never costs a run its results."""
+        wanted = self.experiment.evaluation.personal is not None and self._has_heldout()
+        done = any(
+            isinstance(event, PersonalEvaluated) and event.round == self.state.round
+            for _, event in read(self.folder.events)
+        )
+        if not wanted or done:
+            return
+        made: Event
+        try:
+            made = scored(self.experiment, self.folder, self.model, self.population, self.state, self.log)
+        except Exception as error:
+            made = Warned(f"the clients' own models have no figures: {reason(error)}")
+        self.log(made)
 
     def finish(self, engine: str) -> None:
         """The end of the log and the summary."""

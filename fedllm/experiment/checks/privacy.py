@@ -92,6 +92,7 @@ def _in_the_clear(evaluation: Evaluation) -> None:
     asked = {
         "every": evaluation.every is not None,
         "compare": bool(evaluation.compare),
+        "personal": evaluation.personal is not None,
         "metrics": evaluation.metrics not in (plain.metrics, ()),
     }
     if evaluation.private and any(asked.values()):
