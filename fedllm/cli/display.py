@@ -25,6 +25,7 @@ from fedllm.cli import tables
 from fedllm.cli.run_progress import RunProgress, line, model_label, scores_line
 from fedllm.errors import counted
 from fedllm.events import ClientFailed, Event, Progress, RunFinished, Warned
+from fedllm.report.fairness import BETTER_THAN
 from fedllm.report.formatting import NOTHING, duration, figure, part_of_whole, printable, remaining, size
 from fedllm.report.run_history import COMPARED, by_model
 
@@ -149,6 +150,26 @@ def _scores(summary: Mapping[str, Any], console: Console) -> None:
     tables.show(console, shown, rows, numbers=True, bold={COMPARED["federated"]}, box=box.SIMPLE_HEAD)
 
 
+def _personal(summary: Mapping[str, Any], console: Console) -> None:
+    """The clients' own models, a row per metric: on whose records, how far apart, and who is better off."""
+    found = (summary.get("personal") or {}).get("metrics") or {}
+    rows, told = [], []
+    for metric, figures in found.items():
+        own = figures["own"] or {}
+        worst = f"{figure(own.get('worst'))} {printable(str(own.get('worst_client', '')))}".strip()
+        rows.append([metric, *map(figure, (own.get("mean"), figures["others"], figures["all"])), worst,
+                     *map(figure, (own.get("std"), own.get("gap")))])  # fmt: skip
+        better = [(title, figures["better_than"].get(which)) for which, title in BETTER_THAN.items()]
+        told += [f"{part_of_whole(part)} of the clients are better off than with {title} ({metric})"
+                 for title, part in better if part is not None]  # fmt: skip
+    if rows:
+        console.print(Text("own models, means over clients, by whose records", style="dim"))
+        names = ["own", "others'", "all", "worst client", "std", "worst-best"]
+        tables.show(console, ["metric", *names], rows, numbers=True, box=box.SIMPLE_HEAD)
+    for text in told:
+        console.print(Text(text), soft_wrap=True)
+
+
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
     """The table, then what the run took: bytes, seconds, tokens, memory, and epsilon where there is one."""
     title = [str(summary[key]) for key in ("model", "engine") if summary.get(key)]
@@ -156,6 +177,7 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         title.append(counted(summary["rounds"], "round"))
     console.print(Text(printable(" \N{MIDDLE DOT} ".join(title)), style="bold"))
     _scores(summary, console)
+    _personal(summary, console)
     taken = Table.grid(padding=(0, 2))
     for name, text in _taken(summary):
         taken.add_row(Text(name, style="dim"), Text(text))

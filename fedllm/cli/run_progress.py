@@ -11,6 +11,7 @@ from fedllm.events import (
     Evaluated,
     Event,
     MessageSent,
+    PersonalEvaluated,
     Progress,
     Resumed,
     RoundFinished,
@@ -137,6 +138,8 @@ def line(event: Event, scene: RunProgress, now: float) -> str | None:
             return f"round {_counted(scene.done, scene.rounds)}  {loss}  {told}  {duration(event.seconds)}{tail}{note}"
         case Evaluated():
             return f"{model_label(event)}: {scores_line(event.metrics)}" + (f"  ({event.note})" if event.note else "")
+        case PersonalEvaluated():
+            return f"own models of {counted(len(event.matrix), 'client')} scored on each other's records"
         case Progress():
             left = scene.aside_pace.left(event.total, now) if scene.aside_pace else None
             tail = f"  left {remaining(left)}" if left is not None and event.done < event.total else ""

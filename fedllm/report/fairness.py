@@ -19,6 +19,8 @@ from fedllm.events import Evaluated, PersonalEvaluated
 from fedllm.report.formatting import finite, lower_is_better
 from fedllm.report.run_history import client_scores
 
+BETTER_THAN = {"local_only": "training alone", "fedavg": "the plain federated model (FedAvg)"}
+
 
 def spread(metric: str, scores: Mapping[str, float]) -> dict[str, Any]:
     """Mean, standard deviation, worst and best of the clients' figures, the gap between these, and who is worst."""
@@ -75,7 +77,7 @@ def better_than(metric: str, evaluated: Mapping[str, Evaluated]) -> dict[str, fl
     after = evaluated.get("federated")
     gains = {
         which: client_gains(metric, evaluated[which], after)
-        for which in ("local_only", "fedavg")
+        for which in BETTER_THAN
         if after is not None and which in evaluated
     }
     return {which: better_off(found) for which, found in gains.items() if found}

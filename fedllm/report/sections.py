@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedllm.events import DataReported, RunStarted
-from fedllm.report import diagnostics, figures, groups, privacy, tables
+from fedllm.report import diagnostics, figures, groups, personal, privacy, tables
 from fedllm.report.citation import bibtex
 from fedllm.report.markup import Html, el, folded, joined
 from fedllm.report.plot import Figure
@@ -63,7 +63,9 @@ def _clients(histories: Sequence[RunHistory]) -> Html:
     several = len(histories) > 1
     gains = [] if several else [tables.gains(histories[0])]
     split = [] if several else groups.by_client_and_group(histories[0])
-    return joined([*gains, _figures([*figures.clients(histories), *split]), *tables.worst(histories)])
+    drawn = _figures([*personal.gains(histories), *figures.clients(histories), *split])
+    own = [part for history in histories for part in personal.numbers(history, named=several)]
+    return joined([*gains, drawn, *tables.worst(histories), *own])
 
 
 def _updates(histories: Sequence[RunHistory]) -> Html:

@@ -16,7 +16,7 @@ from fedllm.events import (
     RunStarted,
     Warned,
 )
-from fedllm.report.fairness import client_gains
+from fedllm.report.fairness import BETTER_THAN, client_gains
 from fedllm.report.figures import bytes_by_part
 from fedllm.report.formatting import NOTHING, duration, figure, labelled, lower_is_better, part_of_whole, share, size
 from fedllm.report.markup import Html, el, folded, joined, table
@@ -182,9 +182,6 @@ def _spread(metric: str, found: Mapping[str, float]) -> list[str]:
     first, last = order[0], order[-1]
     names = (first, last) if found[first] != found[last] else (NOTHING, NOTHING)
     return [names[0], figure(found[first]), figure(fmean(found.values())), figure(found[last]), names[1]]
-
-
-BETTER_THAN = {"local_only": "training alone", "fedavg": "the plain federated model (FedAvg)"}
 
 
 def gains(history: RunHistory) -> Html:

@@ -167,7 +167,7 @@ def changed(value, path, new):
 
 OTHERS = [True, False, 1, 2, 7, 0.5, 0.25, "x", "linear", "adamw", "run", "float64", "plain", "nll", "cohort", None]
 OTHERS += ["singular", "int8", "local_only", "centralised", ["x"], ["y"], ["x", "y"], [0.5, 0.5], {"x": "y"}]
-OTHERS += [{"unit": "example"}]
+OTHERS += [{"unit": "example"}, {"clients": 3}]
 FULL = replace(
     BY_HAND,
     work=Sgd(steps=2),
@@ -280,7 +280,7 @@ WRONG = [
     ({"evaluation": {"every": 0}}, "evaluation.every is 0; it must be 1 or more"),
     ({"evaluation": {"limit": 0}}, "evaluation.limit is 0; it must be 1 or more, or null for all records"),
     ({"evaluation": {"batch_size": 0}}, "evaluation.batch_size is 0; it must be 1 or more"),
-    ({"evaluation": {"compare": ["local"]}}, "evaluation.compare is ['local']: input should be 'local_only' or"),
+    ({"evaluation": {"compare": ["local"]}}, "evaluation.compare is ['local']: input should be 'local_only', 'fedavg'"),
     ({"evaluation": {"compare_lr": [0.0]}}, "evaluation.compare_lr holds 0.0; learning rates must be above 0"),
     ({"evaluation": {"best": "rouge_l"}}, "evaluation.best is rouge_l, which is not among evaluation.metrics"),
     ({"limits": {"quorum": 0}}, "limits.quorum is 0; it must be 1 or more"),

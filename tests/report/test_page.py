@@ -113,7 +113,7 @@ def test_one_run_has_all_chapters(small: None, events: MakeEvents, folder: Write
     assert "fedllm run experiment.yaml" in seen.text
     assert "version = {0.1.0}" in seen.text and "arXiv:2409.15723" in seen.text
     assert "adapter:" in seen.text  # the settings as YAML
-    assert seen.count("figure") == 17
+    assert seen.count("figure") == 19
 
 
 def test_tables_can_be_read_aloud(small: None, events: MakeEvents, folder: Write, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_summary_holds_the_promised_keys(finished: fedllm.Result) -> None:
     }
     summary = json.loads((finished.folder / "summary.json").read_text(encoding="utf-8"))
     assert promised <= summary.keys()
-    assert summary["eval"].keys() == {"base", "federated", "local_only", "centralised"}
+    assert summary["eval"].keys() == {"base", "federated", "local_only", "fedavg", "centralised"}
     assert summary["eval"]["local_only"] is None and summary["eval"]["centralised"] is None
     assert summary["epsilon"] is None
     assert {client: figures["train"] for client, figures in summary["clients"].items()} == SIZES
