@@ -26,7 +26,7 @@ from fedllm.tensors.tree import Tree
 class Stage:
     """Five hooks, each the identity. Override what the method needs; never override another stage.
 
-`personal` is no hook of the round trip: it says what a client has of its own where a run is read.
+    `personal` is no hook of the round trip: it says what a client has of its own where a run is read.
     `sizes_follow_values`: how large what it sends is depends on values of a request, so that nobody knows it before.
     """
 
