@@ -68,7 +68,8 @@ DATA: Mapping[str, Data] = {
 
 def records(name: str, options: argparse.Namespace) -> Path:
     """The records of the clients that have the most, written once: the first MOST of each, in their order."""
-    data, path = DATA[name], options.out / f"{name}.jsonl"
+    data = DATA[name]
+    path: Path = options.out / f"{name}.jsonl"
     if not path.exists():
         rows = [row for _, row in rows_of(str(options.data / str(data.file)))]
         chosen = {client for client, _ in Counter(row[data.key] for row in rows).most_common(options.clients)}
@@ -168,8 +169,9 @@ def better(found: Sequence[Mapping[str, Any]], row: Mapping[str, Any], than: str
     others = [one for one in found if (one["data"], one["method"], one["seed"]) == (row["data"], than, row["seed"])]
     if not others or row["method"] == than:
         return None
-    theirs = others[0]["clients"]
-    return sum(value < theirs[client] for client, value in row["clients"].items()) / len(row["clients"])
+    theirs: Mapping[str, float] = others[0]["clients"]
+    own: Mapping[str, float] = row["clients"]
+    return sum(value < theirs[client] for client, value in own.items()) / len(own)
 
 
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:
