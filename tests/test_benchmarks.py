@@ -349,3 +349,34 @@ def test_rounding_to_a_ring_is_without_bias(benchmarks: None) -> None:
             found = bench.quantise(np.full(40_000, sign * 0.15, np.float32), 2.0, bits)
             mean = found.view("<i2" if bits == 16 else "<i4").mean()
             assert abs(mean - sign * 0.3) < 5 * (0.21 / 40_000) ** 0.5
+
+
+def test_personal_measures_a_cell_once_and_counts_who_is_better_off(
+    benchmarks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import personal
+
+    small = ["task.model=tiny-llama", "task.adapter.lora.targets=[q_proj]", "work.sgd.max_length=160",
+             "evaluation.limit=1"]  # fmt: skip
+    words = ["--out", str(tmp_path), "--sets", "handbook", "--methods", "local_only", "fedsa_lora", "--seeds", "0",
+             "--rounds", "1", "--set", *small]  # fmt: skip
+    assert personal.main([*words, "--most", "1"]) == 0 and personal.main(words) == 0 and personal.main(words) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["local_only", "fedsa_lora"]
+    assert all(row["clients"].keys() == {"bank", "cargo", "clinic", "library"} for row in rows)
+    assert rows[0]["bytes_up"] == 0 < rows[1]["bytes_up"]
+    one = {"data": "handbook", "seed": 0, "method": "local_only", "clients": {"a": 2.0, "b": 1.0}}
+    two = {**one, "method": "ditto", "clients": {"a": 1.0, "b": 1.0}}
+    assert personal.better([one, two], two, "local_only") == 0.5 and personal.better([two], two, "fedit") is None
+
+
+def test_personal_refuses_in_one_sentence(benchmarks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import personal
+
+    for words, sentence in (
+        (["--methods", "fedsa"], "there is no 'fedsa'; did you mean 'fedsa_lora'?"),
+        (["--sets", "medmcqa"], "need --data, the folder that holds them"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            personal.parsed(["--out", str(tmp_path), *words])
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err
