@@ -5,7 +5,7 @@
               metric
     better    share of the clients with a gain above 0
 
-Li et al. 2020 (q-FFL), arXiv:1905.10497, section 1: of two models the one with the smaller spread over the clients is
+Li et al. 2020 (q-FFL), arXiv:1905.10497: of two models the one with the smaller spread over the clients is
 fairer in performance.
 """
 

@@ -4,7 +4,7 @@
     trains    the tensors of the personal part, by the run's own work; every other tensor stays as it is, to the bit
     leaves    RUN/clients/NAME: an adapter in PEFT's layout, which chat, eval and export find by its name
 
-Collins et al. 2021 (FedRep), arXiv:2102.07078, section 3: a new client takes the shared representation and trains its
+Collins et al. 2021 (FedRep), arXiv:2102.07078: a new client takes the shared representation and trains its
 own head alone.
 """
 
