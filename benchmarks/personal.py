@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 from collections import Counter
@@ -28,9 +27,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from cells import Cell, measure, shown
+
 import fedllm
 from fedllm.data.records import rows_of
-from fedllm.errors import FedllmError, nearest
+from fedllm.errors import nearest
 from fedllm.experiment.config_file import override
 from fedllm.experiment.methods import METHODS
 from fedllm.experiment.record import Experiment
@@ -45,8 +46,6 @@ WANTED = (
 ROWS = tuple(name for name in WANTED if name == ALONE or name in METHODS)
 CLIENTS, MOST = 4, 120  # clients, and records of each at most
 HEAD = ("own", "others'", "all", "worst client", "std", "better than alone", "than FedIT", "MiB up", "seconds")
-Cell = tuple[str, str, int]
-"""Data, method and seed."""
 
 
 @dataclass(frozen=True)
@@ -198,15 +197,6 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(made)
 
 
-def shown(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean and standard deviation over the seeds; a dash where nothing was measured."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
-
-
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options.
 
@@ -237,22 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing; print the tables, and JSON in the last line."""
     options = parsed(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    path, failed = options.out / "personal.jsonl", dict[str, str]()
-    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    done = {(one["data"], one["method"], one["seed"]) for one in found}
     every = itertools.product(options.seeds, options.sets, options.methods)
-    cells = [(name, method, seed) for seed, name, method in every if (name, method, seed) not in done]
-    for cell in cells[: options.most]:
-        try:
-            found.append(measured(cell, options))
-        except FedllmError as error:
-            failed[", ".join(map(str, cell))] = str(error)
-            print(f"{cell}: left out: {error}", file=sys.stderr, flush=True)
-            continue
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found[-1]) + "\n")
-        one = found[-1]
-        print(f"{cell}: own nll {one['own']:.3f}, {one['seconds']:.0f} s", file=sys.stderr, flush=True)
+    cells = [(name, method, seed) for seed, name, method in every]
+    found, failed = measure(
+        options.out / "personal.jsonl", cells, ("data", "method", "seed"), lambda cell: measured(cell, options),
+        most=options.most, told="own nll {own:.3f}, {seconds:.0f} s",
+    )  # fmt: skip
     print(markdown(found))
     print(json.dumps({"benchmark": "personal", "rows": found, "failed": failed}))
     return 1 if failed else 0

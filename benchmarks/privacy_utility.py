@@ -24,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import Cell, measure, shown
+
 import fedllm
 from fedllm.data.lazy_records import open_records
-from fedllm.errors import FedllmError, nearest
+from fedllm.errors import nearest
 from fedllm.evaluation.scores import Scorer
 from fedllm.evaluation.settings import Evaluation
 from fedllm.events import Event, PrivacySpent
@@ -67,8 +69,6 @@ LEVELS: Mapping[str, Mapping[str, Any]] = {
 }
 # Correlated noise is taken back entry by entry, and FedSVD writes the entries in another basis after each round.
 REFUSED = {("client, epsilon 8, correlated noise", "FedSVD")}
-Cell = tuple[str, str, int]
-"""A level, an adapter and a seed."""
 
 
 def experiment(cell: Cell, options: argparse.Namespace) -> Experiment:
@@ -146,11 +146,6 @@ def losses(folder: Path, options: argparse.Namespace) -> tuple[float, float]:
     return base, after
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """What earlier calls have measured."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-
-
 def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """The table: a line a level, a column an adapter."""
     seeds = max((len({one["seed"] for one in found if one["level"] == level}) for level in LEVELS), default=0)
@@ -165,14 +160,6 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
         if any(own):
             lines.append(f"| {level} | {' | '.join(map(shown, own))} |")
     return "\n".join(lines)
-
-
-def shown(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return "-"
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -202,25 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing; print the table, and JSON in the last line."""
     options = parsed(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "privacy_utility.jsonl"
-    found, failed = rows_of(path), dict[str, str]()
-    done = {(one["level"], one["adapter"], one["seed"]) for one in found}
-    cells = [
-        (level, adapter, seed)
-        for seed, level, adapter in itertools.product(options.seeds, options.levels, options.adapters)
-        if (level, adapter, seed) not in done and (level, adapter) not in REFUSED
-    ]
-    for cell in cells[: options.most]:
-        try:
-            found.append(measured(cell, options))
-        except FedllmError as error:
-            failed[", ".join(map(str, cell))] = str(error)
-            print(f"{cell}: left out: {error}", file=sys.stderr, flush=True)
-            continue
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found[-1]) + "\n")
-        one = found[-1]
-        print(f"{cell}: nll {one['base']:.3f} to {one['nll']:.3f}, {one['seconds']:.0f} s", file=sys.stderr, flush=True)
+    every = itertools.product(options.seeds, options.levels, options.adapters)
+    cells = [(level, adapter, seed) for seed, level, adapter in every if (level, adapter) not in REFUSED]
+    path, keys = options.out / "privacy_utility.jsonl", ("level", "adapter", "seed")
+    found, failed = measure(
+        path, cells, keys, lambda cell: measured(cell, options),
+        most=options.most, told="nll {base:.3f} to {nll:.3f}, {seconds:.0f} s",
+    )  # fmt: skip
     print(markdown(found))
     print(json.dumps({"benchmark": "privacy_utility", "rows": found, "failed": failed}))
     return 1 if failed else 0

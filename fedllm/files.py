@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from threading import Lock
@@ -84,6 +84,22 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_secret_once(path: Path, data: bytes) -> None:
+    """Write a file that its owner alone can read, and wait until it is on the disk. Of several processes that do so at
+    once the first one's stays; it is never there in part."""
+    part = path.with_name(f"{path.name}.part-{os.urandom(8).hex()}")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(part, path)
+        sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _hidden(folder: Path, ending: str) -> Path:

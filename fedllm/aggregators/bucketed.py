@@ -29,7 +29,8 @@ SMALLEST = 8  # clients: among fewer, a sum tells too much of each
 
 @dataclass(frozen=True)
 class Bucketed(MaskedSum):
-    """Secure sums in groups, and a rule between them. A group whose sum is void is left out.
+    """Secure sums in groups, and a rule between them. A group whose sum is void is left out. What `corrupt`, `dropout`
+    and `min_survivors` say holds for each group.
 
     Args:
         group: clients of a group, at least; one that is left over joins another. rule: mean or median.

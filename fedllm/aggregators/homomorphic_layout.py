@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.aggregators.vector_layout import MOST_AXES, MOST_BYTES
+from fedllm.aggregators.vector_layout import read_entries, require_entry
 from fedllm.errors import ClientError, WireError
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import CLEAR, FIGURES, Part, Update
 from fedllm.tensors import ring
 
-CLEAR = "clear"  # the part that is not encrypted
-FIGURES = frozenset({"metrics", "counts"})
 FRACTION = {"figure": 24, "exact": 40}  # bits of digits behind the point
-GRID_BITS = {"float32": 24, "float64": 52}
 SUM_BITS, FINE_BITS = 17, 20
 TYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32")}
 KINDS = ("plain", "figure", "exact", "grid")
+NOTES = ("weight", "grid")  # of a part, in place of a type
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Scale:
 
     def digits(self, kind: str, dtype: str) -> int:
         """How many a number of a kind has."""
-        bits = GRID_BITS.get(dtype, 52) + 2 if kind == "grid" else ring.WIDTH + 1
+        bits = ring.GRID_BITS[TYPES[dtype]] + 2 if kind == "grid" else ring.WIDTH + 1
         return 1 if kind == "plain" else -(-bits // self.base)
 
 
@@ -105,12 +103,7 @@ class HomomorphicLayout:
         Raises:
             WireError: they are no layout.
         """
-        try:
-            if len(data) > MOST_BYTES:
-                raise ValueError(f"{len(data):,} bytes")
-            return HomomorphicLayout(tuple(_entry(*listed) for listed in json.loads(data)))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise WireError(f"the layout of a vector could not be read: {str(error)[:200]}") from error
+        return HomomorphicLayout(read_entries(data, _entry))
 
     def values(self, update: Update, scale: Scale) -> np.ndarray:
         """(slots,) of one client.
@@ -199,10 +192,9 @@ def _number(slots: np.ndarray, entry: Entry, scale: Scale, grid: float) -> Tenso
     return found * (grid if entry.kind == "grid" else 2.0 ** -FRACTION[entry.kind])
 
 
-def _entry(part: object, leaf: object, dtype: object, shape: object, kind: object) -> Entry:
-    named = isinstance(part, str) and isinstance(leaf, str) and isinstance(dtype, str) and kind in KINDS
-    sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 40 for size in shape)
-    typed = dtype in (TYPES if leaf else ("weight", "grid"))
-    if not (named and sizes and typed and len(shape) <= MOST_AXES):  # type: ignore[arg-type]  # a list: `sizes`
-        raise ValueError(f"an entry is {[part, leaf, dtype, shape, kind]!r}"[:200])
-    return Entry(part, leaf, dtype, tuple(shape), kind)  # type: ignore[arg-type]  # checked above
+def _entry(part: str, leaf: str, dtype: str, shape: Sequence[int], kind: str) -> Entry:
+    grids = {name for name, type in TYPES.items() if type in ring.GRID_BITS}
+    require_entry((part, leaf, dtype, shape), (grids if kind == "grid" else TYPES) if leaf else NOTES)
+    if kind not in KINDS:
+        raise ValueError(f"an entry of the kind {kind!r}"[:200])
+    return Entry(part, leaf, dtype, tuple(shape), kind)

@@ -16,11 +16,8 @@ travel as digits. What the stage `selective_encryption` puts into the part `clea
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,13 +26,15 @@ from torch import Tensor
 
 from fedllm.aggregators import ckks
 from fedllm.aggregators.base import Aggregator, ClientSession, Handler
-from fedllm.aggregators.homomorphic_layout import CLEAR, HomomorphicLayout, Scale
+from fedllm.aggregators.homomorphic_layout import HomomorphicLayout, Scale
 from fedllm.aggregators.keyring import Keyring
 from fedllm.errors import ClientError, RoundVoid, RunError, WireError, not_written, require
+from fedllm.files import write_secret_once
 from fedllm.messages.call import Call, refuse
 from fedllm.messages.traits import Fact, Traits
-from fedllm.messages.update import Part, Request, Update
+from fedllm.messages.update import CLEAR, Part, Request, Update
 from fedllm.tensors import tree
+from fedllm.tensors.byte_tensors import to_bytes, to_tensor
 
 SECRET = "ckks.secret"
 
@@ -68,10 +67,10 @@ class HomomorphicSum(Aggregator):
         layout = HomomorphicLayout.of(update)
         values = layout.values(update, scale)
         sent = {
-            f"{number:06d}": _bytes(data) for number, data in enumerate(ckks.encrypt(_key(session.keyring), values))
+            f"{number:06d}": to_tensor(data) for number, data in enumerate(ckks.encrypt(_key(session.keyring), values))
         }
         clear = {name: part for name, part in update.parts.items() if name == CLEAR}
-        about = {"layout": _bytes(layout.to_bytes())}
+        about = {"layout": to_tensor(layout.to_bytes())}
         return Update({"cipher": Part(sent, 0.0), "about": Part(about, 0.0), **clear})
 
     def reduce(self, call: Call, requests: Mapping[str, Request], name: str = "work") -> Update:
@@ -99,7 +98,7 @@ class HomomorphicSum(Aggregator):
 
     def _read(self, call: Call, requests: Mapping[str, Request], found: _Sum) -> np.ndarray:
         """The total in the clear, by the first client that answers."""
-        sent: dict[str, Tensor] = {f"{n:06d}": _bytes(bytes(one.serialize())) for n, one in enumerate(found.totals)}
+        sent: dict[str, Tensor] = {f"{n:06d}": to_tensor(bytes(one.serialize())) for n, one in enumerate(found.totals)}
         sent["length"] = torch.tensor(found.length)
         for client in found.clients:
             for _, reply in call("decrypt", {client: Request(sent, (), requests[client].ctx)}):
@@ -151,7 +150,7 @@ class _Sum:
         """
         if not reply.parts.keys() - {CLEAR} == {"cipher", "about"}:
             raise WireError("it has other parts than ciphertexts")
-        text = _raw(reply.parts["about"].tree.get("layout"))
+        text = to_bytes(reply.parts["about"].tree.get("layout"))
         if self.clients and text != self.text:
             raise WireError("its tensors are not those of the clients before it")
         layout = HomomorphicLayout.read(text)
@@ -162,7 +161,7 @@ class _Sum:
         clear = reply.parts[CLEAR].tree if CLEAR in reply.parts else {}
         if self.clients and tree.forms(clear) != tree.forms(self.clear):
             raise WireError("its tensors in the clear are not those of the clients before it")
-        totals = ckks.added(self.totals if self.clients else None, [_raw(sent[name]) for name in sorted(sent)])
+        totals = ckks.added(self.totals if self.clients else None, [to_bytes(sent[name]) for name in sorted(sent)])
         if self.clients and clear:
             tree.add_(self.clear, clear)
         elif not self.clients:
@@ -179,7 +178,7 @@ def _ciphertexts(params: Mapping[str, Tensor]) -> tuple[list[bytes], int]:
     """
     length = params.get("length")
     try:
-        sent = [_raw(params[name]) for name in sorted(params) if name != "length"]
+        sent = [to_bytes(params[name]) for name in sorted(params) if name != "length"]
         if length is None or length.dtype != torch.int64 or length.dim():
             raise WireError("no length")
         if len(sent) != -(-int(length) // ckks.SLOTS):
@@ -201,31 +200,11 @@ def _key(keyring: Keyring) -> Any:
         return ckks.secret(keyring.shared[SECRET])
     path = keyring.folder / SECRET
     try:
-        return ckks.secret(_key_file(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            write_secret_once(path, ckks.new_secret())
+        if path.stat().st_mode & 0o077:
+            raise RunError(f"{path} is a secret key that others can read; run: chmod 600 {path}")
+        return ckks.secret(path.read_bytes())
     except OSError as error:
         raise not_written(path, error) from error
-
-
-def _key_file(path: Path) -> bytes:
-    """The bytes of a file that its owner alone can read; of several processes that make it at once one's stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        part = path.with_name(f"{path.name}.part-{os.urandom(8).hex()}")
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(ckks.new_secret())
-        with suppress(FileExistsError):
-            os.link(part, path)
-        part.unlink()
-    if path.stat().st_mode & 0o077:
-        raise RunError(f"{path} is a secret key that others can read; run: chmod 600 {path}")
-    return path.read_bytes()
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
-def _raw(leaf: Tensor | None) -> bytes:
-    if leaf is None or leaf.dtype != torch.uint8 or leaf.dim() != 1:
-        raise WireError("a tensor that is no bytes")
-    return leaf.numpy().tobytes()

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from fedllm.privacy.secure_aggregation.policy import Content, Policy
 from fedllm.privacy.secure_aggregation.primitives import CIPHERS, digest
 from fedllm.privacy.secure_aggregation.recovery import finish
 from fedllm.privacy.secure_aggregation.rings import largest_bound
+from fedllm.tensors.byte_tensors import to_bytes, to_tensor
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class MaskedSum(Aggregator):
         session.notes |= {"vector": vector, "layout": text}
         name = str(ctx.client)
         receipt = {
-            "identity": _bytes(session.keyring.identity(name).public),
-            "layout": _bytes(text),
+            "identity": to_tensor(session.keyring.identity(name).public),
+            "layout": to_tensor(text),
             "last": torch.tensor(session.keyring.last(name, task_of(ctx))),
         }
         return Update({"ready": Part(receipt, 0.0)})
@@ -182,7 +182,7 @@ class Receipt:
         forms = {name: (leaf.dtype, leaf.dim()) for name, leaf in found.items()}
         if forms != {"identity": (torch.uint8, 1), "layout": (torch.uint8, 1), "last": (torch.int64, 0)}:
             raise WireError("an answer to the work is no receipt of a secure sum")
-        return Receipt(_raw(found["identity"]), _raw(found["layout"]), int(found["last"]))
+        return Receipt(to_bytes(found["identity"]), to_bytes(found["layout"]), int(found["last"]))
 
 
 @dataclass(eq=False)
@@ -202,13 +202,15 @@ class _Round:
 
     def ask(self, name: str, sent: Mapping[str, bytes], take: Callable[[server.ServerState, bytes], str]) -> None:
         """One call to those who have answered all before; what the protocol refuses is left out."""
-        asked = {client: Request({"message": _bytes(data)}, (), self.contexts[client]) for client, data in sent.items()}
+        asked = {
+            client: Request({"message": to_tensor(data)}, (), self.contexts[client]) for client, data in sent.items()
+        }
         left = dict[str, RoundContext]()
         for client, reply in self.call(name, {client: asked[client] for client in self.contexts if client in asked}):
             if not isinstance(reply, Update):
                 continue
             try:
-                take(self.state, _raw(_frame_of(reply)))
+                take(self.state, to_bytes(_frame_of(reply)))
             except SecureSumError as error:
                 refuse(self.call, name, client, f"its message is refused: {error}")
             else:
@@ -236,7 +238,7 @@ def told(request: Request) -> bytes:
     leaf = request.params.get("message")
     if leaf is None or leaf.dtype != torch.uint8 or leaf.dim() != 1:
         raise ClientError("a request of a secure sum carries no message")
-    return _raw(leaf)
+    return to_bytes(leaf)
 
 
 def _step(step: Callable[[protocol.ClientState, bytes], bytes], request: Request, session: ClientSession) -> Update:
@@ -267,7 +269,7 @@ def _state(session: ClientSession) -> protocol.ClientState:
 
 
 def _frame(data: bytes) -> Update:
-    return Update({"frame": Part({"message": _bytes(data)}, 0.0)})
+    return Update({"frame": Part({"message": to_tensor(data)}, 0.0)})
 
 
 def _frame_of(reply: Update) -> Tensor:
@@ -275,11 +277,3 @@ def _frame_of(reply: Update) -> Tensor:
     if leaf is None or leaf.dtype != torch.uint8 or leaf.dim() != 1:
         return torch.zeros(0, dtype=torch.uint8)  # which the protocol refuses
     return leaf
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
-def _raw(leaf: Tensor) -> bytes:
-    return leaf.numpy().tobytes()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from fedllm.privacy.secure_aggregation.rings import Vector, dtype_of
 TYPES = {"int16": torch.int16, "int32": torch.int32}
 MOST_BYTES = 1 << 24  # of a layout's text
 MOST_AXES = 64
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,7 @@ class VectorLayout:
         Raises:
             WireError: they are no layout.
         """
-        try:
-            if len(data) > MOST_BYTES:
-                raise ValueError(f"{len(data):,} bytes")
-            found = tuple(_entry(*listed) for listed in json.loads(data))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise WireError(f"the layout of a vector could not be read: {str(error)[:200]}") from error
-        return VectorLayout(found)
+        return VectorLayout(read_entries(data, _entry))
 
     def vector(self, update: Update, bits: int) -> Vector:
         """The update's integers modulo 2^bits."""
@@ -92,9 +90,32 @@ class VectorLayout:
         return Update(parts)
 
 
-def _entry(part: object, leaf: object, dtype: object, shape: object) -> Entry:
-    named = isinstance(part, str) and isinstance(leaf, str) and isinstance(dtype, str) and dtype in TYPES
+def read_entries(data: bytes, make: Callable[..., Made]) -> tuple[Made, ...]:
+    """The entries of a layout from its bytes, each made of its values.
+
+    Raises:
+        WireError: they are no layout.
+    """
+    try:
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{len(data):,} bytes")
+        return tuple(make(*listed) for listed in json.loads(data))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WireError(f"the layout of a vector could not be read: {str(error)[:200]}") from error
+
+
+def require_entry(entry: Sequence[object], types: Collection[str]) -> None:
+    """
+    Raises:
+        ValueError: part, tensor, type and shape are none, or the type is another one.
+    """
+    part, leaf, dtype, shape = entry
+    named = isinstance(part, str) and isinstance(leaf, str) and isinstance(dtype, str) and dtype in types
     sizes = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 40 for size in shape)
     if not (named and sizes and len(shape) <= MOST_AXES):  # type: ignore[arg-type]  # a list, as `sizes` says
-        raise ValueError(f"an entry is {[part, leaf, dtype, shape]!r}"[:200])
-    return Entry(part, leaf, dtype, tuple(shape))  # type: ignore[arg-type]  # checked above
+        raise ValueError(f"an entry is {list(entry)!r}"[:200])
+
+
+def _entry(part: str, leaf: str, dtype: str, shape: Sequence[int]) -> Entry:
+    require_entry((part, leaf, dtype, shape), TYPES)
+    return Entry(part, leaf, dtype, tuple(shape))

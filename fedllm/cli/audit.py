@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedllm.cli import tables
+from fedllm.errors import counted
 from fedllm.evaluation.audits.intervals import Interval
 from fedllm.files import to_json_text
 from fedllm.runs.audit import Audit, as_json, audit, write
@@ -31,7 +32,7 @@ def sentences(found: Audit) -> list[str]:
     """What the figures mean."""
     lines = [f"{found.members} records that were trained on, {found.others} that were held out"]
     if found.duplicates:
-        lines[0] += f" ({found.duplicates} more were held out and trained on, or twice held out, and are left out)"
+        lines[0] += f" ({counted(found.duplicates, 'text')} of both left out)"
     best = max((one for one in found.findings if one.attack != "blind"), key=lambda one: one.auc.value)
     if found.biased:
         lines.append(

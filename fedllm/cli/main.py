@@ -174,8 +174,8 @@ def report(
     report_runs(folders, out=out)
 
 
-@app.command("audit")
-def audit_command(
+@app.command()
+def audit(
     folder: RunFolder,
     records: Annotated[int, typer.Option(min=1, help="Records of each side, at most.")] = 400,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

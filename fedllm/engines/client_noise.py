@@ -5,13 +5,11 @@ stream = NoiseStream(derive(key, round, client, purpose, digest of what is noise
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.errors import RunError, not_written
-from fedllm.files import sync
+from fedllm.files import write_secret_once
 from fedllm.messages.context import RoundContext
 from fedllm.privacy.noise import KEY_BYTES, NoiseStream, derive, new_key
 from fedllm.rng import Key
@@ -39,7 +37,8 @@ def key_file(path: Path) -> bytes:
     """
     try:
         if not path.is_file():
-            _make_key(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_secret_once(path, new_key().hex().encode())
         key = bytes.fromhex(path.read_text().strip())
     except OSError as error:
         raise not_written(path, error, "resume the run") from error
@@ -48,22 +47,6 @@ def key_file(path: Path) -> bytes:
     if len(key) != KEY_BYTES:  # noise of a shorter key could be guessed
         raise RunError(f"{path} holds no key; bring it back from a copy, or start again with another --out")
     return key
-
-
-def _make_key(path: Path) -> None:
-    """Write a new key; of several processes that do so at once the first one's stays. It is never there in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{new_key().hex()[:16]}")
-    try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(new_key().hex())
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(part, path)
-        sync(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def forget_key(path: Path) -> None:

@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from fedllm.experiment.catalog import Table
     from fedllm.experiment.methods import Method
 
-SECURE = {
-    "secure_sum": "fixed_point",
-    "bucketed": "fixed_point",
-}  # aggregators that a method that adds up goes with, and the stage they need
+# Aggregators that a method that adds up goes with, and the stage that they need.
+SECURE = dict.fromkeys(("secure_sum", "bucketed"), "fixed_point")
 PROPER = 0.82  # secure_fedavg and fedmedian are other methods, fedprx is a misspelt one
 Same = Callable[[str, Any, Any], bool]  # (key of an experiment, one value, another): do they mean the same
 

@@ -13,6 +13,9 @@ from fedllm.tensors.layout import LeafSpec
 from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import DENSE, WireFormat
 
+FIGURES = frozenset({"metrics", "counts"})  # parts about the work: a few values, outside of every bound
+CLEAR = "clear"  # the part that an aggregator which encrypts leaves as it is
+
 Asked = Mapping[str, Mapping[str, LeafSpec]]  # by part, of each tensor its type and shape
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.data.federation import ConcatRecords
 from fedllm.errors import RunError, not_written
 from fedllm.evaluation.audits.intervals import Floats, Interval, auc, true_positives
 from fedllm.evaluation.audits.membership import blind_scores, model_scores
@@ -21,6 +20,10 @@ from fedllm.models.batch import Example
 from fedllm.rng import Key
 from fedllm.runs.folder import write_whole
 from fedllm.runs.loaded_run import LoadedRun, open_run
+from fedllm.tensors.tree import Tree
+
+Member = tuple[str, Example]  # whose record it is
+Side = list[Member]
 
 LEAST, MOST = 20, 400  # records of a side
 RATE = 0.01
@@ -38,7 +41,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What the attacks reach. `members`, `others`: records of each side. `biased`: they can be told apart without the
+    """What the attacks reach. `members`, `others`: records of each side; `duplicates`: texts
+    that were on both, and are left out. `biased`: they can be told apart without the
     model, so that the other figures say nothing. `claimed`: epsilon that the run promises, if it does."""
 
     findings: tuple[Finding, ...]
@@ -69,7 +73,7 @@ def audit(folder: Path, *, records: int = MOST, note: Callable[[str], None] = la
             )
     scores = [_scored(opened, side, note) for side in sides]
     findings = [_finding(name, scores[0][name], scores[1][name]) for name in scores[0]]
-    blind = _finding("blind", *blind_scores(*([_text(opened, one) for one in side] for side in sides)))
+    blind = _finding("blind", *blind_scores(*([_text(opened, example) for _, example in side] for side in sides)))
     summary = opened.folder.read_summary()
     return Audit(
         findings=(*findings, blind),
@@ -101,35 +105,47 @@ def as_json(found: Audit) -> Mapping[str, Any]:
     return plain
 
 
-def _sides(opened: LoadedRun, records: int) -> tuple[tuple[list[Example], list[Example]], int]:
-    """Members and others, at most so many of each; and how many of the others were left out as they are members."""
+def _sides(opened: LoadedRun, records: int) -> tuple[tuple[Side, Side], int]:
+    """Members and others, at most so many of each; and how many texts were on both sides, which then belong to neither:
+    left out of one alone, what remains there would be the unusual ones."""
     population = opened.experiment.federation.load(opened.experiment.key)
-    members = _examples(opened, ConcatRecords(population.train.values()))
-    known = {_bytes(one) for one in members}
-    held = _examples(opened, ConcatRecords(population.heldout.values()))
-    others = [one for one in {_bytes(one): one for one in held}.values() if _bytes(one) not in known]
+    members, others = _examples(opened, population.train), _examples(opened, population.heldout)
+    both = members.keys() & others.keys()
     key = Key(0).fold("audit")
-    chosen = (_drawn(members, records, key.fold("members")), _drawn(others, records, key.fold("others")))
-    return chosen, len(held) - len(others)
+    chosen = (_drawn(members, both, records, key.fold("members")), _drawn(others, both, records, key.fold("others")))
+    return chosen, len(both)
 
 
-def _examples(opened: LoadedRun, records: Sequence[Any]) -> list[Example]:
-    encoded = opened.model.encode_all(records, opened.experiment.work.max_length)
-    return [one for one in encoded if one is not None]
+def _examples(opened: LoadedRun, records: Mapping[str, Sequence[Any]]) -> dict[bytes, Member]:
+    """By text; of equal ones the first."""
+    found: dict[bytes, Member] = {}
+    for client, own in records.items():
+        for example in opened.model.encode_all(own, opened.experiment.work.max_length):
+            if example is not None:
+                found.setdefault(example.tokens.numpy().tobytes(), (client, example))
+    return found
 
 
-def _drawn(examples: Sequence[Example], count: int, key: Key) -> list[Example]:
-    places = torch.randperm(len(examples), generator=key.generator())[:count].tolist()
-    return [examples[place] for place in sorted(places)]
+def _drawn(known: Mapping[bytes, Member], left_out: Collection[bytes], count: int, key: Key) -> Side:
+    kept = [member for text, member in known.items() if text not in left_out]
+    places = torch.randperm(len(kept), generator=key.generator())[:count].tolist()
+    return [kept[place] for place in sorted(places)]
 
 
-def _scored(opened: LoadedRun, examples: Sequence[Example], note: Callable[[str], None]) -> dict[str, Floats]:
+def _scored(opened: LoadedRun, side: Side, note: Callable[[str], None]) -> dict[str, Floats]:
+    """Each record by its own client's model, and by the base model."""
     start = {**opened.params, **opened.model.initial_params(opened.experiment.key)}
-    losses: list[list[Tensor]] = []
-    for name, params in (("tuned", opened.params), ("base", start)):
-        note(f"{len(examples)} records, {name} model")
-        losses.append(opened.model.sequence_nll(params, examples, opened.experiment.evaluation.batch_size))
-    return model_scores(losses[0], losses[1], [_text(opened, one) for one in examples])
+    note(f"{len(side)} records, tuned model")
+    tuned: list[Tensor] = []
+    for client, members in groupby(side, key=lambda member: member[0]):
+        tuned += _losses(opened, opened.params_of(client), [example for _, example in members])
+    note(f"{len(side)} records, base model")
+    base = _losses(opened, start, [example for _, example in side])
+    return model_scores(tuned, base, [_text(opened, example) for _, example in side])
+
+
+def _losses(opened: LoadedRun, params: Tree, examples: Sequence[Example]) -> list[Tensor]:
+    return opened.model.sequence_nll(params, examples, opened.experiment.evaluation.batch_size)
 
 
 def _text(opened: LoadedRun, example: Example) -> str:
@@ -138,7 +154,3 @@ def _text(opened: LoadedRun, example: Example) -> str:
 
 def _finding(name: str, members: Floats, others: Floats) -> Finding:
     return Finding(name, auc(members, others), true_positives(members, others, RATE))
-
-
-def _bytes(example: Example) -> bytes:
-    return np.asarray(example.tokens).tobytes()

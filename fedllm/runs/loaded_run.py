@@ -56,12 +56,22 @@ def open_run(path: Path, *, client: str | None = None, best: bool = False) -> Lo
     clients = (*run_clients(folder), *came)
     if client is not None:
         _require_client(path, client, clients, personal=has_personal(experiment.pipeline))
-    model = load(experiment.task)
+    opened = loaded(folder, experiment, load(experiment.task), state)
+    own = {**opened.own, **{name: own_part(folder, name) for name in came}}
+    opened = replace(opened, own=own, clients=clients)
+    return opened if client is None else replace(opened, params=opened.params_of(client))
+
+
+def loaded(folder: Folder, experiment: Experiment, model: LoadedModel, state: ServerState) -> LoadedRun:
+    """The models that a state of the server and its clients' memories come to.
+
+    Raises:
+        RunError: a client's memory is gone or damaged.
+    """
     shared = {**model.initial_params(experiment.key), **state.params}
     params = state.base_delta.folded({**model.with_constants(experiment.key).constants, **shared})
-    own = {**personal_leaves(experiment, folder, state, shared), **{name: own_part(folder, name) for name in came}}
-    opened = LoadedRun(folder, experiment, model, state, params, own, shared, clients)
-    return opened if client is None else replace(opened, params=opened.params_of(client))
+    own = personal_leaves(experiment, folder, state, shared)
+    return LoadedRun(folder, experiment, model, state, params, own, shared)
 
 
 def _require_client(path: Path, client: str, clients: Sequence[str], *, personal: bool) -> None:

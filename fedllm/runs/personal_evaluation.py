@@ -8,10 +8,9 @@ from fedllm.evaluation.scores import Scorer
 from fedllm.events import Emit, PersonalEvaluated, Progress
 from fedllm.experiment.record import Experiment
 from fedllm.models.loaded_model import LoadedModel
-from fedllm.runs.artifacts import newcomer, personal_leaves
 from fedllm.runs.folder import Folder
+from fedllm.runs.loaded_run import loaded
 from fedllm.runs.state import ServerState
-from fedllm.tensors.tree import Tree
 
 
 def scored(
@@ -31,18 +30,12 @@ def scored(
     assert experiment.evaluation.personal is not None, "nobody asked"
     some = [client for client, records in population.heldout.items() if len(records)]
     clients = spread_evenly(some, experiment.evaluation.personal.clients)
-    key = experiment.key
-    shared = {**model.initial_params(key), **state.params}
-    whole = state.base_delta.folded({**model.with_constants(key).constants, **shared})
-    own = personal_leaves(experiment, folder, state, shared)
-
-    def params_of(client: str) -> Tree:
-        return {**whole, **(own[client] if client in own else newcomer(experiment, state, shared, client))}
+    opened = loaded(folder, experiment, model, state)
 
     def told(done: int) -> None:
         emit(Progress("own models", done, len(clients)))
 
     scorer = Scorer.of(experiment.evaluation, experiment.work.max_length, population)
     told(0)
-    found = cross_scores(scorer, model, params_of, population.heldout, clients, told)
+    found = cross_scores(scorer, model, opened.params_of, population.heldout, clients, told)
     return PersonalEvaluated(state.round, *found, population=len(population.clients))

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+GRID_BITS = {torch.float32: 24, torch.float64: 52}  # of a sum on the grid of a bounded norm, at most
 WIDTH = 61  # bits of the size of a number in digits: sums are put together in int64
 
 

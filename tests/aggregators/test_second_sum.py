@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedllm.aggregators.base import ClientSession
 from fedllm.aggregators.keyring import Keyring
 from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.errors import RoundVoid
@@ -83,9 +82,3 @@ def test_old_rounds_are_forgotten(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*/agreed-*"))) == 65
     with pytest.raises(SurvivorsError, match="round 70"):
         spent.agree("task", 69, b"other")
-
-
-def test_sessions_have_the_marker_of_their_client() -> None:
-    keyring = Keyring()
-    session = ClientSession(context("ann", 0, 5), keyring=keyring)
-    assert session.keyring.spent("ann") is keyring.spent("ann")

@@ -129,20 +129,16 @@ CASES: dict[str, Case] = {
         sizes=EQUAL,
         weigher=Uniform("cohort"),
     ),
-    "local_gaussian": Case(
-        LocalGaussian(clip=0.02, noise_multiplier=0.0),
-        books.ClippedBook,
-        neutral=LocalGaussian(clip=2.0**40, noise_multiplier=0.0),
-        sizes=EQUAL,
-        weigher=Uniform("cohort"),
-    ),
-    "discrete_noise": Case(
-        DiscreteNoise(clip=0.02, noise_multiplier=0.0),
-        books.ClippedBook,
-        neutral=DiscreteNoise(clip=2.0**40, noise_multiplier=0.0),
-        sizes=EQUAL,
-        weigher=Uniform("cohort"),
-    ),
+    **{
+        name: Case(
+            kind(clip=0.02, noise_multiplier=0.0),
+            books.ClippedBook,
+            neutral=kind(clip=2.0**40, noise_multiplier=0.0),
+            sizes=EQUAL,
+            weigher=Uniform("cohort"),
+        )
+        for name, kind in {"local_gaussian": LocalGaussian, "discrete_noise": DiscreteNoise}.items()
+    },
     "fixed_point": Case(ROUNDED, rounding=3 * ROUNDED.bound / ROUNDED.levels(1)),
     "selective_encryption": Case(
         SelectiveEncryption(0.3, "drop"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedllm.errors import RunError
 from fedllm.evaluation.audits.intervals import auc
 from fedllm.evaluation.audits.membership import blind_scores, model_scores
 from fedllm.runs.audit import as_json, audit, write
+from fedllm.runs.loaded_run import open_run
 from tests.runs.small import spec
 
 
@@ -52,13 +54,14 @@ def records(path: Path, biased: bool = False) -> Path:
     return path
 
 
-def trained(path: Path, folder: Path, *, steps: int, lr: float) -> Path:
+def trained(path: Path, folder: Path, *, steps: int, lr: float, **task: Any) -> Path:
     shards = {"data": str(path / "train.jsonl"), "heldout": str(path / "held.jsonl"), "clients": 2, "partition": "iid"}
     work = {"optimizer": "adamw", "lr": lr, "steps": steps, "batch_size": 15, "max_length": 48}
     adapter = {"full": {}}
     made = spec(
         "", federation__shards=shards, work__sgd=work, task__adapter=adapter, rounds=1, evaluation={"metrics": []}
     )
+    made["task"] |= task
     return fedllm.run(fedllm.build(made), engine="serial", out=folder).folder
 
 
@@ -80,6 +83,23 @@ def test_an_overfitted_model_is_caught_and_one_that_has_hardly_moved_is_not(tmp_
 def test_sides_that_differ_by_their_words_are_told(tmp_path: Path, cache_folder: Path) -> None:
     found = audit(trained(records(tmp_path, biased=True), tmp_path / "run", steps=1, lr=1e-9))
     assert found.biased and "the figures above say nothing" in " ".join(sentences(found))
+
+
+def test_each_record_is_asked_of_its_own_clients_model_and_a_text_of_both_sides_of_none(
+    tmp_path: Path, cache_folder: Path
+) -> None:
+    """What each client has learned is in tensors that it keeps: the shared ones with untrained others know nothing.
+    Two texts are on both sides."""
+    data = records(tmp_path)
+    rows = (data / "train.jsonl").read_text().splitlines()[:2]
+    with (data / "held.jsonl").open("a") as held:
+        held.write("\n".join(rows) + "\n")
+    out = tmp_path / "run"
+    found = audit(trained(data, out, steps=25, lr=3e-3, scope={"share": ["*layers.0.input_layernorm*"]}))
+    assert (found.members, found.others, found.duplicates) == (58, 60, 2)
+    opened = open_run(out)
+    assert all(opened.own[client] for client in opened.own) and len(opened.own) == 2
+    assert next(one.auc for one in found.findings if one.attack == "loss").low > 0.6
 
 
 def test_too_few_records_and_no_run_are_refused(tmp_path: Path, cache_folder: Path) -> None:

@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from fedllm.engines.remote import frames
 from fedllm.engines.remote.site_service import BEGIN, REFUSALS, Answer, Refusal
 
 MODULE = "fedllm.engines.remote.model_worker"
+LOG = "model.log"
 LOSSES = 3  # processes lost on one request, before it is given up
 MOST = 64 << 30  # bytes of a message between two processes of one site
 
@@ -78,7 +78,7 @@ class ModelProcess:
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         with theirs:
-            log = self._folder / "model.log"
+            log = self._folder / LOG
             self._folder.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as told:
                 self._process = subprocess.Popen(
@@ -90,7 +90,3 @@ class ModelProcess:
                 )
         self._link = ours
         return ours
-
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()

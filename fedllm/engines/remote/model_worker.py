@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class ModelWorker:
         return {"parts": reply.parts}, reply.data
 
     def _refused(self, code: str, error: BaseException) -> tuple[Mapping[str, Any], bytes]:
-        print(f"{self.client}: {error}", file=sys.stderr, flush=True)
+        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         return {"refused": code}, b""
 
 
@@ -92,7 +93,7 @@ def _end_with(parent: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            threading.Event().wait(0.5)
+            time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

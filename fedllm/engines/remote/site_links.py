@@ -152,7 +152,9 @@ class SiteLinks:
 
         try:
             self._over_any_link(site, once, self.patience)
-        except SiteFailure:  # another process of the site than the one that had the answer
+        except SiteFailure as failure:
+            if failure.code != "not_begun":  # of another process of the site than the one that had the answer
+                raise
             found.clear()
             ready = self.ask(site, call, request)
             self._over_any_link(site, once, self.patience)

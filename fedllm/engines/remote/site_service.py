@@ -34,7 +34,6 @@ REFUSALS = {
     "busy": "it was sent more requests at once than it holds",
     "not_begun": "it was asked before it was given the experiment",
     "experiment": "it cannot run the experiment; its own log says why",
-    "model": "its base model is not the one of the server",
     "memory": "it has run out of memory",
     "process_lost": "the process with its model was lost again and again",
     "failed": "it could not do its work; its own log says why",

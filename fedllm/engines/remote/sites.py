@@ -14,7 +14,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from tempfile import TemporaryDirectory
 
 from fedllm.engines.base import Engine
 from fedllm.engines.loopback import ReceivedReply, Reply, receive
+from fedllm.engines.remote.model_process import LOG
 from fedllm.engines.remote.site_links import Ready, SiteFailure, SiteLinks
+from fedllm.engines.remote.worker import to_text
 from fedllm.errors import ConfigError, RunError
 from fedllm.events import Emit, EngineAdjusted, EngineStarted
 from fedllm.experiment.record import Experiment
@@ -58,8 +61,6 @@ class Sites(Engine):
             ConfigError: the experiment is not one that a file can hold, or there are too many clients.
             RunError: a process cannot begin.
         """
-        from fedllm.engines.remote.worker import to_text  # reads the catalog, which names the engines' experiment
-
         text, clients = to_text(experiment).encode(), experiment.federation.load(experiment.key).clients
         if len(clients) > MOST_SITES:
             raise ConfigError(
@@ -73,7 +74,7 @@ class Sites(Engine):
             try:
                 with ThreadPoolExecutor(len(clients)) as pool:
                     calls = SiteCalls(links, pool, emit, notes)
-                    calls.begin(clients, text)
+                    calls.begin(clients, text, processes.last_words)
                     yield calls
             finally:
                 links.close()
@@ -91,11 +92,11 @@ class SiteCalls:
     emit: Emit
     notes: list[str]
 
-    def begin(self, clients: Sequence[str], text: bytes) -> None:
-        """Give each site the experiment.
+    def begin(self, clients: Sequence[str], text: bytes, last_words: Callable[[str], str]) -> None:
+        """Give each site the experiment. `last_words`: the end of a client's log.
 
         Raises:
-            RunError: one cannot run it.
+            RunError: one cannot run it, or has loaded another model than the others.
         """
         under_way = {client: self.pool.submit(self.links.begin, client, text, START) for client in clients}
         found = []
@@ -103,7 +104,10 @@ class SiteCalls:
             try:
                 found.append(future.result().told)
             except SiteFailure as failure:
-                raise RunError(f"the process of client {client} cannot begin: {failure}") from None
+                said = last_words(client)
+                raise RunError(f"the process of client {client} cannot begin: {said or failure}") from None
+        if len({told.get("model") for told in found}) > 1:
+            raise RunError("the clients' processes have loaded different base models; give all of them the same files")
         parameters = found[0].get("parameters")
         self.emit(EngineStarted(len(clients), 1, None, parameters if isinstance(parameters, int) else 0, None))
 
@@ -147,6 +151,17 @@ class SiteProcesses:
             process.kill()
             process.wait()
 
+    def last_words(self, site: str) -> str:
+        """The last line of what its process with the model has said; empty if there is none."""
+        try:
+            lines = (self._logs(site) / LOG).read_text(errors="replace").split("\n")
+        except OSError:
+            return ""
+        return next((line for line in reversed(lines) if line.strip()), "").strip()
+
+    def _logs(self, site: str) -> Path:
+        return self._place / "logs" / site
+
     def _keep(self, site: str) -> None:
         while True:
             with self._lock:
@@ -154,12 +169,11 @@ class SiteProcesses:
                     return
                 process = self._running[site] = subprocess.Popen(self._command(site), stdin=subprocess.DEVNULL)
             process.wait()
-            threading.Event().wait(0.1)  # one that cannot start is not tried without pause
+            time.sleep(0.1)  # one that cannot start is not tried without pause
 
     def _command(self, site: str) -> list[str]:
-        logs = self._place / "logs" / site
         told = {"--site": site, "--socket": self._place / "server.sock", "--folder": self._memories}
-        more = {"--logs": logs, "--place": Path.cwd()}
+        more = {"--logs": self._logs(site), "--place": Path.cwd()}
         options = [str(word) for pair in {**told, **more}.items() for word in pair]
         return [sys.executable, "-m", MODULE, *options]
 

@@ -13,7 +13,9 @@ model (Das et al. 2024, arXiv 2406.16201). Where it can, the others are no fair 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from torch import Tensor
@@ -50,23 +52,14 @@ def _largest(values: Tensor) -> float:
 def blind_scores(members: Sequence[str], others: Sequence[str]) -> tuple[Floats, Floats]:
     """Naive Bayes on the words, each text scored by the texts of other folds: sum over its words of
     log (1 + members with it) / (2 + members) - the same of others."""
+    words = [[sorted(set(text.lower().split())) for text in side] for side in (members, others)]
     found = [np.zeros(len(members)), np.zeros(len(others))]
-    words = [[frozenset(text.lower().split()) for text in side] for side in (members, others)]
     for fold in range(FOLDS):
-        counts: list[dict[str, int]] = [{}, {}]
-        sizes = [0, 0]
-        for side, texts in enumerate(words):
-            for place, text in enumerate(texts):
-                if place % FOLDS != fold:
-                    sizes[side] += 1
-                    for word in text:
-                        counts[side][word] = counts[side].get(word, 0) + 1
-        for side, texts in enumerate(words):
-            for place in range(fold, len(texts), FOLDS):
-                found[side][place] = sum(_weight(word, counts, sizes) for word in sorted(texts[place]))
+        kept = [[text for place, text in enumerate(side) if place % FOLDS != fold] for side in words]
+        counts = [Counter(chain.from_iterable(side)) for side in kept]
+        for scores, side in zip(found, words, strict=True):
+            for place in range(fold, len(side), FOLDS):
+                shares = [[(1 + count[word]) / (2 + len(k)) for word in side[place]]
+                          for count, k in zip(counts, kept, strict=True)]  # fmt: skip
+                scores[place] = float(np.log(shares[0]).sum() - np.log(shares[1]).sum())
     return found[0], found[1]
-
-
-def _weight(word: str, counts: Sequence[dict[str, int]], sizes: Sequence[int]) -> float:
-    shares = [(1 + counts[side].get(word, 0)) / (2 + sizes[side]) for side in (0, 1)]
-    return float(np.log(shares[0] / shares[1]))

@@ -6,7 +6,6 @@ settings of both, the number of clients, or their sizes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from fedllm.aggregators.bucketed import Bucketed
@@ -16,7 +15,7 @@ from fedllm.aggregators.masked_sum import MaskedSum
 from fedllm.errors import CheckError, ConfigError, SecureSumError, config_name
 from fedllm.experiment.privacy import mechanism_of
 from fedllm.experiment.record import Experiment
-from fedllm.privacy.secure_aggregation.parameters import choose
+from fedllm.privacy.secure_aggregation.parameters import choose, corrupt_clients
 from fedllm.privacy.secure_aggregation.primitives import exchange_pair
 from fedllm.stages.base import Stage
 from fedllm.stages.compression.quantize import Quantize
@@ -82,7 +81,7 @@ def _check_noise(experiment: Experiment, most: int) -> None:
     stage, aggregator = mechanism_of(experiment), experiment.aggregator
     if not (isinstance(stage, DiscreteNoise) and isinstance(aggregator, MaskedSum)) or stage.noise_multiplier == 0:
         return
-    corrupt = math.floor(aggregator.corrupt * most)
+    corrupt = corrupt_clients(most, aggregator.corrupt)
     honest = aggregator.min_survivors - corrupt
     if stage.survivors > honest:
         raise ConfigError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedllm.errors import require
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.traits import DELTA, NONE, Bracket, Fact, Traits
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import FIGURES, Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import (
@@ -29,8 +29,6 @@ from fedllm.tensors.wire_format import (
     values,
     write_window,
 )
-
-FIGURES = frozenset({"metrics", "counts"})  # figures about the work: a few values, sent in full
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import FIGURES, Part, Update
 from fedllm.privacy.noise import NoiseStream
 from fedllm.tensors import tree
 
-FIGURES = frozenset({"metrics", "counts"})  # about the work: outside of the bound, sent where a file asks for it
 BITS = 24  # of the integers that float32 holds
 FINE = 2.0**-7  # most of the bound that rounding may take before values are sent in float64
 Leaf = tuple[str, str]  # part, tensor

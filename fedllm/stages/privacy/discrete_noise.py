@@ -20,12 +20,12 @@ import torch
 
 from fedllm.errors import ClientError, require
 from fedllm.messages.context import ClientContext, RoundContext
-from fedllm.messages.update import Update
+from fedllm.messages.update import FIGURES, Update
 from fedllm.privacy.releases import LEAST_LEVELS, Release
 from fedllm.privacy.schemes import EveryRound, Scheme
 from fedllm.privacy.skellam import skellam
 from fedllm.stages.privacy.base import PrivateStage, UnprotectedError, expected_cohort, in_type, is_scores
-from fedllm.stages.privacy.clipping import FIGURES, Group, Lattice, clipped, digest, grouped, placed, rounded_within
+from fedllm.stages.privacy.clipping import Group, Lattice, clipped, digest, grouped, placed, rounded_within
 from fedllm.tensors.tree import Tree
 
 REACH = 12  # standard deviations: no draw of a run is farther out

@@ -23,16 +23,14 @@ from torch import Tensor
 from fedllm.errors import ClientError, ConfigError, RoundVoid, require
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.traits import DELTA, Bracket, Fact, Traits
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import FIGURES, Part, Update
 from fedllm.stages.base import Stage
-from fedllm.stages.privacy.clipping import FIGURES
 from fedllm.tensors import ring
 from fedllm.tensors.tree import Tree
 
 FIGURE, EXACT = 24, 40  # fraction bits of figures about the work, and of tensors that no stage may round
 TYPES = {16: torch.int16, 20: torch.int32, 32: torch.int32}
 VALUES, GRID, DIGITS = "values", "grid", "digits"  # the parts of what is sent
-GRID_BITS = {torch.float32: 24, torch.float64: 52}  # of a sum on the grid of a bounded norm, at most
 PADDING = "padding//"
 
 
@@ -153,7 +151,7 @@ class FixedPoint(Stage):
     def _on_grid(self, value: Tensor, part: Part, ctx: RoundContext, key: str) -> Tensor:
         """(digits, ...): x / grid towards zero, so that no value grows. One digit where the sums have room for it."""
         _finite(value, key)
-        room = GRID_BITS[value.dtype] - math.ceil(math.log2(max(1, ctx.population)))
+        room = ring.GRID_BITS[value.dtype] - math.ceil(math.log2(max(1, ctx.population)))
         size = part.bits or room  # |x / grid| <= 2^size
         whole = (value.double() / part.grid).trunc()
         if whole.numel() and float(whole.abs().max()) > 2.0**size:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from fedllm.messages.context import ClientContext
 from fedllm.messages.traits import SAME_DELTA, Bracket, Fact, Traits
-from fedllm.messages.update import Update
+from fedllm.messages.update import FIGURES, Update
 from fedllm.stages.base import Stage
-from fedllm.stages.privacy.clipping import FIGURES
 from fedllm.tensors.tree import Tree
 
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from fedllm.errors import RoundVoid, require
 from fedllm.messages.context import ClientContext, RoundContext
 from fedllm.messages.traits import DELTA, NONE, Bracket, Fact, Traits
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import CLEAR, Part, Update
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 from fedllm.tensors.wire_format import DENSE
 
-SENSITIVITY, CLEAR = "sensitivity", "clear"
+SENSITIVITY = "sensitivity"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,5 +142,12 @@ def test_noise_that_no_sum_completes_is_refused(tmp_path: Path) -> None:
         CheckError, match=r"survivors is 2, but a sum may be of 3 .* 2 of 8 may be corrupt; set min_surv"
     ):
         check_profiles(corrupt, profiles)
+    few = {name: profiles[name] for name in "abcd"}  # a tenth of four clients is one, as the protocol counts
+    default = experiment(path, aggregator={"secure_sum": {"corrupt": 0.1, "dropout": 0.0}})
+    check_profiles(default, few)
+    two = default.stages[1]
+    three = replace(default, stages=(default.stages[0], replace(two, survivors=3), default.stages[2]))
+    with pytest.raises(CheckError, match=r"survivors is 3, but a sum may be of 3 .* 1 of 4 may be corrupt"):
+        check_profiles(three, few)
     with pytest.raises(ConfigError, match=r"discrete_noise\.levels is 2; it must be 16 to 2\^40"):
         DiscreteNoise(1.0, 1.0, levels=2)
