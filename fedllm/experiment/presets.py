@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from fedllm.experiment.catalog import Table
     from fedllm.experiment.methods import Method
 
-# Aggregators that a method that adds up goes with, and the stage that they need.
-SECURE = dict.fromkeys(("secure_sum", "bucketed"), "fixed_point")
+# Aggregators that a method that adds up goes with, and the stages that they need.
+SECURE: Mapping[str, tuple[str, ...]] = {
+    "secure_sum": ("fixed_point",),
+    "bucketed": ("fixed_point",),
+    "homomorphic_sum": (),
+}
 PROPER = 0.82  # secure_fedavg and fedmedian are other methods, fedprx is a misspelt one
 Same = Callable[[str, Any, Any], bool]  # (key of an experiment, one value, another): do they mean the same
 
@@ -50,11 +54,12 @@ def expand(
 
 
 def _under(method: Method, aggregator: Any) -> Method:
-    """A method that adds up, with the aggregator of the file and the stage that this one needs."""
-    kind = next(iter(aggregator), None) if isinstance(aggregator, Mapping) else aggregator
+    """A method that adds up, with the aggregator of the file and the stages that this one needs."""
+    kind = str(next(iter(aggregator), "") if isinstance(aggregator, Mapping) else aggregator)
     if kind not in SECURE or method.aggregator != "sum":
         return method
-    extra = () if SECURE[kind] in map(_stage_name, method.stages) else (SECURE[kind],)
+    known = set(map(_stage_name, method.stages))
+    extra = (stage for stage in SECURE[kind] if stage not in known)
     return replace(method, aggregator=aggregator, stages=(*method.stages, *extra))
 
 

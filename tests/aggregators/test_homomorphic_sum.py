@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import fedllm
 from fedllm.errors import CheckError, ClientError, ConfigError, RoundVoid, RunError, WireError
 from fedllm.experiment.checks.check import check, check_profiles
+from fedllm.experiment.record import Demands
 from fedllm.messages.context import ClientContext
 from fedllm.messages.update import Part, Request, Update
 from fedllm.stages.privacy.selective_encryption import SelectiveEncryption
@@ -226,6 +228,18 @@ def test_a_run_has_the_scores_of_the_plain_one_and_can_be_repeated(tmp_path: Pat
     for name, leaf in plain.params.items():
         assert torch.allclose(leaf, first.params[name], atol=1e-6)
     assert not any(type(event).__name__ == "ClientFailed" for event in events(first.folder))
+
+
+def test_a_method_that_adds_up_takes_it_as_it_is(tmp_path: Path) -> None:
+    """Where secure_sum brings fixed_point, it brings nothing."""
+    settings = {key: value for key, value in spec(tmp_path / "none.jsonl").items() if key != "stages"}
+    made = {
+        name: fedllm.build({**settings, "method": "fedit", "aggregator": name})
+        for name in ("homomorphic_sum", "bucketed")
+    }
+    assert [type(stage).__name__ for stage in made["homomorphic_sum"].stages] == ["ByExamples"]
+    assert [type(stage).__name__ for stage in made["bucketed"].stages] == ["ByExamples", "FixedPoint"]
+    check(replace(made["homomorphic_sum"], demands=Demands(secrecy=True)))
 
 
 def test_what_it_does_not_go_with_is_refused(tmp_path: Path) -> None:
