@@ -39,7 +39,7 @@ from fedllm.privacy.secure_aggregation.messages import FRONT, PLACE, SIGNATURE, 
 from fedllm.privacy.secure_aggregation.rings import CHECK
 from fedllm.runs.launch import Interrupted, Result, run
 from fedllm.tensors import tree
-from tests.test_extension_points import lose, outcome, spec
+from tests.aggregators.small import lose, outcome, spec
 
 CLIENTS = ("ann", "ben", "cid", "dan")
 CALLS = ("advertise", "share", "mask", "agree", "unmask")

@@ -37,10 +37,3 @@ class Kept(Engine):
 def pid(worker: RemoteWorker) -> int:
     """The process."""
     return os.getpid()
-
-
-def learn_doubles(worker: RemoteWorker) -> None:
-    """Let experiments of this actor name the doubles."""
-    from tests.doubles.processes import know_doubles
-
-    know_doubles()

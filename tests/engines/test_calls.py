@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import fedllm
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.data.partitioners.by import By
 from fedllm.data.shards import ClientOutage
 from fedllm.engines.batched.engine import Batched
@@ -36,11 +37,11 @@ from fedllm.runs import server_round
 from fedllm.runs.launch import Interrupted
 from fedllm.stages.client_drift.prox import Prox
 from fedllm.stages.compression.top_k import TopK
+from fedllm.stages.privacy.fixed_point import FixedPoint
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 from fedllm.training.sgd import Sgd
-from tests.doubles.masks import Masked, Rounding
 from tests.engines.cohort import CLIENTS, SGD, Devices, Watched, begun, experiment, same, sent, write_records
 from tests.runs.small import adapter_hash, events, figures, history
 
@@ -193,16 +194,18 @@ def test_the_engine_says_what_it_is(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stack", [1, 3])
 def test_masked_sums_are_the_plain_sums_to_the_bit(data: Path, tmp_path: Path, stack: int) -> None:
-    """Three calls beside the work, answered one by one; a client that is lost in the work leaves masks behind."""
-    made = experiment(data, stages=(Prox(0.1), ByExamples(), Rounding()), federation=federation(data, failures=LOST))
+    """Five calls behind the work, answered one by one, after clients that were lost in the work."""
+    made = experiment(
+        data, stages=(Prox(0.1), ByExamples(), FixedPoint(max_weight=8)), federation=federation(data, failures=LOST)
+    )
     runs = []
-    for name, aggregator in (("plain", made.aggregator), ("masked", Masked())):
+    for name, aggregator in (("plain", made.aggregator), ("masked", SecureSum(corrupt=0.0))):
         watched = Watched(Batched(stack=stack, workers=2))
         done = fedllm.run(replace(made, aggregator=aggregator), engine=watched, out=tmp_path / name)
         runs.append((done.params, watched.sent))
     assert tree.equal(runs[0][0], runs[1][0])
     plain, masked = runs[0][1], runs[1][1]
-    assert {name for name, _, _ in masked} == {"keys", "peers", "work", "unmask"}
+    assert {name for name, _, _ in masked} == {"work", "advertise", "share", "mask", "agree", "unmask"}
     hidden = [key for key in plain if isinstance(plain[key], Update)]
     assert len(hidden) == 7 and not any(same(plain[key], masked[key]) for key in hidden)
 

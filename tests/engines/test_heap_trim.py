@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.engines import loopback
 from fedllm.engines.allocator import retain_freed_memory
 from fedllm.engines.batched.engine import Batched
@@ -20,7 +21,6 @@ from fedllm.messages.call import Replies
 from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Request, Update
 from fedllm.runs import server_round
-from tests.doubles.masks import Masked
 from tests.engines.cohort import CLIENTS, begun, experiment, write_records
 
 MEGA = 1 << 20
@@ -72,7 +72,7 @@ def test_every_so_many_replies_of_an_engine(
 @pytest.mark.parametrize(("secure", "kept"), [(False, 0), (True, len(CLIENTS))])
 def test_sessions_are_kept_where_a_client_is_asked_again(secure: bool, kept: int, tmp_path: Path) -> None:
     made = experiment(write_records(tmp_path / "people.jsonl"))
-    made = replace(made, aggregator=Masked()) if secure else made
+    made = replace(made, aggregator=SecureSum()) if secure else made
     asked = server_round.requests_for(
         made, server_round.initial_state(made, begun(made)), CLIENTS, RoundContext(0, made.key, 5, 5, 2)
     )

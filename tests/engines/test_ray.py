@@ -21,14 +21,11 @@ from fedllm.engines.registry import choose, engine_of
 from fedllm.engines.remote.ray import Ray, RayActors
 from fedllm.errors import CheckError, ConfigError, MissingExtra, RunError
 from fedllm.events import ClientFailed, EngineAdjusted, EngineStarted, Event, RoundStarted
-from fedllm.experiment import catalog
-from fedllm.experiment.config_file import override
 from fedllm.experiment.record import Experiment
 from fedllm.models.adapters.weights import Norms
 from fedllm.models.loaded_model import load
 from fedllm.stages.base import Stage
-from tests.doubles.kept import Kept, learn_doubles, pid
-from tests.doubles.processes import DOUBLES
+from tests.doubles.kept import Kept, pid
 from tests.runs.small import Stop, StopAt, adapter_hash, events, figures, history, small, stateful, write_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,38 +102,34 @@ def test_stacks_give_the_serial_digits(data: Path, ray_actors: RayActors, tmp_pa
     assert moved > 0 and off**0.5 <= 1e-9 * moved**0.5
 
 
-def test_a_secure_sum_of_several_conversations(
-    data: Path, ray_actors: RayActors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("aggregator", "lost_in", "needs"),
+    [
+        ({"secure_sum": {"corrupt": 0, "min_survivors": 2}}, "work", "cryptography"),
+        ({"homomorphic_sum": {"min_clients": 2}}, "work", "tenseal"),
+    ],
+)
+def test_a_secret_sum_is_the_plain_sum(
+    aggregator: Any, lost_in: str, needs: str, data: Path, ray_actors: RayActors, tmp_path: Path
 ) -> None:
-    ray = pytest.importorskip("ray")
-    for noun, table in DOUBLES.items():
-        for name, cls in table.items():
-            monkeypatch.setitem(catalog.NOUNS[noun], name, cls)  # type: ignore[arg-type]
-    ray.get([worker.__ray_call__.remote(learn_doubles) for worker in ray_actors.workers])
-    stages = ["scaffold", {"top_k": {"fraction": 0.3}}, "uniform", "rounding"]
-    plain = small(data, rounds=2, stages=stages)
-    assert isinstance(plain.federation, Shards)
-    plain = replace(plain, federation=replace(plain.federation, failures=(ClientOutage("ben", 1, "work"),)))
-    secret = override(plain, ["aggregator=masked", "demands.secrecy=true"])
-    reference = run(plain, "serial", tmp_path / "plain")
-    found = run(secret, Kept(ray_actors), tmp_path / "masked")
-    assert adapter_hash(found) == adapter_hash(reference)
-    assert saved(found) == saved(reference)
-    assert figures(found)["eval"]["federated"]["nll"] == figures(reference)["eval"]["federated"]["nll"]
-    lost = [event.client for event in events(found) if isinstance(event, ClientFailed)]
-    assert lost == ["ben"]
-
-
-def test_a_secure_sum_is_the_plain_sum(data: Path, ray_actors: RayActors, tmp_path: Path) -> None:
-    """With the keys of each client in a file that all actors see, and masks between clients of different actors."""
+    """Over several calls, with memories; keys in files that all actors see; one client lost in the second round."""
     pytest.importorskip("ray")
-    plain = small(data, rounds=2, stages=["scaffold", "uniform", "fixed_point"])
-    secret = override(plain, ["aggregator.secure_sum.corrupt=0", "demands.secrecy=true"])
-    reference = run(plain, "serial", tmp_path / "plain")
-    found = run(secret, Kept(ray_actors), tmp_path / "secure")
-    assert adapter_hash(found) == adapter_hash(reference)
-    assert figures(found)["eval"]["federated"]["nll"] == figures(reference)["eval"]["federated"]["nll"]
-    assert not [event for event in events(found) if isinstance(event, ClientFailed)]
+    pytest.importorskip(needs)
+    stages: list[Any] = ["scaffold", "uniform", *(["fixed_point"] if "secure_sum" in aggregator else [])]
+
+    def lost(call: str, **changes: Any) -> Experiment:
+        made = small(data, rounds=2, stages=stages, evaluation__metrics=[], **changes)
+        assert isinstance(made.federation, Shards)
+        return replace(made, federation=replace(made.federation, failures=(ClientOutage("ben", 1, call),)))
+
+    secret = lost(lost_in, aggregator=aggregator, demands={"secrecy": True})
+    found = run(secret, Kept(ray_actors), tmp_path / "secret")
+    same_secret = run(secret, "serial", tmp_path / "serial")
+    assert adapter_hash(found) == adapter_hash(same_secret)
+    assert saved(found) == saved(same_secret)
+    if "secure_sum" in aggregator:
+        assert adapter_hash(found) == adapter_hash(run(lost("work"), "serial", tmp_path / "plain"))
+    assert [event.client for event in events(found) if isinstance(event, ClientFailed)] == ["ben"]
 
 
 def test_a_lost_actor_is_replaced_and_changes_no_bit(

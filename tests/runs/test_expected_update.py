@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.engines.loopback import ReceivedReply, Reply
 from fedllm.errors import FedllmError
 from fedllm.events import ClientFailed, ClientFinished, Event
@@ -24,7 +25,6 @@ from fedllm.runs.expected_update import asked
 from fedllm.stages.base import Stage
 from fedllm.tensors.tree import Tree
 from fedllm.training.base import ClientJob
-from tests.doubles.masks import Masked
 
 CLIENTS = ("ann", "ben", "cid")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -141,7 +141,7 @@ class Picky(Stage):
 
 def test_where_it_is_not_known_nothing_is_asked_for() -> None:
     exp = experiment("uniform")
-    for unknown in (replace(exp, aggregator=Masked()), replace(exp, stages=(*exp.stages, Picky()))):
+    for unknown in (replace(exp, aggregator=SecureSum()), replace(exp, stages=(*exp.stages, Picky()))):
         assert requests(unknown)["ann"].asks("work") is None
 
 

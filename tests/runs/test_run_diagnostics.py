@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fedllm
+from fedllm.aggregators.secure_sum import SecureSum
 from fedllm.engines.base import Engine
 from fedllm.engines.serial import Serial
 from fedllm.events import Diagnosed, Emit, Event, RoundStarted, Warned
@@ -23,7 +24,7 @@ from fedllm.messages.call import Call, Replies
 from fedllm.messages.context import Profile
 from fedllm.messages.update import Request, Update
 from fedllm.report.run_history import effective
-from tests.doubles.masks import Masked, Rounding
+from fedllm.stages.privacy.fixed_point import FixedPoint
 from tests.runs.small import Stop, StopAt, adapter_hash, events, small, spec
 
 
@@ -132,7 +133,7 @@ def test_a_run_is_the_same_without(data: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_watched_where_the_server_may_learn_sums_alone(data: Path, tmp_path: Path) -> None:
     plain = small(data, stages=["uniform"], evaluation__diagnostics={"rounds": 1, "bytes_per_loss": 1.0})
-    secret = replace(plain, stages=(*plain.stages, Rounding()), aggregator=Masked())
+    secret = replace(plain, stages=(*plain.stages, FixedPoint()), aggregator=SecureSum(corrupt=0.0))
     found = fedllm.run(secret, engine=Serial(), out=tmp_path / "run").folder
     assert diagnosed(found) == []
     assert alarms(found)[0] == (1, "the bytes outweigh the gain"), "losses and bytes are sums"
