@@ -132,7 +132,7 @@ def methods() -> str:
 
 def scope_of(method: Method) -> str:
     """What a method sets of `task.scope`."""
-    return ", ".join(f"`{key}: [{', '.join(value)}]`" for key, value in method.scope.items())
+    return ", ".join(f"`{key}: [{', '.join(map(str, value))}]`" for key, value in method.scope.items())
 
 
 def recipe(name: str) -> str:

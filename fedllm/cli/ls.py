@@ -38,7 +38,7 @@ def _methods() -> TableRows:
     for name, method in METHODS.items():
         task = f"task.adapter: {method.adapter}; " if method.adapter else ""
         task += "".join(f"task.adapter.{method.adapter}.{k}: {v}; " for k, v in method.adapter_sets.items())
-        task += "".join(f"task.scope.{key}: [{', '.join(value)}]; " for key, value in method.scope.items())
+        task += "".join(f"task.scope.{key}: [{', '.join(map(str, value))}]; " for key, value in method.scope.items())
         stages = ", ".join(entry if isinstance(entry, str) else str(dict(entry)) for entry in method.stages)
         kind = TABLES["adapters"][method.adapter] if method.adapter else None
         alone = "; not batchable" if kind is not None and not getattr(kind, "stackable", False) else ""

@@ -33,7 +33,8 @@ from fedllm.privacy.noise import new_key
 from fedllm.stages.round_trip import Received, adjust_grads, changes_gradients, encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import ClientFacts, ClientJob, Outcome, run_work
+from fedllm.training.base import ClientFacts, ClientJob, Outcome
+from fedllm.training.phases import run_phases
 
 Found = TypeVar("Found")
 
@@ -117,7 +118,7 @@ class Site:
         return [found if isinstance(found, Failure) else self._concluded(found, next(outcomes)) for found in prepared]
 
     def _train(self, jobs: Sequence[ClientJob], model: LoadedModel) -> Sequence[Outcome]:
-        return run_work(self.experiment.work, jobs, model)
+        return run_phases(self.experiment.work, jobs, model)
 
     def _other(self, name: str, request: Request) -> Update:
         if name == "evaluate":
@@ -163,6 +164,7 @@ class Site:
             else None,
             frozen=tree.to(held, device),
             noise=noise,
+            phases=self.experiment.task.scope.phases,
         )
         sent = sent_hash(request) if self.talks else b""
         return Prepared(client, job, arrival, memories, local, model, sent)

@@ -30,6 +30,7 @@ from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.bottleneck import Bottleneck
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.lora_xs import LoraXs
+from fedllm.models.adapters.multi_lora import MultiLora
 from fedllm.models.adapters.peft import Peft
 from fedllm.models.adapters.prefix import Prefix
 from fedllm.models.adapters.soft_prompt import SoftPrompt
@@ -55,7 +56,11 @@ from fedllm.stages.lora.residual import LoraResidual
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.ditto import Ditto
+from fedllm.stages.personalization.fdlora import FdLora
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.personalization.personal_last import PersonalLast
+from fedllm.stages.personalization.rest_of_world import RestOfWorld
 from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
@@ -77,6 +82,10 @@ Table = Mapping[str, type]
 
 STAGES: Table = {
     "keep": Keep,
+    "ditto": Ditto,
+    "fdlora": FdLora,
+    "personal_last": PersonalLast,
+    "rest_of_world": RestOfWorld,
     "prox": Prox,
     "scaffold": Scaffold,
     "dyn": Dyn,
@@ -124,6 +133,7 @@ NOUNS: Mapping[type, Table] = {
         "lora": Lora,
         "lora_xs": LoraXs,
         "sparse_lora": SparseLora,
+        "multi_lora": MultiLora,
         "bottleneck": Bottleneck,
         "prefix": Prefix,
         "soft_prompt": SoftPrompt,

@@ -19,7 +19,7 @@ class Method:
     adapter: str | None = None
     aggregator: str = "sum"
     adapter_sets: Mapping[str, Any] = field(default_factory=dict)
-    scope: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scope: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     summary: str = field(default="")
 
 
@@ -27,6 +27,12 @@ _REDDI = "Reddi et al. 2021, arXiv:2003.00295"
 # Client-level differential privacy. The noise is left to `demands.privacy`; the clip is a first guess, to be replaced.
 _EXPECTED: Mapping[str, Mapping[str, Any]] = {"uniform": {"denominator": "expected"}}
 _PRIVATE = (_EXPECTED, {"gaussian_dp": {"clip": 1.0}})
+
+# Two branches: the first travels, the second stays with its client, as does what mixes them.
+_OWN: Mapping[str, Mapping[str, Any]] = {"keep": {"patterns": ["*.personal.*", "*.router", "mixer.*"]}}
+_SHARED, _PERSONAL = {"train": ["*.shared.*"]}, {"train": ["*.personal.*"]}
+_BESIDE = {"train": ["*.personal.*"], "beside": ["*.shared.*"]}
+_DPA = "Yang et al. 2024, arXiv:2403.19211"
 
 
 METHODS: Mapping[str, Method] = {
@@ -50,6 +56,41 @@ METHODS: Mapping[str, Method] = {
     ),
     "fedsa_lora": Method(
         ("by_examples",), "Guo et al. 2024, arXiv:2410.01463", adapter="lora", scope={"share": ("*lora_A",)}
+    ),
+    "ditto": Method(
+        ("ditto", _OWN, "by_examples"),
+        "Li et al. 2021, arXiv:2012.04221",
+        adapter="multi_lora",
+        adapter_sets={"weights": [0.0, 1.0]},
+        scope={"phases": (_PERSONAL, _SHARED)},
+    ),
+    "feddpa_t": Method(
+        (_OWN, "uniform"),
+        _DPA,
+        adapter="multi_lora",
+        adapter_sets={"mixer": "similarity", "weights": [0.5, 0.5]},
+        scope={"phases": (_SHARED, _BESIDE)},
+    ),
+    "feddpa_f": Method(
+        ("personal_last", _OWN, "uniform"),
+        _DPA,
+        adapter="multi_lora",
+        adapter_sets={"mixer": "similarity"},
+        scope={"phases": (_SHARED, _PERSONAL)},
+    ),
+    "fdlora": Method(
+        ("fdlora", _OWN, {"nesterov": {"server_lr": 1.0, "momentum": 0.5, "start": 1}}, "uniform"),
+        "2024, arXiv:2406.07925",
+        adapter="multi_lora",
+        adapter_sets={"mixer": "fused"},
+        scope={"phases": (_PERSONAL, _SHARED)},
+    ),
+    "fedalt": Method(
+        ("rest_of_world", _OWN, "uniform"),
+        "Bian et al. 2025, arXiv:2503.11880",
+        adapter="multi_lora",
+        adapter_sets={"mixer": "router"},
+        scope={"hold": ("*.shared.*",)},
     ),
     "lora_fair": Method(("lora_fair", "by_examples"), "Bian et al. 2024, arXiv:2411.14961", adapter="lora"),
     "zero_padding": Method(

@@ -111,7 +111,7 @@ class Experiment:
     def trains_in_round(self, name: str, round: int) -> bool:
         """True if a tensor trains in this round."""
         return self.task.scope.trains_in_round(name, round) and all(
-            stage.trains_in_round(name, round) for stage in self.pipeline
+            stage.trains_in_round(name, round, self.rounds) for stage in self.pipeline
         )
 
     @property

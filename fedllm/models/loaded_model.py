@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fedllm.errors import CheckError, DataError, with_record_place
 from fedllm.models import fused_decoder
-from fedllm.models.adapters.base import Attached, Movable
+from fedllm.models.adapters.base import Attached, ClientExamples, Movable, WorksOut
 from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.multi_lora import AttachedMultiLora
 from fedllm.models.base_models.load import Base, load_base
 from fedllm.models.base_models.vocabulary import require_rows
 from fedllm.models.batch import Batch, Example, collate
@@ -29,7 +30,7 @@ from fedllm.models.kernels import ops
 from fedllm.models.kernels.build import library
 from fedllm.models.layers import activation_checkpointing, model_probe, rms_norm, rotary, swiglu
 from fedllm.models.layers.cross_entropy import row_losses, softcap
-from fedllm.models.task import Task
+from fedllm.models.task import Scope, Task
 from fedllm.models.templates import prompt_tokens
 from fedllm.rng import Key
 from fedllm.tensors.base_delta import BaseDelta
@@ -109,8 +110,8 @@ class LoadedModel:
         leaves = self.adapter.initial_params(key.fold("adapter"))
         some = ", ".join([*list(leaves)[:2], "..."][: len(leaves)]) or "none"
         scope = self.task.scope
-        for name in ("train", "share", "freeze", "alternate", "hold"):
-            for pattern in vars(scope)[name]:
+        for name, patterns in self._patterns():
+            for pattern in patterns:
                 if leaves and not any(matches(leaf, [pattern.removeprefix("!")]) for leaf in leaves):
                     what = f"'{pattern}' fits no tensor of the adapter (its tensors: {some})"
                     raise CheckError(f"task.scope.{name}: {what}")
@@ -123,6 +124,27 @@ class LoadedModel:
             if not any(scope.trains_in_round(name, turn) for name in trained):
                 raise CheckError(f"task.scope.alternate: nothing trains in the turn of '{pattern}'; leave it out")
         return trained
+
+    def _patterns(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """All patterns of the scope, by key."""
+        scope = self.task.scope
+        for name in ("train", "share", "freeze", "alternate", "hold"):
+            yield name, vars(scope)[name]
+        for at, phase in enumerate(scope.phases):
+            yield f"phases[{at}].train", phase.train
+            yield f"phases[{at}].beside", phase.beside
+
+    @property
+    def baseline(self) -> LoadedModel:
+        """This model with the plain adapter of its kind, all of which trains; itself where it has that one."""
+        settings, adapter = self.task.adapter.baseline, self.adapter
+        if settings is self.task.adapter or not isinstance(adapter, AttachedMultiLora):
+            return self
+        return replace(self, task=replace(self.task, adapter=settings, scope=Scope()), adapter=adapter.baseline)
+
+    def worked_out(self, params: Tree, job: ClientExamples) -> Tree:
+        """What the adapter works out of a client's examples at the end of its work."""
+        return self.adapter.worked_out(self, params, job) if isinstance(self.adapter, WorksOut) else {}
 
     def losses(self, stack: Tree, batch: Batch) -> Tensor:
         """(K,): one mean loss per client."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fedllm.errors import config_name
 from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.multi_lora import MultiLora
 from fedllm.models.adapters.peft import Peft
 from fedllm.models.adapters.peft_format import adapter_file
 from fedllm.models.adapters.targets import targeted
@@ -28,8 +29,8 @@ def check_task(task: Task) -> None:
     adapter = task.adapter
     if isinstance(adapter, Peft):
         adapter.config()
-    if isinstance(adapter, Lora):
-        if adapter.init_from is not None:
+    if isinstance(adapter, Lora | MultiLora):
+        if isinstance(adapter, Lora) and adapter.init_from is not None:
             adapter_file(Path(adapter.init_from))
         model = meta_model(task.model)
         if model is not None:

@@ -15,6 +15,23 @@ from fedllm.tensors.tree import matches
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of the local work.
+
+    Args:
+        train: patterns of the tensors that train in it.
+        beside: of those that stand still and count in the forward pass; what is in neither does not.
+    """
+
+    train: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ConfigError("task.scope.phases has one in which nothing trains; name tensors in its `train`")
+
+
+@dataclass(frozen=True)
 class Scope:
     """Which tensors of the adapter train, and which of those are shared; shell-style patterns over tensor names.
 
@@ -25,6 +42,8 @@ class Scope:
         alternate: patterns that take turns: round r trains and sends, of the tensors that fit one of them, those of the
             (r mod n)-th alone. The others stand where the server has them.
         hold: tensors that a client is sent and uses, but neither trains nor sends: a stage moves them on the server.
+        phases: what trains one after the other in a round's local work; empty: all at once. Each phase runs the whole
+            plan of the work.
     """
 
     train: tuple[str, ...] = ("*",)
@@ -32,6 +51,7 @@ class Scope:
     freeze: tuple[str, ...] = ()
     alternate: tuple[str, ...] = ()
     hold: tuple[str, ...] = ()
+    phases: tuple[Phase, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.alternate) == 1:

@@ -39,6 +39,7 @@ from fedllm.files import cache_dir, to_json_text, write_durably
 from fedllm.messages.context import RoundContext
 from fedllm.models.batch import Example
 from fedllm.models.loaded_model import LoadedModel
+from fedllm.models.task import Scope
 from fedllm.privacy.noise import new_key
 from fedllm.runs.server_round import initial_state, run_round
 from fedllm.stages.weighting.by_examples import ByExamples
@@ -103,8 +104,8 @@ class Baselines:
         Raises:
             RunError: no client answered in any round.
         """
-        state, answered = initial_state(plain, self.model.initial_params(plain.key)), 0
-        site = Site(plain, self.model, self.population, ClientStore(None), noise_key=noise_key(plain, None))
+        state, answered = initial_state(plain, self.plain.initial_params(plain.key)), 0
+        site = Site(plain, self.plain, self.population, ClientStore(None), noise_key=noise_key(plain, None))
         call = one_by_one(site, _unheard)
         self.emit(Progress("fedavg", 0, plain.rounds))
         for done in range(plain.rounds):
@@ -113,7 +114,7 @@ class Baselines:
             self.emit(Progress("fedavg", done + 1, plain.rounds))
         if not answered:
             raise RunError("no client answered in any round of the plain federated model")
-        everyone, by_client = self._scored(self.model.with_constants(plain.key), state.params)
+        everyone, by_client = self._scored(self.plain.with_constants(plain.key), state.params)
         return {"all": everyone, "clients": by_client}
 
     def _made(self, groups: Mapping[str, Sequence[str]], what: str, *, times: int) -> dict[str, tuple[Scores, float]]:
@@ -158,15 +159,20 @@ class Baselines:
         return {name: (scores, lr) for name, (_, scores, lr) in best.items()}
 
     @cached_property
+    def plain(self) -> LoadedModel:
+        """The model with the plain adapter of its kind."""
+        return self.model.baseline
+
+    @cached_property
     def start(self) -> str:
         """A checksum of what is trained from: the base model's weights and the adapter's initial values. Names alone
         would take a model whose files have changed for the old one."""
-        return f"{self.model.base.digest} {self.model.start_digest(self.experiment.key)}"
+        return f"{self.model.base.digest} {self.plain.start_digest(self.experiment.key)}"
 
     def _train(self, work: Work, clients: Sequence[str]) -> Scores:
         """Train on the clients' records; score on all held-out records, and on the clients' own."""
         key, rounds = self.experiment.key, self.experiment.rounds
-        model = self.model.with_constants(key)
+        model = self.plain.with_constants(key)
         name = clients[0] if len(clients) == 1 else POOLED
         ctx = RoundContext(0, key, 1, len(self.population.clients), rounds, client=name)
         start = {name: leaf.to(model.device) for name, leaf in model.initial_params(key).items()}
@@ -244,10 +250,11 @@ class Baselines:
 def plainly_shared(experiment: Experiment) -> Experiment:
     """The same experiment with every tensor that trains shared, averaged by examples, and nothing else on its way: of
     an adapter with lora_A and lora_B that is FedIT."""
-    scope = replace(experiment.task.scope, share=("*",), hold=())
+    scope = replace(experiment.task.scope, share=("*",), hold=(), phases=())
+    scope = scope if experiment.task.adapter.baseline is experiment.task.adapter else Scope()
     return replace(
         experiment,
-        task=replace(experiment.task, scope=scope),
+        task=replace(experiment.task, scope=scope, adapter=experiment.task.adapter.baseline),
         stages=(ByExamples(),),
         aggregator=Sum(),
         demands=Demands(),

@@ -16,7 +16,8 @@ from fedllm.runs import server_round
 from fedllm.stages.round_trip import encode_all, receive_all
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import ClientJob, run_work
+from fedllm.training.base import ClientJob
+from fedllm.training.phases import run_phases
 
 GENERATED = frozenset({"exact_match", "rouge_l"})  # metrics of answers
 
@@ -38,7 +39,7 @@ def dry_run(experiment: Experiment, model: LoadedModel, profiles: Mapping[str, P
         memories: list[Tree] = [{} for _ in stages]
         local = ClientContext(request.ctx, initial_params=fresh)
         params, arrival = receive_all(stages, request.params, request.extras, memories, local)
-        (outcome,) = run_work(experiment.work, [ClientJob(request.ctx, tree.overlay(fresh, params), ())], model)
+        (outcome,) = run_phases(experiment.work, [ClientJob(request.ctx, tree.overlay(fresh, params), ())], model)
         assert not isinstance(outcome, str), outcome
         update, facts = outcome
         try:

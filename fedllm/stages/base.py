@@ -37,8 +37,8 @@ class Stage:
         """What it declares, for `check`. A subclass sets `traits`, or overrides this where a setting decides."""
         return Traits()
 
-    def trains_in_round(self, name: str, round: int) -> bool:
-        """Whether a leaf that the scope trains does so in this round."""
+    def trains_in_round(self, name: str, round: int, rounds: int) -> bool:
+        """Whether a leaf that the scope trains does so in this round of so many."""
         return True
 
     def personal(self, params: Tree, memory: Tree, state: Tree, client: str) -> Tree:

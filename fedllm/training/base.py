@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from fedllm.messages.context import ClientNoise, Profile, RoundContext
 from fedllm.messages.traits import Traits
 from fedllm.messages.update import Update
 from fedllm.models.batch import Batch, Example, collate
+from fedllm.models.task import Phase
 from fedllm.rng import Key
 from fedllm.tensors.tree import Tree
 
@@ -52,13 +54,18 @@ class Model(Protocol):
         """The initial value of every tensor that a client trains."""
         ...
 
+    def worked_out(self, params: Tree, job: ClientJob) -> Tree:
+        """Tensors of the adapter that a client works out of its examples and does not train, at the end of its work."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ClientJob:
     """One client's share of a stack. `initial` may have tensors in any float type; examples are encoded.
 
     `adjust`: its stages' `grads` hooks; None if there are none. `frozen`: tensors that the passes need, and that do not
-    train in this round. `noise`: where the client's secret noise comes from; None in estimates and dry runs.
+    train in this round. `noise`: where the client's secret noise comes from; None in estimates and dry runs. `phases`:
+    the same for all clients of a stack; none: all trains at once.
     """
 
     ctx: RoundContext
@@ -67,6 +74,16 @@ class ClientJob:
     adjust: Adjust | None = None
     frozen: Tree = field(default_factory=dict)
     noise: ClientNoise | None = None
+    phases: Sequence[Phase] = ()
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last round."""
+        return self.ctx.round == self.ctx.rounds - 1
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """The client's generator of this round."""
+        return self.ctx.rng(purpose)
 
 
 class Work:
@@ -136,10 +153,10 @@ class TrainOptions:
 def run_work(
     work: Work, jobs: Sequence[ClientJob], model: Model, how: TrainOptions = TrainOptions()
 ) -> Sequence[Outcome]:
-    """The local loop of a stack of clients, to the end of the longest plan.
+    """One pass of the local loop over a stack of clients, to the end of the longest plan.
 
     Raises:
-        Halted: `how.going` said no.
+        Stopped: `how.should_continue` said no.
     """
     return work.finish(run_steps(work, jobs, model, work.init(jobs), how))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -83,7 +83,8 @@ class Bench:
         if kind is None:
             return self
         if kind not in self.others:
-            adapter = NOUNS[Adapter][kind](**vars(self.task.adapter))
+            made, own = NOUNS[Adapter][kind], vars(self.task.adapter)
+            adapter = made(**{item.name: own[item.name] for item in fields(made) if item.name in own})
             folder = self.folder / kind
             folder.mkdir()
             self.others[kind] = Bench(folder, self.engine, replace(self.task, adapter=adapter))

@@ -142,6 +142,81 @@ class KeepBook(Book):
         return torch.tensor([name.endswith("lora_B") for name in self.names])
 
 
+class OwnBook(KeepBook):
+    """The personal branch stays; `copied` takes the shared one's entries to its places."""
+
+    def mine(self) -> Tensor:
+        return torch.tensor([".personal." in name for name in self.names])
+
+    def copied(self, x: Tensor, source: str = "shared", to: str = "personal") -> Tensor:
+        leaves = self.tree(x)
+        return torch.cat([leaves[name.replace(f".{to}.", f".{source}.")].reshape(-1) for name in sorted(leaves)])
+
+
+class DittoBook(OwnBook):
+    """Li et al. 2021, algorithm 1, both models in one pass."""
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return torch.where(self.mine(), g + self.settings.lam * (y - self.copied(x)), g)
+
+
+class PersonalLastBook(OwnBook):
+    """Yang et al. 2024, sequential: FedAvg for all rounds but the last one, which tunes a copy."""
+
+    def last(self) -> bool:
+        return "done" in self.held
+
+    def start(self, k: str, x: Tensor) -> Tensor:
+        return torch.where(self.mine(), self.copied(x), x) if self.last() else x
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return torch.where(self.mine() == self.last(), g, 0)
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        self.held["done"] = torch.tensor(1)
+        return mean
+
+
+class RestOfWorldBook(OwnBook):
+    """FedALT: of two clients, the rest of each one's world is the other."""
+
+    def weight(self, examples: int) -> float:
+        return 1
+
+    def start(self, k: str, x: Tensor) -> Tensor:
+        other = self.held.get("last " + {"a": "b", "b": "a"}[k], torch.zeros_like(x))
+        return torch.where(self.mine(), self.held.get(k, x), self.copied(other, "personal", "shared"))
+
+    def combined(self, sent: list[tuple[float, Tensor]], x: Tensor) -> Tensor:
+        for k in ("a", "b"):
+            self.held[f"last {k}"] = self.held[k]
+        mean = self.copied((self.held["a"] + self.held["b"]) / 2, "personal", "shared")
+        return torch.where(self.mine(), 0, mean - x)
+
+
+class FdLoraBook(OwnBook):
+    """FDLoRA with a copy in each round: the personal branch first, its mean as the shared one, then that one."""
+
+    def weight(self, examples: int) -> float:
+        return 1
+
+    def first(self) -> bool:
+        return "done" not in self.held
+
+    def correct(self, k: str, g: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return torch.where(self.mine() == self.first(), g, 0)
+
+    def send(self, k: str, delta: Tensor, x: Tensor) -> Tensor:
+        if not self.first():
+            return delta
+        self.held[k] = self.copied(self.start(k, x) + delta, "personal", "shared")
+        return torch.where(self.mine(), 0, self.held[k] - x)
+
+    def step(self, mean: Tensor, clients: int) -> Tensor:
+        self.held["done"] = torch.tensor(1)
+        return mean
+
+
 class ProxBook(Book):
     """Li et al. 2020, eq. 2."""
 

@@ -21,7 +21,11 @@ from fedllm.stages.lora.residual import LoraResidual
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.ditto import Ditto
+from fedllm.stages.personalization.fdlora import FdLora
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.personalization.personal_last import PersonalLast
+from fedllm.stages.personalization.rest_of_world import RestOfWorld
 from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
@@ -51,7 +55,7 @@ class Case:
         rounding: of a stage that rounds, the largest step of its grid over the largest entry; instead of a book.
         keeps_space: the update keeps the shape of the parameters, so that it has neutral settings or a rounding, or
             says in its docstring why not.
-        in_some_rounds: parts that it makes, but not in each.
+        in_some_rounds: parts that it makes, but not in each; "delta": of some rounds it is empty.
         needs: stages that make what it takes.
     """
 
@@ -69,14 +73,20 @@ class Case:
         """A list of stages around the case's own, or around `stage`."""
         chosen = self.stage if stage is None else stage
         others = () if chosen.traits.bracket is Bracket.WEIGH else (self.weigher,)
-        return tuple(sorted((*self.needs, chosen, *others), key=lambda s: s.traits.bracket))
+        own = (chosen, *self.needs) if chosen.traits.bracket is Bracket.LOCAL else (*self.needs, chosen)
+        return tuple(sorted((*own, *others), key=lambda s: s.traits.bracket))
 
 
 HUGE = 2.0**40  # Adagrad: Δ² is lost in the rounding of tau², so the denominator stays 2 tau
+OWN = (Keep(("*.personal.*",)),)
 ROUNDED = FixedPoint(ring=16, bound=0.5, max_weight=600.0)  # 54 levels for one client
 
 CASES: dict[str, Case] = {
     "keep": Case(Keep(("*lora_B",)), books.KeepBook, neutral=Keep(("*.no_such_leaf",))),
+    "ditto": Case(Ditto(lam=2.0), books.DittoBook, needs=OWN),
+    "personal_last": Case(PersonalLast(), books.PersonalLastBook, needs=OWN, in_some_rounds=frozenset({"delta"})),
+    "rest_of_world": Case(RestOfWorld(), books.RestOfWorldBook, needs=OWN, weigher=Uniform()),
+    "fdlora": Case(FdLora(every=1, fuse=False), books.FdLoraBook, needs=OWN, weigher=Uniform()),
     "prox": Case(Prox(mu=2.0), books.ProxBook, neutral=Prox(mu=0)),
     "scaffold": Case(Scaffold(), books.ScaffoldBook, weigher=Uniform()),
     "dyn": Case(Dyn(alpha=0.5), books.DynBook, weigher=Uniform()),

@@ -26,7 +26,11 @@ from fedllm.stages.lora.residual import LoraResidual
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.ditto import Ditto
+from fedllm.stages.personalization.fdlora import FdLora
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.personalization.personal_last import PersonalLast
+from fedllm.stages.personalization.rest_of_world import RestOfWorld
 from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
@@ -72,6 +76,35 @@ class KeepsEverything(Keep):
 
     def broadcast(self, params, state, ctx):
         return {}, {}
+
+
+class DittoSign(Ditto):
+    """Pushes away from what was sent."""
+
+    def grads(self, grads, params, scratch):
+        pushed = {n: g - self.lam * (params[n] - scratch[n]) for n, g in grads.items() if n in scratch}
+        return {**grads, **pushed}
+
+
+class NeverLast(PersonalLast):
+    """Trains the shared branch to the end."""
+
+    def trains_in_round(self, name, round, rounds):
+        return ".shared." in name
+
+
+class WholeWorld(RestOfWorld):
+    """Forgets to take the client itself out."""
+
+    def receive(self, params, extra, memory, local):
+        return params, super().receive(params, extra, memory, local)[1]
+
+
+class FdLoraForgets(FdLora):
+    """Sends nothing of the first round."""
+
+    def encode(self, update, scratch, memory, local):
+        return (update, memory) if local.ctx.round == 0 else super().encode(update, scratch, memory, local)
 
 
 class ProxSign(Prox):
@@ -496,6 +529,10 @@ class Unhashable(Stage):
 TWINS = (
     Twin("keep", KeepsNothing(("*lora_B",)), "equals_its_paper"),
     Twin("keep", KeepsEverything(("*lora_B",)), "equals_its_paper"),
+    Twin("ditto", DittoSign(lam=2.0), "equals_its_paper"),
+    Twin("personal_last", NeverLast(), "equals_its_paper"),
+    Twin("rest_of_world", WholeWorld(), "equals_its_paper"),
+    Twin("fdlora", FdLoraForgets(every=1, fuse=False), "equals_its_paper"),
     Twin("prox", ProxSign(mu=2.0), "equals_its_paper"),
     Twin("prox", ProxHalf(mu=2.0), "neutral_is_fedavg", neutral=ProxHalf(mu=0)),
     Twin("prox", Prox(mu=0), "settings_matter"),

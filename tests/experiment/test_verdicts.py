@@ -47,10 +47,17 @@ GIVEN: dict[str, Stage] = {
     "local_gaussian": LocalGaussian(1.0, 1.0),
     "selective_encryption": SelectiveEncryption(0.5, "drop"),
 }
+BRANCHES = (
+    "ditto",
+    "fdlora",
+    "personal_last",
+    "rest_of_world",
+)  # of another adapter: tests/experiment/test_branches.py
 POOL: dict[str, Stage] = {
     name: GIVEN[name] if name in GIVEN else cls()
     for name, cls in STAGES.items()
     if cls not in (ByExamples, Uniform, DiscreteNoise)  # the last needs a secure sum: its column of the compatibility
+    and name not in BRANCHES
 }
 OPTIMIZERS = "momentum adagrad adam yogi nesterov"
 SELECT = "selective_encryption"

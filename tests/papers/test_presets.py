@@ -13,10 +13,11 @@ from fedllm.experiment.config_file import build, dump
 from fedllm.experiment.methods import METHODS
 from fedllm.models.adapters.lora import Lora
 from fedllm.models.adapters.lora_xs import LoraXs
+from fedllm.models.adapters.multi_lora import MultiLora
 from fedllm.models.adapters.soft_prompt import SoftPrompt
 from fedllm.models.adapters.sparse_lora import SparseLora
 from fedllm.models.adapters.weights import Full
-from fedllm.models.task import Scope
+from fedllm.models.task import Phase, Scope
 from fedllm.runs import launch
 from fedllm.stages.client_drift.dyn import Dyn
 from fedllm.stages.client_drift.prox import Prox
@@ -31,18 +32,25 @@ from fedllm.stages.lora.residual import LoraResidual
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.ditto import Ditto
+from fedllm.stages.personalization.fdlora import FdLora
+from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.personalization.personal_last import PersonalLast
+from fedllm.stages.personalization.rest_of_world import RestOfWorld
 from fedllm.stages.privacy.base import PrivateStage
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.gaussian_dp import GaussianDp
 from fedllm.stages.server_optimizers.adagrad import Adagrad
 from fedllm.stages.server_optimizers.adam import Adam
 from fedllm.stages.server_optimizers.momentum import Momentum
+from fedllm.stages.server_optimizers.nesterov import Nesterov
 from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
 from fedllm.tensors import tree
 
 PRIVATE = (Uniform("expected"), GaussianDp(1.0))
+OWN = Keep(("*.personal.*", "*.router", "mixer.*"))
 EXPANSIONS = {
     "fedavg": (ByExamples(),),
     "fedprox": (Prox(mu=0.01), ByExamples()),
@@ -70,6 +78,11 @@ EXPANSIONS = {
     "fedsvd": (LoraSvd(), ByExamples()),
     "fed_sb": (ByExamples(),),
     "full": (ByExamples(),),
+    "ditto": (Ditto(), OWN, ByExamples()),
+    "feddpa_t": (OWN, Uniform()),
+    "feddpa_f": (PersonalLast(), OWN, Uniform()),
+    "fdlora": (FdLora(), OWN, Nesterov(1.0, 0.5, 1), Uniform()),
+    "fedalt": (RestOfWorld(), OWN, Uniform()),
     "dp_fedavg": PRIVATE,
     "dp_ffa_lora": PRIVATE,
     "dp_fedsvd": (LoraSvd(), *PRIVATE),
@@ -77,7 +90,13 @@ EXPANSIONS = {
     "dp_ftrl": (Uniform("expected"), DpFtrl(1.0)),
     "fedpower": (LoraProduct(), *PRIVATE),
 }
+SHARED, PERSONAL = Phase(("*.shared.*",)), Phase(("*.personal.*",))
 SCOPES = {
+    "ditto": Scope(phases=(PERSONAL, SHARED)),
+    "feddpa_t": Scope(phases=(SHARED, Phase(("*.personal.*",), ("*.shared.*",)))),
+    "feddpa_f": Scope(phases=(SHARED, PERSONAL)),
+    "fdlora": Scope(phases=(PERSONAL, SHARED)),
+    "fedalt": Scope(hold=("*.shared.*",)),
     "ffa_lora": Scope(freeze=("*lora_A",)),
     "rolora": Scope(alternate=("*lora_B", "*lora_A")),
     "fedsa_lora": Scope(share=("*lora_A",)),
@@ -91,6 +110,11 @@ ADAPTERS = {
     "dp_fed_sb": LoraXs(),
     "federa": Lora(init="singular"),
     "slora": SparseLora(),
+    "ditto": MultiLora(weights=(0.0, 1.0)),
+    "feddpa_t": MultiLora(mixer="similarity", weights=(0.5, 0.5)),
+    "feddpa_f": MultiLora(mixer="similarity"),
+    "fdlora": MultiLora(mixer="fused"),
+    "fedalt": MultiLora(mixer="router"),
 }
 # Where all clients have one rank, and none a bandwidth.
 SAME = ({"fedavg", "fedit", "zero_padding", "rbla", "haflq"}, {"flexlora", "raflora"})
@@ -242,11 +266,13 @@ def assert_other_methods(results):
     assert same == {pair for names in SAME for pair in combinations(sorted(names & results.keys()), 2)}
 
 
+TWO = [name for name, method in METHODS.items() if method.adapter == "multi_lora"]
 OTHERS = {
     "full": "full",
     "fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}},
     "dp_fed_sb": {"lora_xs": {"rank": 2, "alpha": 4}},
     "slora": {"sparse_lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}},
+    **{name: {"multi_lora": {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}} for name in TWO},
 }
 
 

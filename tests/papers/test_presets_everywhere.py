@@ -26,6 +26,7 @@ ROUNDS = 3
 LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]}
 XS = {"lora_xs": LORA}
 ADAPTERS: dict[str, Any] = {"full": "full", "fed_sb": XS, "dp_fed_sb": XS, "slora": {"sparse_lora": LORA}}
+ADAPTERS |= {name: {"multi_lora": LORA} for name, method in METHODS.items() if method.adapter == "multi_lora"}
 SETTINGS: dict[str, Any] = {"slora": {"slora": {"rounds": 2}}}
 PRIVATE = [name for name in METHODS if name.startswith("dp_") or name == "fedpower"]
 

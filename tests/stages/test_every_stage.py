@@ -29,7 +29,11 @@ from fedllm.stages.lora.residual import LoraResidual
 from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
+from fedllm.stages.personalization.ditto import Ditto
+from fedllm.stages.personalization.fdlora import FdLora
 from fedllm.stages.personalization.keep import Keep
+from fedllm.stages.personalization.personal_last import PersonalLast
+from fedllm.stages.personalization.rest_of_world import RestOfWorld
 from fedllm.stages.privacy.discrete_noise import DiscreteNoise
 from fedllm.stages.privacy.dp_ftrl import DpFtrl
 from fedllm.stages.privacy.fixed_point import FixedPoint
@@ -54,6 +58,7 @@ STAGES = [
     LoraSvd(), SparseFirst(rounds=1), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
     GaussianDp(1e9, 0.0), DpFtrl(1e9, 0.0), LocalGaussian(1e9, 0.0), DiscreteNoise(1e9, 0.0),
+    Ditto(), FdLora(), PersonalLast(), RestOfWorld(),
     NoFigures(), SelectiveEncryption(0.3), FixedPoint(max_weight=9),
 ]  # fmt: skip
 CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2, client="0")
@@ -130,7 +135,8 @@ def test_what_is_sent_may_be_summed_in_place(stage):
 @every_stage
 def test_states_and_memories_keep_to_the_shapes_of_the_parameters(stage):
     _, course = trained(stage)
-    for held in [*course.states, *(memory for memories in course.memories for memory in memories)]:
+    states = [{name: leaf for name, leaf in state.items() if leaf.dim()} for state in course.states]  # counts are none
+    for held in [*states, *(memory for memories in course.memories for memory in memories)]:
         for name, leaf in held.items():
             assert leaf.shape == leaves(0.0)[name.removeprefix("m/").removeprefix("v/")].shape
 
@@ -173,7 +179,7 @@ def test_who_keeps_the_delta_leaves_its_values_as_they_are(stage):
 
 def test_every_stage_of_the_folders_is_in_the_list():
     folder = Path(fedllm.stages.__file__).parent
-    helpers = {"base", "clipping", "moments", "stacked_factors", "weighted_mean"}
+    helpers = {"base", "branch_names", "clipping", "moments", "stacked_factors", "weighted_mean"}
     assert {path.stem for path in folder.glob("*/*.py")} - {"__init__", *helpers} == {
         type(stage).__module__.rpartition(".")[2] for stage in STAGES
     }

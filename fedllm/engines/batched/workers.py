@@ -15,7 +15,8 @@ import torch
 from fedllm.engines.batched.memory import MemoryBudget, MemoryEstimate
 from fedllm.errors import RunError
 from fedllm.models.loaded_model import LoadedModel
-from fedllm.training.base import ClientJob, Outcome, TrainOptions, Work, run_work
+from fedllm.training.base import ClientJob, Outcome, TrainOptions, Work
+from fedllm.training.phases import run_phases
 
 MEGA = 10**6
 
@@ -80,7 +81,7 @@ class WorkerPool:
         with self.gate.room(need):
             try:
                 how = TrainOptions(recompute=recompute, should_continue=lambda: not self.closing.is_set())
-                return run_work(self.work, jobs, model, how)
+                return run_phases(self.work, jobs, model, how)
             except (torch.OutOfMemoryError, MemoryError):
                 pass
             except RuntimeError as error:

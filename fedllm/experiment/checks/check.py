@@ -4,6 +4,7 @@ brackets    LOCAL, MEANING, WEIGH, PRIVATE, ADVERSARY, WIRE, in this order
 weights     one stage weighs
 parts       made once, taken by somebody, taken only behind the stage that makes them; what is bounded holds every part
 adapter     a stage that works on one adapter has it
+branches    of a personal and a shared one, both are there and the first is kept (`branches`)
 optimisers  control terms go with the local rule that they are derived for
 integers    a stage that makes them goes with its neighbours and with the aggregator (`secrecy`)
 examples    a work that clips each example goes with what takes each by itself (`per_example`)
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from fedllm.errors import CheckError, config_name
+from fedllm.experiment.checks.branches import check_branches
 from fedllm.experiment.checks.parties import Party, client, parties
 from fedllm.experiment.checks.per_example import check_per_example
 from fedllm.experiment.checks.privacy import check_promise
@@ -42,6 +44,7 @@ def check(experiment: Experiment) -> None:
     _weigher(stages)
     _parts(experiment, stages)
     _adapter(experiment, stages)
+    check_branches(experiment)
     check_per_example(experiment)
     for conflict in conflicts(everyone):
         raise CheckError(str(conflict))

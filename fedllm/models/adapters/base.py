@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedllm.models.base_models.load import Base
-from fedllm.models.batch import Batch
+from fedllm.models.batch import Batch, Example
 from fedllm.models.layers.cross_entropy import Head
 from fedllm.models.layers.forward_context import Forward, forward_context
 from fedllm.models.layers.model_probe import past_key_values
@@ -84,10 +84,50 @@ class Movable(Protocol):
         ...
 
 
+class ClientExamples(Protocol):
+    """What of a client's job an adapter may look at."""
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """Its encoded examples."""
+        ...
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last round."""
+        ...
+
+    def rng(self, purpose: str) -> torch.Generator:
+        """Its generator in this round."""
+        ...
+
+
+class Scoring(Protocol):
+    """A loaded model as its adapter may call it."""
+
+    def losses(self, stack: Tree, batch: Batch) -> Tensor:
+        """(K,): one mean loss per client."""
+        ...
+
+
+@runtime_checkable
+class WorksOut(Protocol):
+    """An adapter with tensors that a client works out of its examples and does not train."""
+
+    def worked_out(self, model: Scoring, params: Tree, job: ClientExamples) -> Tree:
+        """These tensors, from all of a client's at the end of its work."""
+        ...
+
+
 class Adapter:
     """A frozen dataclass of settings that can be attached to a base model."""
 
     stackable: ClassVar[bool] = False
+
+    @property
+    def baseline(self) -> Adapter:
+        """The plain adapter of its kind, which methods are compared with."""
+        return self
 
     @property
     def shares(self) -> bool:

@@ -131,6 +131,10 @@ class Adapted:
         y = low_rank_linear(x, low, still, (now.stack[f"{self.path}.lora_A"], b), sizes, self.scale)
         return y.view(*inputs.shape[:-1], -1)
 
+    def is_plain(self, now: Forward) -> bool:
+        """Whether a pair of factors is all that a pass adds, so that a whole layer can be one operation."""
+        return True
+
     def _dropped(self, x: Tensor, now: Forward, sizes: list[int]) -> Tensor:
         """Each client's rows with its own generator's dropout."""
         pieces = zip(x.split(sizes), now.dropout, strict=True)

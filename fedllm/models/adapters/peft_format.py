@@ -91,6 +91,11 @@ def write_weights(params: Tree, folder: Path, *, base_name: str) -> None:
     _write(folder, params, {"fedllm": "weights", "base_model_name_or_path": base_name})
 
 
+def write_branches(params: Tree, folder: Path, *, base_name: str, facts: Mapping[str, Any]) -> None:
+    """Write several LoRAs whose mix depends on the input, which is no layout of PEFT's."""
+    _write(folder, params, {"fedllm": "multi_lora", "base_model_name_or_path": base_name, **facts})
+
+
 def adapter_file(folder: Path) -> Path:
     """The weights of a run folder's adapter, or of a folder in PEFT's layout.
 

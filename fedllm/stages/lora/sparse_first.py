@@ -41,13 +41,13 @@ class SparseFirst(Stage):
     def __post_init__(self) -> None:
         require(self.rounds >= 0, self, field="rounds", value=self.rounds, allowed="0 or more")
 
-    def trains_in_round(self, name: str, round: int) -> bool:
+    def trains_in_round(self, name: str, round: int, rounds: int) -> bool:
         """The sparse values in the first rounds, the factors in the others."""
         return name.endswith(f".{low_rank.SPARSE}") == (round < self.rounds)
 
     def broadcast(self, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """What trains in this round; a client has the initial values of the rest, which add nothing."""
-        return {name: leaf for name, leaf in params.items() if self.trains_in_round(name, ctx.round)}, {}
+        return {name: leaf for name, leaf in params.items() if self.trains_in_round(name, ctx.round, ctx.rounds)}, {}
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """After the last round of sparse tuning: from its values to the factors."""

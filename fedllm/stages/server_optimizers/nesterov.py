@@ -25,10 +25,12 @@ class Nesterov(Stage):
     Args:
         server_lr: the outer learning rate.
         momentum: of the outer steps, in [0, 1).
+        start: rounds before this one move by the plain mean.
     """
 
     server_lr: float = 0.7
     momentum: float = 0.9
+    start: int = 0
 
     traits = moments.TRAITS
 
@@ -36,9 +38,12 @@ class Nesterov(Stage):
         moments.check_server_lr(self, self.server_lr)
         allowed = "at least 0 and below 1"
         require(0 <= self.momentum < 1, self, field="momentum", value=self.momentum, allowed=allowed)
+        require(self.start >= 0, self, field="start", value=self.start, allowed="0 or more")
 
     def decode(self, total: Update, params: Tree, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The mean delta becomes the step."""
+        if ctx.round < self.start:
+            return total, state
         return moments.apply_rule(total, state, self._step)
 
     def _step(self, delta: Tree, state: Tree) -> tuple[Tree, Tree]:
