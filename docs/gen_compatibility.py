@@ -71,10 +71,10 @@ class Cell(NamedTuple):
 
 
 def aggregations() -> list[str]:
-    """The rows: every method that needs the adapter lora, or one that is built on it, and has no noise of its own: with
-    noise it is a cell of its row."""
+    """The rows: every method that needs the adapter lora, or one that is built on it, trains by gradients, and has no
+    noise of its own: with noise it is a cell of its row."""
     kinds = {name for name, kind in NOUNS[Adapter].items() if issubclass(kind, Lora)}
-    found = [name for name, method in METHODS.items() if method.adapter in kinds]
+    found = [name for name, method in METHODS.items() if method.adapter in kinds and method.work is None]
     return [name for name in found if not any(isinstance(stage, PrivateStage) for stage in alone(name).stages)]
 
 

@@ -74,9 +74,11 @@ from fedllm.stages.server_optimizers.nesterov import Nesterov
 from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.stages.zeroth_order.seed_pool import SeedPool
 from fedllm.training.base import Work
 from fedllm.training.dp_sgd import DpSgd
 from fedllm.training.sgd import Sgd
+from fedllm.training.zeroth_order import ZerothOrder
 
 Table = Mapping[str, type]
 
@@ -108,6 +110,7 @@ STAGES: Table = {
     "lora_merge": LoraMerge,
     "lora_residual": LoraResidual,
     "sparse_first": SparseFirst,
+    "seed_pool": SeedPool,
     "gaussian_dp": GaussianDp,
     "dp_ftrl": DpFtrl,
     "local_gaussian": LocalGaussian,
@@ -118,7 +121,7 @@ STAGES: Table = {
 NOUNS: Mapping[type, Table] = {
     Stage: STAGES,
     Aggregator: {"sum": Sum, "secure_sum": SecureSum, "bucketed": Bucketed, "homomorphic_sum": HomomorphicSum},
-    Work: {"sgd": Sgd, "dp_sgd": DpSgd},
+    Work: {"sgd": Sgd, "dp_sgd": DpSgd, "zeroth_order": ZerothOrder},
     Federation: {"shards": Shards},
     Partitioner: {
         "iid": Iid,

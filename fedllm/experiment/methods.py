@@ -11,12 +11,14 @@ from typing import Any
 class Method:
     """A preset: what a method's name sets, and where it comes from.
 
-    `adapter`: the kind that it needs, if any; `adapter_sets`: settings of it. `scope`: keys of `task.scope`.
+    `adapter`, `work`: the kinds that it needs, if any; `adapter_sets`: settings of the adapter. `scope`: keys of
+    `task.scope`.
     """
 
     stages: tuple[Mapping[str, Mapping[str, Any]] | str, ...]
     paper: str
     adapter: str | None = None
+    work: str | None = None
     aggregator: str = "sum"
     adapter_sets: Mapping[str, Any] = field(default_factory=dict)
     scope: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -120,6 +122,8 @@ METHODS: Mapping[str, Method] = {
     ),
     "fed_sb": Method(("by_examples",), "Singhal et al. 2025, arXiv:2502.15436", adapter="lora_xs"),
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
+    "fedmezo": Method(("by_examples",), "Ling et al. 2024, arXiv:2402.05926", adapter="lora", work="zeroth_order"),
+    "fedkseed": Method(("seed_pool", "by_examples"), "Qin et al. 2024, arXiv:2312.06353", work="zeroth_order"),
     "dp_fedavg": Method(_PRIVATE, "McMahan et al. 2018, arXiv:1710.06963"),
     "dp_ffa_lora": Method(
         _PRIVATE, "Sun et al. 2024, arXiv:2403.12313", adapter="lora", scope={"freeze": ("*lora_A",)}

@@ -38,6 +38,7 @@ def expand(
     if name not in methods:
         raise ConfigError(f"unknown method '{name}'{nearest(name, methods, PROPER)}")
     method = _under(methods[name], spec.get("aggregator"))
+    _require_work(name, method, spec.get("work"))
     sets = {"stages": _configured(name, method, settings, nouns[Stage]), "aggregator": method.aggregator}
     for key, value in sets.items():
         if key in spec and not same(key, spec[key], value):
@@ -61,6 +62,16 @@ def _under(method: Method, aggregator: Any) -> Method:
     known = set(map(_stage_name, method.stages))
     extra = (stage for stage in SECURE[kind] if stage not in known)
     return replace(method, aggregator=aggregator, stages=(*method.stages, *extra))
+
+
+def _require_work(name: str, method: Method, work: Any) -> None:
+    """A method does not set the work, whose rate and steps are the file's; it may need one of a kind."""
+    found = next(iter(work), "nothing") if isinstance(work, Mapping) else work
+    if method.work is not None and found is not None and found != method.work:
+        raise ConfigError(
+            f"method {name} needs the work {method.work}, but the file sets work to {found}; set work: "
+            f"{{{method.work}: {{...}}}}, whose learning rate is another one"
+        )
 
 
 def _named(value: Any) -> tuple[str, Mapping[str, Any]]:

@@ -28,7 +28,7 @@ from fedllm.messages.traits import Fact
 from fedllm.messages.update import Update
 from fedllm.models.adapters.base import Adapter
 from fedllm.models.adapters.lora import Lora
-from fedllm.models.batch import collate
+from fedllm.models.batch import Batch, collate
 from fedllm.models.loaded_model import LoadedModel, load
 from fedllm.models.task import Task
 from fedllm.runs import launch
@@ -37,9 +37,11 @@ from fedllm.runs.server_round import requests_for
 from fedllm.runs.state import ServerState
 from fedllm.stages.base import Stage
 from fedllm.stages.round_trip import encode_all
+from fedllm.tensors.directions import directions, seed_key
 from fedllm.tensors.tree import Tree
-from fedllm.training.base import ClientJob, run_work
+from fedllm.training.base import ClientJob, Work, run_work
 from fedllm.training.sgd import Sgd
+from fedllm.training.zeroth_order import ZerothOrder
 from tests.engines import cohort
 
 ROUNDS, STEPS, LR = 2, 3, 0.2
@@ -49,6 +51,8 @@ EQUAL = (("a", 4), ("b", 4))  # 4 is a power of two: weighing by it loses no bit
 RANK, ALPHA = 2, 4
 TASK = Task("tiny-llama", adapter=Lora(rank=RANK, alpha=ALPHA, targets=("q_proj",)), dtype="float64")
 WORK = Sgd(lr=LR, steps=STEPS, batch_size=2, max_length=32)
+
+ZEROTH_ORDER = ZerothOrder(lr=0.01, steps=STEPS, batch_size=2, max_length=32, pool=4)
 
 Sizes = tuple[tuple[str, int], ...]
 
@@ -70,6 +74,7 @@ class Bench:
     folder: Path
     engine: Engine = Serial()
     task: Task = TASK
+    work: Work = WORK
     courses: dict[tuple[object, ...], Course] = field(default_factory=dict)
     others: dict[str, Bench] = field(default_factory=dict)
     model: LoadedModel = field(init=False)
@@ -80,6 +85,12 @@ class Bench:
     def of(self, stage: Stage) -> Bench:
         """The bench with the adapter that a stage works on."""
         kind = stage.traits.adapter
+        if "scalars" in stage.traits.takes and "zeroth order" not in self.others:
+            folder = self.folder / "zeroth_order"
+            folder.mkdir()
+            self.others["zeroth order"] = Bench(folder, self.engine, self.task, ZEROTH_ORDER)
+        if "scalars" in stage.traits.takes:
+            return self.others["zeroth order"]
         if kind is None:
             return self
         if kind not in self.others:
@@ -104,7 +115,7 @@ class Bench:
         return Experiment(
             task=self.task,
             federation=Shards(str(data), partition=By("who"), heldout=0.0, failures=failures, profiles=profiles),
-            work=WORK,
+            work=self.work,
             stages=tuple(stages),
             evaluation=Evaluation(metrics=(), private=False),
             limits=Limits(keep_last=9),
@@ -158,7 +169,7 @@ class Bench:
 
     def trained(self, client: str, round: int, start: Tensor, sizes: Sizes = UNEQUAL) -> Tensor:
         """The delta of the work itself, without stages."""
-        (outcome,) = run_work(WORK, [self.job(client, round, start, sizes)], self.model)
+        (outcome,) = run_work(self.work, [self.job(client, round, start, sizes)], self.model)
         assert not isinstance(outcome, str), outcome
         return flat(outcome[0].parts["delta"].tree)
 
@@ -167,6 +178,8 @@ class Bench:
     ) -> Tensor:
         """The delta of y <- y - lr correct(g(y), y), written out."""
         job, y = self.job(client, round, start, sizes), start.clone()
+        if isinstance(self.work, ZerothOrder):
+            return self.difference(job, y) - start
         for micro in WORK.plan(len(job.examples), job.ctx):
             batch = collate([[job.examples[index] for index in micro[0]]])
             leaves = {name: leaf[None].clone().requires_grad_() for name, leaf in self.tree(y).items()}
@@ -174,6 +187,21 @@ class Bench:
             grads = torch.autograd.grad(loss, [leaves[name] for name in sorted(leaves)])
             y = y - LR * correct(torch.cat([grad.reshape(-1) for grad in grads]), y)
         return y - start
+
+    def difference(self, job: ClientJob, y: Tensor) -> Tensor:
+        """Where steps along directions out of the pool come to, written out with whole vectors."""
+        work, choice = self.work, job.ctx.rng("directions")
+        assert isinstance(work, ZerothOrder)
+        for micro in work.plan(len(job.examples), job.ctx):
+            batch = collate([[job.examples[index] for index in micro[0]]])
+            z = flat(dict(directions(self.tree(y), seed_key(int(torch.randint(4, (1,), generator=choice))))))
+
+            def loss(at: Tensor, batch: Batch = batch) -> Tensor:
+                return self.model.losses({name: leaf[None] for name, leaf in self.tree(at).items()}, batch)[0]
+
+            slope = (loss(y + work.eps * z) - loss(y - work.eps * z)) / (2 * work.eps)
+            y = y - work.lr * slope * z
+        return y
 
 
 def flat(leaves: Mapping[str, Tensor]) -> Tensor:

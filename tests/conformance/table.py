@@ -39,6 +39,7 @@ from fedllm.stages.server_optimizers.nesterov import Nesterov
 from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.stages.zeroth_order.seed_pool import SeedPool
 from tests.conformance import books
 from tests.conformance.bench import EQUAL, UNEQUAL, Sizes
 from tests.conformance.books import Book
@@ -57,6 +58,7 @@ class Case:
             says in its docstring why not.
         in_some_rounds: parts that it makes, but not in each; "delta": of some rounds it is empty.
         needs: stages that make what it takes.
+        exact: in exact arithmetic a run is FedAvg at these settings, too.
     """
 
     stage: Stage
@@ -68,6 +70,7 @@ class Case:
     weigher: Stage = ByExamples()
     needs: tuple[Stage, ...] = ()
     in_some_rounds: frozenset[str] = frozenset()
+    exact: bool = False
 
     def pipeline(self, stage: Stage | None = None) -> tuple[Stage, ...]:
         """A list of stages around the case's own, or around `stage`."""
@@ -87,6 +90,7 @@ CASES: dict[str, Case] = {
     "personal_last": Case(PersonalLast(), books.PersonalLastBook, needs=OWN, in_some_rounds=frozenset({"delta"})),
     "rest_of_world": Case(RestOfWorld(), books.RestOfWorldBook, needs=OWN, weigher=Uniform()),
     "fdlora": Case(FdLora(every=1, fuse=False), books.FdLoraBook, needs=OWN, weigher=Uniform()),
+    "seed_pool": Case(SeedPool(), books.Book, keeps_space=False, exact=True),
     "prox": Case(Prox(mu=2.0), books.ProxBook, neutral=Prox(mu=0)),
     "scaffold": Case(Scaffold(), books.ScaffoldBook, weigher=Uniform()),
     "dyn": Case(Dyn(alpha=0.5), books.DynBook, weigher=Uniform()),

@@ -38,6 +38,8 @@ def experiment_of(method: str, data: Path) -> Experiment:
     kind = METHODS[method].adapter or "lora"
     made["task"]["adapter"] = ADAPTERS.get(kind, {kind: LORA})
     made["method"] = method
+    if METHODS[method].work == "zeroth_order":
+        made["work"] = {"zeroth_order": {"steps": 1, "pool": 4}}
     if method.startswith("dp_") or method == "fedpower":
         made |= PRIVATE
         sampling = {"rotation": 3} if method == "dp_ftrl" else {"poisson": 0.9}

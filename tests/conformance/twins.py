@@ -45,6 +45,7 @@ from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting import weighted_mean
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.stages.zeroth_order.seed_pool import SeedPool
 from fedllm.tensors import low_rank, tree
 from fedllm.tensors.wire_format import WireFormat
 from tests.conformance.table import HUGE, Case
@@ -105,6 +106,15 @@ class FdLoraForgets(FdLora):
 
     def encode(self, update, scratch, memory, local):
         return (update, memory) if local.ctx.round == 0 else super().encode(update, scratch, memory, local)
+
+
+class SeedSign(SeedPool):
+    """Counts a direction with the wrong sign."""
+
+    def encode(self, update, scratch, memory, local):
+        update, memory = super().encode(update, scratch, memory, local)
+        delta = update.parts["delta"]
+        return update.having("delta", replace(delta, tree=tree.scale(delta.tree, -1.0))), memory
 
 
 class ProxSign(Prox):
@@ -533,6 +543,7 @@ TWINS = (
     Twin("personal_last", NeverLast(), "equals_its_paper"),
     Twin("rest_of_world", WholeWorld(), "equals_its_paper"),
     Twin("fdlora", FdLoraForgets(every=1, fuse=False), "equals_its_paper"),
+    Twin("seed_pool", SeedSign(), "equals_its_paper"),
     Twin("prox", ProxSign(mu=2.0), "equals_its_paper"),
     Twin("prox", ProxHalf(mu=2.0), "neutral_is_fedavg", neutral=ProxHalf(mu=0)),
     Twin("prox", Prox(mu=0), "settings_matter"),

@@ -58,7 +58,11 @@ ONE_SHAPE = {pages.RANKS: "the adapter rank"}
 SHOWN = pages.SECURE  # by a sum in which each client has a block of its own
 ONE_BASIS = {name: "lora_stack" for name, case in CASES.items() if PER_ENTRY in case.stage.traits.needs}
 MERGED = dict.fromkeys(ONE_BASIS, "lora_merge")
-STEERING = {name: "lora_residual" for name, case in CASES.items() if OWN_STEP in case.stage.traits.loses}
+STEERING = {
+    name: "lora_residual"
+    for name, case in CASES.items()
+    if name in pages.columns() and OWN_STEP in case.stage.traits.loses
+}
 TURNED = dict.fromkeys(ONE_BASIS, "lora_svd")
 NOISED = [name_of(stage) for stage in pages.PARTNERS if isinstance(stage, PrivateStage)]
 

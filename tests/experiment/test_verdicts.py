@@ -52,6 +52,7 @@ BRANCHES = (
     "fdlora",
     "personal_last",
     "rest_of_world",
+    "seed_pool",
 )  # of another adapter: tests/experiment/test_branches.py
 POOL: dict[str, Stage] = {
     name: GIVEN[name] if name in GIVEN else cls()

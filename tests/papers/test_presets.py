@@ -47,6 +47,7 @@ from fedllm.stages.server_optimizers.nesterov import Nesterov
 from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.stages.zeroth_order.seed_pool import SeedPool
 from fedllm.tensors import tree
 
 PRIVATE = (Uniform("expected"), GaussianDp(1.0))
@@ -83,6 +84,8 @@ EXPANSIONS = {
     "feddpa_f": (PersonalLast(), OWN, Uniform()),
     "fdlora": (FdLora(), OWN, Nesterov(1.0, 0.5, 1), Uniform()),
     "fedalt": (RestOfWorld(), OWN, Uniform()),
+    "fedmezo": (ByExamples(),),
+    "fedkseed": (SeedPool(), ByExamples()),
     "dp_fedavg": PRIVATE,
     "dp_ffa_lora": PRIVATE,
     "dp_fedsvd": (LoraSvd(), *PRIVATE),
@@ -131,9 +134,16 @@ def noise(method):
     return {"demands": {"privacy": {"target_epsilon": 8.0, "seeded_noise": True}}} if private else {}
 
 
+def work(method):
+    """The kind that a method needs, with a pool for those that have one."""
+    settings = {"steps": 1, "pool": 8} if method == "fedkseed" else {"steps": 1}
+    needed = METHODS[method].work if method in METHODS else None
+    return {"work": {needed: settings}} if needed else {}
+
+
 def made(method, **changes):
     named = method if isinstance(method, str) else next(iter(method), None) if isinstance(method, dict) else None
-    return build({**PARTS, **noise(named), "method": method, **changes})
+    return build({**PARTS, **noise(named), **work(named), "method": method, **changes})
 
 
 def test_every_method_is_here():
@@ -142,7 +152,7 @@ def test_every_method_is_here():
 
 @pytest.mark.parametrize("method", EXPANSIONS)
 def test_a_name_sets_its_stages_aggregator_and_adapter_and_nothing_else(method):
-    plain = build({**PARTS, **noise(method), "stages": ["by_examples"]})
+    plain = build({**PARTS, **noise(method), **work(method), "stages": ["by_examples"]})
     experiment = made(method)
     assert experiment.stages == EXPANSIONS[method]
     assert experiment.task.adapter == ADAPTERS.get(method, Lora())
@@ -245,6 +255,9 @@ def two_rounds(method, folder, data, **task):
         "evaluation": {"metrics": []},
         "rounds": 2,
     }
+    if METHODS[method].work == "zeroth_order":
+        pool = {"pool": 8} if method == "fedkseed" else {}
+        spec["work"] = {"zeroth_order": {"lr": 0.01, "steps": 2, "batch_size": 2, "max_length": 32, **pool}}
     result = launch.run(build({**spec, **noise(method), "method": method}), engine="serial", out=folder)
     assert result.summary["rounds"] == 2
     assert tree.finite(result.params)

@@ -49,6 +49,7 @@ from fedllm.stages.server_optimizers.nesterov import Nesterov
 from fedllm.stages.server_optimizers.yogi import Yogi
 from fedllm.stages.weighting.by_examples import ByExamples
 from fedllm.stages.weighting.uniform import Uniform
+from fedllm.stages.zeroth_order.seed_pool import SeedPool
 from fedllm.tensors import tree
 from tests.papers.quadratics import federate, leaves
 
@@ -58,7 +59,7 @@ STAGES = [
     LoraSvd(), SparseFirst(rounds=1), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
     GaussianDp(1e9, 0.0), DpFtrl(1e9, 0.0), LocalGaussian(1e9, 0.0), DiscreteNoise(1e9, 0.0),
-    Ditto(), FdLora(), PersonalLast(), RestOfWorld(),
+    Ditto(), FdLora(), PersonalLast(), RestOfWorld(), SeedPool(),
     NoFigures(), SelectiveEncryption(0.3), FixedPoint(max_weight=9),
 ]  # fmt: skip
 CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2, client="0")

@@ -1,0 +1,1 @@
+"""Stages for work without gradients."""

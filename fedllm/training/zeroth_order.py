@@ -1,0 +1,203 @@
+"""Local training without gradients: two forward passes tell how the loss changes along a random direction.
+
+    g = (L(w + eps z) - L(w - eps z)) / (2 eps)        w <- w - lr g z        z ~ N(0, I)
+
+Malladi et al. 2023 (MeZO), arXiv:2305.17333; federated on LoRA: FedMeZO, arXiv:2402.05926; with directions out of a
+pool of seeds, so that seeds and numbers are all that is sent: FedKSeed, arXiv:2312.06353. No autograd graph is made,
+and no memory is held beside the weights: z is drawn anew each time. A stack of K clients takes two passes a step, each
+client with its own z.
+
+E[g z] is the gradient, and its variance grows with the number of values that train. So the learning rate is smaller
+than that of a gradient by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fedllm.errors import ConfigError
+from fedllm.messages.context import Profile, RoundContext
+from fedllm.messages.traits import Fact, Traits
+from fedllm.messages.update import Part, Update
+from fedllm.models.batch import Batch
+from fedllm.rng import Key
+from fedllm.tensors import tree
+from fedllm.tensors.directions import add_direction_, seed_key
+from fedllm.tensors.tree import Tree
+from fedllm.training.base import ClientJob, Model, Outcome, Work
+from fedllm.training.client_stack import BufferLayout
+from fedllm.training.gradient_descent import GradientDescent
+
+SCALARS = "scalars"  # the part: what each seed of the pool was taken by
+
+
+@dataclass(eq=False)
+class Carry:
+    """The running state of K clients: a (K, P) buffer of their weights."""
+
+    works: Sequence[ZerothOrder]
+    layout: BufferLayout
+    values: Tensor
+    starts: Sequence[Tree]
+    held: Tree
+    amounts: list[Tensor]  # of each client, (pool,)
+    choices: list[torch.Generator]
+    steps: list[int]
+    tokens: list[int]
+    computed: list[int]
+    loss_sum: list[float]
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ZerothOrder(Work):
+    """Steps along random directions. Exactly one of `steps` and `epochs` is set.
+
+    Args:
+        lr: learning rate. eps: how far a loss is looked at on both sides.
+        batch_size: examples of a step. max_length: longest sequence in tokens.
+        pool: directions come from this many seeds, and a client tells how far it went along each (FedKSeed); null: each
+            step draws one of its own, and a client sends its weights.
+        largest: a step along which the two losses differ by more is left out; null: none is.
+    """
+
+    lr: float = 1e-5
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 4
+    max_length: int = 512
+    eps: float = 1e-3
+    pool: int | None = None
+    largest: float | None = None
+
+    def __post_init__(self) -> None:
+        own = "work.zeroth_order"
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"{own} needs exactly one of steps and epochs; set one of them")
+        for name in ("steps", "epochs", "batch_size", "max_length", "pool"):
+            value = self.__dict__[name]
+            if value is not None and value < (0 if name == "steps" else 1):
+                raise ConfigError(f"{own}.{name} is {value}; it must be positive")
+        for name in ("lr", "eps", "largest"):
+            value = self.__dict__[name]
+            if value is not None and not (0 <= value < math.inf and (value > 0 or name == "lr")):
+                raise ConfigError(f"{own}.{name} is {value}; it must be above 0 and finite")
+
+    @property
+    def traits(self) -> Traits:
+        """Of a pool, the part `scalars` beside the delta."""
+        made = {"delta", "metrics", "counts", *([SCALARS] if self.pool is not None else [])}
+        return Traits(makes=frozenset(made), loses=Fact.GRADIENTS)
+
+    @property
+    def rule(self) -> str:
+        """Plain descent along what was found."""
+        return "sgd"
+
+    @property
+    def idle(self) -> str:
+        """Without steps, or with steps of no length."""
+        if self.steps == 0:
+            return "work.zeroth_order.steps is 0"
+        return "work.zeroth_order.lr is 0" if self.lr == 0 else ""
+
+    def with_lr(self, *, lr: float, times: int) -> Self:
+        """Larger batches: no memory is held for a backward pass."""
+        return replace(self, lr=lr, batch_size=self.batch_size * times)
+
+    def for_profile(self, profile: Profile) -> Self:
+        """With the profile's steps, batch size and learning rate, where it has them: rates by client are FedMeZO's."""
+        found = {"batch_size": profile.batch_size, "lr": profile.lr}
+        changes: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+        if profile.steps is not None:
+            changes |= {"steps": profile.steps, "epochs": None}
+        return replace(self, **changes)
+
+    def plan(self, num_examples: int, ctx: RoundContext) -> Iterator[Sequence[Sequence[int]]]:
+        """As of gradient descent."""
+        same = GradientDescent(steps=self.steps, epochs=self.epochs, batch_size=self.batch_size)
+        return same.plan(num_examples, ctx)
+
+    def init(self, jobs: Sequence[ClientJob]) -> Carry:
+        """Stack the starting points."""
+        starts = [job.initial for job in jobs]
+        layout = BufferLayout.of(starts)
+        held = [job.frozen for job in jobs]
+        beside = BufferLayout.of(held) if held[0] else None
+        none = [0] * len(jobs)
+        return Carry(
+            works=[self.for_profile(job.ctx.profile) for job in jobs],
+            layout=layout,
+            values=layout.filled(starts),
+            starts=starts,
+            held={} if beside is None else beside.stacked(beside.filled(held)),
+            amounts=[torch.zeros(self.pool or 0, dtype=layout.kind[0]) for _ in jobs],
+            choices=[job.ctx.rng("directions") for job in jobs],
+            steps=[*none],
+            tokens=[*none],
+            computed=[*none],
+            loss_sum=[0.0] * len(jobs),
+        )
+
+    @torch.no_grad()
+    def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[ClientJob], model: Model) -> Carry:
+        """Two passes of the whole stack, and each client's step along its direction."""
+        (batch,) = micro
+        active = [k for k in range(len(jobs)) if batch.counts[k] and k not in carry.failed]
+        seeds = {k: self._seed(carry.choices[k]) for k in active}
+        keys = {k: seed_key(seed) for k, seed in seeds.items()}
+        above, below = (self._losses(carry, batch, keys, model, sign) for sign in (1.0, -1.0))
+        for k in active:
+            one, two = float(above[k]), float(below[k])
+            if not (math.isfinite(one) and math.isfinite(two)):
+                carry.failed[k] = f"at step {carry.steps[k]} its loss is not finite; lower work.zeroth_order.lr or eps"
+                carry.values[k].zero_()
+                continue
+            work = carry.works[k]
+            taken = work.largest is None or abs(one - two) <= work.largest
+            amount = work.lr * (one - two) / (2 * work.eps) if taken else 0.0
+            add_direction_(carry.layout.client(carry.values[k], k), keys[k], -amount)
+            if self.pool is not None:
+                carry.amounts[k][seeds[k]] += amount
+            carry.steps[k] += 1
+            carry.loss_sum[k] += (one + two) / 2
+            carry.tokens[k] += 2 * batch.client_tokens[k]
+            carry.computed[k] += 2 * batch.client_computed[k]
+        return carry
+
+    def finish(self, carry: Carry) -> Sequence[Outcome]:
+        """Each client's delta, mean loss and counts; of a pool, how far it went along each seed."""
+        return [carry.failed.get(k) or self._outcome(carry, k) for k in range(len(carry.starts))]
+
+    def _seed(self, choice: torch.Generator) -> int:
+        """The number of a seed of the pool, or of one that nobody else has."""
+        return int(torch.randint(self.pool or 2**62, (1,), generator=choice))
+
+    def _losses(self, carry: Carry, batch: Batch, keys: dict[int, Key], model: Model, sign: float) -> Tensor:
+        """(K,) losses at w + sign eps z; the weights are where they were, but for the last bits of a sum."""
+        for k, key in keys.items():
+            add_direction_(carry.layout.client(carry.values[k], k), key, sign * carry.works[k].eps)
+        losses = model.losses({**carry.held, **carry.layout.stacked(carry.values)}, batch).double().cpu()
+        assert losses.grad_fn is None, "a pass without gradients has made a graph"
+        for k, key in keys.items():
+            add_direction_(carry.layout.client(carry.values[k], k), key, -sign * carry.works[k].eps)
+        return losses
+
+    def _outcome(self, carry: Carry, k: int) -> Outcome:
+        delta = carry.layout.moved(carry.values[k], k, carry.starts[k])
+        if not tree.finite(delta):
+            return f"after step {carry.steps[k]} its weights are not finite; lower work.zeroth_order.lr"
+        facts = {"steps": carry.steps[k], "lr_sum": carry.works[k].lr * carry.steps[k], "tokens": carry.tokens[k],
+                 "computed": carry.computed[k]}  # fmt: skip
+        counted = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens", "computed")}
+        loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
+        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counted, 0.0)}
+        if self.pool is not None:
+            parts[SCALARS] = Part({"pool": carry.amounts[k]})
+        return Update(parts), facts
