@@ -178,12 +178,17 @@ def report(
 def audit(
     folder: RunFolder,
     records: Annotated[int, typer.Option(min=1, help="Records of each side, at most.")] = 400,
+    reconstruct: Annotated[bool, typer.Option("--reconstruct", help="Read texts out of the first round.")] = False,
+    client: Annotated[str | None, typer.Option(help="Whose texts; default: the first of the round.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Attack a run's model: could somebody tell which records it was trained on?"""
-    from fedllm.cli.audit import audit_run
+    """Attack a run: could somebody tell which records it was trained on, or read them?"""
+    from fedllm.cli.audit import audit_run, reconstruct_run
 
-    audit_run(folder, records=records, as_text=json)
+    if reconstruct or client is not None:
+        reconstruct_run(folder, client=client, as_text=json)
+    else:
+        audit_run(folder, records=records, as_text=json)
 
 
 def main() -> None:

@@ -91,9 +91,17 @@ def write(folder: Path, found: Audit) -> Path:
     Raises:
         RunError: the disk.
     """
-    path = folder / "audit.json"
+    return write_file(folder / "audit.json", as_json(found))
+
+
+def write_file(path: Path, facts: Mapping[str, Any]) -> Path:
+    """A file of the run's folder.
+
+    Raises:
+        RunError: the disk.
+    """
     try:
-        write_whole(path, to_json_text(as_json(found), indent=2) + "\n")
+        write_whole(path, to_json_text(facts, indent=2) + "\n")
     except OSError as error:
         raise not_written(path, error) from error
     return path
