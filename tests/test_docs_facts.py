@@ -95,7 +95,16 @@ def test_every_file_of_a_run_is_listed(finished: Path) -> None:
     patterns = [re.sub(r"\bID\b|\bN\b", "*", name) + ("*" if name.endswith("/") else "") for name in listed]
     files = [path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()]
     assert [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)] == []
-    later = ("eval", "audit.json", "reconstruction.json", "export-", "report.html", "privacy.", "clients/NAME/", "personal.json")
+    later = (
+        "eval",
+        "audit.json",
+        "reconstruction.json",
+        "export-",
+        "report.html",
+        "privacy.",
+        "clients/NAME/",
+        "personal.json",
+    )
     made = [pattern for pattern in patterns if not pattern.startswith(later)]
     assert [pattern for pattern in made if not any(fnmatch(name, pattern) for name in files)] == []
 

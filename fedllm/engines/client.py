@@ -66,6 +66,7 @@ class Site:
     sessions: dict[str, ClientSession] = field(default_factory=dict)
     noise_key: bytes | None = None  # of clients that add noise; it never leaves the site
     keyring: Keyring = field(default_factory=Keyring)  # secrets of the clients, for aggregators that hide updates
+    tell: Callable[[str], str] = str  # what the server is told of an error: by default its text
 
     def __post_init__(self) -> None:
         self.train: Callable[[Sequence[ClientJob], LoadedModel], Sequence[Outcome]] = self._train
@@ -134,12 +135,21 @@ class Site:
         reason = self.experiment.federation.failure(client, ctx.round, name, ctx.key)
         if reason is not None:
             return Failure(client, ctx.round, reason)
-        return _failing(ctx, action)
+        return self._failing(ctx, action)
 
     def _concluded(self, prepared: Prepared, outcome: Outcome) -> Update | Failure:
         if isinstance(outcome, str):
-            return Failure(prepared.client, prepared.local.ctx.round, outcome)
-        return _failing(prepared.local.ctx, partial(self.conclude, prepared, outcome))
+            return Failure(prepared.client, prepared.local.ctx.round, self.tell(outcome))
+        return self._failing(prepared.local.ctx, partial(self.conclude, prepared, outcome))
+
+    def _failing(self, ctx: RoundContext, action: Callable[[], Found]) -> Found | Failure:
+        """What an action finds, or the client's failure."""
+        try:
+            return action()
+        except RunError:  # the disk of this process: no client has failed
+            raise
+        except FedllmError as error:
+            return Failure(str(ctx.client), ctx.round, self.tell(str(error)))
 
     def prepare(self, request: Request) -> Prepared:
         """Receive: from a request to a job."""
@@ -256,16 +266,6 @@ def noise_key(experiment: Experiment, folder: Path | None) -> bytes | None:
     if demand is not None and demand.seeded_noise:
         return seeded_key(experiment.key)
     return new_key() if folder is None else key_file(folder / FILE)
-
-
-def _failing(ctx: RoundContext, action: Callable[[], Found]) -> Found | Failure:
-    """What an action finds, or the client's failure."""
-    try:
-        return action()
-    except RunError:  # the disk of this process: no client has failed
-        raise
-    except FedllmError as error:
-        return Failure(str(ctx.client), ctx.round, str(error))
 
 
 def _num_tokens(examples: Sequence[Example]) -> int:

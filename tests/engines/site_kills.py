@@ -26,7 +26,7 @@ from tests.runs.small import adapter_hash, spec, stateful, write_records
 
 KINDS = ("model_worker", "site_process", "server")
 NAMES = ("ann", "ben", "cid")
-ROUNDS = 40
+ROUNDS = 10
 
 
 def main(folder: Path, seeds: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def run_under_fire(file: Path, out: Path, chance: random.Random) -> Counter[str]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         until = time.monotonic() + 120
         while server.poll() is None and time.monotonic() < until:
-            time.sleep(chance.uniform(1.0, 4.0))
+            time.sleep(chance.uniform(3.0, 8.0))
             kind = chance.choices(KINDS, (4, 4, 1))[0]
             found = [server.pid] if kind == "server" else processes(kind, chance.choice(NAMES))
             begun = (out / "checkpoints").is_dir()

@@ -15,15 +15,20 @@ import pytest
 import torch
 
 import fedllm
+from fedllm.engines.client import Site
 from fedllm.engines.registry import engine_of
+from fedllm.engines.remote.model_worker import ModelWorker
 from fedllm.engines.remote.site_links import Ready, SiteFailure
+from fedllm.engines.remote.site_service import BEGIN
 from fedllm.engines.remote.sites import SiteCalls, SiteProcesses, Sites
 from fedllm.errors import ConfigError, RunError
 from fedllm.events import ClientFailed, EngineAdjusted, EngineStarted, Event, RoundStarted
+from fedllm.experiment import config_file
 from fedllm.messages import serialization
 from fedllm.messages.context import RoundContext
 from fedllm.messages.update import Failure, Part, Request, Update
 from fedllm.rng import Key
+from fedllm.runs.server_round import initial_state, requests_for
 from tests.runs.small import adapter_hash, events, figures, history, small, stateful, write_records
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are found in /proc")
@@ -89,6 +94,25 @@ def test_processes_that_are_killed_cost_no_bit(data: Path, tmp_path: Path) -> No
     (lost,) = [event for event in told if isinstance(event, EngineAdjusted)]
     assert "the connection to the site ben was lost" in lost.text and lost.round == 2
     assert not processes("site_process", "ann") and not processes("model_worker", "ann")
+
+
+def test_what_goes_wrong_on_a_client_stays_in_its_sites_log(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call that nobody answers: the serial engine tells the server why, and a site its own log alone."""
+    made = small(data)
+    site = Site.of(made, None, client="ann")
+    run = initial_state(made, site.fresh)
+    everyone = RoundContext(0, made.key, 1, 3, 3)
+    request = requests_for(made, run, ["ann"], everyone)["ann"]
+    plain = site.answer("wrok", request)
+    assert isinstance(plain, Failure) and "has no answer" in plain.reason
+    worker = ModelWorker("ann", tmp_path / "ann")
+    worker.handle(BEGIN, json.dumps(config_file.dump(made)).encode())
+    _, answer = worker.handle("wrok", serialization.serialize(request))
+    reply = serialization.deserialize(answer)
+    assert isinstance(reply, Failure) and "wrok" not in reply.reason and "the site's own log says why" in reply.reason
+    assert "has no answer to the call 'wrok'" in capsys.readouterr().err
 
 
 def test_a_site_that_does_not_answer_is_its_own_clients_failure() -> None:

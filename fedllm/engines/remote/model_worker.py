@@ -54,6 +54,7 @@ class ModelWorker:
         self.folder.mkdir(parents=True, exist_ok=True)
         model = held.model if held is not None and same else None
         self.site = Site.of(experiment, self.folder, model, client=self.client)
+        self.site.tell = _told
         base = self.site.model.base
         return {"parameters": int(num_parameters(base.model)), "model": base.digest}, b""
 
@@ -66,6 +67,12 @@ class ModelWorker:
     def _refused(self, code: str, error: BaseException) -> tuple[Mapping[str, Any], bytes]:
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         return {"refused": code}, b""
+
+
+def _told(text: str) -> str:
+    """An error may quote a client's data: its text goes to the site's log, and the server hears that there is one."""
+    print(" ".join(text.split()), file=sys.stderr, flush=True)
+    return "its site has refused or failed; the site's own log says why"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
