@@ -380,3 +380,18 @@ def test_personal_refuses_in_one_sentence(benchmarks: None, tmp_path: Path, caps
         with pytest.raises(SystemExit) as ended:
             personal.parsed(["--out", str(tmp_path), *words])
         assert ended.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_forward_counts_the_bytes_and_both_speeds(benchmarks: None) -> None:
+    import forward as bench
+
+    options = Namespace(model="tiny-llama", dtype="float32", clients=2, steps=1, batch_size=1, length=8, repeats=1)
+    figures = bench.speeds(options)
+    assert figures.keys() == {"stacked_steps_per_s", "serial_steps_per_s", "stacked_over_serial"}
+    quotient = figures["stacked_steps_per_s"] / figures["serial_steps_per_s"]
+    assert figures["stacked_over_serial"] == pytest.approx(quotient)
+    few, many = (
+        bench.sent("tiny-llama", "fedkseed", "full", f"{{lr: 1e-4, steps: 1, max_length: 256, pool: {pool}}}")
+        for pool in (64, 1088)
+    )
+    assert abs(many - few - 4 * 1024) < 64, "4 bytes for each seed of the pool"
