@@ -124,6 +124,7 @@ METHODS: Mapping[str, Method] = {
     "full": Method(("by_examples",), "McMahan et al. 2017, arXiv:1602.05629", adapter="full"),
     "fedmezo": Method(("by_examples",), "Ling et al. 2024, arXiv:2402.05926", adapter="lora", work="zeroth_order"),
     "fedkseed": Method(("seed_pool", "by_examples"), "Qin et al. 2024, arXiv:2312.06353", work="zeroth_order"),
+    "decomfl": Method(("seed_pool", "uniform"), "Li et al. 2024, arXiv:2405.15861", work="zeroth_order"),
     "dp_fedavg": Method(_PRIVATE, "McMahan et al. 2018, arXiv:1710.06963"),
     "dp_ffa_lora": Method(
         _PRIVATE, "Sun et al. 2024, arXiv:2403.12313", adapter="lora", scope={"freeze": ("*lora_A",)}

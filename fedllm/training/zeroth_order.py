@@ -65,6 +65,8 @@ class ZerothOrder(Work):
         pool: directions come from this many seeds, and a client tells how far it went along each (FedKSeed); null: each
             step draws one of its own, and a client sends its weights.
         largest: a step along which the two losses differ by more is left out; null: none is.
+        shared: all clients go along the same directions, one seed of the pool after another, so that the mean of their
+            numbers is a step of the mean of their losses (DeComFL, arXiv:2405.15861).
     """
 
     lr: float = 1e-5
@@ -75,6 +77,7 @@ class ZerothOrder(Work):
     eps: float = 1e-3
     pool: int | None = None
     largest: float | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         own = "work.zeroth_order"
@@ -84,6 +87,8 @@ class ZerothOrder(Work):
             value = self.__dict__[name]
             if value is not None and value < (0 if name == "steps" else 1):
                 raise ConfigError(f"{own}.{name} is {value}; it must be positive")
+        if self.shared and (self.pool is None or self.steps is None):
+            raise ConfigError(f"{own}.shared needs a pool and steps, by which all clients count alike; set both")
         for name in ("lr", "eps", "largest"):
             value = self.__dict__[name]
             if value is not None and not (0 <= value < math.inf and (value > 0 or name == "lr")):
@@ -150,7 +155,7 @@ class ZerothOrder(Work):
         """Two passes of the whole stack, and each client's step along its direction."""
         (batch,) = micro
         active = [k for k in range(len(jobs)) if batch.counts[k] and k not in carry.failed]
-        seeds = {k: self._seed(carry.choices[k]) for k in active}
+        seeds = {k: self._seed(carry, k, jobs[k].ctx) for k in active}
         keys = {k: seed_key(seed) for k, seed in seeds.items()}
         above, below = (self._losses(carry, batch, keys, model, sign) for sign in (1.0, -1.0))
         for k in active:
@@ -175,9 +180,11 @@ class ZerothOrder(Work):
         """Each client's delta, mean loss and counts; of a pool, how far it went along each seed."""
         return [carry.failed.get(k) or self._outcome(carry, k) for k in range(len(carry.starts))]
 
-    def _seed(self, choice: torch.Generator) -> int:
+    def _seed(self, carry: Carry, k: int, ctx: RoundContext) -> int:
         """The number of a seed of the pool, or of one that nobody else has."""
-        return int(torch.randint(self.pool or 2**62, (1,), generator=choice))
+        if self.shared and self.pool is not None and self.steps is not None:
+            return (ctx.round * self.steps + carry.steps[k]) % self.pool
+        return int(torch.randint(self.pool or 2**62, (1,), generator=carry.choices[k]))
 
     def _losses(self, carry: Carry, batch: Batch, keys: dict[int, Key], model: Model, sign: float) -> Tensor:
         """(K,) losses at w + sign eps z; the weights are where they were, but for the last bits of a sum."""

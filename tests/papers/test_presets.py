@@ -86,6 +86,7 @@ EXPANSIONS = {
     "fedalt": (RestOfWorld(), OWN, Uniform()),
     "fedmezo": (ByExamples(),),
     "fedkseed": (SeedPool(), ByExamples()),
+    "decomfl": (SeedPool(), Uniform()),
     "dp_fedavg": PRIVATE,
     "dp_ffa_lora": PRIVATE,
     "dp_fedsvd": (LoraSvd(), *PRIVATE),
@@ -136,7 +137,7 @@ def noise(method):
 
 def work(method):
     """The kind that a method needs, with a pool for those that have one."""
-    settings = {"steps": 1, "pool": 8} if method == "fedkseed" else {"steps": 1}
+    settings = {"steps": 1, "pool": 8} if method in ("fedkseed", "decomfl") else {"steps": 1}
     needed = METHODS[method].work if method in METHODS else None
     return {"work": {needed: settings}} if needed else {}
 
@@ -256,7 +257,7 @@ def two_rounds(method, folder, data, **task):
         "rounds": 2,
     }
     if METHODS[method].work == "zeroth_order":
-        pool = {"pool": 8} if method == "fedkseed" else {}
+        pool = {"pool": 8} if method != "fedmezo" else {}
         spec["work"] = {"zeroth_order": {"lr": 0.01, "steps": 2, "batch_size": 2, "max_length": 32, **pool}}
     result = launch.run(build({**spec, **noise(method), "method": method}), engine="serial", out=folder)
     assert result.summary["rounds"] == 2

@@ -49,7 +49,7 @@ def made(method: str, data: Path, *, noise: bool = True) -> Experiment:
         "rounds": ROUNDS,
     }
     if METHODS[method].work == "zeroth_order":
-        pool = {"pool": 8} if method == "fedkseed" else {}
+        pool = {"pool": 8} if method != "fedmezo" else {}
         spec["work"] = {"zeroth_order": {"lr": 0.01, "steps": 2, "batch_size": 2, "max_length": 48, **pool}}
     if private and noise:
         spec["demands"] = {"privacy": {"target_epsilon": 8.0, "seeded_noise": True}}

@@ -152,7 +152,7 @@ def experiment(folder: Path, method: str = "fedkseed", rounds: int = 4, *, full:
     del made["stages"]
     made["method"] = method
     made["task"]["adapter"] = "full" if full else made["task"]["adapter"]
-    pool = {"pool": 16} if method == "fedkseed" else {}
+    pool = {} if method == "fedmezo" else {"pool": 16, "shared": method == "decomfl"}
     settings = {"lr": 1e-4, "steps": 3, "batch_size": 2, "max_length": 48, **pool, **work}
     return fedllm.build({**made, "work": {"zeroth_order": settings}})
 
@@ -183,7 +183,24 @@ def test_it_learns(tmp_path: Path) -> None:
     assert scores["federated"]["nll"] < scores["base"]["nll"] - 0.1
 
 
-@pytest.mark.parametrize("method", ["fedkseed", "fedmezo"])
+def test_shared_directions_average_the_losses(tmp_path: Path) -> None:
+    """The mean of the clients' numbers along one z is the number of their mean loss; no seed is used twice."""
+    work = ZerothOrder(lr=0.03, steps=1, batch_size=1, pool=12, shared=True)
+    outcomes = run_work(work, [job("a"), job("b")], Bowl())  # type: ignore[arg-type]
+    numbers = [outcome[0].parts[SCALARS].tree["pool"] for outcome in outcomes if not isinstance(outcome, str)]
+    z = dict(directions(start(), seed_key(1)))  # round 1, step 0
+    slope = sum(
+        float(((start()[name] - 0.5) * z[name]).sum()) for name in z
+    )  # the mean of both bowls has its middle at 1/2
+    mean = (numbers[0] + numbers[1]) / 2
+    assert float(mean[1]) == pytest.approx(0.03 * slope, rel=1e-6) and int((mean != 0).sum()) == 1
+    made = experiment(tmp_path, "decomfl", rounds=3, steps=4, lr=0.01, pool=12, shared=True)
+    fedllm.run(made, engine=Serial(), out=tmp_path / "run")
+    state = Checkpoints(tmp_path / "run" / "checkpoints", 9).load(3)
+    assert state is not None and int((state.states[0]["pool"] != 0).sum()) == 12
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "fedmezo", "decomfl"])
 def test_a_stack_is_its_clients_one_by_one(method: str, tmp_path: Path) -> None:
     found = {}
     for name, engine in (("serial", Serial()), ("batched", Batched(stack=3, workers=1))):
@@ -212,6 +229,7 @@ def test_all_weights_take_18_kb_a_round(tmp_path: Path) -> None:
         ({"steps": 1, "epochs": 1}, "exactly one of steps and epochs"),
         ({"steps": 1, "eps": 0.0}, "eps is 0.0; it must be above 0"),
         ({"steps": 1, "pool": 0}, "pool is 0; it must be positive"),
+        ({"epochs": 1, "pool": 4, "shared": True}, "shared needs a pool and steps"),
         ({"steps": 1, "lr": -1.0}, "lr is -1.0"),
     ],
 )

@@ -33,7 +33,8 @@ class RestOfWorld(Stage):
     averaged never comes back as a client's own.
 
     Where a stage behind it rounds, adds noise or sends the largest entries alone, what it leaves out is missing in the
-    rest. Stands before `keep`, which holds the own branch, and `task.scope.hold` keeps the rest from training.
+    rest, and so is an update that is lost on its way. Stands before `keep`, which holds the own branch, and
+    `task.scope.hold` keeps the rest from training.
 
     Args:
         own, rest: the two branches.
