@@ -120,6 +120,11 @@ class ZerothOrder(Work):
         """With the profile's steps, batch size and learning rate, where it has them: rates by client are FedMeZO's."""
         found = {"batch_size": profile.batch_size, "lr": profile.lr}
         changes: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+        if self.shared and profile.steps not in (None, self.steps):
+            raise ConfigError(
+                f"a client's profile has {profile.steps} steps and work.zeroth_order.shared lets all take the same; "
+                "leave out one of the two"
+            )
         if profile.steps is not None:
             changes |= {"steps": profile.steps, "epochs": None}
         return replace(self, **changes)

@@ -198,6 +198,8 @@ def test_shared_directions_average_the_losses(tmp_path: Path) -> None:
     fedllm.run(made, engine=Serial(), out=tmp_path / "run")
     state = Checkpoints(tmp_path / "run" / "checkpoints", 9).load(3)
     assert state is not None and int((state.states[0]["pool"] != 0).sum()) == 12
+    with pytest.raises(ConfigError, match="a client's profile has 3 steps"):
+        work.for_profile(Profile(steps=3))
 
 
 @pytest.mark.parametrize("method", ["fedkseed", "fedmezo", "decomfl"])
