@@ -374,7 +374,7 @@ def test_personal_refuses_in_one_sentence(benchmarks: None, tmp_path: Path, caps
     import personal
 
     for words, sentence in (
-        (["--methods", "fedsa"], "there is no 'fedsa'; did you mean 'fedsa_lora'?"),
+        (["--methods", "fedsa_lra"], "there is no 'fedsa_lra'; did you mean 'fedsa_lora'?"),
         (["--sets", "medmcqa"], "need --data, the folder that holds them"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -57,7 +57,7 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.ditto import Ditto
-from fedllm.stages.personalization.fdlora import FdLora
+from fedllm.stages.personalization.fdlora import Fdlora
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.personalization.personal_last import PersonalLast
 from fedllm.stages.personalization.rest_of_world import RestOfWorld
@@ -85,7 +85,7 @@ Table = Mapping[str, type]
 STAGES: Table = {
     "keep": Keep,
     "ditto": Ditto,
-    "fdlora": FdLora,
+    "fdlora": Fdlora,
     "personal_last": PersonalLast,
     "rest_of_world": RestOfWorld,
     "prox": Prox,

@@ -194,7 +194,7 @@ class RestOfWorldBook(OwnBook):
         return torch.where(self.mine(), 0, mean - x)
 
 
-class FdLoraBook(OwnBook):
+class FdloraBook(OwnBook):
     """FDLoRA with a copy in each round: the personal branch first, its mean as the shared one, then that one."""
 
     def weight(self, examples: int) -> float:

@@ -22,7 +22,7 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.ditto import Ditto
-from fedllm.stages.personalization.fdlora import FdLora
+from fedllm.stages.personalization.fdlora import Fdlora
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.personalization.personal_last import PersonalLast
 from fedllm.stages.personalization.rest_of_world import RestOfWorld
@@ -89,7 +89,7 @@ CASES: dict[str, Case] = {
     "ditto": Case(Ditto(lam=2.0), books.DittoBook, needs=OWN),
     "personal_last": Case(PersonalLast(), books.PersonalLastBook, needs=OWN, in_some_rounds=frozenset({"delta"})),
     "rest_of_world": Case(RestOfWorld(), books.RestOfWorldBook, needs=OWN, weigher=Uniform()),
-    "fdlora": Case(FdLora(every=1, fuse=False), books.FdLoraBook, needs=OWN, weigher=Uniform()),
+    "fdlora": Case(Fdlora(every=1, fuse=False), books.FdloraBook, needs=OWN, weigher=Uniform()),
     "seed_pool": Case(SeedPool(), books.Book, keeps_space=False, exact=True),
     "prox": Case(Prox(mu=2.0), books.ProxBook, neutral=Prox(mu=0)),
     "scaffold": Case(Scaffold(), books.ScaffoldBook, weigher=Uniform()),

@@ -27,7 +27,7 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.ditto import Ditto
-from fedllm.stages.personalization.fdlora import FdLora
+from fedllm.stages.personalization.fdlora import Fdlora
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.personalization.personal_last import PersonalLast
 from fedllm.stages.personalization.rest_of_world import RestOfWorld
@@ -101,7 +101,7 @@ class WholeWorld(RestOfWorld):
         return params, super().receive(params, extra, memory, local)[1]
 
 
-class FdLoraForgets(FdLora):
+class FdloraForgets(Fdlora):
     """Sends nothing of the first round."""
 
     def encode(self, update, scratch, memory, local):
@@ -542,7 +542,7 @@ TWINS = (
     Twin("ditto", DittoSign(lam=2.0), "equals_its_paper"),
     Twin("personal_last", NeverLast(), "equals_its_paper"),
     Twin("rest_of_world", WholeWorld(), "equals_its_paper"),
-    Twin("fdlora", FdLoraForgets(every=1, fuse=False), "equals_its_paper"),
+    Twin("fdlora", FdloraForgets(every=1, fuse=False), "equals_its_paper"),
     Twin("seed_pool", SeedSign(), "equals_its_paper"),
     Twin("prox", ProxSign(mu=2.0), "equals_its_paper"),
     Twin("prox", ProxHalf(mu=2.0), "neutral_is_fedavg", neutral=ProxHalf(mu=0)),

@@ -219,7 +219,7 @@ with one_thread():
     site = Site.of(made, None)
     costs = MemoryEstimate.measured(site.model, site.fresh)
 whole = costs.of(work, [site.first_job(client) for client in ("ann", "ben")], recompute=False)
-inside, most, lock, real = [0], [0], threading.Lock(), workers.run_work
+inside, most, lock, real = [0], [0], threading.Lock(), workers.run_phases
 meeting, calls = threading.Barrier(2), [0]
 peak, gradients = threading.Barrier(2), torch.autograd.grad
 def together(*args, **options):
@@ -246,7 +246,7 @@ def counted(*args):
     finally:
         with lock:
             inside[0] -= 1
-workers.run_work = counted
+workers.run_phases = counted
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = taken + int(settings["room"] * whole)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

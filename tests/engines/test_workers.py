@@ -89,7 +89,7 @@ def all_same(found: Found, expected: Found) -> bool:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The most stacks that trained at the same time."""
-    inside, most, lock, real = [0], [0], threading.Lock(), workers.run_work
+    inside, most, lock, real = [0], [0], threading.Lock(), workers.run_phases
 
     def counted(*args: Any) -> Any:
         with lock:
@@ -101,19 +101,19 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             with lock:
                 inside[0] -= 1
 
-    monkeypatch.setattr(workers, "run_work", counted)
+    monkeypatch.setattr(workers, "run_phases", counted)
     return most
 
 
 def test_two_stacks_that_fit_train_at_the_same_time(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for the other: with one at a time the barrier would break."""
-    both, real = threading.Barrier(2, timeout=120), workers.run_work
+    both, real = threading.Barrier(2, timeout=120), workers.run_phases
 
     def together(*args: Any) -> Any:
         both.wait()
         return real(*args)
 
-    monkeypatch.setattr(workers, "run_work", together)
+    monkeypatch.setattr(workers, "run_phases", together)
     found = sent(Batched(stack=2, workers=2), experiment(data, work=WORK), cohort=CLIENTS[:4])
     assert len(found) == 8 and not both.broken
 
@@ -163,7 +163,7 @@ def test_below_one_client_names_a_budget_that_works(made: Any, room: Room) -> No
 def raises(error: BaseException, times: int, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Any]]:
     """The first attempts run out of memory, after a step. What was attempted: clients, and with recomputation?"""
     tried: list[Sequence[Any]] = []
-    real = workers.run_work
+    real = workers.run_phases
 
     def failing(work: Any, jobs: Any, model: Any, how: Any) -> Any:
         tried.append(([job.ctx.client for job in jobs], how.recompute))
@@ -172,7 +172,7 @@ def raises(error: BaseException, times: int, monkeypatch: pytest.MonkeyPatch) ->
             raise error
         return real(work, jobs, model, how)
 
-    monkeypatch.setattr(workers, "run_work", failing)
+    monkeypatch.setattr(workers, "run_phases", failing)
     return tried
 
 

@@ -167,7 +167,7 @@ def changed(value, path, new):
 
 OTHERS = [True, False, 1, 2, 7, 0.5, 0.25, "x", "linear", "adamw", "run", "float64", "plain", "nll", "cohort", None]
 OTHERS += ["singular", "int8", "local_only", "centralised", ["x"], ["y"], ["x", "y"], [0.5, 0.5], {"x": "y"}]
-OTHERS += [{"unit": "example"}, {"clients": 3}]
+OTHERS += [{"unit": "example"}, {"clients": 3}, [{"train": ["x"]}]]
 FULL = replace(
     BY_HAND,
     work=Sgd(steps=2),

@@ -33,7 +33,7 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.ditto import Ditto
-from fedllm.stages.personalization.fdlora import FdLora
+from fedllm.stages.personalization.fdlora import Fdlora
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.personalization.personal_last import PersonalLast
 from fedllm.stages.personalization.rest_of_world import RestOfWorld
@@ -82,7 +82,7 @@ EXPANSIONS = {
     "ditto": (Ditto(), OWN, ByExamples()),
     "feddpa_t": (OWN, Uniform()),
     "feddpa_f": (PersonalLast(), OWN, Uniform()),
-    "fdlora": (FdLora(), OWN, Nesterov(1.0, 0.5, 1), Uniform()),
+    "fdlora": (Fdlora(), OWN, Nesterov(1.0, 0.5, 1), Uniform()),
     "fedalt": (RestOfWorld(), OWN, Uniform()),
     "fedmezo": (ByExamples(),),
     "fedkseed": (SeedPool(), ByExamples()),

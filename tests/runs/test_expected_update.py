@@ -125,6 +125,8 @@ def test_an_evaluation_asks_for_its_scores() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_known_for_every_method(method: str) -> None:
     spec = {key: value for key, value in SPEC.items() if key != "stages"}
+    if METHODS[method].work == "zeroth_order":
+        spec["work"] = {"zeroth_order": {"steps": 1, **({} if method == "fedmezo" else {"pool": 8})}}
     exp = config_file.build({**spec, "task": {"model": "tiny-llama"}, "method": method})
     params = {**PARAMS, "l.lora_sparse": torch.ones(1)} if method == "slora" else PARAMS
     found = shapes(requests(exp, params)["cid"].asks("work"))

@@ -30,7 +30,7 @@ from fedllm.stages.lora.sparse_first import SparseFirst
 from fedllm.stages.lora.stack import LoraStack
 from fedllm.stages.lora.svd import LoraSvd
 from fedllm.stages.personalization.ditto import Ditto
-from fedllm.stages.personalization.fdlora import FdLora
+from fedllm.stages.personalization.fdlora import Fdlora
 from fedllm.stages.personalization.keep import Keep
 from fedllm.stages.personalization.personal_last import PersonalLast
 from fedllm.stages.personalization.rest_of_world import RestOfWorld
@@ -59,7 +59,7 @@ STAGES = [
     LoraSvd(), SparseFirst(rounds=1), Quantize(bits=8),
     Scaffold(allow=("adamw",)), TopK(fraction=0.3), Uniform(), Yogi(),
     GaussianDp(1e9, 0.0), DpFtrl(1e9, 0.0), LocalGaussian(1e9, 0.0), DiscreteNoise(1e9, 0.0),
-    Ditto(), FdLora(), PersonalLast(), RestOfWorld(), SeedPool(),
+    Ditto(), Fdlora(), PersonalLast(), RestOfWorld(), SeedPool(),
     NoFigures(), SelectiveEncryption(0.3), FixedPoint(max_weight=9),
 ]  # fmt: skip
 CTX = RoundContext(round=0, key=Key(1), cohort=2, population=2, client="0")

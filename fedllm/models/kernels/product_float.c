@@ -4,8 +4,8 @@
 
    COLUMNS columns and DEPTH rows of W at a time, a panel, stay in the cache while rows of x pass: six of them make a
    tile whose sums never leave the registers. Each panel is added up by itself: one running sum over the words of a
-   vocabulary would round ten times as much. A row's sums have one order, whatever the other rows are, however W is
-   given, and whoever computes it. */
+   vocabulary would round ten times as much. A row's sums have one order, however W is given and whoever computes
+   it. */
 
 #include <stdlib.h>
 
@@ -92,11 +92,15 @@ static void laid_out(const matrix_float *w, int64_t column, int64_t columns, int
             for (int64_t d = block; d < min(block + LANES, depth); d++) out[d * COLUMNS + c] = rows[c * w->k + d];
 }
 
+/* Where a part begins: parts are whole tiles, for a row's last bits may depend on the height of its tile. */
+static int64_t edge(const operands *o, int64_t part) {
+    return part == o->parts ? o->rows : begin(o->rows / ROWS, part, o->parts) * ROWS;
+}
+
 static void item(void *given, int64_t number) {
     const operands *o = given;
     int64_t part = number % o->parts, column = number / o->parts * COLUMNS;
-    piece p = {begin(o->rows, part, o->parts), begin(o->rows, part + 1, o->parts), column,
-               min(COLUMNS, o->w.n - column), .from = 0};
+    piece p = {edge(o, part), edge(o, part + 1), column, min(COLUMNS, o->w.n - column), .from = 0};
     int ready = o->w.form == LAID_OUT;
     size_t sums = o->w.k > DEPTH ? (p.end - p.first) * COLUMNS : 0, panel = ready ? 0 : DEPTH * COLUMNS;
     float *room = aligned_alloc(64, (sums + panel + 16) / 16 * 16 * sizeof *room);

@@ -24,7 +24,7 @@ from fedllm.tensors.tree import Tree
 
 
 @dataclass(frozen=True)
-class FdLora(Stage):
+class Fdlora(Stage):
     """Scratch: how far the personal branch was from the shared one, under the shared names. No setting makes it FedAvg:
     the first round trains something else.
 
