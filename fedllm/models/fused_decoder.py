@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fedllm.models.adapters.lora import Adapted
-from fedllm.models.adapters.mixed_linear import Mixed
 from fedllm.models.kernels import ops
 from fedllm.models.layers.attention import SHORT
 from fedllm.models.layers.base_delta_linear import frozen
@@ -124,7 +123,7 @@ def _linear(layer: nn.Module, now: Forward) -> Linear | None:
     if type(layer) is not nn.Linear:
         return None
     adapted, found = vars(layer).get("forward"), Linear(layer.weight, layer.bias)
-    if isinstance(adapted, Adapted) and type(adapted) in (Adapted, Mixed):
+    if isinstance(adapted, Adapted):
         if not adapted.is_plain(now):
             return None
         b, still = now.stack.get(f"{adapted.path}.lora_B"), frozen(layer, adapted.path, now.stack)

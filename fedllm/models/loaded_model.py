@@ -20,9 +20,8 @@ from torch import Tensor
 
 from fedllm.errors import CheckError, DataError, with_record_place
 from fedllm.models import fused_decoder
-from fedllm.models.adapters.base import Attached, ClientExamples, Movable, WorksOut
+from fedllm.models.adapters.base import Attached, ClientExamples, HasBaseline, Movable, WorksOut
 from fedllm.models.adapters.lora import Lora
-from fedllm.models.adapters.multi_lora import AttachedMultiLora
 from fedllm.models.base_models.load import Base, load_base
 from fedllm.models.base_models.vocabulary import require_rows
 from fedllm.models.batch import Batch, Example, collate
@@ -138,7 +137,7 @@ class LoadedModel:
     def baseline(self) -> LoadedModel:
         """This model with the plain adapter of its kind, all of which trains; itself where it has that one."""
         settings, adapter = self.task.adapter.baseline, self.adapter
-        if settings is self.task.adapter or not isinstance(adapter, AttachedMultiLora):
+        if settings is self.task.adapter or not isinstance(adapter, HasBaseline):
             return self
         return replace(self, task=replace(self.task, adapter=settings, scope=Scope()), adapter=adapter.baseline)
 

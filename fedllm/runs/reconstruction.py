@@ -2,7 +2,7 @@
 
 A run is the same to the bit when it is computed again, so that no message has to be kept for this: the first round's
 update is made once more, as the aggregator sees it (of one client, or the sum where it hides single ones), and
-attacked.
+attacked. Only the noise of clients is drawn anew, for nobody knows what it was.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def reconstruct(folder: Path, client: str | None = None) -> Leak:
     everyone = RoundContext(0, experiment.key, len(cohort), len(population.clients), experiment.rounds)
     site = Site(experiment, model, population, ClientStore(None), noise_key=noise_key(experiment, None))
     seen = cohort if hidden else [chosen]
-    requests = {name: requests_for(experiment, run, cohort, everyone)[name] for name in seen}
+    every = requests_for(experiment, run, cohort, everyone)
+    requests = {name: every[name] for name in seen}
     delta = _seen(experiment, run, site, requests, everyone)
     spans = [layer_spans(delta, {**initial, **run.params}, block) for block in BLOCKS]
     if spans[0] is None or spans[1] is None:
@@ -102,8 +103,17 @@ def as_json(found: Leak) -> dict[str, Any]:
 def _not_covered(experiment: Experiment) -> str:
     """Why the theory says nothing about this run; empty where it does."""
     work, stages = experiment.work, experiment.pipeline
+    adapter = experiment.task.adapter
+    if Fact.GRADIENTS in work.traits.loses:
+        return "its local work takes no gradients, whose directions are those of the inputs"
     if work.rule != "sgd":
         return f"the local steps are {work.rule}, whose scaling of each entry hides the space of the inputs"
+    if getattr(work, "weight_decay", 0) and adapter.needs_weights:
+        return "weight_decay moves the weights as well, along all directions"
+    if getattr(adapter, "dropout", 0):
+        return "the adapter's dropout makes other inputs of the texts"
+    if getattr(adapter, "init", "zero") != "zero" or getattr(adapter, "init_from", None):
+        return "its adapter does not begin with lora_B = 0, so that more than lora_B moves in the first step"
     if work.idle:
         return f"{work.idle}, so that nothing was sent"
     if any(Fact.SHAPE in stage.traits.loses for stage in stages):

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from fedllm.errors import ConfigError, config_name
 from fedllm.messages.context import Profile, RoundContext
-from fedllm.messages.update import Part, Update
 from fedllm.models.batch import Batch
 from fedllm.tensors import tree
 from fedllm.tensors.flat_tree import copy_into
@@ -26,9 +25,8 @@ from fedllm.tensors.tree import Tree
 from fedllm.training.base import ClientJob, Model, Outcome, Work
 from fedllm.training.client_stack import BufferLayout, give_back
 from fedllm.training.gradients import Stack, surviving
+from fedllm.training.local_steps import on_device, outcome, require_steps, stacked, why_idle
 from fedllm.training.lr_schedule import LrSchedule
-
-COUNTED = ("steps", "tokens", "computed")
 
 
 @dataclass(eq=False)
@@ -77,12 +75,7 @@ class GradientDescent(Work):
 
     def __post_init__(self) -> None:
         own = f"work.{config_name(self)}"
-        if (self.steps is None) == (self.epochs is None):
-            raise ConfigError(f"{own} needs exactly one of steps and epochs; set one of them")
-        for name in ("steps", "epochs", "batch_size", "accumulation", "max_length"):
-            value = self.__dict__[name]
-            if value is not None and value < (0 if name == "steps" else 1):
-                raise ConfigError(f"{own}.{name} is {value}; it must be positive")
+        require_steps(self, own, ("batch_size", "accumulation", "max_length"))
         for name in ("lr", "momentum", "weight_decay", "eps", "clip_norm"):
             value = self.__dict__[name]
             if value is not None and not 0 <= value < math.inf:
@@ -102,9 +95,7 @@ class GradientDescent(Work):
     @property
     def idle(self) -> str:
         """Without steps, or with steps of no length."""
-        if self.steps == 0:
-            return f"work.{config_name(self)}.steps is 0"
-        return f"work.{config_name(self)}.lr is 0" if self.lr == 0 else ""
+        return why_idle(self, f"work.{config_name(self)}")
 
     def with_lr(self, *, lr: float, times: int) -> Self:
         """More micro-batches a step, so that memory stays as it is."""
@@ -112,11 +103,7 @@ class GradientDescent(Work):
 
     def for_profile(self, profile: Profile) -> Self:
         """With the profile's steps (instead of steps or epochs), batch size and learning rate, where it has them."""
-        set_there = {"batch_size": profile.batch_size, "lr": profile.lr}
-        changes: dict[str, Any] = {name: value for name, value in set_there.items() if value is not None}
-        if profile.steps is not None:
-            changes |= {"steps": profile.steps, "epochs": None}
-        return replace(self, **changes)
+        return on_device(self, profile)
 
     def num_steps(self, num_examples: int) -> int:
         """Local steps of a round."""
@@ -148,7 +135,7 @@ class GradientDescent(Work):
             layout=layout,
             values=values,
             starts=starts,
-            held=_stacked([job.frozen for job in jobs]),
+            held=stacked([job.frozen for job in jobs]),
             grads=grads,
             optimizers=[work._optimizer(row, grad) for work, row, grad in zip(works, values, grads, strict=True)],
             steps=[0] * len(jobs),
@@ -188,11 +175,7 @@ class GradientDescent(Work):
         if not tree.finite(delta):
             return f"after step {carry.steps[k]} its weights are not finite; {self._advice}"
         facts = {"steps": carry.steps[k], "lr_sum": carry.lr_sum[k], "tokens": carry.tokens[k]}
-        facts["computed"] = carry.computed[k]
-        loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
-        counts = {name: torch.tensor(facts[name], dtype=torch.float64) for name in COUNTED}
-        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counts, 0.0)}
-        return Update(parts), facts
+        return outcome(delta, {**facts, "computed": carry.computed[k]}, carry.loss_sum[k])
 
     def _client_step(self, carry: Carry, k: int, job: ClientJob, loss: float) -> None:
         work, grads = carry.works[k], carry.grads[k]
@@ -222,10 +205,3 @@ class GradientDescent(Work):
                 [row], lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=fused
             )
         return torch.optim.SGD([row], lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused)
-
-
-def _stacked(trees: Sequence[Tree]) -> Tree:
-    if not trees[0]:
-        return {}
-    layout = BufferLayout.of(trees)
-    return layout.stacked(layout.filled(trees))

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 
 from fedllm.messages.update import FIGURES, Part, Update
+from fedllm.models.batch import collate
 from fedllm.models.task import Phase
 from fedllm.tensors import tree
 from fedllm.tensors.tree import Tree, matches
-from fedllm.training.base import ClientJob, Model, Outcome, TrainOptions, Work, run_work
+from fedllm.training.base import ClientJob, Model, Outcome, TrainOptions, Work, batches, run_work
 
 PLAIN = TrainOptions()
-NOTHING = Phase(("",))  # fits no name: a round in which nothing trains
 
 
 @dataclass(eq=False)
@@ -76,9 +77,9 @@ def _combined(client: _Progress, work: Work, model: Model) -> Outcome:
     """One outcome: the whole delta, the mean of the figures over the phases, the sum of the counts. `steps` and
     `lr_sum` are those of the last phase, for each tensor trains in one."""
     job = client.job
-    if not client.made:
-        client.note(*work.finish(work.init([client.of(NOTHING)])))
     values = {**client.values, **_within(job.initial, model.worked_out({**job.frozen, **client.values}, job))}
+    if not client.made:
+        client.made.append(_resting(work, replace(job, initial=values), model))
     parts = {"delta": Part(tree.sub(values, job.initial))}
     for name in sorted(FIGURES):
         trees = [update.parts[name].tree for update, _ in client.made if name in update.parts]
@@ -90,6 +91,19 @@ def _combined(client: _Progress, work: Work, model: Model) -> Outcome:
     for count in ("tokens", "computed"):
         facts[count] = sum(each.get(count, 0.0) for _, each in client.made)
     return Update(parts), facts
+
+
+@torch.no_grad()
+def _resting(work: Work, job: ClientJob, model: Model) -> tuple[Update, Mapping[str, float]]:
+    """Figures of a round in which nothing trains: the loss of what would have been the first batch, and no steps."""
+    (done,) = work.finish(work.init([replace(job, initial={}, frozen={}, phases=())]))
+    assert not isinstance(done, str)
+    update, facts = done
+    for micro in islice(batches(work, [job]), 1):
+        stack = {name: leaf[None] for name, leaf in {**job.frozen, **job.initial}.items()}
+        loss = model.losses(stack, collate(micro[0])).double().cpu()[0]
+        update = Update({**update.parts, "metrics": Part({"loss": loss})})
+    return update, facts
 
 
 def _within(known: Tree, found: Tree) -> Tree:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,15 +24,16 @@ from torch import Tensor
 from fedllm.errors import ConfigError
 from fedllm.messages.context import Profile, RoundContext
 from fedllm.messages.traits import Fact, Traits
-from fedllm.messages.update import Part, Update
+from fedllm.messages.update import Part
 from fedllm.models.batch import Batch
 from fedllm.rng import Key
 from fedllm.tensors import tree
 from fedllm.tensors.directions import add_direction_, seed_key
 from fedllm.tensors.tree import Tree
 from fedllm.training.base import ClientJob, Model, Outcome, Work
-from fedllm.training.client_stack import BufferLayout
+from fedllm.training.client_stack import BufferLayout, give_back
 from fedllm.training.gradient_descent import GradientDescent
+from fedllm.training.local_steps import on_device, outcome, require_steps, stacked, why_idle
 
 SCALARS = "scalars"  # the part: what each seed of the pool was taken by
 
@@ -81,12 +82,7 @@ class ZerothOrder(Work):
 
     def __post_init__(self) -> None:
         own = "work.zeroth_order"
-        if (self.steps is None) == (self.epochs is None):
-            raise ConfigError(f"{own} needs exactly one of steps and epochs; set one of them")
-        for name in ("steps", "epochs", "batch_size", "max_length", "pool"):
-            value = self.__dict__[name]
-            if value is not None and value < (0 if name == "steps" else 1):
-                raise ConfigError(f"{own}.{name} is {value}; it must be positive")
+        require_steps(self, own, ("batch_size", "max_length", "pool"))
         if self.shared and (self.pool is None or self.steps is None):
             raise ConfigError(f"{own}.shared needs a pool and steps, by which all clients count alike; set both")
         for name in ("lr", "eps", "largest"):
@@ -108,9 +104,7 @@ class ZerothOrder(Work):
     @property
     def idle(self) -> str:
         """Without steps, or with steps of no length."""
-        if self.steps == 0:
-            return "work.zeroth_order.steps is 0"
-        return "work.zeroth_order.lr is 0" if self.lr == 0 else ""
+        return why_idle(self, "work.zeroth_order")
 
     def with_lr(self, *, lr: float, times: int) -> Self:
         """Larger batches: no memory is held for a backward pass."""
@@ -118,16 +112,12 @@ class ZerothOrder(Work):
 
     def for_profile(self, profile: Profile) -> Self:
         """With the profile's steps, batch size and learning rate, where it has them: rates by client are FedMeZO's."""
-        found = {"batch_size": profile.batch_size, "lr": profile.lr}
-        changes: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
         if self.shared and profile.steps not in (None, self.steps):
             raise ConfigError(
                 f"a client's profile has {profile.steps} steps and work.zeroth_order.shared lets all take the same; "
                 "leave out one of the two"
             )
-        if profile.steps is not None:
-            changes |= {"steps": profile.steps, "epochs": None}
-        return replace(self, **changes)
+        return on_device(self, profile)
 
     def plan(self, num_examples: int, ctx: RoundContext) -> Iterator[Sequence[Sequence[int]]]:
         """As of gradient descent."""
@@ -138,15 +128,13 @@ class ZerothOrder(Work):
         """Stack the starting points."""
         starts = [job.initial for job in jobs]
         layout = BufferLayout.of(starts)
-        held = [job.frozen for job in jobs]
-        beside = BufferLayout.of(held) if held[0] else None
         none = [0] * len(jobs)
         return Carry(
             works=[self.for_profile(job.ctx.profile) for job in jobs],
             layout=layout,
             values=layout.filled(starts),
             starts=starts,
-            held={} if beside is None else beside.stacked(beside.filled(held)),
+            held=stacked([job.frozen for job in jobs]),
             amounts=[torch.zeros(self.pool or 0, dtype=layout.kind[0]) for _ in jobs],
             choices=[job.ctx.rng("directions") for job in jobs],
             steps=[*none],
@@ -157,18 +145,14 @@ class ZerothOrder(Work):
 
     @torch.no_grad()
     def step(self, carry: Carry, micro: Sequence[Batch], jobs: Sequence[ClientJob], model: Model) -> Carry:
-        """Two passes of the whole stack, and each client's step along its direction."""
-        (batch,) = micro
+        """Two passes of the whole stack, without dropout, and each client's step along its direction."""
+        batch = replace(micro[0], dropout=())
         active = [k for k in range(len(jobs)) if batch.counts[k] and k not in carry.failed]
         seeds = {k: self._seed(carry, k, jobs[k].ctx) for k in active}
         keys = {k: seed_key(seed) for k, seed in seeds.items()}
-        above, below = (self._losses(carry, batch, keys, model, sign) for sign in (1.0, -1.0))
-        for k in active:
-            one, two = float(above[k]), float(below[k])
-            if not (math.isfinite(one) and math.isfinite(two)):
-                carry.failed[k] = f"at step {carry.steps[k]} its loss is not finite; lower work.zeroth_order.lr or eps"
-                carry.values[k].zero_()
-                continue
+        above, below = self._surviving(carry, batch, keys, model)
+        for k in keys.keys() - carry.failed.keys():
+            one, two = above[k], below[k]
             work = carry.works[k]
             taken = work.largest is None or abs(one - two) <= work.largest
             amount = work.lr * (one - two) / (2 * work.eps) if taken else 0.0
@@ -182,8 +166,10 @@ class ZerothOrder(Work):
         return carry
 
     def finish(self, carry: Carry) -> Sequence[Outcome]:
-        """Each client's delta, mean loss and counts; of a pool, how far it went along each seed."""
-        return [carry.failed.get(k) or self._outcome(carry, k) for k in range(len(carry.starts))]
+        """Each client's delta, mean loss and counts; of a pool, how far it went along each seed. The carry ends."""
+        found = [carry.failed.get(k) or self._outcome(carry, k) for k in range(len(carry.starts))]
+        give_back(carry.values)
+        return found
 
     def _seed(self, carry: Carry, k: int, ctx: RoundContext) -> int:
         """The number of a seed of the pool, or of one that nobody else has."""
@@ -191,15 +177,43 @@ class ZerothOrder(Work):
             return (ctx.round * self.steps + carry.steps[k]) % self.pool
         return int(torch.randint(self.pool or 2**62, (1,), generator=carry.choices[k]))
 
-    def _losses(self, carry: Carry, batch: Batch, keys: dict[int, Key], model: Model, sign: float) -> Tensor:
+    def _surviving(self, carry: Carry, batch: Batch, keys: dict[int, Key], model: Model) -> tuple[list[float], ...]:
+        """The losses on both sides. A joint product may have spoilt those of other clients: where they are not finite,
+        those of the client by itself count. One whose losses are not finite there either fails; its weights become
+        zeros."""
+        sides = tuple(self._losses(carry, batch, keys, model, sign) for sign in (1.0, -1.0))
+        for k in [k for k in keys if not math.isfinite(sides[0][k] - sides[1][k])]:
+            own = [self._alone(carry, batch, keys[k], model, k, sign) for sign in (1.0, -1.0)]
+            if math.isfinite(own[0] - own[1]):
+                sides[0][k], sides[1][k] = own
+                continue
+            carry.failed[k] = f"at step {carry.steps[k]} its loss is not finite; lower work.zeroth_order.lr or eps"
+            carry.values[k].zero_()
+        return sides
+
+    def _alone(self, carry: Carry, batch: Batch, key: Key, model: Model, k: int, sign: float) -> float:
+        """A client's loss by itself."""
+        if len(carry.works) == 1:
+            return math.nan
+        alone = replace(
+            carry,
+            works=[carry.works[k]],
+            layout=replace(carry.layout, own=[carry.layout.own[k]]),
+            values=carry.values[k : k + 1],
+            held={name: leaf[k : k + 1] for name, leaf in carry.held.items()},
+        )
+        return self._losses(alone, batch.only(k), {0: key}, model, sign)[0]
+
+    def _losses(self, carry: Carry, batch: Batch, keys: dict[int, Key], model: Model, sign: float) -> list[float]:
         """(K,) losses at w + sign eps z; the weights are where they were, but for the last bits of a sum."""
-        for k, key in keys.items():
-            add_direction_(carry.layout.client(carry.values[k], k), key, sign * carry.works[k].eps)
-        losses = model.losses({**carry.held, **carry.layout.stacked(carry.values)}, batch).double().cpu()
+        moved = [(carry.layout.client(carry.values[k], k), key, sign * carry.works[k].eps) for k, key in keys.items()]
+        for own, key, far in moved:
+            add_direction_(own, key, far)
+        losses = model.losses({**carry.held, **carry.layout.stacked(carry.values)}, batch)
         assert losses.grad_fn is None, "a pass without gradients has made a graph"
-        for k, key in keys.items():
-            add_direction_(carry.layout.client(carry.values[k], k), key, -sign * carry.works[k].eps)
-        return losses
+        for own, key, far in moved:
+            add_direction_(own, key, -far)
+        return [float(loss) for loss in losses.double().cpu()]
 
     def _outcome(self, carry: Carry, k: int) -> Outcome:
         delta = carry.layout.moved(carry.values[k], k, carry.starts[k])
@@ -207,9 +221,5 @@ class ZerothOrder(Work):
             return f"after step {carry.steps[k]} its weights are not finite; lower work.zeroth_order.lr"
         facts = {"steps": carry.steps[k], "lr_sum": carry.works[k].lr * carry.steps[k], "tokens": carry.tokens[k],
                  "computed": carry.computed[k]}  # fmt: skip
-        counted = {name: torch.tensor(facts[name], dtype=torch.float64) for name in ("steps", "tokens", "computed")}
-        loss = torch.tensor(carry.loss_sum[k] / max(1, carry.steps[k]), dtype=torch.float64)
-        parts = {"delta": Part(delta), "metrics": Part({"loss": loss}), "counts": Part(counted, 0.0)}
-        if self.pool is not None:
-            parts[SCALARS] = Part({"pool": carry.amounts[k]})
-        return Update(parts), facts
+        pool = {} if self.pool is None else {SCALARS: Part({"pool": carry.amounts[k]})}
+        return outcome(delta, facts, carry.loss_sum[k], pool)

@@ -110,6 +110,31 @@ def test_a_large_difference_is_left_out_and_a_loss_that_is_not_finite_fails_its_
     assert not isinstance(stays, str) and not isinstance(alone, str)
 
 
+def test_what_a_joint_product_spoilt_is_asked_again_by_itself() -> None:
+    class Joint(Bowl):
+        """A loss that is not finite makes those of all others so."""
+
+        def losses(self, stack: Tree, batch: Any) -> Tensor:
+            found = super().losses(stack, batch)
+            return found if bool(torch.isfinite(found).all()) else found * torch.nan
+
+    lost = replace(job("a"), initial={name: leaf * torch.inf for name, leaf in start().items()})
+    work = ZerothOrder(lr=0.02, steps=2, batch_size=1)
+    gone, stays = run_work(work, [lost, job("b")], Joint())  # type: ignore[arg-type]
+    others = run_work(work, [job("a"), job("b")], Joint())  # type: ignore[arg-type]
+    assert isinstance(gone, str) and not isinstance(stays, str) and not isinstance(others[1], str)
+    assert tree.norm(stays[0].parts["delta"].tree) > 0 and stays[1]["steps"] == others[1][1]["steps"] == 2
+
+
+def test_both_passes_of_a_step_are_without_dropout() -> None:
+    class Dropping(Bowl):
+        def losses(self, stack: Tree, batch: Any) -> Tensor:
+            assert not batch.dropout, "a mask of its own in each pass is noise in the difference"
+            return super().losses(stack, batch)
+
+    run_work(ZerothOrder(lr=0.02, steps=1, batch_size=1), [job("a"), job("b")], Dropping())  # type: ignore[arg-type]
+
+
 def test_the_pool_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """z(0) = (1, 0), z(1) = (0, 1), w = (2, 4): one client with 2, 4 and one with 2, 1.8 at a rate of 0.1."""
     axes = {seed_key(0): torch.tensor([1.0, 0.0]), seed_key(1): torch.tensor([0.0, 1.0])}

@@ -20,10 +20,8 @@ from torch import Tensor
 from fedllm.evaluation.audits.spans import LayerSpans
 from fedllm.models.loaded_model import LoadedModel
 
-IN_BAG, IN_TEXT = (
-    0.01,
-    1e-3,
-)  # distances up to which an input of the first and of the second block is one of the batch's
+# up to these distances an input of the first and of the second block is one of the batch's
+IN_BAG, IN_TEXT = 0.01, 1e-3
 MOST, BEAM, LONGEST = 300, 24, 128  # tokens of a bag; prefixes that are followed; tokens of a text
 CHUNK = 2048
 
@@ -45,7 +43,7 @@ def dager(model: LoadedModel, first: LayerSpans, second: LayerSpans) -> Reconstr
     every = torch.arange(size)
     distances = torch.cat([_distances(model, first, part[:, None]) for part in every.split(CHUNK)])
     order = distances.argsort()
-    bag = [int(token) for token in order if float(distances[token]) < IN_BAG]
+    bag: list[int] = order[distances[order] < IN_BAG].tolist()
     if not bag:
         return Reconstruction((), (), "no token lies in the span")
     if len(bag) > MOST:

@@ -119,6 +119,16 @@ class WorksOut(Protocol):
         ...
 
 
+@runtime_checkable
+class HasBaseline(Protocol):
+    """An adapter that has the plain one of its kind among its layers."""
+
+    @property
+    def baseline(self) -> Attached:
+        """That one, on the same layers."""
+        ...
+
+
 class Adapter:
     """A frozen dataclass of settings that can be attached to a base model."""
 

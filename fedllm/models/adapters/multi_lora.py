@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,19 @@ from torch import Tensor, nn
 from fedllm.errors import ConfigError
 from fedllm.models.adapters.base import Adapter, Attached, ClientExamples, Decoder, InLayers, Scoring, trained_dtype
 from fedllm.models.adapters.fusion import fused, search
-from fedllm.models.adapters.lora import Lora
+from fedllm.models.adapters.lora import AttachedLora, Lora
 from fedllm.models.adapters.mixed_linear import SEQUENCES, Mixed
-from fedllm.models.adapters.peft_format import write_branches, write_peft_lora
+from fedllm.models.adapters.peft_format import write_branches
 from fedllm.models.adapters.similarity import Similarity
 from fedllm.models.adapters.targets import targeted
 from fedllm.models.base_models.load import Base
 from fedllm.models.batch import Batch, collate
-from fedllm.models.layers.linear import Turned, as_stored, base_weight, replace_forward
+from fedllm.models.layers.linear import replace_forward
 from fedllm.rng import Key
 from fedllm.tensors.tree import Tree
 
-MIXERS = ("constant", "router", "similarity", "fused")
+Mixer = Literal["constant", "router", "similarity", "fused"]
+MIXERS = get_args(Mixer)
 FACTORS, PROBED = "mixer.factors", 8  # (2,): of `fused`, and the examples on which they are looked for
 REFERENCES = 5  # of a client's examples, as FedDPA's code draws for each input
 REFERENCE = "mixer.reference"  # (hidden size,): the mean of the references' directions
@@ -70,7 +71,7 @@ class MultiLora(Adapter):
     targets: tuple[str, ...] = ("all_linear",)
     dropout: float = 0.0
     rslora: bool = False
-    mixer: Literal["constant", "router", "similarity", "fused"] = "constant"
+    mixer: Mixer = "constant"
     weights: tuple[float, ...] = ()
     cap: float = 0.5
     distinct: bool = False
@@ -209,24 +210,15 @@ class AttachedMultiLora(InLayers):
     def save(self, params: Tree, folder: Path, base_name: str) -> None:
         """PEFT's layout: one LoRA of the summed rank; where the mix depends on the input, a LoRA in a folder for each
         branch, and all tensors beside them."""
-        turned = any(isinstance(layer, Turned) for layer in self.layers.values())
-        settings = self.settings
-
-        def lora(leaves: Tree, place: Path) -> None:
-            rank, alpha, rslora = settings.rank, settings.alpha, settings.rslora
-            write_peft_lora(
-                leaves, place, base_name=base_name, rank=rank, alpha=alpha, dropout=settings.dropout, rslora=rslora,
-                turned=turned,
-            )  # fmt: skip
-
         if self._folds(params):
-            lora(self._single(params), folder)
+            self._plain.save(self._single(params), folder, base_name)
             return
+        settings = self.settings
         facts = {"mixer": settings.mixer, "branches": list(settings.branches), "rank": settings.rank,
                  "alpha": settings.alpha, "rslora": settings.rslora, "cap": settings.cap}  # fmt: skip
         write_branches(params, folder, base_name=base_name, facts=facts)
         for branch in settings.branches:
-            lora(self._branch(params, branch), folder / branch)
+            self._plain.save(self._branch(params, branch), folder / branch, base_name)
 
     def merged(self, params: Tree, base: Base | None = None) -> Mapping[str, Tensor]:
         """W + s sum_b w_b B_b A_b, float32 or wider.
@@ -239,13 +231,12 @@ class AttachedMultiLora(InLayers):
                 f"task.adapter.multi_lora mixes its branches by {self.settings.mixer}, anew for each input, which no "
                 "merged weight can hold; export --to peft writes each branch"
             )
-        wide, model = trained_dtype(self.decoder.base), None if base is None else base.model
-        whole, found = self._single(params), dict[str, Tensor]()
-        for name, layer in self.layers.items():
-            weight = base_weight(layer, name, model)
-            product = (whole[f"{name}.lora_B"] @ whole[f"{name}.lora_A"]).to(weight.device)
-            found[f"{name}.weight"] = as_stored(layer, weight.to(wide) + self.settings.plain.scale * product)
-        return found
+        return self._plain.merged(self._single(params), base)
+
+    @property
+    def _plain(self) -> AttachedLora:
+        """One of them, as an adapter by itself."""
+        return AttachedLora(self.decoder, self.settings.plain, self.layers)
 
     @property
     def _similarity(self) -> Similarity:

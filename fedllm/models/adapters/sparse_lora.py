@@ -22,7 +22,7 @@ from fedllm.models.adapters.base import Attached, Decoder, trained_dtype
 from fedllm.models.adapters.lora import Adapted, AttachedLora, Lora
 from fedllm.models.adapters.targets import targeted
 from fedllm.models.base_models.load import Base
-from fedllm.models.layers.forward_context import current
+from fedllm.models.layers.forward_context import Forward, current
 from fedllm.models.layers.linear import replace_forward
 from fedllm.rng import Key
 from fedllm.tensors import low_rank, sparse_mask
@@ -62,6 +62,10 @@ class SparseLora(Lora):
 @dataclass(frozen=True, eq=False)
 class AdaptedSparse(Adapted):
     """The forward pass of a frozen linear layer, with the adapters and the sparse values of the current pass."""
+
+    def is_plain(self, now: Forward) -> bool:
+        """Sparse values are more than a pair of factors."""
+        return False
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """(1, T, in) of a packed row, or (B, L, in) of one client; (..., out) as well."""
